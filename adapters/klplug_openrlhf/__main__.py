@@ -1,0 +1,3 @@
+from klplug_openrlhf.launcher import main
+
+main()

@@ -1,0 +1,127 @@
+"""``python -m klplug_openrlhf``: OpenRLHF's own ``train_ppo_ray``, with its KL replaced.
+
+OpenRLHF's command line lives under ``if __name__ == "__main__"``, so it is run as it is, with two
+functions wrapped on the way: ``parse_args`` (klplug's options, and the switches that follow from
+them) and ``ray.init`` (so that every worker of the run installs klplug before anything else).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import runpy
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from typing import Any
+
+import wrapt
+
+HOST_MODULE = "openrlhf.cli.train_ppo_ray"
+SETUP_HOOK = "klplug_openrlhf.worker.install"
+
+
+def main() -> None:
+    """Run OpenRLHF's trainer with the command line of this process."""
+    if os.environ.get("KLPLUG_DISABLE") == "1":
+        fail(
+            "KLPLUG_DISABLE=1 is set, and this launcher is for running with klplug: unset it, or "
+            f"run python -m {HOST_MODULE}"
+        )
+    import ray
+
+    wrapt.wrap_function_wrapper(ArgumentParser, "parse_args", parse_args)
+    wrapt.wrap_function_wrapper(ray, "init", init_ray)
+    runpy.run_module(HOST_MODULE, run_name="__main__", alter_sys=True)
+
+
+def fail(message: str) -> None:
+    """One line on standard error and exit status 2, as argparse does, without its page of usage."""
+    print(f"klplug: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_args(
+    original: Callable[..., Namespace],
+    parser: ArgumentParser,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Namespace:
+    """OpenRLHF's ``parse_args`` with klplug's options; any other parser's goes through."""
+    estimator = parser._option_string_actions.get("--algo.kl.estimator")
+    if estimator is None:
+        return original(*args, **kwargs)
+    from klplug.patching import HookError
+    from klplug_openrlhf import check
+    from klplug_openrlhf.settings import derive
+
+    estimator.choices = None  # full kl_types are allowed too; derive() says what is wrong
+    add_options(parser)
+    parsed = original(*args, **kwargs)
+    try:
+        line = derive(parsed, written_options(parser))
+        check()
+    except (ValueError, HookError) as error:
+        fail(str(error))
+    print(line, flush=True)
+    return parsed
+
+
+def add_options(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "klplug", "KL regularisation by the gradient it has; decides all --algo.kl.* options"
+    )
+    group.add_argument(
+        "--klplug.kl_type",
+        metavar="KL_TYPE",
+        help="formulation: <estimator>_<placement>[,option=value...], as in k2_as_loss, "
+        "k1_in_reward, 'k2_as_loss,horizon=sequence', or none",
+    )
+    group.add_argument(
+        "--klplug.kl_coef", type=float, metavar="BETA", help="coefficient of the KL term"
+    )
+    group.add_argument(
+        "--klplug.kl_ctrl",
+        default="fixed",
+        metavar="CTRL",
+        help="fixed, or adaptive: moves the coefficient to hold --klplug.kl_target",
+    )
+    group.add_argument(
+        "--klplug.kl_target", type=float, help="KL to hold, nats per token (adaptive)"
+    )
+    group.add_argument(
+        "--klplug.kl_horizon", type=float, help="samples to adapt over (adaptive; 10000)"
+    )
+
+
+def written_options(parser: ArgumentParser) -> Namespace:
+    """Only what stands on the command line: a host's defaults can't contradict a kl_type."""
+    bare = copy.deepcopy(parser)
+    for action in bare._actions:
+        action.default = argparse.SUPPRESS
+    return ArgumentParser.parse_known_args(bare)[0]
+
+
+def init_ray(
+    original: Callable[..., Any], _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """``ray.init`` with klplug's worker hook in the runtime environment, beside the host's own."""
+    runtime_env = dict(kwargs.pop("runtime_env", None) or {})
+    present = runtime_env.get("worker_process_setup_hook") or _job_setup_hook()
+    if present not in (None, SETUP_HOOK):
+        fail(
+            f"runtime_env has worker_process_setup_hook={present!r}, and klplug needs that place "
+            f"for {SETUP_HOOK!r}: call it from yours, or leave yours out"
+        )
+    if present is None:
+        runtime_env["worker_process_setup_hook"] = SETUP_HOOK
+    return original(*args, runtime_env=runtime_env, **kwargs)
+
+
+def _job_setup_hook() -> str | None:
+    # Ray refuses a key that both the job's runtime environment and ray.init's have.
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    hook: str | None = (job.get("runtime_env") or {}).get("worker_process_setup_hook")
+    return hook

@@ -1,0 +1,33 @@
+"""KL regularisation for RL on language models: one string, one gradient, on every host.
+
+>>> import klplug
+>>> term = klplug.kl_term("k2_as_loss,ratio=none", log_probs, ref_log_probs, mask)  # doctest: +SKIP
+>>> loss = policy_loss + kl_coef * klplug.aggregate(term.loss, mask)  # doctest: +SKIP
+"""
+
+from klplug.aggregation import aggregate
+from klplug.catalogue import KLType, kl_types
+from klplug.controllers import AdaptiveKL, FixedKL, KLController, kl_controller
+from klplug.metrics import Tally
+from klplug.spec import KLSpec, check_kl_coef, parse
+from klplug.term import KLTerm, kl_term, reward_to_go
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdaptiveKL",
+    "FixedKL",
+    "KLController",
+    "KLSpec",
+    "KLTerm",
+    "KLType",
+    "Tally",
+    "__version__",
+    "aggregate",
+    "check_kl_coef",
+    "kl_controller",
+    "kl_term",
+    "kl_types",
+    "parse",
+    "reward_to_go",
+]

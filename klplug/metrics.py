@@ -1,0 +1,74 @@
+"""What a KL term reports: 0-d tensors, made without a device sync, that merge exactly.
+
+A term keeps sums and maxima over its counted tokens. Micro-batches and ranks are merged as those,
+and only then divided: a maximum by max, an effective sample size from its two sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PREFIX = "klplug/"
+
+
+def _total(x: Tensor) -> Tensor:
+    # Two saturated exponents would add up to inf in their own dtype.
+    return x.sum(dtype=torch.float64).clamp(max=torch.finfo(torch.float64).max)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Sums and maxima over counted tokens, each a 0-d tensor.
+
+    Attributes:
+        sums: added over micro-batches and ranks.
+        maxima: joined by max over micro-batches and ranks.
+    """
+
+    sums: dict[str, Tensor]
+    maxima: dict[str, Tensor]
+
+    @staticmethod
+    def merged(tallies: Iterable[Tally]) -> Tally:
+        """One tally of all tokens of all ``tallies`` (at least one)."""
+        first, *others = tallies
+        sums, maxima = dict(first.sums), dict(first.maxima)
+        for other in others:
+            for name, value in other.sums.items():
+                sums[name] = sums[name] + value.to(sums[name].device)
+            for name, value in other.maxima.items():
+                maxima[name] = torch.maximum(maxima[name], value.to(maxima[name].device))
+        return Tally(sums, maxima)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """The metrics by their stable names, all finite, 0 where no token was counted.
+
+        ``klplug/active``: 1, proof in a log that klplug computed the term.
+        ``klplug/k1``, ``k2``, ``k3``: masked means of the three estimates, nats per token.
+        ``klplug/coef_mean``, ``coef_max``: mean and largest ``|c|``.
+        ``klplug/ess``: effective sample size of the weights as a share of the tokens,
+        ``(sum w)^2 / (n sum w^2)``, 1 where all weights are equal.
+        ``klplug/capped_share``, ``bounded_share``, ``overflow_share``: shares of tokens whose
+        weight met the cap, whose c met the bound, whose exponent met the dtype's maximum.
+        """
+        tokens = self.sums["tokens"]
+        count = tokens.clamp(min=1.0)
+        weight_square = self.sums["weight_square"]
+        ess = self.sums["weight"].square() / (weight_square * count)
+        values = {
+            "active": torch.ones_like(tokens),
+            "k1": self.sums["k1"] / count,
+            "k2": self.sums["k2"] / count,
+            "k3": self.sums["k3"] / count,
+            "coef_mean": self.sums["coef"] / count,
+            "coef_max": self.maxima["coef"],
+            "ess": torch.where(weight_square > 0, ess, 0.0),
+            "capped_share": self.sums["capped"] / count,
+            "bounded_share": self.sums["bounded"] / count,
+            "overflow_share": self.sums["overflow"] / count,
+        }
+        return {PREFIX + name: value for name, value in values.items()}

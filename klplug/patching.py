@@ -1,0 +1,193 @@
+"""Replacing a host's functions in place: what the adapters share, and the only user of wrapt.
+
+An adapter declares a table of ``Hook`` rows. Rows are checked by signature before anything is
+replaced, all rows of a module are replaced or none, and whatever had imported a function by name
+before is swept. ``import klplug`` does not load this module.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+# (original, instance or None, args, kwargs) -> result, as wrapt's wrappers are called.
+Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
+
+_MARK = "__klplug_original__"
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One function of the host to replace.
+
+    Attributes:
+        module: dotted name of the module that defines it.
+        name: attribute path in the module, ``function`` or ``Class.method``.
+        parameters: names that its signature must have.
+        wrapper: called in its place with the original.
+        supplies: tensors that reach klplug through it.
+    """
+
+    module: str
+    name: str
+    parameters: tuple[str, ...]
+    wrapper: Wrapper
+    supplies: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+class HookError(RuntimeError):
+    """A function of the host is not where, or not what, klplug expects."""
+
+
+@dataclass
+class Patch:
+    """The hooks of one host, applied module by module as the host imports them."""
+
+    host: str
+    tested: str
+    hooks: Sequence[Hook]
+    applied: dict[str, int] = field(default_factory=dict)
+    _undo: list[tuple[Any, str, Any]] = field(default_factory=list)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(hook.module for hook in self.hooks))
+
+    def check(self) -> None:
+        """Import every hooked module and check every row; nothing is replaced.
+
+        Raises:
+            HookError: names the host, its version, the path, what was expected and what is there.
+        """
+        for name in self.modules:
+            try:
+                module = importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                if error.name and not name.startswith(error.name):
+                    raise  # a dependency of the host is missing, which is another story
+                raise self._error(name, "a module", "no such module") from error
+            self._check_module(module)
+
+    def apply(self) -> None:
+        """Check and replace in the modules loaded so far, and in the others as they load."""
+        for name in self.modules:
+            wrapt.register_post_import_hook(self.apply_to, name)
+
+    def apply_to(self, module: ModuleType) -> None:
+        """Replace all hooked functions of one module, or none and raise ``HookError``."""
+        if module.__name__ in self.applied:
+            return
+        self._check_module(module)
+        self.applied[module.__name__] = 0
+        for hook in self.hooks:
+            if hook.module == module.__name__:
+                self.applied[module.__name__] += 1 + self._replace(module, hook)
+
+    def restore(self) -> None:
+        """Put every original back."""
+        for owner, name, original in reversed(self._undo):
+            setattr(owner, name, original)
+        self._undo.clear()
+        self.applied.clear()
+
+    def status(self) -> dict[str, bool]:
+        """For every hooked path, whether the function that runs there is klplug's."""
+        report = {}
+        for hook in self.hooks:
+            module = sys.modules.get(hook.module)
+            found = None if module is None else _resolved(module, hook.name)[2]
+            report[hook.path] = hasattr(found, _MARK)
+        return report
+
+    def _check_module(self, module: ModuleType) -> None:
+        for hook in self.hooks:
+            if hook.module != module.__name__:
+                continue
+            expected = f"a function with parameters {', '.join(hook.parameters)}"
+            try:
+                found = _resolved(module, hook.name)[2]
+            except AttributeError as error:
+                raise self._error(hook.path, expected, "no such name") from error
+            if not callable(found):
+                raise self._error(hook.path, expected, f"a {type(found).__name__}")
+            have = tuple(inspect.signature(found).parameters)
+            missing = [p for p in hook.parameters if p not in have]
+            if missing:
+                raise self._error(
+                    hook.path, expected, f"one without {', '.join(missing)}: ({', '.join(have)})"
+                )
+
+    def _error(self, path: str, expected: str, found: str) -> HookError:
+        try:
+            version = importlib.metadata.version(self.host)
+        except importlib.metadata.PackageNotFoundError:
+            version = "of unknown version"
+        return HookError(
+            f"klplug can't hook into {self.host} {version}: at {path} it expects {expected}, and "
+            f"found {found}. Tested with {self.host} {self.tested}. Nothing was replaced, and "
+            "this run must not go on with the host's own KL."
+        )
+
+    def _replace(self, module: ModuleType, hook: Hook) -> int:
+        owner, name, original = _resolved(module, hook.name)
+        replacement = _wrapped(original, hook.wrapper, is_method="." in hook.name)
+        self._set(owner, name, original, replacement)
+        if "." in hook.name:
+            return 0
+        # By-name imports made before now: `from module import function`.
+        package = module.__name__.partition(".")[0]
+        stale = [
+            (other, attribute)
+            for other_name, other in list(sys.modules.items())
+            if other is not module and other_name.partition(".")[0] == package
+            for attribute, value in list(vars(other).items())
+            if value is original
+        ]
+        for other, attribute in stale:
+            self._set(other, attribute, original, replacement)
+        return len(stale)
+
+    def _set(self, owner: Any, name: str, original: Any, replacement: Any) -> None:
+        self._undo.append((owner, name, original))
+        setattr(owner, name, replacement)
+
+
+def _resolved(module: ModuleType, path: str) -> tuple[Any, str, Any]:
+    owner: Any = module
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    return owner, name, getattr(owner, name)
+
+
+def _wrapped(original: Callable[..., Any], wrapper: Wrapper, is_method: bool) -> Callable[..., Any]:
+    # A plain function, not wrapt's proxy: hosts pickle these by reference into their workers.
+    if is_method:
+
+        @functools.wraps(original)
+        def method(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+            return wrapper(functools.partial(original, self), self, args, kwargs)
+
+        replacement: Callable[..., Any] = method
+    else:
+
+        @functools.wraps(original)
+        def function(*args: Any, **kwargs: Any) -> Any:
+            return wrapper(original, None, args, kwargs)
+
+        replacement = function
+    setattr(replacement, _MARK, original)
+    return replacement

@@ -1,0 +1,170 @@
+"""kl_type, the string: what parses, what it means, and what each mistake is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from klplug import KLSpec, check_kl_coef, parse
+from klplug.spec import ESTIMATORS, OPTIONS, PLACEMENTS
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("k2_as_loss", "k2_as_loss"),
+        ("k2_as_loss,ratio=old,cap=10", "k2_as_loss"),
+        (" k2_as_loss , cap = 5.0 , ratio=rollout ", "k2_as_loss,ratio=rollout,cap=5"),
+        ("low_var_kl_as_loss", "k3_as_loss"),
+        ("kl_in_reward", "k1_in_reward"),
+        ("mse_as_loss,ratio=none", "k2_as_loss,ratio=none"),
+        ("k3_in_reward + k3_as_loss", "k3_in_reward+k3_as_loss"),
+        ("k2_as_loss,cap=1e+3+k1_in_reward", "k2_as_loss,cap=1000+k1_in_reward"),
+        ("k2_as_loss,cap=none", "k2_as_loss,cap=none"),
+        ("k2_as_loss,horizon=sequence,level=prefix", "k2_as_loss,horizon=sequence"),
+        ("k2_as_loss,bound=3,horizon=token", "k2_as_loss,bound=3"),
+        ("k1_in_reward,horizon=sequence,ratio=none", "k1_in_reward"),
+        ("none", "none"),
+    ],
+)
+def test_canonical_form(text: str, canonical: str) -> None:
+    assert str(parse(text)) == canonical
+    assert parse(canonical) == parse(text)
+
+
+def test_defaults_are_written_out() -> None:
+    spec = parse("k2_as_loss")
+    assert (spec.ratio, spec.level, spec.cap, spec.mode) == ("old", "token", 10.0, "truncate")
+    assert (spec.horizon, spec.bound) == ("token", math.inf)
+    reward = parse("k1_in_reward")
+    assert (reward.ratio, reward.level, reward.cap, reward.horizon) == (
+        "none",
+        None,
+        None,
+        "sequence",
+    )
+    assert parse("k2_as_loss,horizon=sequence").level == "prefix"
+
+
+def test_terms_requires_and_placed() -> None:
+    both = parse("k3_in_reward+k3_as_loss,ratio=rollout")
+    assert [str(t) for t in both.terms] == ["k3_in_reward", "k3_as_loss,ratio=rollout"]
+    assert both.requires == ("ref_log_probs", "rollout_log_probs")
+    assert str(both.placed("as_loss")) == "k3_as_loss,ratio=rollout"
+    single = parse("k2_as_loss")
+    assert single.terms == (single,)
+    assert str(single.placed("in_reward")) == "none"
+    assert parse("none").requires == ()
+
+
+def test_a_spec_is_frozen_and_parses_to_itself() -> None:
+    spec = parse("k2_as_loss")
+    assert parse(spec) is spec
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spec.cap = 3.0  # type: ignore[misc]
+    with pytest.raises(TypeError, match="string"):
+        parse(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("k2_as_los", ["k2_as_los", "k3_in_reward", "Did you mean 'k2_as_loss'"]),
+        ("low_var_kl", ["'k3_as_loss'", "'k3_in_reward'"]),
+        ("k2", ["'k2_as_loss'", "'k2_in_reward'"]),
+        ("k9_as_loss", ["k9_as_loss", "known"]),
+        ("", ["unknown", "none"]),
+        ("k2_as_loss,ratoi=old", ["ratoi", "Did you mean 'ratio'"]),
+        ("k2_as_loss,ratio=oldd", ["ratio", "oldd", "allowed: old, none, rollout"]),
+        ("k2_as_loss,level=tokens", ["level", "allowed: token, prefix, sequence"]),
+        ("k2_as_loss,mode=clip", ["mode", "allowed: truncate, mask"]),
+        ("k2_as_loss,horizon=all", ["horizon", "allowed: token, sequence"]),
+        ("k2_as_loss,cap", ["cap", "needs a value"]),
+        ("k2_as_loss,cap=", ["cap", "needs a value"]),
+        ("k2_as_loss,cap=ten", ["cap", "ten", "neither a number"]),
+        ("k2_as_loss,cap=-1", ["cap", "-1", "positive"]),
+        ("k2_as_loss,cap=nan", ["cap", "positive"]),
+        ("k2_as_loss,cap=0.5,mode=mask", ["cap", "0.5", "at least 1"]),
+        ("k2_as_loss,bound=0", ["bound", "positive"]),
+        ("k2_as_loss,cap=3,cap=4", ["cap", "twice"]),
+        ("k2_as_loss,ratio=none,cap=3", ["cap=3", "no weight"]),
+        ("k2_as_loss,ratio=none,level=prefix", ["level=prefix", "no weight"]),
+        ("k1_in_reward,ratio=old", ["ratio=old", "k2_as_loss,horizon=sequence"]),
+        ("k1_in_reward,cap=3", ["cap=3", "no ratio of its own"]),
+        ("k1_in_reward,horizon=token", ["horizon=token", "'k2_as_loss'"]),
+        ("k1_as_loss,horizon=sequence", ["horizon=sequence", "noise"]),
+        ("k3_as_loss,horizon=sequence", ["horizon=sequence", "noise"]),
+        ("abs_as_loss,horizon=sequence", ["horizon=sequence", "noise"]),
+        ("k2_as_loss,horizon=sequence,level=token", ["level=token", "level=prefix"]),
+        ("none,cap=3", ["none", "cap"]),
+        ("none+k2_as_loss", ["none", "sum"]),
+        ("k2_as_loss+k2_as_loss", ["twice", "kl_coef"]),
+        ("k2_as_loss+", ["empty term"]),
+    ],
+)
+def test_a_mistake_is_told_with_what_is_allowed(text: str, words: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
+        parse(text)
+    for word in words:
+        assert word in str(error.value)
+
+
+OPTION_VALUES = {
+    "ratio": st.sampled_from(["old", "none", "rollout"]),
+    "level": st.sampled_from(["token", "prefix", "sequence"]),
+    "cap": st.floats(0.1, 1e12).map(repr) | st.just("none"),
+    "mode": st.sampled_from(["truncate", "mask"]),
+    "horizon": st.sampled_from(["token", "sequence"]),
+    "bound": st.floats(0.1, 1e12).map(repr) | st.just("none"),
+}
+
+
+@st.composite
+def kl_types(draw: st.DrawFn) -> str:
+    def term() -> str:
+        name = f"{draw(st.sampled_from(sorted(ESTIMATORS)))}_{draw(st.sampled_from(PLACEMENTS))}"
+        options = draw(st.lists(st.sampled_from(OPTIONS), unique=True))
+        return ",".join([name, *(f"{o}={draw(OPTION_VALUES[o])}" for o in options)])
+
+    return "+".join(term() for _ in range(draw(st.integers(1, 2))))
+
+
+@given(kl_types())
+def test_every_valid_string_survives_the_round_trip(text: str) -> None:
+    try:
+        spec = parse(text)
+    except ValueError:
+        return
+    assert parse(str(spec)) == spec
+    assert str(parse(str(spec))) == str(spec)
+    assert hash(parse(str(spec))) == hash(spec)
+
+
+def test_coefficients() -> None:
+    spec = parse("k2_as_loss")
+    assert check_kl_coef(spec, 1e-3) == 1e-3
+    assert check_kl_coef(parse("none"), None) == 0
+    for coef, word in (
+        (0, "nothing"),
+        (-1.0, "positive"),
+        (math.nan, "finite"),
+        (math.inf, "finite"),
+        (None, "needs a kl_coef"),
+        ("a", "number"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            check_kl_coef(spec, coef)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="takes no kl_coef"):
+        check_kl_coef(parse("none"), 0.1)
+
+
+def test_a_spec_built_by_hand_is_checked_as_well() -> None:
+    assert KLSpec("k2", "as_loss", cap=10.0) == parse("k2_as_loss")
+    with pytest.raises(ValueError, match="k7"):
+        KLSpec("k7", "as_loss")
+    with pytest.raises(ValueError, match="placement"):
+        KLSpec("k2", "in_loss")

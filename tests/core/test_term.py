@@ -1,0 +1,378 @@
+"""kl_term as a user meets it: masks, dtypes, extremes, stopped gradients, metrics, bad input."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import klplug
+from klplug import KLSpec, Tally, kl_term, parse
+
+GRID = [
+    str(parse(kl_type))
+    for kl_type in (
+        *klplug.kl_types(),
+        "k1_as_loss,ratio=none",
+        "k2_as_loss,ratio=none",
+        "k3_as_loss,ratio=rollout",
+        "abs_as_loss,ratio=none",
+        "k2_as_loss,ratio=none,horizon=sequence",
+        "k2_as_loss,level=prefix,cap=2,mode=mask",
+        "k2_as_loss,horizon=sequence,cap=1.5,mode=mask",
+        "k2_as_loss,level=sequence,horizon=sequence",
+        "k2_as_loss,cap=none,bound=0.5",
+        "k1_in_reward,bound=3",
+    )
+]
+
+
+def batch(
+    shape: tuple[int, int] = (4, 6), seed: int = 0, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(scale: float) -> Tensor:
+        return (-scale * torch.rand(shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+    mask = (torch.rand(shape, generator=generator) > 0.3).long()
+    mask[0, 0] = 1
+    return {
+        "log_probs": draw(4.0).requires_grad_(),
+        "ref_log_probs": draw(4.0),
+        "response_mask": mask,
+        "old_log_probs": draw(4.0),
+        "rollout_log_probs": draw(4.0),
+    }
+
+
+def force(term: klplug.KLTerm, log_probs: Tensor) -> Tensor:
+    (gradient,) = torch.autograd.grad(term.loss.sum(), log_probs)
+    return gradient
+
+
+@pytest.mark.parametrize("kl_type", GRID)
+def test_loss_is_the_value_with_weight_times_coefficient_as_gradient(kl_type: str) -> None:
+    tensors = batch()
+    term = kl_term(kl_type, **tensors)
+    torch.testing.assert_close(term.loss, term.value, rtol=0, atol=0)
+    expected = term.weight * term.coefficient
+    torch.testing.assert_close(force(term, tensors["log_probs"]), expected, rtol=1e-12, atol=0)
+    for name in ("value", "coefficient", "weight"):
+        assert not getattr(term, name).requires_grad
+
+
+@pytest.mark.parametrize("kl_type", GRID)
+def test_no_gradient_reaches_reference_old_or_rollout(kl_type: str) -> None:
+    tensors = batch()
+    others = [
+        tensors[k].requires_grad_() for k in ("ref_log_probs", "old_log_probs", "rollout_log_probs")
+    ]
+    kl_term(kl_type, **tensors).loss.sum().backward()
+    assert all(tensor.grad is None for tensor in others)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e30])
+@pytest.mark.parametrize("kl_type", GRID)
+def test_masked_positions_are_zero_and_inert(kl_type: str, poison: float) -> None:
+    clean = batch()
+    masked = clean["response_mask"] == 0
+    dirty = {
+        k: v if k == "response_mask" else v.detach().masked_fill(masked, poison)
+        for k, v in clean.items()
+    }
+    dirty["log_probs"].requires_grad_()
+    one, other = kl_term(kl_type, **clean), kl_term(kl_type, **dirty)
+    for name in ("loss", "value", "coefficient", "weight"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=0)
+        assert (getattr(other, name)[masked] == 0).all()
+    torch.testing.assert_close(
+        force(one, clean["log_probs"]), force(other, dirty["log_probs"]), rtol=0, atol=0
+    )
+    for name, metric in one.metrics.items():
+        torch.testing.assert_close(metric, other.metrics[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kl_type", GRID)
+def test_an_empty_mask_gives_zero_and_finite_metrics(kl_type: str) -> None:
+    tensors = batch() | {"response_mask": torch.zeros(4, 6)}
+    term = kl_term(kl_type, **tensors)
+    assert (term.loss == 0).all()
+    assert (force(term, tensors["log_probs"]) == 0).all()
+    assert all(metric.isfinite() for metric in term.metrics.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32, torch.bfloat16])
+def test_any_mask_dtype_counts_the_same(dtype: torch.dtype) -> None:
+    tensors = batch()
+    term = kl_term("k2_as_loss", **tensors)
+    other = kl_term("k2_as_loss", **tensors | {"response_mask": tensors["response_mask"].to(dtype)})
+    torch.testing.assert_close(term.loss, other.loss, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "worked"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_work_is_done_in_float32_at_least(given: torch.dtype, worked: torch.dtype) -> None:
+    tensors = batch(dtype=given)
+    term = kl_term("k3_as_loss", **tensors)
+    assert term.loss.dtype == term.coefficient.dtype == worked
+    term.loss.sum().backward()
+    assert tensors["log_probs"].grad is not None
+    assert tensors["log_probs"].grad.dtype == given
+    raised = {k: v.detach().to(worked) if v.is_floating_point() else v for k, v in tensors.items()}
+    torch.testing.assert_close(kl_term("k3_as_loss", **raised).value, term.value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("log_ratio", [60.0, -60.0, 11.0, -4.0])
+@pytest.mark.parametrize("kl_type", ["k1_as_loss", "k2_as_loss", "k3_as_loss", "abs_as_loss"])
+def test_a_token_that_drifted_far_keeps_its_gradient(kl_type: str, log_ratio: float) -> None:
+    log_probs = torch.full((1, 1), log_ratio, requires_grad=True)
+    term = kl_term(f"{kl_type},ratio=none", log_probs, torch.zeros(1, 1), torch.ones(1, 1))
+    expected = {
+        "k1_as_loss": 1.0,
+        "k2_as_loss": log_ratio,
+        "k3_as_loss": 1 - math.exp(-log_ratio),
+        "abs_as_loss": math.copysign(1.0, log_ratio),
+    }[kl_type]
+    assert force(term, log_probs).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_exponents_saturate_at_the_dtype_and_are_counted() -> None:
+    log_probs = torch.tensor([[-200.0, -1.0, -1.0, -1.0]], requires_grad=True)
+    term = kl_term("k3_as_loss,ratio=none", log_probs, -torch.ones(1, 4), torch.ones(1, 4))
+    largest = torch.finfo(torch.float32).max
+    assert force(term, log_probs)[0, 0].item() == -largest
+    assert term.metrics["klplug/overflow_share"].item() == 0.25
+    assert all(metric.isfinite() for metric in term.metrics.values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kl_type=st.sampled_from(GRID),
+    values=st.lists(st.floats(-300, 0, allow_nan=False, width=32), min_size=24, max_size=24),
+    mask=st.lists(st.integers(0, 1), min_size=6, max_size=6),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_everything_stays_finite(
+    kl_type: str, values: list[float], mask: list[int], dtype: torch.dtype
+) -> None:
+    log_probs, ref, old, rollout = torch.tensor(values, dtype=dtype).view(4, 2, 3)
+    log_probs.requires_grad_()
+    term = kl_term(
+        kl_type,
+        log_probs,
+        ref,
+        torch.tensor(mask).view(2, 3),
+        old_log_probs=old,
+        rollout_log_probs=rollout,
+    )
+    tensors = [term.loss, term.coefficient, term.weight, force(term, log_probs)]
+    assert all(tensor.isfinite().all() for tensor in (*tensors, *term.metrics.values()))
+
+
+@settings(max_examples=40, deadline=None)
+@given(kl_type=st.sampled_from(GRID), seed=st.integers(0, 1000), data=st.data())
+def test_the_order_of_answers_does_not_matter(kl_type: str, seed: int, data: st.DataObject) -> None:
+    tensors = batch(seed=seed)
+    order = data.draw(st.permutations(range(4)))
+    term = kl_term(kl_type, **tensors)
+    shuffled = kl_term(kl_type, **{k: v[list(order)] for k, v in tensors.items()})
+    torch.testing.assert_close(term.loss[list(order)], shuffled.loss, rtol=0, atol=0)
+    for name, metric in term.metrics.items():
+        torch.testing.assert_close(metric, shuffled.metrics[name], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("kl_type", [g for g in GRID if not g.startswith("k1_as_loss")])
+def test_at_the_reference_there_is_nothing(kl_type: str) -> None:
+    tensors = batch()
+    tensors["ref_log_probs"] = tensors["log_probs"].detach().clone()
+    term = kl_term(kl_type, **tensors)
+    assert (term.loss == 0).all()
+    assert (force(term, tensors["log_probs"]) == 0).all()
+
+
+@pytest.mark.parametrize("kl_type", [g for g in GRID if "_as_loss" in g and "ratio=none" not in g])
+def test_on_policy_the_ratio_is_exactly_one(kl_type: str) -> None:
+    tensors = batch()
+    for name in ("old_log_probs", "rollout_log_probs"):
+        tensors[name] = tensors["log_probs"].detach().clone()
+    term = kl_term(kl_type, **tensors)
+    assert (term.weight == tensors["response_mask"]).all()
+    assert term.metrics["klplug/ess"] == 1
+    assert term.metrics["klplug/capped_share"] == 0
+
+
+def test_one_token_answers_make_the_horizons_one() -> None:
+    tensors = batch(shape=(6, 1))
+    own = kl_term("k2_as_loss,level=prefix", **tensors)
+    whole = kl_term("k2_as_loss,horizon=sequence", **tensors)
+    torch.testing.assert_close(own.loss, whole.loss, rtol=0, atol=0)
+    torch.testing.assert_close(
+        force(own, tensors["log_probs"]), force(whole, tensors["log_probs"]), rtol=1e-12, atol=0
+    )
+
+
+def test_a_large_bound_changes_nothing() -> None:
+    tensors = batch()
+    one, other = kl_term("k2_as_loss", **tensors), kl_term("k2_as_loss,bound=1000", **tensors)
+    torch.testing.assert_close(one.coefficient, other.coefficient, rtol=0, atol=0)
+
+
+def test_a_sum_is_the_sum_of_its_terms() -> None:
+    tensors = batch()
+    both = kl_term("k3_in_reward+k3_as_loss", **tensors)
+    parts = [kl_term(k, **tensors) for k in ("k3_in_reward", "k3_as_loss")]
+    torch.testing.assert_close(both.loss, parts[0].loss + parts[1].loss, rtol=1e-12, atol=0)
+    forces = [force(p, tensors["log_probs"]) for p in parts]
+    torch.testing.assert_close(
+        force(both, tensors["log_probs"]), forces[0] + forces[1], rtol=1e-12, atol=0
+    )
+
+
+# By hand: lr = log(0.5/0.25) = log 2 and log(0.1/0.4) = -log 4; rho = 0.5/0.4 and 0.1/0.2.
+def test_golden_numbers() -> None:
+    tensors = {
+        "log_probs": torch.tensor([[0.5, 0.1]], dtype=torch.float64).log().requires_grad_(),
+        "ref_log_probs": torch.tensor([[0.25, 0.4]], dtype=torch.float64).log(),
+        "response_mask": torch.ones(1, 2),
+        "old_log_probs": torch.tensor([[0.4, 0.2]], dtype=torch.float64).log(),
+    }
+    two, four = math.log(2), math.log(4)
+    expected = {
+        "k1_in_reward": ([two, -four], [two, -four], [1, 1]),
+        "k2_in_reward": ([two**2 / 2, four**2 / 2], [two**2 / 2, four**2 / 2], [1, 1]),
+        "k3_in_reward": ([two - 0.5, 3 - four], [two - 0.5, 3 - four], [1, 1]),
+        "k1_as_loss": ([two, -four], [1, 1], [1.25, 0.5]),
+        "k2_as_loss": ([two**2 / 2, four**2 / 2], [two, -four], [1.25, 0.5]),
+        "k3_as_loss": ([two - 0.5, 3 - four], [0.5, -3], [1.25, 0.5]),
+        "abs_as_loss": ([two, four], [1, -1], [1.25, 0.5]),
+        "k2_as_loss,cap=1.1": ([two**2 / 2, four**2 / 2], [two, -four], [1.1, 0.5]),
+        "k2_as_loss,cap=1.1,mode=mask": ([two**2 / 2, four**2 / 2], [two, -four], [0, 0.5]),
+        "k2_as_loss,level=prefix": ([two**2 / 2, four**2 / 2], [two, -four], [1.25, 0.625]),
+        "k2_as_loss,level=sequence": ([two**2 / 2, four**2 / 2], [two, -four], [0.625, 0.625]),
+        "k2_as_loss,horizon=sequence": (
+            [two**2 / 2, four**2 / 2],
+            [two - 0.5 * four, -four],
+            [1.25, 0.625],
+        ),
+    }
+    for kl_type, (value, coefficient, weight) in expected.items():
+        term = kl_term(kl_type, **tensors)
+        for found, wanted in (
+            (term.value, value),
+            (term.coefficient, coefficient),
+            (term.weight, weight),
+        ):
+            wanted = torch.tensor([wanted], dtype=torch.float64)
+            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-15)
+
+
+def test_metrics_are_what_they_say() -> None:
+    tensors = batch()
+    mask = tensors["response_mask"].bool()
+    term = kl_term("k3_as_loss,cap=1.2", **tensors)
+    lr = (tensors["log_probs"] - tensors["ref_log_probs"]).detach()[mask]
+    weight = (tensors["log_probs"] - tensors["old_log_probs"]).detach().exp()[mask]
+    capped = weight.clamp(max=1.2)
+    c = 1 - torch.exp(-lr)
+    expected = {
+        "active": 1.0,
+        "k1": lr.mean(),
+        "k2": (lr**2 / 2).mean(),
+        "k3": (torch.exp(-lr) - 1 + lr).mean(),
+        "coef_mean": c.abs().mean(),
+        "coef_max": c.abs().max(),
+        "ess": capped.sum() ** 2 / (len(capped) * (capped**2).sum()),
+        "capped_share": (weight > 1.2).double().mean(),
+        "bounded_share": 0.0,
+        "overflow_share": 0.0,
+    }
+    assert set(term.metrics) == {f"klplug/{name}" for name in expected}
+    for name, value in expected.items():
+        metric = term.metrics[f"klplug/{name}"]
+        assert metric.dim() == 0
+        assert metric.item() == pytest.approx(float(value), rel=1e-9), name
+    bounded = kl_term("k3_as_loss,bound=0.5", **tensors).metrics
+    assert bounded["klplug/bounded_share"].item() == pytest.approx(
+        (c.abs() > 0.5).double().mean().item()
+    )
+    assert bounded["klplug/coef_max"].item() == 0.5
+
+
+def test_metrics_of_micro_batches_merge_exactly() -> None:
+    tensors = batch(shape=(8, 5))
+    whole = kl_term("k2_as_loss", **tensors).metrics
+    parts = [
+        kl_term("k2_as_loss", **{k: v[rows] for k, v in tensors.items()}).tally
+        for rows in (slice(0, 1), slice(1, 5), slice(5, 8))
+    ]
+    merged = Tally.merged(parts).metrics()
+    for name, value in whole.items():
+        torch.testing.assert_close(merged[name], value, rtol=1e-12, atol=0)
+    mean_of_ratios = sum(p.metrics()["klplug/ess"] for p in parts) / 3
+    assert abs(mean_of_ratios - whole["klplug/ess"]) > 1e-3
+
+
+def test_missing_tensors_are_named() -> None:
+    tensors = batch()
+    for kl_type, name in (
+        ("k2_as_loss", "old_log_probs"),
+        ("k2_as_loss,ratio=rollout", "rollout_log_probs"),
+        ("k1_in_reward", "ref_log_probs"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            kl_term(kl_type, **tensors | {name: None})
+    assert (kl_term("none", **tensors | {"ref_log_probs": None}).loss == 0).all()
+
+
+@pytest.mark.parametrize(
+    "name", ["ref_log_probs", "old_log_probs", "rollout_log_probs", "response_mask"]
+)
+def test_shapes_that_differ_are_named(name: str) -> None:
+    tensors = batch()
+    tensors[name] = tensors[name][:, :-1]
+    with pytest.raises(ValueError, match=rf"{name} has shape \(4, 5\).*\(4, 6\)"):
+        kl_term("k2_as_loss", **tensors)
+
+
+def test_log_probs_must_be_a_floating_matrix() -> None:
+    tensors = batch()
+    with pytest.raises(ValueError, match=r"log_probs must be .*\(24,\)"):
+        kl_term(
+            "k1_in_reward",
+            tensors["log_probs"].flatten(),
+            tensors["ref_log_probs"],
+            tensors["response_mask"],
+        )
+
+
+def test_a_spec_serves_as_well_as_its_string() -> None:
+    tensors = batch()
+    one, other = kl_term(KLSpec("k3", "as_loss"), **tensors), kl_term("k3_as_loss", **tensors)
+    torch.testing.assert_close(one.loss, other.loss, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kl_type", GRID)
+def test_on_cuda_nothing_waits_for_the_device(kl_type: str) -> None:
+    tensors = {k: v.detach().cuda() for k, v in batch(dtype=torch.bfloat16).items()}
+    tensors["log_probs"].requires_grad_()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        term = kl_term(kl_type, **tensors)
+        metrics = term.metrics
+        term.loss.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(metric.isfinite() for metric in metrics.values())
