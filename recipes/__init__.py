@@ -1,0 +1,1 @@
+"""Ready-to-run recipes; never part of the installed package."""

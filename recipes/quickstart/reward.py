@@ -1,0 +1,120 @@
+"""Is the answer right? OpenRLHF's reward (`--reward.remote_url reward.py`) and the evaluation's.
+
+The last `#### N` of the response decides; without one, math-verify reads the response (a boxed
+answer, else the last number). 1.0 for right, 0.0 for wrong. OpenRLHF loads this file by its path
+into a Ray worker, so it imports nothing of this repository.
+"""
+
+import logging
+import re
+from decimal import Decimal
+
+import torch
+from math_verify import parse, verify
+
+# It warns that its timeouts are off. They are: they need signals, and OpenRLHF calls the reward
+# from a thread, where there are none. `_is_tame` keeps out what would need one.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+END_TOKENS = re.compile(r"<\|im_end\|>|<\|endoftext\|>|<\|eot_id\|>|</s>|<eos>|<end_of_turn>")
+OTHER_TOKENS = re.compile(r"<\|[^<>|]*\|>|<pad>|<s>|<bos>")
+NUMBER = re.compile(
+    r"""[\s*=:]*
+        (?P<sign>-?)\s*[$€£]?\s*(?P<minus>-?)
+        (?P<digits>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)
+        [%*]*[^\W\d_]*(?:\s+[^\W\d_]+)*[\s.*]*""",  # a unit may follow, in words
+    re.VERBOSE,
+)
+FRACTION = re.compile(r"-?\d[\d,.]*(?:/\d+)?")
+
+# What math-verify is shown without a time limit: some LaTeX, no factorial, few and small powers.
+# `\boxed{9^{9^{9}}}`, six tokens of a policy gone astray, holds up its `verify` for ever.
+TAME_LENGTH = 1000
+TAME_BRACKETS = 40  # its LaTeX parser takes a minute over 800 of them
+# fmt: off
+TAME_COMMANDS = frozenset((
+    "approx", "bf", "boxed", "cdot", "circ", "dfrac", "displaystyle", "div", "dollar", "fbox",
+    "frac", "left", "mathbf", "mathrm", "pi", "pm", "quad", "qquad", "right", "sqrt", "text",
+    "textbf", "tfrac", "times",
+))
+# fmt: on
+TAME_POWERS = 2
+POWER = re.compile(r"\^|\*\*(?=\s*[\d({-])")
+TAME_POWER = re.compile(r"(?:\^|\*\*)\s*(?:[\da-z]{1,2}|\{-?[\da-z]{1,2}\})(?!\s*(?:[\d^!.]|\*\*))")
+
+
+def _number(text: str) -> Decimal | None:
+    """The number a text consists of, but for currency, unit and punctuation; else None."""
+    if (match := NUMBER.fullmatch(text)) is None or (match["sign"] and match["minus"]):
+        return None
+    value = Decimal(match["digits"].replace(",", ""))
+    return -value if match["sign"] or match["minus"] else value
+
+
+def _is_tame(text: str) -> bool:
+    """Whether math-verify surely reads the text in no time."""
+    return (
+        len(text) <= TAME_LENGTH
+        and len(re.findall(r"[(\[{]", text)) <= TAME_BRACKETS
+        and TAME_COMMANDS.issuperset(re.findall(r"\\([a-zA-Z]+)", text))
+        and len(POWER.findall(text)) <= TAME_POWERS
+        and len(POWER.findall(text)) == len(TAME_POWER.findall(text))
+    )
+
+
+def _last_boxed(text: str) -> str:
+    r"""The last `\boxed{...}` with its braces balanced, or the empty string."""
+    start = text.rfind(r"\boxed{")
+    depth = 0
+    for end in range(max(start, 0), len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0 and text[end] == "}":
+            return text[start : end + 1]
+    return ""
+
+
+def _is_equal(text: str, answer: str) -> bool:
+    """Whether math-verify finds the answer in the text."""
+    text = text.replace("!", ".")  # "It is 12!" is no factorial
+    end = _last_boxed(text) or (FRACTION.findall(text) or [""])[-1]
+    shown = next((part for part in (text, end) if _is_tame(part)), None)
+    if shown is None or not _is_tame(answer):
+        return False
+    # Bare LaTeX is LaTeX to math-verify only within $.
+    gold = parse(f"${answer}$", parsing_timeout=None)
+    return verify(gold, parse(shown, parsing_timeout=None), timeout_seconds=None)
+
+
+def is_correct(response: str, answer: str) -> bool:
+    """Whether a response reaches the answer: GSM8K's whole answer text, or what follows `####`."""
+    response = END_TOKENS.split(response, maxsplit=1)[0]
+    response = OTHER_TOKENS.sub(" ", response).replace("\N{MINUS SIGN}", "-")
+    answer = answer.rpartition("####")[2].strip().replace("\N{MINUS SIGN}", "-")
+    if "####" not in response:
+        return _is_equal(response, answer)
+    given = (response.rpartition("####")[2].strip().splitlines() or [""])[0]
+    expected, number = _number(answer), _number(given)
+    if expected is None or number is None:
+        return bool(given) and _is_equal(f"${given}$" if "$" not in given else given, answer)
+    return number == expected
+
+
+def response_of(query: str, prompt: str) -> str:
+    """The response in a query, which OpenRLHF makes of prompt and response, then decodes.
+
+    A prompt that is too long loses its beginning there, so the query may begin within it.
+    """
+    for start in range(len(prompt)):
+        if query.startswith(prompt[start:]):
+            return query[len(prompt) - start :]
+    raise ValueError(f"query {query[:80]!r} does not begin with prompt {prompt[:80]!r}")
+
+
+def reward_func(
+    queries: list[str], prompts: list[str], labels: list[str]
+) -> dict[str, torch.Tensor | dict[str, torch.Tensor]]:
+    """OpenRLHF's signature: one reward to each query, and the accuracy for the log."""
+    rows = zip(queries, prompts, labels, strict=True)
+    right = [is_correct(response_of(query, prompt), str(label)) for query, prompt, label in rows]
+    rewards = torch.tensor(right, dtype=torch.float32)
+    return {"rewards": rewards, "scores": rewards, "extra_logs": {"accuracy": rewards}}

@@ -1,0 +1,143 @@
+"""The reward, worked by hand; called as OpenRLHF calls it: by path, one sample, from a thread."""
+
+import importlib.util
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from time import perf_counter
+
+import pytest
+import torch
+
+pytest.importorskip("math_verify", reason="the recipes extra is not installed")
+
+from recipes.quickstart.reward import is_correct, response_of, reward_func
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+RIGHT = [
+    ("23+14=37. 37-5=32.\n#### 32", "23+14=37. 37-5=32.\n#### 32"),
+    ("23+14=37. 37-5=32.\n#### 32<|im_end|>", "32"),
+    ("#### 1,234", "1234"),
+    ("#### 1234", "long reasoning\n#### 1,234"),
+    ("#### 1,234,567.50", "1234567.5"),
+    ("#### $1,234.00", "1234"),
+    ("#### -5", "-5"),
+    ("#### $-5", "-5"),
+    ("#### -$5", "-5"),
+    ("#### \N{MINUS SIGN}7", "-7"),
+    ("#### 12.0", "12"),
+    ("#### 12", "12.0"),
+    ("#### $12.50.", "12.5"),
+    ("#### 12 apples.", "12"),
+    ("#### 20%", "20"),
+    ("#### **20**", "20"),
+    ("####20", "20"),
+    ("#### 3/4", "0.75"),
+    (r"#### \boxed{7}", "7"),
+    ("#### 7\n#### 8", "8"),
+    ("#### 8\nThat is 3 more.", "8"),
+    (r"The answer is \boxed{1,234}.", "1234"),
+    ("So 7 are left.<|im_end|>", "7"),
+    ("It is 12!", "12"),
+    (r"\boxed{\frac{1}{2}}", "0.5"),
+    ("It costs $12.50 in all", "12.5"),
+    (r"\boxed{42}, not 7", "42"),
+    (r"\boxed{1+x^2}", "x^2+1"),
+    (r"\sum is too wild, but the answer is \boxed{5}", "5"),
+    ("2^10 is much, and 2^3, and 4^5. So 12", "12"),
+]
+
+WRONG = [
+    ("", "7"),
+    ("no number", "7"),
+    ("####", "12"),
+    ("12\n####", "12"),
+    ("#### 5", "-5"),
+    ("#### -5", "5"),
+    ("#### 12 13", "12"),
+    ("#### 12,5", "125"),
+    ("#### 12.5", "125"),
+    ("#### 123", "12"),
+    ("#### 7\n#### 8", "7"),
+    ("The answer is 32.\n#### 31", "32"),
+    ("#### 31<|im_end|>\n<|im_start|>assistant\n#### 32", "32"),
+    (r"\boxed{42}, not 7", "7"),
+    (r"\boxed{", "7"),
+    ("It is 13.", "12"),
+]
+
+
+@pytest.mark.parametrize(("response", "answer"), RIGHT)
+def test_right(response: str, answer: str) -> None:
+    assert is_correct(response, answer) is True
+
+
+@pytest.mark.parametrize(("response", "answer"), WRONG)
+def test_wrong(response: str, answer: str) -> None:
+    assert is_correct(response, answer) is False
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        r"\boxed{9^{9^{9}}}",  # math-verify's own `verify` never comes back from this one
+        r"\boxed{2^{100000000}}",
+        r"\boxed{100000!}",
+        r"\boxed{\sum_{i=1}^{1000000} i!}",
+        "#### 9**9**9**9",
+        "#### 1e999999999",
+        "$" + "(" * 800 + "9" + ")" * 800 + "$",
+        "#### 12 " + "a" * 60 + "!",
+        "1" * 5000,
+    ],
+)
+def test_a_policy_gone_astray_does_not_hold_up_the_run(response: str) -> None:
+    is_correct("1/2", "0.5")  # math-verify's first call loads its grammar
+    started = perf_counter()
+    assert not is_correct(response, "32")
+    assert perf_counter() - started < 5
+
+
+def test_the_host_can_load_it_by_path_and_call_it_from_a_thread() -> None:
+    path = Path(__file__).parents[2] / "recipes" / "quickstart" / "reward.py"
+    spec = importlib.util.spec_from_file_location("reward_func", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    prompt = "<|im_start|>user\nHow many #### 9?<|im_end|>\n<|im_start|>assistant\n"
+    cases = [("3+4=7.\n#### 7<|im_end|>", 1.0), ("3+4=8.\n#### 8<|im_end|>", 0.0), ("So 7.", 1.0)]
+    with ThreadPoolExecutor(1) as thread:
+        for response, expected in cases:
+            call = thread.submit(module.reward_func, [prompt + response], [prompt], ["x\n#### 7"])
+            result = call.result(timeout=60)
+            assert set(result) == {"rewards", "scores", "extra_logs"}
+            # What the host's sample generator makes of the three.
+            assert torch.tensor([result["rewards"]]).tolist() == [expected]
+            assert torch.tensor([result["scores"]]).tolist() == [expected]
+            assert result["extra_logs"]["accuracy"].flatten()[0].item() == expected
+
+
+def test_the_prompt_is_not_part_of_the_response() -> None:
+    prompt = "Say #### 7, please.\n"
+    assert reward_func([prompt + "No."], [prompt], ["7"])["rewards"].tolist() == [0.0]
+    assert response_of(prompt + "No.", prompt) == "No."
+    assert response_of("please.\nNo.", prompt) == "No."  # cut off on the left by the host
+    with pytest.raises(ValueError, match="does not begin with prompt"):
+        response_of("No.", prompt)
+
+
+def test_a_label_may_be_a_number() -> None:
+    assert reward_func(["How many?\n#### 7"], ["How many?\n"], [7])["rewards"].tolist() == [1.0]
+
+
+def test_every_answer_of_gsm8k_is_right_by_itself_and_its_neighbour_is_not() -> None:
+    path = SHARED / "gsm8k_test.jsonl"
+    if not path.exists():
+        pytest.skip("no local copy of GSM8K beside the repository")
+    answers = [json.loads(line)["answer"] for line in path.read_text("utf-8").splitlines()]
+    for answer in answers:
+        final = answer.rpartition("####")[2].strip()
+        assert is_correct(answer, answer), final
+        assert is_correct(answer, final), final
+        assert not is_correct(f"#### {final}1", answer), final
