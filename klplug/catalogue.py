@@ -111,3 +111,7 @@ def markdown_table() -> str:
             "| " + " | ".join(c.replace("||", "‖").replace("|lr|", "abs(lr)") for c in cells) + " |"
         )
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown_table())

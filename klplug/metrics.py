@@ -56,7 +56,8 @@ class Tally:
         weight met the cap, whose c met the bound, whose exponent met the dtype's maximum.
         """
         tokens = self.sums["tokens"]
-        count = tokens.clamp(min=1.0)
+        # Not clamp(min=1): a host that averages over ranks hands in sums of less than a token.
+        count = torch.where(tokens > 0, tokens, 1.0)
         weight_square = self.sums["weight_square"]
         ess = self.sums["weight"].square() / (weight_square * count)
         values = {

@@ -16,9 +16,10 @@ RATIOS = ("old", "none", "rollout")
 LEVELS = ("token", "prefix", "sequence")
 MODES = ("truncate", "mask")
 HORIZONS = ("token", "sequence")
+REWARD_NORMS = ("none", "group")
 
 # Written options, in canonical order.
-OPTIONS = ("ratio", "level", "cap", "mode", "horizon", "bound")
+OPTIONS = ("ratio", "level", "cap", "mode", "horizon", "bound", "reward_norm")
 
 _NAMES = tuple(f"{e}_{p}" for e in ESTIMATORS for p in PLACEMENTS)
 _ALIAS_NAMES = tuple(f"{a}_{p}" for a in ALIASES for p in PLACEMENTS)
@@ -54,6 +55,8 @@ class KLSpec:
         mode: ``truncate`` (min(ratio, cap)) or ``mask`` (0 above the cap).
         horizon: ``token`` (own token, LOC) or ``sequence`` (whole answer, FULL).
         bound: bound of each token's |c|, before ratio and horizon; ``inf`` for none.
+        reward_norm: in_reward only. ``none`` (joined after group normalisation: its force is
+            kl_coef) or ``group`` (joined before, as verl does it: kl_coef over the group's std).
         parts: the terms of a sum, empty for a single one; see ``terms``.
     """
 
@@ -65,6 +68,7 @@ class KLSpec:
     mode: str | None = None
     horizon: str | None = None
     bound: float | None = None
+    reward_norm: str | None = None
     parts: tuple[KLSpec, ...] = ()
 
     def __post_init__(self) -> None:
@@ -173,9 +177,16 @@ class KLSpec:
                 "'k2_as_loss,horizon=sequence'"
             )
         self._refuse_weight_options(f"{name} has no ratio of its own")
-        self._fill(ratio="none", horizon="sequence")
+        reward_norm = self.reward_norm or "none"
+        _choice("reward_norm", reward_norm, REWARD_NORMS)
+        self._fill(ratio="none", horizon="sequence", reward_norm=reward_norm)
 
     def _complete_as_loss(self, name: str) -> None:
+        if self.reward_norm is not None:
+            raise ValueError(
+                f"kl_type {name}: reward_norm={self.reward_norm} is refused: a KL in the loss "
+                f"meets no reward. It is for '{self.estimator}_in_reward'"
+            )
         horizon = self.horizon or "token"
         _choice("horizon", horizon, HORIZONS)
         if horizon == "sequence" and self.estimator != "k2":

@@ -8,7 +8,6 @@ advantages and owns the controller. The policy actors compute the KL loss of eac
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import klplug
-from klplug import KLController, Tally, kl_term
+from klplug import Tally, kl_term
 from klplug.baselines import leave_one_out_mean
+from klplug.host import MeasuredController, announce
 from klplug.patching import Hook, Patch
 from klplug_openrlhf.settings import STOCK_ESTIMATORS, Plan
 
@@ -29,15 +28,6 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 ACTIVE = "klplug/active"
-
-
-def announce(plan: Plan, process: str) -> None:
-    """The one line by which a process says that klplug is active in it."""
-    print(
-        f"klplug {klplug.__version__} active in {process} (pid {os.getpid()}): "
-        f"kl_type={plan.spec} kl_coef={plan.kl_coef:g}",
-        flush=True,
-    )
 
 
 def _bound(original: Call, args: Args, kwargs: Kwargs) -> dict[str, Any]:
@@ -68,7 +58,7 @@ def init_actor_trainer(original: Call, trainer: Any, args: Args, kwargs: Kwargs)
     trainer.klplug_tallies = []
     if plan is None:
         return
-    announce(plan, "a policy actor")
+    announce("a policy actor", plan.spec, plan.kl_coef)
     if plan.records_for_kl:
         trainer.actor_loss_fn.is_correction_level = "off"
 
@@ -167,31 +157,12 @@ def _over_ranks(tally: Tally, strategy: Any) -> Tally:
 # ── The trainer: experience, advantages, controller, checkpoints ────────────────────────────────
 
 
-@dataclass
-class MeasuredController:
-    """A klplug controller behind OpenRLHF's interface, fed the KL that was measured.
-
-    OpenRLHF hands its controller the value of whatever estimator is the loss, k2's included. The
-    trainer's experience maker knows better: k3 under samples of the very policy they came from.
-    """
-
-    controller: KLController
-    measured: float | None = None
-
-    @property
-    def value(self) -> float:
-        return self.controller.value
-
-    def update(self, current: float, n_steps: int) -> None:
-        self.controller.update(current if self.measured is None else self.measured, n_steps)
-
-
 def init_trainer(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> None:
     original(*args, **kwargs)
     plan = Plan.of(trainer.args)
     if plan is None:
         return
-    announce(plan, "the trainer")
+    announce("the trainer", plan.spec, plan.kl_coef)
     trainer.kl_ctl = MeasuredController(plan.controller())
     trainer.experience_maker.kl_ctl = trainer.kl_ctl
 
@@ -270,7 +241,7 @@ def save(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
     given = _bound(original, args, kwargs)
     given["client_states"] = {
         **(given.get("client_states") or {}),
-        "klplug": {"kl_type": str(plan.spec), **trainer.kl_ctl.controller.state_dict()},
+        "klplug": trainer.kl_ctl.saved(plan.spec),
     }
     return original(**given)
 
@@ -280,16 +251,7 @@ def init_checkpoint_states(original: Call, trainer: Any, args: Args, kwargs: Kwa
     plan = Plan.of(trainer.args)
     if plan is None or not states.get("global_step"):
         return states
-    saved = states.get("klplug")
-    before = "OpenRLHF's own KL" if saved is None else f"kl_type={saved['kl_type']}"
-    if saved is None or saved["kl_type"] != str(plan.spec):
-        print(
-            f"klplug: WARNING: resuming with kl_type={plan.spec} a run that was trained with "
-            f"{before}: the two follow different gradients",
-            flush=True,
-        )
-    if saved is not None and saved["kl_ctrl"] == plan.kl_ctrl:
-        trainer.kl_ctl.controller.load_state_dict(saved)
+    trainer.kl_ctl.resume(states.get("klplug"), plan.spec, plan.kl_ctrl, "OpenRLHF")
     return states
 
 

@@ -11,14 +11,11 @@ from typing import Any
 
 import klplug
 from klplug import KLSpec, parse
+from klplug.host import SettingsError
 
 STOCK_ESTIMATORS = ("k1", "k2", "k3")
 GROUP_ESTIMATORS = ("group_norm", "dr_grpo", "rloo")
 WHITENED_ESTIMATORS = ("gae", "reinforce", "reinforce_baseline")
-
-
-class SettingsError(ValueError):
-    """The command line asks for something that can't be, said before anything starts."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +168,11 @@ def _agrees(estimator: str, spec: KLSpec) -> bool:
 
 def _refuse_unserved(spec: KLSpec, args: Namespace) -> None:
     in_reward = spec.placed("in_reward").estimator != "none"
+    if any(term.reward_norm == "group" for term in spec.terms):
+        raise SettingsError(
+            f"kl_type {spec}: reward_norm=group is verl's own order, and OpenRLHF has none like "
+            "it: its KL joins the advantages after group normalisation. Leave the option out"
+        )
     estimator = _get(args, "algo.advantage.estimator")
     aggregation = _get(args, "actor.loss_agg_mode")
     by_length = aggregation != "token-mean" or _get(args, "actor.policy_loss_type") == "gspo"

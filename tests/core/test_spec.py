@@ -100,6 +100,8 @@ def test_a_spec_is_frozen_and_parses_to_itself() -> None:
         ("k3_as_loss,horizon=sequence", ["horizon=sequence", "noise"]),
         ("abs_as_loss,horizon=sequence", ["horizon=sequence", "noise"]),
         ("k2_as_loss,horizon=sequence,level=token", ["level=token", "level=prefix"]),
+        ("k2_as_loss,reward_norm=group", ["reward_norm=group", "'k2_in_reward'"]),
+        ("k1_in_reward,reward_norm=std", ["reward_norm", "none, group"]),
         ("none,cap=3", ["none", "cap"]),
         ("none+k2_as_loss", ["none", "sum"]),
         ("k2_as_loss+k2_as_loss", ["twice", "kl_coef"]),
@@ -120,6 +122,7 @@ OPTION_VALUES = {
     "mode": st.sampled_from(["truncate", "mask"]),
     "horizon": st.sampled_from(["token", "sequence"]),
     "bound": st.floats(0.1, 1e12).map(repr) | st.just("none"),
+    "reward_norm": st.sampled_from(["none", "group"]),
 }
 
 

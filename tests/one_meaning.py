@@ -1,0 +1,112 @@
+"""One kl_type, one gradient: the tensors that both hosts' tests are fed, and what must come out.
+
+The hosts live in environments of their own, so neither test can call the other's path. Each feeds
+these tensors through its own host and compares with the numbers given here, which come from the
+core alone: equal to the same numbers, the two are equal to each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import klplug
+
+BETA = 0.25
+TOLERANCE = 1e-6
+
+AS_LOSS = (
+    "k1_as_loss",
+    "k2_as_loss",
+    "k3_as_loss",
+    "abs_as_loss",
+    "k2_as_loss,ratio=none",
+    "k3_as_loss,ratio=none",
+    "k2_as_loss,ratio=rollout",
+    "k2_as_loss,level=prefix",
+    "k2_as_loss,level=sequence",
+    "k2_as_loss,cap=1.1",
+    "k2_as_loss,cap=1.1,mode=mask",
+    "k2_as_loss,cap=none",
+    "k2_as_loss,bound=0.3",
+    "k2_as_loss,horizon=sequence",
+    "k2_as_loss,level=sequence,horizon=sequence",
+    "k2_as_loss,ratio=none,horizon=sequence",
+    "k2_as_loss,ratio=rollout,cap=2,horizon=sequence,bound=0.5",
+)
+IN_REWARD = (
+    "k1_in_reward",
+    "k2_in_reward",
+    "k3_in_reward",
+    "abs_in_reward",
+    "k1_in_reward,bound=1",
+)
+SUMS = ("k3_in_reward+k3_as_loss", "k2_as_loss+k3_as_loss,ratio=none")
+KL_TYPES = (*AS_LOSS, *IN_REWARD, *SUMS)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, float32, (4, 6); answers of 6, 4, 1 and 5 tokens, one with a gap."""
+
+    log_probs: Tensor
+    ref_log_probs: Tensor
+    old_log_probs: Tensor
+    rollout_log_probs: Tensor
+    response_mask: Tensor
+    advantages: Tensor
+
+
+def batch() -> Batch:
+    """The tensors, the same on every machine; what is masked holds zeros, as hosts pad."""
+    b, t = torch.arange(4.0)[:, None], torch.arange(6.0)[None, :]
+    mask = (t < torch.tensor([6.0, 4.0, 1.0, 5.0])[:, None]).float()
+    mask[3, 2] = 0  # a tool's output inside an answer
+    log_probs = -1.2 - 0.9 * torch.sin(1.7 * b + 0.8 * t)
+    old = log_probs + 0.15 * torch.cos(2.3 * b + 1.1 * t)
+    return Batch(
+        log_probs=log_probs * mask,
+        ref_log_probs=(log_probs + 0.7 * torch.sin(0.9 * b - 1.3 * t + 0.4)) * mask,
+        old_log_probs=old * mask,
+        rollout_log_probs=(old + 0.05 * torch.sin(3.1 * b + 0.7 * t)) * mask,
+        response_mask=mask,
+        advantages=torch.tensor([0.8, -0.4, 1.1, -1.5])[:, None] * mask,
+    )
+
+
+def loss_gradient(kl_type: str, given: Batch | None = None) -> Tensor:
+    """What ``BETA`` times the term's part in the loss adds to the gradient of ``log_probs``.
+
+    (4, 6), under ``token-mean`` aggregation; zero for a kl_type that is in the reward only.
+    """
+    given = batch() if given is None else given
+    log_probs = given.log_probs.clone().requires_grad_(True)
+    term = klplug.kl_term(
+        klplug.parse(kl_type).placed("as_loss"),
+        log_probs,
+        given.ref_log_probs,
+        given.response_mask,
+        old_log_probs=given.old_log_probs,
+        rollout_log_probs=given.rollout_log_probs,
+    )
+    (BETA * klplug.aggregate(term.loss, given.response_mask, "token-mean")).backward()
+    assert log_probs.grad is not None
+    return log_probs.grad
+
+
+def reward_advantages(kl_type: str, given: Batch | None = None) -> Tensor:
+    """What the term's part in the reward adds to each token's advantage, (4, 6).
+
+    The coefficient is measured on the policy that the answers came from, ``old``, and credited to
+    every counted token at or before its own; zero for a kl_type that is in the loss only.
+    """
+    given = batch() if given is None else given
+    term = klplug.kl_term(
+        klplug.parse(kl_type).placed("in_reward"),
+        given.old_log_probs,
+        given.ref_log_probs,
+        given.response_mask,
+    )
+    return -BETA * klplug.reward_to_go(term.coefficient) * given.response_mask

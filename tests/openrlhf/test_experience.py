@@ -1,0 +1,230 @@
+"""The reward side on the real thing: RemoteExperienceMaker, its models' answers given."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from klplug import kl_term, reward_to_go
+from tests.openrlhf.trainer import ANSWER, LENGTH, PROMPT, arguments, change, configure
+
+pytestmark = pytest.mark.usefixtures("patched")
+
+GROUPS, GROUP, BETA = 3, 4, 0.1
+
+
+class Samples:
+    """Two groups' worth of answers of uneven length, with the three policies' log-probs."""
+
+    def __init__(self, seed: int = 0, spread: float = 0.5) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        count = GROUPS * GROUP
+        self.lengths = [int(n) for n in torch.randint(2, ANSWER, (count,), generator=generator)]
+        self.policy = -2 * torch.rand(count, LENGTH - 1, generator=generator)
+        noise = torch.randn(self.policy.shape, generator=generator)
+        self.reference = self.policy + spread * noise
+        self.rewards = torch.rand(count, generator=generator)
+
+    def mask(self, i: int) -> Tensor:
+        mask = torch.zeros(1, LENGTH - 1, dtype=torch.long)
+        mask[0, PROMPT : PROMPT + self.lengths[i]] = 1
+        return mask
+
+    def experiences(self) -> list[Any]:
+        from openrlhf.trainer.ppo_utils.experience import Experience
+
+        return [
+            Experience(
+                sequences=torch.ones(1, LENGTH, dtype=torch.long),
+                attention_mask=torch.ones(1, LENGTH, dtype=torch.long),
+                action_mask=self.mask(i),
+                rewards=self.rewards[i : i + 1].clone(),
+                scores=self.rewards[i : i + 1].clone(),
+                response_length=torch.tensor([self.lengths[i]]),
+                truncated=torch.tensor([False]),
+                total_length=torch.tensor([float(LENGTH)]),
+                info={"reward": self.rewards[i : i + 1].clone()},
+            )
+            for i in range(len(self.lengths))
+        ]
+
+
+def maker(args: SimpleNamespace, samples: Samples, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The real maker; what its remote models would answer comes from ``samples``."""
+    from openrlhf.trainer.ppo_utils import experience_maker
+
+    has_reference = args.algo.kl.init_coef > 0
+    made = experience_maker.RemoteExperienceMaker(
+        actor_model_group="actor",
+        critic_model_group=None,
+        reward_model_group=None,
+        initial_model_group="reference" if has_reference else None,
+        kl_controller=SimpleNamespace(value=args.algo.kl.init_coef),
+        strategy=SimpleNamespace(args=args),
+        tokenizer=SimpleNamespace(pad_token_id=0),
+    )
+    monkeypatch.setattr(
+        experience_maker,
+        "ray",
+        SimpleNamespace(put=lambda x: x, get=lambda refs: refs),
+    )
+
+    def forward(group: str, sync: bool, *, action_mask: list[Tensor], **_: Any) -> Any:
+        rows = samples.policy if group == "actor" else samples.reference
+        out, start = [], 0
+        for mask in action_mask:
+            out.append(rows[start : start + mask.shape[0]] * mask)
+            start += mask.shape[0]
+        return [out]
+
+    monkeypatch.setattr(made, "_dispatch_forward", forward)
+    return made
+
+
+def advantages(
+    kl: str, samples: Samples, monkeypatch: pytest.MonkeyPatch, **changes: Any
+) -> tuple[Tensor, list[Any]]:
+    """Per-token advantages of all answers, masked, and the experiences they are of."""
+    args = arguments(**changes)
+    configure(args, kl, BETA)
+    if kl.startswith("stock:"):
+        change(args, "algo.kl.use_loss", False)
+    made = maker(args, samples, monkeypatch)
+    experiences = made.make_experience_batch(samples.experiences())
+    rows = [(e.advantages * e.action_mask).float() for e in experiences]
+    return torch.cat(rows), experiences
+
+
+@pytest.fixture(params=["group_norm", "dr_grpo", "rloo", "reinforce_baseline", "flash_reinforce"])
+def estimator(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_k1_in_reward_equals_stock_k1(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"algo__advantage__estimator": estimator}
+    samples = Samples()
+    ours, _ = advantages("k1_in_reward", samples, monkeypatch, **changes)
+    theirs, _ = advantages("stock:k1", samples, monkeypatch, **changes)
+    without, _ = advantages("none", samples, monkeypatch, **changes)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+    assert (ours - without).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["k1", "k2", "k3"])
+def test_joined_after_normalisation_at_absolute_strength(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = Samples()
+    ours, experiences = advantages(f"{name}_in_reward", samples, monkeypatch)
+    without, _ = advantages("none", samples, monkeypatch)
+    mask = torch.cat([e.action_mask for e in experiences])
+    value = kl_term(f"{name}_in_reward", samples.policy, samples.reference, mask).coefficient
+    torch.testing.assert_close(
+        ours - without, -BETA * reward_to_go(value) * mask, rtol=1e-4, atol=1e-6
+    )
+    groups = samples.rewards.view(GROUPS, GROUP)
+    assert (groups.std(-1) - 1).abs().min() > 0.1  # so that dividing by it would show
+
+
+@pytest.mark.parametrize(("name", "log_ratio"), [("k1", 12.0), ("k2", 5.0), ("k3", -4.0)])
+def test_where_a_stock_clamp_acts_the_reward_saturates(
+    name: str, log_ratio: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = Samples()
+    samples.reference[0, PROMPT] = samples.policy[0, PROMPT] - log_ratio
+    ours, _ = advantages(f"{name}_in_reward", samples, monkeypatch)
+    theirs, _ = advantages(f"stock:{name}", samples, monkeypatch)
+    value = {"k1": log_ratio, "k2": log_ratio**2 / 2, "k3": math.exp(-log_ratio) - 1 + log_ratio}
+    difference = (theirs - ours)[0, PROMPT].item()
+    assert difference == pytest.approx(BETA * (value[name] - 10), rel=1e-4)
+    ours[0, PROMPT] = theirs[0, PROMPT]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_of_a_sum_only_the_reward_is_in_the_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = Samples()
+    both, _ = advantages("k3_in_reward+k3_as_loss", samples, monkeypatch)
+    one, _ = advantages("k3_in_reward", samples, monkeypatch)
+    loss, experiences = advantages("k3_as_loss", samples, monkeypatch)
+    without, _ = advantages("none", samples, monkeypatch)
+    torch.testing.assert_close(both, one, rtol=0, atol=0)
+    torch.testing.assert_close(loss, without, rtol=0, atol=0)
+    assert all(e.base_action_log_probs is not None for e in experiences)
+    assert all((e.info["klplug/active"] == 1).all() for e in experiences)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"actor__loss_agg_mode": "seq-mean-token-mean"},
+        {"actor__policy_loss_type": "gspo"},
+    ],
+    ids=["seq-mean", "gspo"],
+)
+def test_where_tokens_weigh_one_over_length_the_optimum_has_no_advantage(
+    changes: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At pi* = ref exp(r/beta)/Z of every group, no answer may be pushed, long or short.
+
+    A reward-to-go pushes there: that is the tilt to long answers.
+    """
+    samples = Samples(spread=0.2)
+    for i, length in enumerate(samples.lengths):
+        # log(pi/ref) of the whole answer = r/beta + a constant, spread unevenly over its tokens.
+        span = slice(PROMPT, PROMPT + length)
+        lr = samples.policy[i, span] - samples.reference[i, span]
+        lr = lr + (samples.rewards[i] / BETA - 1.7 - lr.sum()) / length
+        samples.reference[i, span] = samples.policy[i, span] - lr
+    changes = {**changes, "algo__advantage__estimator": "rloo"}
+    ours, experiences = advantages("k1_in_reward", samples, monkeypatch, **changes)
+    assert ours.abs().max() < 1e-5
+    theirs, _ = advantages("stock:k1", samples, monkeypatch, **changes)
+    assert theirs.abs().max() > 0.1
+    returns = torch.cat([e.returns * e.action_mask for e in experiences])
+    assert returns.abs().max() < 1e-5
+
+
+def test_micro_batches_in_any_order_have_the_same_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamic batching hands answers over in another order than they were sampled in."""
+    from klplug_openrlhf.hooks import over_groups
+
+    kl = torch.tensor([1.0, 2.0, 3.0, 6.0, 0.0, 1.0, 2.0, 5.0])
+    plain = over_groups(
+        [kl[:4], kl[4:]],
+        [SimpleNamespace(index=[0, 1, 2, 3]), SimpleNamespace(index=[4, 5, 6, 7])],
+        4,
+    )
+    order = [6, 0, 3, 5, 1, 7, 4, 2]
+    mixed = over_groups(
+        [kl[order[:3]], kl[order[3:]]],
+        [SimpleNamespace(index=order[:3]), SimpleNamespace(index=order[3:])],
+        4,
+    )
+    assert torch.cat(plain)[0].item() == pytest.approx(1 - (2 + 3 + 6) / 3)
+    torch.testing.assert_close(torch.cat(mixed), torch.cat(plain)[order])
+
+
+def test_the_controller_is_fed_an_unbiased_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    from klplug_openrlhf.hooks import MeasuredController
+
+    from klplug import AdaptiveKL
+
+    samples = Samples()
+    args = arguments()
+    configure(args, "k2_as_loss", BETA)
+    made = maker(args, samples, monkeypatch)
+    made.kl_ctl = MeasuredController(AdaptiveKL(BETA, target=0.1, horizon=100))
+    experiences = made.make_experience_batch(samples.experiences())
+    mask = torch.cat([e.action_mask for e in experiences]).bool()
+    lr = (samples.policy - samples.reference)[mask].double()
+    k2, k3 = (lr**2 / 2).mean().item(), (torch.exp(-lr) - 1 + lr).mean().item()
+    assert made.kl_ctl.measured == pytest.approx(k3, rel=1e-5)
+    assert abs(k2 - k3) > 1e-3
+    made.kl_ctl.update(1e9, 10)  # what OpenRLHF hands over, k2's value, is not what counts
+    error = min(max(k3 / 0.1 - 1, -0.2), 0.2)
+    assert made.kl_ctl.value == pytest.approx(BETA * (1 + error * 10 / 100))

@@ -1,0 +1,126 @@
+"""Controller and checkpoints, through the real BasePPOTrainer's methods."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from klplug import AdaptiveKL
+from tests.openrlhf.trainer import arguments, configure
+
+pytestmark = pytest.mark.usefixtures("patched")
+
+
+class Group:
+    """A model group that keeps what it is told to save."""
+
+    def __init__(self, states: dict[str, Any] | None = None) -> None:
+        self.saved: dict[str, Any] = {}
+        self.states = states
+
+    def async_run_method(self, method_name: str, **kwargs: Any) -> list[Any]:
+        if method_name == "save_checkpoint":
+            self.saved = kwargs["client_states"]
+            return []
+        assert method_name == "get_checkpoint_states"
+        return [self.states]
+
+
+def trainer(
+    monkeypatch: pytest.MonkeyPatch,
+    kl_type: str = "k2_as_loss",
+    group: Group | None = None,
+    **own: Any,
+) -> Any:
+    from openrlhf.trainer import ppo_trainer
+
+    args = arguments()
+    configure(args, kl_type)
+    if hasattr(args, "klplug"):
+        vars(args.klplug).update(own)
+    args.logger = SimpleNamespace(
+        wandb=SimpleNamespace(key=None), tensorboard_dir=None, logging_steps=1
+    )
+    args.ckpt = SimpleNamespace(best_metric_key="", save_steps=1, path=".", load_enable=True)
+    monkeypatch.setattr(ppo_trainer.ray, "get", lambda refs: refs)
+    monkeypatch.setattr(ppo_trainer.os.path, "exists", lambda path: True)
+    return ppo_trainer.BasePPOTrainer(
+        SimpleNamespace(args=args), group or Group(), None, None, None, None, None
+    )
+
+
+def test_every_process_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer(monkeypatch, "k3_as_loss,cap=5")
+    line = capsys.readouterr().out
+    assert "active in the trainer" in line
+    assert "kl_type=k3_as_loss,cap=5 kl_coef=0.1" in line
+    trainer(monkeypatch, "stock:k2")
+    assert "klplug" not in capsys.readouterr().out
+
+
+def test_the_state_of_the_controller_survives_save_and_resume(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {"kl_ctrl": "adaptive", "kl_target": 0.05, "kl_horizon": 100}
+    group = Group()
+    first = trainer(monkeypatch, group=group, **own)
+    assert first.experience_maker.kl_ctl is first.kl_ctl
+    first.kl_ctl.measured = 1.0
+    first.kl_ctl.update(0.0, 50)
+    moved = first.kl_ctl.value
+    assert moved == pytest.approx(0.1 * (1 + 0.2 * 50 / 100))
+    first.save_logs_and_checkpoints(3, {}, {"global_step": 3})
+    assert group.saved["global_step"] == 3
+    assert group.saved["klplug"] == {
+        "kl_type": "k2_as_loss",
+        "kl_ctrl": "adaptive",
+        "value": moved,
+    }
+
+    resumed = trainer(monkeypatch, group=Group(group.saved), **own)
+    capsys.readouterr()
+    resumed.init_checkpoint_states()
+    assert resumed.kl_ctl.value == moved
+    assert isinstance(resumed.kl_ctl.controller, AdaptiveKL)
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_the_best_checkpoint_has_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Group()
+    made = trainer(monkeypatch, group=group)
+    made.save_best_checkpoint({"eval_words_pass1": 0.5}, 3, {"global_step": 3})
+    assert group.saved["klplug"]["kl_type"] == "k2_as_loss"
+    assert group.saved["best_eval_metric_value"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [
+        ({"kl_type": "k3_as_loss", "kl_ctrl": "fixed", "value": 0.1}, "kl_type=k3_as_loss"),
+        (None, "OpenRLHF's own KL"),
+    ],
+)
+def test_resuming_under_another_kl_type_warns(
+    saved: dict[str, Any] | None,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    states = {"global_step": 3, **({"klplug": saved} if saved else {})}
+    trainer(monkeypatch, group=Group(states)).init_checkpoint_states()
+    out = capsys.readouterr().out
+    assert "WARNING" in out and words in out
+
+
+def test_stock_runs_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from openrlhf.trainer.ppo_utils.kl_controller import FixedKLController
+
+    group = Group()
+    made = trainer(monkeypatch, "stock:k2", group=group)
+    assert type(made.kl_ctl) is FixedKLController
+    made.save_logs_and_checkpoints(3, {}, {"global_step": 3})
+    assert "klplug" not in group.saved

@@ -1,0 +1,91 @@
+"""The built wheel: what lands in site-packages, and what a fresh installation can do with it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = {path.name for path in (ROOT / "adapters").iterdir() if path.is_dir()} | {"klplug"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "build",
+            "--wheel",
+            "--no-isolation",
+            "--outdir",
+            str(out),
+            str(ROOT),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def test_only_klplugs_packages_land_in_site_packages(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    top = {name.split("/")[0] for name in names}
+    assert {name for name in top if not name.endswith(".dist-info")} == PACKAGES
+    for package in PACKAGES:
+        assert f"{package}/py.typed" in names
+        assert f"{package}/__init__.py" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_no_host_is_a_dependency(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (metadata,) = (n for n in archive.namelist() if n.endswith("/METADATA"))
+    lines = archive.read(metadata).decode().splitlines()
+    needed = [line for line in lines if line.startswith("Requires-Dist: ")]
+    plain = {line.split()[1].split(">")[0] for line in needed if "extra ==" not in line}
+    assert plain == {"torch", "wrapt"}
+    assert not any(host in line for line in needed for host in ("verl", "openrlhf", "ray", "vllm"))
+    assert "Requires-Python: >=3.10" in lines
+
+
+def test_the_installed_wheel_imports_from_elsewhere(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index",
+         "--target", str(site), str(wheel)],
+        check=True,
+        capture_output=True,
+    )  # fmt: skip
+    script = (
+        f"import sys; sys.path.insert(0, {str(site)!r})\n"
+        "import klplug\n"
+        f"assert klplug.__file__.startswith({str(site)!r}), klplug.__file__\n"
+        "hosts = {'ray', 'transformers', 'verl', 'openrlhf', 'wrapt'} & set(sys.modules)\n"
+        "assert not hosts, hosts\n"
+        "import klplug_openrlhf\n"
+        "print(klplug.kl_types()['k2_as_loss'].target)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("LOC")
+
+
+def test_importing_an_adapter_is_cheap() -> None:
+    """Ray's workers import it at start: neither torch nor a host may come with it."""
+    for module in ("klplug_openrlhf", "klplug_openrlhf.worker", "klplug_openrlhf.launcher"):
+        script = (
+            f"import sys, {module}\n"
+            "heavy = {'torch', 'ray', 'openrlhf', 'vllm', 'transformers'} & set(sys.modules)\n"
+            "assert not heavy, heavy\n"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert done.returncode == 0, f"{module}: {done.stderr}"
