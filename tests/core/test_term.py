@@ -155,6 +155,15 @@ def test_exponents_saturate_at_the_dtype_and_are_counted() -> None:
     assert force(term, log_probs)[0, 0].item() == -largest
     assert term.metrics["klplug/overflow_share"].item() == 0.25
     assert all(metric.isfinite() for metric in term.metrics.values())
+    weighted = kl_term(
+        "k2_as_loss,cap=none",
+        log_probs,
+        log_probs.detach(),
+        torch.ones(1, 4),
+        old_log_probs=torch.tensor([[-1.0, -1.0, -150.0, -1.0]]),
+    )
+    assert weighted.weight[0, 2].item() == largest
+    assert weighted.metrics["klplug/overflow_share"].item() == 0.25
 
 
 @settings(max_examples=60, deadline=None)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -16,6 +18,7 @@ from klplug_openrlhf import worker
 from klplug_openrlhf.hooks import PATCH
 
 from klplug.patching import Hook, HookError, Patch
+from recipes import cpu_shim
 
 
 def test_the_wheel_in_this_environment_has_every_hook() -> None:
@@ -57,7 +60,7 @@ def test_stock_estimators_pass_through_bit_for_bit(patched: None) -> None:
     base = torch.randn(3, 4)
     for name in ("k1", "k2", "k3"):
         ours = utils.compute_approx_kl(log_probs, base, kl_estimator=name)
-        theirs = utils.compute_approx_kl.__klplug_original__(log_probs, base, kl_estimator=name)
+        theirs = utils.compute_approx_kl.__wrapped__(log_probs, base, kl_estimator=name)
         assert torch.equal(ours, theirs)
 
 
@@ -106,10 +109,32 @@ def test_a_doctored_copy_is_refused_whole(
         for word in ("openrlhf", version("openrlhf"), f"doctored.second.{kl.name}", words):
             assert word in str(error.value)
         first = importlib.import_module("doctored.first")
-        assert first.fine(3) == 3 and not hasattr(first.fine, "__klplug_original__")
+        assert first.fine(3) == 3 and not hasattr(first.fine, "__klplug__")
     finally:
         for module in ("doctored", "doctored.first", "doctored.second"):
             sys.modules.pop(module, None)
+
+
+def test_the_launcher_refuses_a_doctored_openrlhf_before_anything_starts(tmp_path: Path) -> None:
+    """A copy of the real package in which one parameter has another name."""
+    import openrlhf
+
+    shutil.copytree(Path(openrlhf.__file__).parent, tmp_path / "openrlhf")
+    utils = tmp_path / "openrlhf" / "models" / "utils.py"
+    utils.write_text(utils.read_text().replace("log_probs_old", "log_probs_before"))
+    done = subprocess.run(
+        [sys.executable, "-m", "klplug_openrlhf", "--klplug.kl_type", "k2_as_loss",
+         "--klplug.kl_coef", "0.1"],
+        cwd=tmp_path,
+        env=os.environ | cpu_shim.environment("openrlhf"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("klplug: error: klplug can't hook into openrlhf")
+    assert "openrlhf.models.utils.compute_approx_kl" in line and "log_probs_old" in line
 
 
 def test_a_missing_module_is_named() -> None:
@@ -135,7 +160,7 @@ def test_a_worker_is_patched_as_it_imports_and_stops_where_it_cannot_be(tmp_path
         install()
         assert "torch" not in sys.modules
         from openrlhf.models.loss import aggregate_loss
-        assert hasattr(aggregate_loss, "__klplug_original__")
+        assert hasattr(aggregate_loss, "__klplug__")
         import openrlhf.models.utils
         """
     )
