@@ -12,7 +12,7 @@ import importlib
 import importlib.metadata
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -22,7 +22,7 @@ import wrapt
 # (original, instance or None, args, kwargs) -> result, as wrapt's wrappers are called.
 Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
 
-_MARK = "__klplug_original__"
+_MARK = "__klplug__"
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,20 @@ class Patch:
     def modules(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(hook.module for hook in self.hooks))
 
-    def check(self) -> None:
+    def check(self, required: Iterable[str] = ()) -> None:
         """Import every hooked module and check every row; nothing is replaced.
 
+        Args:
+            required: tensors that the formulation needs (``KLSpec.requires``).
+
         Raises:
-            HookError: names the host, its version, the path, what was expected and what is there.
+            HookError: names the host, its version, the path, what was expected and what is there;
+                or the tensors that no hook supplies.
         """
+        supplied = {name for hook in self.hooks for name in hook.supplies}
+        missing = [name for name in required if name not in supplied]
+        if missing:
+            raise HookError(f"on {self.host} nothing supplies {', '.join(missing)} to klplug")
         for name in self.modules:
             try:
                 module = importlib.import_module(name)
@@ -189,5 +197,7 @@ def _wrapped(original: Callable[..., Any], wrapper: Wrapper, is_method: bool) ->
             return wrapper(original, None, args, kwargs)
 
         replacement = function
-    setattr(replacement, _MARK, original)
+    # A plain value: Ray copies a function's attributes onto functions that it pickles by value, and
+    # the original itself, which no longer has a name to be found by, would be dragged along.
+    setattr(replacement, _MARK, True)
     return replacement

@@ -53,8 +53,9 @@ def parse_args(
     estimator = parser._option_string_actions.get("--algo.kl.estimator")
     if estimator is None:
         return original(*args, **kwargs)
+    from klplug import parse
     from klplug.patching import HookError
-    from klplug_openrlhf import check
+    from klplug_openrlhf.hooks import PATCH
     from klplug_openrlhf.settings import derive
 
     estimator.choices = None  # full kl_types are allowed too; derive() says what is wrong
@@ -62,7 +63,7 @@ def parse_args(
     parsed = original(*args, **kwargs)
     try:
         line = derive(parsed, written_options(parser))
-        check()
+        PATCH.check(parse(vars(parsed)["klplug.kl_type"]).requires)
     except (ValueError, HookError) as error:
         fail(str(error))
     print(line, flush=True)

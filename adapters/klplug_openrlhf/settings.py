@@ -108,7 +108,14 @@ def derive(args: Namespace, written: Namespace) -> str:
     shown = {k: v for k, v in settings.items() if not k.startswith("klplug.")}
     text = ", ".join(f"--{k}={v}" for k, v in shown.items())
     coef_text = f" kl_coef={plan.kl_coef:g}" if active else ""
-    return f"klplug {klplug.__version__}: kl_type={spec}{coef_text}; sets {text}"
+    line = f"klplug {klplug.__version__}: kl_type={spec}{coef_text}; sets {text}"
+    estimator = _get(args, "algo.advantage.estimator")
+    if spec.placed("in_reward").estimator != "none" and estimator in WHITENED_ESTIMATORS:
+        line += (
+            f"\nklplug: note: {estimator} whitens advantages after the KL has joined them, so its "
+            "strength is kl_coef over their standard deviation in each batch"
+        )
+    return line
 
 
 def _get(args: Namespace, name: str) -> Any:

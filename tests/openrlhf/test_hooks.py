@@ -137,6 +137,12 @@ def test_the_launcher_refuses_a_doctored_openrlhf_before_anything_starts(tmp_pat
     assert "openrlhf.models.utils.compute_approx_kl" in line and "log_probs_old" in line
 
 
+def test_a_tensor_that_no_hook_supplies_is_named() -> None:
+    PATCH.check(["ref_log_probs", "old_log_probs", "rollout_log_probs"])
+    with pytest.raises(HookError, match="nothing supplies advantages"):
+        PATCH.check(["ref_log_probs", "advantages"])
+
+
 def test_a_missing_module_is_named() -> None:
     patch = Patch("openrlhf", PATCH.tested, (Hook("openrlhf.gone", "f", (), lambda *_: None),))
     with pytest.raises(HookError, match=r"at openrlhf\.gone it expects a module"):

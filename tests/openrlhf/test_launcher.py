@@ -126,6 +126,14 @@ def test_flags_that_agree_are_fine(run: Any) -> None:
     assert args.klplug.kl_type == "k2_as_loss"
 
 
+def test_whitening_is_said(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    kl = ("--klplug.kl_type", "k1_in_reward", "--klplug.kl_coef", "0.1")
+    run(*kl, "--algo.advantage.estimator", "reinforce_baseline")
+    assert "reinforce_baseline whitens" in capsys.readouterr().out
+    run(*kl)
+    assert "whitens" not in capsys.readouterr().out
+
+
 def test_adaptive_controller(run: Any) -> None:
     args, _ = run(*KL, "--klplug.kl_ctrl", "adaptive", "--klplug.kl_target", "0.05")
     assert args.klplug.kl_ctrl == "adaptive" and args.klplug.kl_target == 0.05

@@ -1,0 +1,212 @@
+"""What a user sets for a quickstart run, and what is checked before anything starts."""
+
+import math
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+CACHE = REPOSITORY / ".cache"
+RUNS = REPOSITORY / "runs"
+
+HOSTS = ("openrlhf", "verl")
+STOCK = ("stock:k1", "stock:k2", "stock:k3")
+NAMED_MODELS = ("tiny", "smollm2")
+
+
+class SettingsError(ValueError):
+    """Something the user set cannot be; the message is all they need to see."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The sizes of a run, chosen with the size of the policy."""
+
+    steps: int
+    kl_coef: float
+    learning_rate: float
+    prompts: int
+    """Questions per step."""
+    samples: int
+    """Answers per question: the group of GRPO."""
+    max_new_tokens: int
+    max_len: int
+    """Question and answer together; a longer question loses its beginning."""
+    micro_batch: int
+    threads: int
+    """Per process; a second one makes a tiny policy's matrices slower, not faster."""
+    test_problems: int
+
+
+TINY = Recipe(
+    steps=30,
+    kl_coef=1e-2,
+    learning_rate=2e-4,
+    prompts=32,
+    samples=8,
+    max_new_tokens=48,
+    max_len=256,
+    micro_batch=32,
+    threads=1,
+    test_problems=500,
+)
+# Shows that a real model trains, in minutes on two cores; learns nothing to speak of.
+LARGE = Recipe(
+    steps=3,
+    kl_coef=1e-2,
+    learning_rate=1e-5,
+    prompts=4,
+    samples=4,
+    max_new_tokens=96,
+    max_len=512,
+    micro_batch=4,
+    threads=2,
+    test_problems=16,
+)
+TINY_WIDTH = 512
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run; two runs with equal settings are repetitions of each other."""
+
+    host: str
+    kl_type: str
+    kl_coef: float | None
+    steps: int
+    seed: int
+    model: str
+    data: str
+    gsm8k: str | None
+    ranks: int
+
+    @property
+    def is_stock(self) -> bool:
+        return self.kl_type in STOCK
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return recipe_for(self.model)
+
+    @property
+    def default_out(self) -> Path:
+        host = "" if self.host == "openrlhf" else f"-{self.host}"
+        model = "" if self.model == "tiny" else f"-{Path(self.model).name}"
+        return RUNS / f"quickstart{host}{model}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def settings(
+    *,
+    host: str = "openrlhf",
+    kl_type: str = "k2_as_loss",
+    kl_coef: float | None = None,
+    steps: int | None = None,
+    seed: int = 42,
+    model: str = "tiny",
+    data: str = "words",
+    gsm8k: str | None = None,
+    ranks: int = 1,
+) -> Settings:
+    """Checked settings, with what was left out filled in from the recipe.
+
+    Raises:
+        SettingsError: Names the setting, its value, and what is allowed.
+    """
+    if host not in HOSTS:
+        raise SettingsError(f"HOST={host}: there is {', '.join(HOSTS)}")
+    canonical = canonical_kl_type(kl_type)
+    if model not in NAMED_MODELS:
+        check_model(model)
+    recipe = recipe_for(model)
+    steps = recipe.steps if steps is None else steps
+    if steps < 1:
+        raise SettingsError(f"STEPS={steps}: at least 1")
+    answers = recipe.prompts * recipe.samples
+    if ranks < 1 or answers % (ranks * recipe.micro_batch):
+        most = answers // recipe.micro_batch
+        raise SettingsError(
+            f"RANKS={ranks}: a step's {answers} answers go to the ranks in batches of "
+            f"{recipe.micro_batch}, so RANKS must be a divisor of {most}"
+        )
+    if gsm8k is not None and data != "gsm8k":
+        raise SettingsError(f"GSM8K={gsm8k} is read with DATA=gsm8k only, not with DATA={data}")
+    coef = checked_kl_coef(canonical, kl_coef, recipe)
+    made = Settings(host, canonical, coef, steps, seed, model, data, gsm8k, ranks)
+    check_data(made)
+    return made
+
+
+def canonical_kl_type(kl_type: str) -> str:
+    if kl_type in STOCK:
+        return kl_type
+    if kl_type.startswith("stock:"):
+        raise SettingsError(f"KL_TYPE={kl_type}: of the host's own there are {', '.join(STOCK)}")
+    from klplug import parse
+
+    try:
+        return str(parse(kl_type))
+    except ValueError as error:
+        raise SettingsError(
+            f"KL_TYPE={kl_type}: {error} For the host's own KL: {', '.join(STOCK)}"
+        ) from error
+
+
+def checked_kl_coef(kl_type: str, coef: float | None, recipe: Recipe) -> float | None:
+    if kl_type == "none":
+        if coef is not None:
+            raise SettingsError(f"KL_COEF={coef:g}: KL_TYPE=none takes no coefficient")
+        return None
+    if coef is None:
+        return recipe.kl_coef
+    if not math.isfinite(coef) or coef <= 0:
+        raise SettingsError(
+            f"KL_COEF={coef:g}: a finite number above 0 (KL_TYPE=none is a run without KL)"
+        )
+    return coef
+
+
+def check_model(model: str) -> None:
+    """A folder with a config.json, or a name that the hub knows."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise SettingsError(f"MODEL={model}: the folder has no config.json")
+        return
+    is_hub_name = model.count("/") == 1 and not model.startswith((".", "~", "/"))
+    if not is_hub_name:
+        raise SettingsError(
+            f"MODEL={model}: no such folder. There are {', '.join(NAMED_MODELS)}, "
+            "a Hugging Face folder, or a hub's owner/name"
+        )
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SettingsError(f"MODEL={model}: neither a folder nor on the hub. {reason}") from error
+
+
+def recipe_for(model: str) -> Recipe:
+    if model in NAMED_MODELS:
+        return TINY if model == "tiny" else LARGE
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(Path(model).expanduser() if Path(model).is_dir() else model)
+    return TINY if config.get_text_config().hidden_size < TINY_WIDTH else LARGE
+
+
+def check_data(made: Settings) -> None:
+    """Both splits are there, in the form, and enough for the evaluation and a step."""
+    from recipes.quickstart.data import load_problems
+
+    try:
+        for split in ("train", "test"):
+            load_problems(made.data, split, gsm8k_path=made.gsm8k)
+    except (FileNotFoundError, ValueError) as error:
+        raise SettingsError(f"DATA={made.data}: {error}") from error
