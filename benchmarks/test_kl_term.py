@@ -1,6 +1,6 @@
 """The KL term, forward and backward, beside OpenRLHF's own function: same process, same tensors.
 
-`make bench`. Timings of one process on a noisy machine mean little; their ratio, taken in turns, does.
+`make bench`. Timings on a noisy machine mean little; the ratio of two that take turns does.
 """
 
 from __future__ import annotations

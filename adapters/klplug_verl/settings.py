@@ -1,0 +1,380 @@
+"""From what a user wrote to what verl must be told, or to one clear error."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import klplug
+from klplug import KLSpec, parse
+from klplug.host import SettingsError
+
+_STOCK = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "full")
+STOCK_NAMES = (*_STOCK, *(f"{name}+" for name in _STOCK))
+"""What verl's ``kl_penalty`` knows."""
+
+KEYS = ("kl_type", "kl_coef", "kl_ctrl", "kl_target", "kl_horizon")
+
+USE_LOSS = "actor_rollout_ref.actor.use_kl_loss"
+LOSS_TYPE = "actor_rollout_ref.actor.kl_loss_type"
+LOSS_COEF = "actor_rollout_ref.actor.kl_loss_coef"
+USE_REWARD = "algorithm.use_kl_in_reward"
+PENALTY = "algorithm.kl_penalty"
+CTRL_COEF = "algorithm.kl_ctrl.kl_coef"
+RECORDS = "actor_rollout_ref.rollout.calculate_log_probs"
+
+REWARD_ESTIMATORS = (
+    "grpo",
+    "grpo_vectorized",
+    "grpo_passk",
+    "rloo",
+    "rloo_vectorized",
+    "opo",
+    "remax",
+    "gpg",
+    "gdpo",
+)
+"""Advantage estimators whose result a KL can be joined to: one number per answer, on the reward's
+own scale or the group's. The others whiten over the batch, bootstrap, or weigh each token."""
+
+# They take the token mean of each answer themselves, whatever the aggregation.
+MEAN_OF_ANSWER_LOSSES = ("sapo", "geo_mean")
+
+
+def is_stock(name: str) -> bool:
+    return name in STOCK_NAMES
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the trainer does in a run, read from the ``klplug`` node of its resolved config."""
+
+    spec: KLSpec
+    kl_coef: float
+    kl_ctrl: str = "fixed"
+    kl_target: float | None = None
+    kl_horizon: float | None = None
+    divides_by_length: bool = False
+
+    @classmethod
+    def of(cls, config: Any) -> Plan | None:
+        """The plan of a run, or ``None`` where nobody asked for klplug."""
+        own = _get(config, "klplug")
+        if own is None:
+            return None
+        spec = parse(own["kl_type"])
+        return cls(
+            spec=spec,
+            kl_coef=klplug.check_kl_coef(spec, own.get("kl_coef")),
+            kl_ctrl=own.get("kl_ctrl") or "fixed",
+            kl_target=own.get("kl_target"),
+            kl_horizon=own.get("kl_horizon"),
+            divides_by_length=_divides_by_length(config),
+        )
+
+    def controller(self) -> klplug.KLController:
+        return klplug.kl_controller(self.kl_ctrl, self.kl_coef, self.kl_target, self.kl_horizon)
+
+
+def derive(config: Any, written: Mapping[str, Any]) -> str | None:
+    """Set verl's switches in ``config`` from klplug's keys; the line that says what was set.
+
+    Done twice on the way, with the same result: by the command's own process before anything is
+    shipped, and by the trainer, which others may have started.
+
+    Args:
+        config: verl's config, defaults filled in; changed in place.
+        written: dotted key to value, only what the user wrote on the command line.
+
+    Returns:
+        ``None`` where nothing asks for klplug; the config is then as it was.
+
+    Raises:
+        ValueError: names what is wrong, the value, and what is allowed.
+    """
+    asked = _asked(config, written)
+    if asked is None:
+        return None
+    spec = parse(asked["kl_type"])
+    plan = Plan(
+        spec=spec,
+        kl_coef=klplug.check_kl_coef(spec, asked.get("kl_coef")),
+        kl_ctrl=asked.get("kl_ctrl") or "fixed",
+        kl_target=asked.get("kl_target"),
+        kl_horizon=asked.get("kl_horizon"),
+        divides_by_length=_divides_by_length(config),
+    )
+    plan.controller()
+    for key, reason in _contradictions(plan, written if "klplug" in config else {}):
+        raise SettingsError(f"{key} contradicts kl_type {spec}: {reason}")
+    _refuse_unserved(plan, config, written)
+    check_files(config)
+
+    as_loss, in_reward = spec.placed("as_loss"), spec.placed("in_reward")
+    settings: dict[str, Any] = {
+        USE_LOSS: as_loss.estimator != "none",
+        USE_REWARD: in_reward.estimator != "none",
+    }
+    # The strings that travel. A process that klplug did not reach stops at them: verl's own
+    # kl_penalty knows no such name.
+    if settings[USE_LOSS]:
+        settings |= {LOSS_TYPE: str(as_loss), LOSS_COEF: plan.kl_coef}
+    if settings[USE_REWARD]:
+        settings |= {PENALTY: str(in_reward), CTRL_COEF: plan.kl_coef}
+    if "rollout_log_probs" in spec.requires:
+        settings[RECORDS] = True
+    _update(config, settings)
+    own = {
+        "kl_type": str(spec),
+        "kl_coef": plan.kl_coef if spec.estimator != "none" else None,
+        "kl_ctrl": plan.kl_ctrl,
+        "kl_target": plan.kl_target,
+        "kl_horizon": plan.kl_horizon,
+    }
+    _update(config, {"klplug": {key: value for key, value in own.items() if value is not None}})
+    text = ", ".join(f"{key}={value}" for key, value in settings.items())
+    coef = f" kl_coef={plan.kl_coef:g}" if spec.estimator != "none" else ""
+    return f"klplug {klplug.__version__}: kl_type={spec}{coef}; sets {text}"
+
+
+def _get(config: Any, path: str, default: Any = None) -> Any:
+    for part in path.split("."):
+        if config is None or part not in config:
+            return default
+        config = config[part]
+    return default if config is None else config
+
+
+def _update(config: Any, settings: Mapping[str, Any]) -> None:
+    from omegaconf import OmegaConf
+
+    for key, value in settings.items():
+        OmegaConf.update(config, key, value, merge=False, force_add=True)
+
+
+def _asked(config: Any, written: Mapping[str, Any]) -> dict[str, Any] | None:
+    """klplug's own keys, as written or as they follow from a kl_type in verl's; or ``None``."""
+    own = config.get("klplug") if hasattr(config, "get") else None
+    if own is not None:
+        return _own_keys(own, written)
+    if _get(config, "actor_rollout_ref.actor") is None or _get(config, "algorithm") is None:
+        return None
+    loss, penalty = str(_get(config, LOSS_TYPE)), str(_get(config, PENALTY))
+    given = {
+        key: (_named(key, name), placement)
+        for key, name, placement in (
+            (LOSS_TYPE, loss, "as_loss"),
+            (PENALTY, penalty, "in_reward"),
+        )
+        if not is_stock(name)
+    }
+    for key, (spec, placement) in given.items():
+        if spec.placed(placement) != spec or spec.estimator == "none":
+            raise SettingsError(
+                f"{key}={spec}: this key takes kl_types that end in _{placement}. "
+                f"Write +klplug.kl_type={_quoted(spec)}, which goes where it belongs"
+            )
+    for key, switch, name in ((LOSS_TYPE, USE_LOSS, loss), (PENALTY, USE_REWARD, penalty)):
+        if key in given and written.get(switch) is False:
+            raise SettingsError(f"{switch}=False contradicts {key}={name}: leave one of them out")
+    if not given:
+        return None
+    other = {LOSS_TYPE: USE_REWARD, PENALTY: USE_LOSS}
+    if len(given) == 2 or any(_get(config, other[key]) for key in given):
+        both = f"{loss if LOSS_TYPE in given else 'k2_as_loss'}"
+        both = f"{penalty if PENALTY in given else 'k1_in_reward'}+{both}"
+        raise SettingsError(
+            f"{LOSS_TYPE}={loss} and {PENALTY}={penalty} with both placements on: two KL terms at "
+            f"once are to be said in one place, as in +klplug.kl_type={_quoted(both)}. "
+            "Else leave one out"
+        )
+    (key,) = given
+    spec = given[key][0]
+    if key == LOSS_TYPE:
+        return {"kl_type": str(spec), "kl_coef": _get(config, LOSS_COEF)}
+    ctrl = _get(config, "algorithm.kl_ctrl")
+    adaptive = ctrl["type"] == "adaptive"
+    return {
+        "kl_type": str(spec),
+        "kl_coef": ctrl["kl_coef"],
+        "kl_ctrl": ctrl["type"],
+        "kl_target": ctrl["target_kl"] if adaptive else None,
+        "kl_horizon": ctrl["horizon"] if adaptive else None,
+    }
+
+
+def _named(key: str, name: str) -> KLSpec:
+    try:
+        return parse(name)
+    except ValueError as error:
+        raise SettingsError(f"{key}: {error} verl's own: {', '.join(_STOCK)}") from None
+
+
+def _own_keys(own: Any, written: Mapping[str, Any]) -> dict[str, Any]:
+    if not hasattr(own, "keys"):
+        raise SettingsError(
+            f"klplug={own!r}: write its keys one by one, as in +klplug.kl_type=k2_as_loss"
+        )
+    for key in own:
+        if key not in KEYS:
+            near = difflib.get_close_matches(str(key), KEYS, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise SettingsError(
+                f"klplug.{key} is unknown; known: {', '.join(f'klplug.{k}' for k in KEYS)}.{hint}"
+            )
+    kl_type = own.get("kl_type")
+    if kl_type is None:
+        raise SettingsError(
+            "klplug.kl_type is missing, as in +klplug.kl_type=k2_as_loss +klplug.kl_coef=1e-3. "
+            f"Known: {', '.join(klplug.kl_types())}"
+        )
+    if not isinstance(kl_type, str):
+        raise SettingsError(f"klplug.kl_type={kl_type!r} is not a string")
+    coef = own.get("kl_coef")
+    for key in (LOSS_COEF, CTRL_COEF):
+        coef = written.get(key) if coef is None else coef
+    return {**{key: own.get(key) for key in KEYS}, "kl_coef": coef}
+
+
+def _quoted(spec: KLSpec | str) -> str:
+    text = str(spec)
+    return f'"{text}"' if set(text) & set(",=") else text
+
+
+def _contradictions(plan: Plan, written: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Keys that the user wrote and ``kl_type`` decides; verl's defaults contradict nothing."""
+    spec = plan.spec
+    for placement, switch, key in (
+        ("as_loss", USE_LOSS, LOSS_TYPE),
+        ("in_reward", USE_REWARD, PENALTY),
+    ):
+        part = spec.placed(placement)
+        present = part.estimator != "none"
+        where = "loss" if placement == "as_loss" else "reward"
+        if switch in written and bool(written[switch]) != present:
+            says = f"has a KL in the {where}" if present else f"puts no KL in the {where}"
+            yield f"{switch}={written[switch]}", f"{spec} {says}. Leave the key out"
+        if key in written and not _agrees(str(written[key]), part):
+            yield f"{key}={written[key]}", "two formulations are named. Leave the key out"
+    for key in (LOSS_COEF, CTRL_COEF):
+        if key in written and written[key] != plan.kl_coef:
+            yield (
+                f"{key}={written[key]}",
+                f"klplug.kl_coef is {plan.kl_coef:g}. Leave one out",
+            )
+    for key, ours in (
+        ("algorithm.kl_ctrl.type", "+klplug.kl_ctrl"),
+        ("algorithm.kl_ctrl.target_kl", "+klplug.kl_target"),
+        ("algorithm.kl_ctrl.horizon", "+klplug.kl_horizon"),
+    ):
+        if key in written:
+            yield f"{key}={written[key]}", f"klplug has its own controller: write {ours}"
+
+
+def _agrees(name: str, part: KLSpec) -> bool:
+    if is_stock(name):
+        base = parse(f"{name.removesuffix('+')}_as_loss").estimator if name != "full" else name
+        return {term.estimator for term in part.terms} == {base}
+    return parse(name) == part
+
+
+def _divides_by_length(config: Any) -> bool:
+    actor = _get(config, "actor_rollout_ref.actor")
+    return (
+        _get(actor, "loss_agg_mode") == "seq-mean-token-mean"
+        or _get(actor, "policy_loss.loss_mode") in MEAN_OF_ANSWER_LOSSES
+    )
+
+
+def _refuse_unserved(plan: Plan, config: Any, written: Mapping[str, Any]) -> None:
+    spec = plan.spec
+    if "trainer" not in config or "actor_rollout_ref" not in config:
+        raise SettingsError(f"kl_type {spec}: klplug serves verl.trainer.main_ppo, not this one")
+    if "use_v1" not in config["trainer"]:
+        raise SettingsError(f"kl_type {spec} needs verl 0.9 or later, which has the v1 trainer")
+    if not _get(config, "trainer.use_v1", False):
+        raise SettingsError(
+            f"kl_type {spec} with trainer.use_v1=False: klplug serves verl's v1 trainer only; the "
+            "other one is deprecated there"
+        )
+    if "async_training" in config or "rollout" in config:
+        raise SettingsError(
+            f"kl_type {spec}: verl's fully asynchronous and one-step-off recipes have trainers of "
+            "their own, which klplug does not reach. Use verl.trainer.main_ppo, with "
+            "trainer.v1.trainer_mode=separate_async if need be"
+        )
+    _refuse_in_reward(plan, config)
+    if (
+        spec.placed("as_loss").estimator != "none"
+        and _get(config, "distillation.enabled", False)
+        and not _get(config, "distillation.distillation_loss.use_task_rewards", False)
+    ):
+        raise SettingsError(
+            f"kl_type {spec} with distillation.distillation_loss.use_task_rewards=False: verl "
+            "throws the policy loss away there, and a KL in it too"
+        )
+    if "rollout_log_probs" in spec.requires and written.get(RECORDS) is False:
+        raise SettingsError(f"kl_type {spec} needs rollout log-probs, and {RECORDS}=False")
+
+
+def _refuse_in_reward(plan: Plan, config: Any) -> None:
+    joined_after = [t for t in plan.spec.placed("in_reward").terms if t.reward_norm == "none"]
+    if not joined_after:
+        return
+    estimator = str(_get(config, "algorithm.adv_estimator"))
+    if estimator not in REWARD_ESTIMATORS:
+        raise SettingsError(
+            f"kl_type {plan.spec} with algorithm.adv_estimator={estimator}: it whitens, bootstraps "
+            f"or weighs what it is given, so a KL has no definite strength there. Use one of "
+            f"{', '.join(REWARD_ESTIMATORS)}, or k2_as_loss, or verl's own order: "
+            f"{joined_after[0].estimator}_in_reward,reward_norm=group"
+        )
+    if plan.divides_by_length and int(_get(config, "actor_rollout_ref.rollout.n", 1)) < 2:
+        raise SettingsError(
+            f"kl_type {plan.spec} with a policy loss that divides by the answer's length would "
+            "tilt the optimum to long answers, and with actor_rollout_ref.rollout.n=1 there is no "
+            "group to take a baseline from. Use actor_rollout_ref.actor.loss_agg_mode=token-mean, "
+            "n > 1, or k2_as_loss"
+        )
+
+
+def check_files(config: Any) -> None:
+    """Local models and data files that the config names must be there and have the prompt."""
+    model = _get(config, "actor_rollout_ref.model.path")
+    if model and _is_local(model) and not Path(model).expanduser().exists():
+        raise SettingsError(f"actor_rollout_ref.model.path={model}: there is no such path")
+    prompt_key = _get(config, "data.prompt_key", "prompt")
+    for key in ("data.train_files", "data.val_files"):
+        files = _get(config, key) or ()
+        for name in [files] if isinstance(files, str) else files:
+            path = Path(str(name)).expanduser()
+            if not _is_local(str(name)):
+                continue
+            if not path.exists():
+                raise SettingsError(f"{key}={name}: there is no such path")
+            if path.suffix == ".parquet":
+                _check_column(key, path, prompt_key)
+
+
+def _is_local(name: str) -> bool:
+    # A hub's names have one slash at most, and no address.
+    if "://" in name:
+        return False
+    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+
+
+def _check_column(key: str, path: Path, column: str) -> None:
+    import pyarrow.parquet
+
+    try:
+        names = pyarrow.parquet.read_schema(path).names
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{key}={path}: not a parquet file ({error})") from None
+    if column not in names:
+        raise SettingsError(
+            f"{key}={path}: no column {column!r}; the file has {', '.join(names)}. "
+            "Set data.prompt_key"
+        )

@@ -1,0 +1,173 @@
+"""verl's real training worker in this process: FSDP2 over gloo, `ppo_loss`, no Ray."""
+
+from __future__ import annotations
+
+import os
+import socket
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+POLICY = Path(__file__).resolve().parents[2] / "recipes" / "quickstart" / "policy"
+PROMPTS, ANSWERS = (5, 7, 6, 4, 5, 3, 8, 4), (4, 6, 5, 3, 7, 1, 6, 5)
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+def nested(rows: list[Tensor]) -> Tensor:
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+
+class Bench:
+    """A worker whose optimiser never steps: every case meets the same policy."""
+
+    def __init__(self, rank: int = 0, world_size: int = 1, port: int | None = None) -> None:
+        os.environ.update(
+            RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            LOCAL_RANK="0",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port or free_port()),
+        )
+        from verl.trainer.config import CheckpointConfig
+        from verl.workers.config import (
+            FSDPEngineConfig,
+            FSDPOptimizerConfig,
+            HFModelConfig,
+            TrainingWorkerConfig,
+        )
+        from verl.workers.engine_workers import TrainingWorker
+
+        torch.set_num_threads(1)
+        self.rank, self.world_size = rank, world_size
+        self.worker = TrainingWorker(
+            TrainingWorkerConfig(
+                model_type="language_model",
+                model_config=HFModelConfig(
+                    path=str(POLICY),
+                    use_remove_padding=False,
+                    enable_gradient_checkpointing=False,
+                    override_config={"attn_implementation": "sdpa"},
+                ),
+                engine_config=FSDPEngineConfig(
+                    strategy="fsdp2",
+                    forward_only=False,
+                    fsdp_size=-1,
+                    use_torch_compile=False,
+                    dtype="float32",
+                    mixed_precision={"param_dtype": "fp32"},
+                    use_dynamic_bsz=False,
+                    micro_batch_size_per_gpu=8,
+                    infer_micro_batch_size_per_gpu=8,
+                ),
+                optimizer_config=FSDPOptimizerConfig(lr=0.0, total_training_steps=10),
+                checkpoint_config=CheckpointConfig(),
+            )
+        )
+        self.worker.reset()
+        self.worker.engine.optimizer_step = self._record
+        self.gradients: list[Tensor] = []
+
+    def _record(self) -> float:
+        named = self.worker.engine.module.named_parameters()
+        whole = [getattr(p.grad, "full_tensor", lambda g=p.grad: g)() for _, p in named]
+        self.gradients.append(torch.cat([g.flatten().double() for g in whole]))
+        return float(self.gradients[-1].norm())
+
+    def batch(self, drift: float = 0.5, off_policy: float = 0.2) -> Any:
+        """Eight answers of one to seven tokens, with all that verl's trainer would send."""
+        from verl.utils import tensordict_utils as tu
+
+        generator = torch.Generator().manual_seed(0)
+
+        def noise(scale: float) -> list[Tensor]:
+            return [scale * torch.randn(n, generator=generator) for n in ANSWERS]
+
+        prompts = [torch.randint(5, 280, (n,), generator=generator) for n in PROMPTS]
+        answers = [torch.randint(5, 280, (n,), generator=generator) for n in ANSWERS]
+        ids = [torch.cat(pair) for pair in zip(prompts, answers, strict=True)]
+        advantages = [torch.full((n,), 0.3 * (-1) ** i) for i, n in enumerate(ANSWERS)]
+        tensors = {
+            "input_ids": nested(ids),
+            "position_ids": nested([torch.arange(len(row)) for row in ids]),
+            "prompts": nested(prompts),
+            "responses": nested(answers),
+            "loss_mask": nested([torch.ones(n) for n in ANSWERS]),
+            "response_mask": nested([torch.ones(n) for n in ANSWERS]),
+        }
+        meta = {
+            "temperature": 1.0,
+            "global_batch_size": len(ANSWERS),
+            "mini_batch_size": len(ANSWERS),
+            "epochs": 1,
+            "seed": 0,
+            "dataloader_kwargs": {"shuffle": False},
+            "calculate_entropy": False,
+            "compute_loss": False,
+            "pad_mode": "no_padding",
+        }
+        mine = tu.get_tensordict(tensors, meta)
+        current = self._log_probs(mine)
+        old = [c + e for c, e in zip(current, noise(off_policy), strict=True)]
+        tensors |= {
+            "old_log_probs": nested(old),
+            "rollout_log_probs": nested([o + e for o, e in zip(old, noise(0.1), strict=True)]),
+            "ref_log_prob": nested([c + e for c, e in zip(current, noise(drift), strict=True)]),
+            "advantages": nested(advantages),
+        }
+        return tu.get_tensordict(tensors, {**meta, "compute_loss": True})
+
+    def _log_probs(self, data: Any) -> list[Tensor]:
+        from verl.workers.utils.padding import response_from_nested
+
+        output = self.worker.infer_batch(data.clone())
+        return [
+            row.clone()
+            for row in response_from_nested(output["log_probs"], data["response_mask"]).unbind()
+        ]
+
+    def step(
+        self,
+        data: Any,
+        kl_loss_type: str | None,
+        coef: float = 0.5,
+        micro_batch: int = 8,
+        meta: dict[str, Any] | None = None,
+        dynamic: int | None = None,
+        **actor: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Gradient of all parameters and the reduced metrics of one mini-batch."""
+        from verl.utils import tensordict_utils as tu
+        from verl.utils.metric import reduce_metrics
+        from verl.workers.config import FSDPActorConfig
+        from verl.workers.utils.losses import ppo_loss
+
+        config = FSDPActorConfig(
+            strategy="fsdp2",
+            rollout_n=1,
+            ppo_micro_batch_size_per_gpu=micro_batch,
+            use_kl_loss=kl_loss_type is not None,
+            kl_loss_coef=coef,
+            kl_loss_type=kl_loss_type or "low_var_kl",
+            entropy_coeff=0.0,
+            **actor,
+        )
+        self.worker.set_loss_fn(partial(ppo_loss, config=config))
+        own = tu.chunk_tensordict(data, self.world_size)[self.rank]
+        engine = self.worker.engine_config
+        object.__setattr__(engine, "micro_batch_size_per_gpu", min(micro_batch, len(own)))
+        object.__setattr__(engine, "use_dynamic_bsz", dynamic is not None)
+        object.__setattr__(engine, "max_token_len_per_gpu", dynamic)
+        tu.assign_non_tensor(own, **(meta or {}))
+        self.gradients.clear()
+        output = self.worker.train_mini_batch(own)
+        metrics = reduce_metrics(dict(tu.get(output, "metrics")))
+        (gradient,) = self.gradients
+        return gradient, metrics

@@ -1,0 +1,29 @@
+"""One rank of several: ``python -m tests.verl.rank CASES.json OUT.pt``, RANK in its environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from recipes import cpu_shim
+
+
+def main() -> None:
+    cpu_shim.install("verl")
+    from tests.verl.engine import Bench
+
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    rank = int(os.environ["RANK"])
+    bench = Bench(rank, int(os.environ["WORLD_SIZE"]), int(os.environ["MASTER_PORT"]))
+    data = bench.batch()
+    results = [bench.step(data, **case) for case in cases]
+    if rank == 0:
+        torch.save(results, out)
+
+
+if __name__ == "__main__":
+    main()

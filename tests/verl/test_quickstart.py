@@ -1,0 +1,129 @@
+"""The quickstart on verl: its command, its log, and whole runs through the real thing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes.quickstart import verl
+from recipes.quickstart.settings import TINY, settings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(tmp_path: Path, **own: Any) -> list[str]:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"question": "1+1?", "answer": "1+1=2\n#### 2"}) + "\n")
+    made = settings(host="verl", **own)
+    return verl.command(made, TINY, "owner/model", prompts, tmp_path / "policy")
+
+
+def test_a_kl_type_is_two_overrides_on_the_stock_command(tmp_path: Path) -> None:
+    words = command(tmp_path, kl_type="k2_as_loss,ratio=none", kl_coef=0.02)
+    assert "verl.trainer.main_ppo" in words
+    assert [word for word in words if "kl" in word.partition("=")[0]] == [
+        "+klplug.kl_type='k2_as_loss,ratio=none'",
+        "+klplug.kl_coef=0.02",
+    ]
+    assert "+klplug.kl_type=none" in command(tmp_path, kl_type="none")
+
+
+def test_stock_runs_without_klplug(tmp_path: Path) -> None:
+    words = command(tmp_path, kl_type="stock:k3", kl_coef=0.02)
+    assert not any("klplug." in word for word in words)
+    assert "actor_rollout_ref.actor.kl_loss_type=k3" in words
+    assert "algorithm.use_kl_in_reward=True" in command(tmp_path, kl_type="stock:k1")
+
+
+def test_the_problems_are_verls_rows(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    command(tmp_path)
+    (row,) = pyarrow.parquet.read_table(tmp_path / "policy" / "prompts.parquet").to_pylist()
+    assert row["prompt"] == [{"role": "user", "content": "1+1?"}]
+    assert row["reward_model"]["ground_truth"].endswith("#### 2")
+
+
+def test_a_step_of_verls_log() -> None:
+    line = (
+        "\x1b[36m(TaskRunnerV1 pid=7)\x1b[0m step:12 - actor/kl_loss:np.float64(0.25) - "
+        "klplug/k3:1.5e-3 - critic/score/mean:0.5 - response_length/mean:20.5 - "
+        "actor/grad_norm:nan"
+    )
+    metrics = verl.step_metrics(line)
+    assert metrics is not None
+    assert math.isnan(metrics.pop("actor_grad_norm")) and math.isnan(metrics.pop("actor/grad_norm"))
+    assert metrics == {
+        "step": 12,
+        "actor/kl_loss": 0.25,
+        "kl": 0.25,
+        "klplug/k3": 1.5e-3,
+        "critic/score/mean": 0.5,
+        "reward": 0.5,
+        "response_length/mean": 20.5,
+        "response_length": 20.5,
+    }
+    assert verl.step_metrics("(TaskRunnerV1 pid=7) Training Progress: 1/3") is None
+
+
+def test_the_reward_is_the_judge_of_the_evaluation() -> None:
+    from recipes.quickstart.verl_reward import compute_score
+
+    assert compute_score("words", "6*6=36\n#### 36", "reasoning\n#### 36") == 1.0
+    assert compute_score("words", "#### 35", "#### 36", extra_info={"index": 0}) == 0.0
+
+
+# Whole runs: Ray, FSDP2, the reference worker, a rollout server.
+
+
+def quickstart(out: Path, **options: object) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
+    words = [
+        w for key, value in options.items() for w in (f"--{key.replace('_', '-')}", str(value))
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes.quickstart", "--host", "verl", "--out", str(out), *words],
+        cwd=ROOT,
+        env={key: value for key, value in os.environ.items() if not key.startswith("KLPLUG")},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return json.loads((out / "summary.json").read_text()), steps, (out / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_two_ranks_with_a_kl_in_loss_and_reward(tmp_path: Path) -> None:
+    summary, steps, log = quickstart(
+        tmp_path / "run", kl_type="k3_in_reward+k3_as_loss", steps=2, ranks=2
+    )
+    assert summary["klplug_active"] is True
+    assert summary["kl_type"] == "k3_in_reward+k3_as_loss"
+    assert summary["host"] == "verl" and summary["host_version"] == "0.9.1"
+    assert log.count("active in the trainer") == 1
+    assert log.count("active in a worker") == 2
+    assert len(steps) == 2
+    # The first step starts at the reference; the second has moved, and both sides measure it.
+    assert abs(steps[0]["klplug/k3"]) < 1e-6
+    assert steps[1]["klplug/k3"] > 0
+    assert steps[1]["klplug/k3"] == pytest.approx(steps[1]["actor/kl_loss"], rel=1e-3)
+    assert steps[1]["klplug/k3"] == pytest.approx(steps[1]["klplug/kl_before_update"], rel=1e-3)
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_a_stock_run_is_a_stock_run(tmp_path: Path) -> None:
+    summary, steps, log = quickstart(tmp_path / "run", kl_type="stock:k3", steps=2)
+    assert summary["klplug_active"] is False and len(steps) == 2
+    assert (
+        "klplug 0" in log and "inactive" in log and "active in" not in log.replace("inactive", "")
+    )
+    assert steps[1]["kl"] > 0

@@ -1,0 +1,306 @@
+"""The trainer's side: advantages, controller, checkpoints, in verl's own v1 trainer class."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from klplug_verl.hooks import excess_over_group, to_go_over_answer
+from torch import Tensor
+
+from klplug import kl_term
+from tests.one_meaning import BETA, batch, reward_advantages
+from tests.one_meaning import batch as batch_of_one_meaning
+from tests.verl.tensors import KEYS, experience
+from tests.verl.trainer import joined, quoted, trainer
+
+SCORES = torch.tensor([1.0, 0.0, 0.25, 0.5])
+COEF = f"+klplug.kl_coef={BETA}"
+
+
+def klplug(kl_type: str) -> tuple[str, str]:
+    return f"+klplug.kl_type={quoted(kl_type)}", COEF
+
+
+def staged(*overrides: str, scores: Tensor = SCORES) -> tuple[Any, dict[str, Any]]:
+    return joined(trainer(*overrides), experience(batch(), scores), KEYS)
+
+
+# Strength: verl's own in-reward KL is divided by the group's std together with the reward.
+
+
+def test_the_force_is_beta_whatever_the_groups_std() -> None:
+    for scores in (SCORES, 10 * SCORES, torch.ones(4)):
+        stock, _ = staged(scores=scores)
+        ours, _ = staged(*klplug("k1_in_reward"), scores=scores)
+        extra = ours.batch["advantages"] - stock.batch["advantages"]
+        torch.testing.assert_close(extra, reward_advantages("k1_in_reward"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "rloo", "gae", "reinforce_plus_plus"])
+def test_reward_norm_group_is_verls_own_order(estimator: str) -> None:
+    algorithm = f"algorithm.adv_estimator={estimator}"
+    stock = trainer(
+        algorithm,
+        "algorithm.use_kl_in_reward=True",
+        "algorithm.kl_penalty=k1",
+        f"algorithm.kl_ctrl.kl_coef={BETA}",
+    )
+    ours = trainer(algorithm, *klplug("k1_in_reward,reward_norm=group"))
+    given = [experience(batch(), SCORES) for _ in range(2)]
+    for data in given:
+        data.batch["values"] = torch.zeros_like(data.batch["old_log_probs"])
+    theirs, _ = joined(stock, given[0], KEYS)
+    found, metrics = joined(ours, given[1], KEYS)
+    for name in ("token_level_rewards", "advantages", "returns"):
+        torch.testing.assert_close(found.batch[name], theirs.batch[name], rtol=1e-6, atol=1e-7)
+    assert metrics["actor/reward_kl_penalty_coeff"] == BETA
+
+
+def test_reward_norm_group_has_another_force_than_none() -> None:
+    none, _ = staged(*klplug("k1_in_reward"))
+    group, _ = staged(*klplug("k1_in_reward,reward_norm=group"))
+    difference = none.batch["advantages"] - group.batch["advantages"]
+    assert difference.norm() > 0.01 * none.batch["advantages"].norm()
+
+
+def test_both_orders_can_be_summed() -> None:
+    both, _ = staged(*klplug("k1_in_reward,reward_norm=group+k2_in_reward"))
+    group, _ = staged(*klplug("k1_in_reward,reward_norm=group"))
+    extra = both.batch["advantages"] - group.batch["advantages"]
+    torch.testing.assert_close(extra, reward_advantages("k2_in_reward"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kl_type", ["k2_as_loss", "none"])
+def test_without_a_kl_in_the_reward_advantages_are_stock(kl_type: str) -> None:
+    own = [f"+klplug.kl_type={kl_type}", *([COEF] if kl_type != "none" else [])]
+    ours, metrics = staged(*own)
+    stock, stock_metrics = staged()
+    assert torch.equal(ours.batch["advantages"], stock.batch["advantages"])
+    assert metrics.get("klplug/active") == (1.0 if kl_type == "none" else None)
+    assert not any("klplug" in name for name in stock_metrics)
+
+
+def test_where_the_loss_divides_by_length_each_answer_is_compared_with_its_group() -> None:
+    mean = "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean"
+    given = batch()
+    stock, _ = staged(mean)
+    ours, _ = staged(mean, *klplug("k1_in_reward"))
+    term = kl_term("k1_in_reward", given.old_log_probs, given.ref_log_probs, given.response_mask)
+    answers = term.coefficient.sum(-1)
+    others = answers[torch.tensor([1, 0, 3, 2])]
+    expected = -BETA * (answers - others)[:, None] * given.response_mask
+    found = ours.batch["advantages"] - stock.batch["advantages"]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# Answers that an agent loop cut into several rows.
+
+
+def test_what_comes_later_in_the_answer_counts_across_its_rows() -> None:
+    coefficient = torch.tensor([[1.0, 2.0], [4.0, 8.0], [16.0, 32.0]])
+    to_go = to_go_over_answer(coefficient, ["u_0_1", "u_1_0", "u_0_0"])
+    expected = torch.tensor([[3.0, 2.0], [12.0, 8.0], [51.0, 35.0]])
+    assert torch.equal(to_go, expected)
+    three = to_go_over_answer(coefficient, ["u_0_0", "u_0_1", "u_0_2"])
+    assert torch.equal(three, torch.tensor([[63.0, 62.0], [60.0, 56.0], [48.0, 32.0]]))
+
+
+def test_a_group_compares_answers_not_rows() -> None:
+    coefficient = torch.tensor([[1.0], [2.0], [4.0], [8.0]])
+    keys, groups = ["u_0_0", "u_1_0", "u_0_1", "w_0_0"], ["u", "u", "u", "w"]
+    excess = excess_over_group(coefficient, keys, groups)
+    assert torch.equal(excess, torch.tensor([[3.0], [-3.0], [3.0], [0.0]]))
+
+
+# The controller.
+
+
+ADAPTIVE = ("+klplug.kl_ctrl=adaptive", "+klplug.kl_target=0.01", "+klplug.kl_horizon=40")
+
+
+class Workers:
+    """In place of verl's worker group: what it was sent, and no update."""
+
+    def __init__(self, computes_kl: bool = True) -> None:
+        self.sent: list[float] = []
+        self.computes_kl = computes_kl
+
+    def update_actor(self, batch: Any) -> Any:
+        from verl.utils import tensordict_utils as tu
+
+        self.sent.append(batch.extra_info["klplug_kl_coef"])
+        metrics: dict[str, Any] = {"mfu": [0.0]}
+        if self.computes_kl:
+            given = batch_of_one_meaning()
+            tally = kl_term(
+                "k1_in_reward", given.old_log_probs, given.ref_log_probs, given.response_mask
+            ).tally
+            metrics |= {f"klplug/sum/{k}": [float(v)] for k, v in tally.sums.items()}
+            metrics |= {f"klplug/max/{k}": [float(v)] for k, v in tally.maxima.items()}
+        return tu.get_tensordict({}, {"metrics": metrics})
+
+
+class KVBatch:
+    def __init__(self) -> None:
+        self.extra_info: dict[str, Any] = {}
+
+
+@pytest.mark.parametrize("kl_type", ["k2_as_loss", "k1_in_reward", "k3_in_reward+k3_as_loss"])
+def test_the_coefficient_follows_the_measured_kl_in_every_placement(kl_type: str) -> None:
+    made = trainer(*klplug(kl_type), *ADAPTIVE)
+    made.actor_rollout_wg = Workers()
+    given = batch()
+    k3 = kl_term("k3_in_reward", given.old_log_probs, given.ref_log_probs, given.response_mask)
+    measured = float(k3.value.sum() / given.response_mask.sum())
+    assert measured > 0.012
+    for step in range(3):
+        _, metrics = joined(made, experience(given, SCORES), KEYS)
+        before = BETA * 1.02**step  # 1 + 0.2 * 4 answers / 40
+        assert metrics["klplug/kl_coef"] == pytest.approx(before)
+        assert metrics["klplug/kl_before_update"] == pytest.approx(measured, rel=1e-5)
+        made._update_actor(KVBatch(), metrics)
+        assert metrics["klplug/active"] == 1.0
+    assert made.actor_rollout_wg.sent == pytest.approx([BETA, BETA * 1.02, BETA * 1.02**2])
+
+
+def test_a_loss_without_klplugs_kl_stops_the_run() -> None:
+    made = trainer(*klplug("k2_as_loss"))
+    made.actor_rollout_wg = Workers(computes_kl=False)
+    _, metrics = joined(made, experience(batch(), SCORES), KEYS)
+    assert "klplug/active" not in metrics
+    with pytest.raises(RuntimeError, match="workers computed no KL"):
+        made._update_actor(KVBatch(), metrics)
+
+
+def test_an_update_without_a_measured_kl_stops_the_run() -> None:
+    made = trainer(*klplug("k2_as_loss"))
+    made.actor_rollout_wg = Workers()
+    with pytest.raises(RuntimeError, match=r"no KL was measured.*_compute_advantage"):
+        made._update_actor(KVBatch(), {})
+
+
+def test_a_fixed_coefficient_stays() -> None:
+    made = trainer(*klplug("k2_as_loss"))
+    made.actor_rollout_wg = Workers()
+    for _ in range(2):
+        joined(made, experience(batch(), SCORES), KEYS)
+        made._update_actor(KVBatch(), {})
+    assert made.actor_rollout_wg.sent == [BETA, BETA]
+
+
+# Checkpoints.
+
+
+class Saving:
+    """A worker group and a dataloader that write nothing."""
+
+    def save_checkpoint(self, *_: Any, **__: Any) -> None: ...
+
+    def load_checkpoint(self, *_: Any, **__: Any) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def saving(folder: Path, *overrides: str) -> Any:
+    made = trainer(*overrides, "trainer.resume_mode=auto", folder=folder)
+    made.actor_rollout_wg = made.train_dataloader = Saving()
+    return made
+
+
+def test_state_is_saved_and_restored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = saving(tmp_path, *klplug("k2_as_loss"), *ADAPTIVE)
+    first.global_steps = 7
+    first.klplug.controller.controller.value = 0.123
+    first._save_checkpoint()
+    state = json.loads((tmp_path / "global_step_7" / "klplug.json").read_text())
+    assert state == {"kl_type": "k2_as_loss", "kl_ctrl": "adaptive", "value": 0.123}
+
+    second = saving(tmp_path, *klplug("k2_as_loss"), *ADAPTIVE)
+    second._load_checkpoint()
+    assert second.global_steps == 7 and second.klplug.controller.value == 0.123
+    assert "WARNING" not in capsys.readouterr().out
+
+    fixed = saving(tmp_path, *klplug("k2_as_loss"))
+    fixed._load_checkpoint()
+    assert fixed.klplug.controller.value == BETA  # what this run's command line says
+
+
+def test_resuming_under_another_kl_type_warns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = saving(tmp_path, *klplug("k2_as_loss"))
+    first.global_steps = 3
+    first._save_checkpoint()
+    path = tmp_path / "global_step_3"
+    by_path = ("trainer.resume_mode=resume_path", f"trainer.resume_from_path={path}")
+    other = trainer(*klplug("k3_as_loss"), *by_path, folder=tmp_path)
+    other.actor_rollout_wg = other.train_dataloader = Saving()
+    other._load_checkpoint()
+    said = capsys.readouterr().out
+    assert "WARNING" in said and "kl_type=k3_as_loss" in said and "kl_type=k2_as_loss" in said
+
+    (path / "klplug.json").unlink()
+    saving(tmp_path, *klplug("k2_as_loss"))._load_checkpoint()
+    assert "verl's own KL" in capsys.readouterr().out
+
+
+def test_a_stock_run_writes_no_state(tmp_path: Path) -> None:
+    made = saving(tmp_path)
+    made.global_steps = 1
+    made._save_checkpoint()
+    assert not (tmp_path / "global_step_1" / "klplug.json").exists()
+
+
+# Doors.
+
+
+def test_the_trainer_resolves_a_config_that_no_command_did() -> None:
+    from omegaconf import open_dict
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    from tests.verl.trainer import config
+
+    made = config("algorithm.adv_estimator=grpo", *klplug("k2_as_loss"))
+    with open_dict(made):
+        made.data.train_files = made.data.val_files = "hub/data"
+        made.actor_rollout_ref.model.path = "hub/model"
+    subclass = type(
+        "T",
+        (PPOTrainer,),
+        {n: lambda self: None for n in ("_build_replay_buffer", "on_sample_end", "on_step_end")},
+    )
+    built = subclass(made)
+    assert built.use_reference_policy
+    assert built.config.actor_rollout_ref.actor.kl_loss_type == "k2_as_loss"
+
+
+def test_a_kl_type_outside_the_v1_trainer_is_an_error() -> None:
+    from verl.trainer.ppo.ray_trainer import apply_kl_penalty
+
+    with pytest.raises(RuntimeError, match=r"k1_in_reward.*outside of the v1 trainer"):
+        apply_kl_penalty(experience(batch(), SCORES), kl_ctrl=None, kl_penalty="k1_in_reward")
+
+
+def test_a_trainer_without_klplug_stops_at_a_kl_in_the_reward(unpatched: None) -> None:
+    from verl.trainer.ppo.core_algos import FixedKLController
+    from verl.trainer.ppo.ray_trainer import apply_kl_penalty
+
+    with pytest.raises(NotImplementedError):
+        apply_kl_penalty(
+            experience(batch(), SCORES), kl_ctrl=FixedKLController(1.0), kl_penalty="k1_in_reward"
+        )
+
+
+def test_each_process_says_once_that_klplug_is_active(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer(*klplug("k2_as_loss"))
+    said = capsys.readouterr().out
+    assert said.count("active in the trainer") == 1 and "kl_type=k2_as_loss" in said
+    trainer()
+    assert "klplug" not in capsys.readouterr().out

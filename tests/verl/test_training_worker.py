@@ -1,0 +1,234 @@
+"""The loss side on the real thing: verl's TrainingWorker, FSDP2 over gloo, `ppo_loss`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.verl.engine import ANSWERS, Bench, free_port, nested
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Bench]:
+    made = Bench()
+    yield made
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def data(bench: Bench) -> Any:
+    return bench.batch()
+
+
+def same(one: Tensor, other: Tensor, rtol: float = 1e-5) -> None:
+    assert one.norm() > 0
+    assert (one - other).norm() <= rtol * one.norm()
+
+
+# Parity with verl's own kl_penalty.
+
+
+@pytest.mark.parametrize(
+    ("kl_type", "stock"),
+    [
+        ("k1_as_loss,ratio=none", "kl"),
+        ("k2_as_loss,ratio=none", "k2"),
+        ("k2_as_loss,ratio=none", "k3+"),
+        ("k2_as_loss,ratio=none", "low_var_kl+"),
+        ("k3_as_loss,ratio=none", "k3"),
+        ("abs_as_loss,ratio=none", "abs"),
+    ],
+)
+def test_the_gradient_is_stock_verls(bench: Bench, data: Any, kl_type: str, stock: str) -> None:
+    ours, metrics = bench.step(data, kl_type)
+    theirs, their_metrics = bench.step(data, stock)
+    without, _ = bench.step(data, None)
+    same(ours, theirs)
+    assert (ours - without).norm() > 0.01 * without.norm()
+    if not stock.endswith("+"):  # there the value is another estimator's
+        assert metrics["kl_loss"] == pytest.approx(their_metrics["kl_loss"], rel=1e-5)
+    assert metrics["kl_coef"] == their_metrics["kl_coef"]
+    assert metrics["actor/pg_loss"] == their_metrics["actor/pg_loss"]
+
+
+def with_ref(data: Any, token: int, log_ratio: float, bench: Bench) -> Any:
+    """All tokens at the reference but one of the first answer, ``log_ratio`` away from it."""
+    changed = data.clone()
+    current = bench._log_probs(data)
+    current[0][token] -= log_ratio
+    changed["ref_log_prob"] = nested(current)
+    return changed
+
+
+@pytest.mark.parametrize(("log_ratio", "is_clamped"), [(-2.6, False), (-2.7, True), (11.1, True)])
+def test_where_verls_clamp_acts_its_k3_has_no_gradient_and_ours_has(
+    bench: Bench, data: Any, log_ratio: float, is_clamped: bool
+) -> None:
+    drifted = with_ref(data, 1, log_ratio, bench)
+    without, _ = bench.step(drifted, None)
+    stock = bench.step(drifted, "k3")[0] - without
+    ours = bench.step(drifted, "k3_as_loss,ratio=none")[0] - without
+    if is_clamped:
+        assert stock.norm() < 1e-4 * ours.norm()
+    else:
+        same(ours, stock, rtol=1e-4)
+
+
+def test_stock_names_keep_their_meaning_bit_for_bit(bench: Bench, data: Any) -> None:
+    import klplug_verl
+
+    names = ("k1", "k2", "low_var_kl", "k3+", None)
+    patched = [bench.step(data, name) for name in names]
+    klplug_verl.restore()
+    try:
+        stock = [bench.step(data, name) for name in names]
+        with pytest.raises(NotImplementedError):  # the tripwire of a process without klplug
+            bench.step(data, "k2_as_loss")
+    finally:
+        klplug_verl.apply()
+    for (ours, metrics), (theirs, their_metrics) in zip(patched, stock, strict=True):
+        assert torch.equal(ours, theirs)
+        assert metrics.keys() == their_metrics.keys()
+        assert not any("klplug" in key for key in metrics)
+
+
+# One global batch, however it is cut.
+
+FORMS = ("k2_as_loss", "k3_as_loss,ratio=rollout", "k2_as_loss,horizon=sequence,cap=1.2")
+AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
+
+
+def approximately(metrics: dict[str, Any], others: dict[str, Any]) -> None:
+    keys = [key for key in metrics if key.startswith("klplug/") or key == "kl_loss"]
+    assert len(keys) == 11
+    for key in keys:
+        # Padding to another width moves the model's log-probs by float32's last digits.
+        assert others[key] == pytest.approx(metrics[key], rel=1e-3, abs=1e-6), key
+
+
+@pytest.mark.parametrize("kl_type", FORMS)
+@pytest.mark.parametrize("loss_agg_mode", AGGREGATIONS)
+def test_the_cut_into_micro_batches_changes_nothing(
+    bench: Bench, data: Any, kl_type: str, loss_agg_mode: str
+) -> None:
+    whole, metrics = bench.step(data, kl_type, loss_agg_mode=loss_agg_mode)
+    for cut in ({"micro_batch": 4}, {"micro_batch": 2}, {"micro_batch": 1}, {"dynamic": 32}):
+        found, own = bench.step(data, kl_type, loss_agg_mode=loss_agg_mode, **cut)
+        same(whole, found, rtol=1e-4)
+        approximately(metrics, own)
+
+
+def test_two_ranks_give_the_gradient_of_one(bench: Bench, data: Any, tmp_path: Path) -> None:
+    cases = [
+        {"kl_loss_type": form, "loss_agg_mode": mode} for form in FORMS for mode in AGGREGATIONS
+    ]
+    cases.append({"kl_loss_type": FORMS[0], "micro_batch": 2})
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    out, port = tmp_path / "out.pt", str(free_port())
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.verl.rank", "cases.json", str(out)],
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_PORT": port,
+            },
+        )
+        for rank in range(2)
+    ]
+    assert [rank.wait(300) for rank in ranks] == [0, 0]
+    for case, (gradient, metrics) in zip(cases, torch.load(out, weights_only=False), strict=True):
+        whole, whole_metrics = bench.step(data, **case)
+        same(whole, gradient, rtol=1e-4)
+        approximately(whole_metrics, metrics)
+
+
+# What reaches the worker.
+
+
+def test_the_trainers_coefficient_comes_with_the_batch(bench: Bench, data: Any) -> None:
+    config, metrics = bench.step(data, "k2_as_loss", coef=0.2)
+    batch, own = bench.step(data, "k2_as_loss", coef=9.0, meta={"klplug_kl_coef": 0.2})
+    assert torch.equal(config, batch)
+    assert own["kl_coef"] == metrics["kl_coef"] == pytest.approx(0.2)
+
+
+def test_metrics_are_those_of_all_tokens(bench: Bench, data: Any) -> None:
+    from klplug import kl_term
+
+    _, metrics = bench.step(data, "k2_as_loss", micro_batch=2)
+    padded = {
+        name: data[name].to_padded_tensor(0.0)
+        for name in ("ref_log_prob", "old_log_probs", "response_mask")
+    }
+    current = nested(bench._log_probs(data)).to_padded_tensor(0.0)
+    term = kl_term(
+        "k2_as_loss",
+        current,
+        padded["ref_log_prob"],
+        padded["response_mask"],
+        old_log_probs=padded["old_log_probs"],
+    )
+    assert int(padded["response_mask"].sum()) == sum(ANSWERS)
+    for name, value in term.metrics.items():
+        assert metrics[name] == pytest.approx(float(value), rel=1e-3, abs=1e-6), name
+
+
+def test_a_missing_tensor_is_named(bench: Bench, data: Any) -> None:
+    with pytest.raises(ValueError, match="rollout_log_probs"):
+        bench.step(data.exclude("rollout_log_probs"), "k2_as_loss,ratio=rollout")
+
+
+def test_a_kl_in_the_reward_is_refused_in_the_losss_key(bench: Bench, data: Any) -> None:
+    with pytest.raises(ValueError, match="end in _as_loss"):
+        bench.step(data, "k1_in_reward")
+
+
+def test_rejected_tokens_reach_nothing(bench: Bench, data: Any) -> None:
+    rejected = data.clone()
+    masks = [torch.ones(n) for n in ANSWERS]
+    masks[0][1:] = 0
+    masks[3][:] = 0
+    rejected["response_mask"] = nested(masks)
+    poisoned = rejected.clone()
+    refs = [row.clone() for row in data["ref_log_prob"].unbind()]
+    refs[0][1:] = float("nan")
+    refs[3][:] = float("inf")
+    poisoned["ref_log_prob"] = nested(refs)
+    clean, metrics = bench.step(rejected, "k2_as_loss,horizon=sequence")
+    found, own = bench.step(poisoned, "k2_as_loss,horizon=sequence")
+    assert torch.equal(clean, found)
+    approximately(metrics, own)
+
+
+def test_distillation_keeps_its_own_kl(bench: Bench) -> None:
+    """verl's distillation losses share ``kl_penalty``, which klplug leaves as it is."""
+    import klplug_verl
+    from verl.trainer.distillation import losses as distillation
+    from verl.trainer.ppo import core_algos
+
+    assert distillation.kl_penalty is core_algos.kl_penalty
+    assert not hasattr(core_algos.kl_penalty, "__klplug__")
+    log_probs, teacher = torch.randn(2, 5), torch.randn(2, 5)
+    patched = [distillation.kl_penalty(log_probs, teacher, k) for k in ("k1", "k2", "k3", "k3+")]
+    klplug_verl.restore()
+    try:
+        stock = [distillation.kl_penalty(log_probs, teacher, k) for k in ("k1", "k2", "k3", "k3+")]
+    finally:
+        klplug_verl.apply()
+    assert all(torch.equal(a, b) for a, b in zip(patched, stock, strict=True))
+    assert hasattr(distillation.ppo_loss, "__klplug__")  # its task rewards' KL is klplug's
