@@ -15,6 +15,13 @@ class SettingsError(ValueError):
     """The command line asks for something that can't be, said before anything starts."""
 
 
+def is_local(name: str) -> bool:
+    """Whether a model or data set is meant as a path: a hub's names have one slash at most."""
+    if "://" in name:
+        return False
+    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+
+
 def announce(process: str, spec: KLSpec, kl_coef: float) -> None:
     """The one line by which a process says that klplug is active in it."""
     print(

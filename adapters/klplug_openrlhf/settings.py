@@ -11,7 +11,7 @@ from typing import Any
 
 import klplug
 from klplug import KLSpec, parse
-from klplug.host import SettingsError
+from klplug.host import SettingsError, is_local
 
 STOCK_ESTIMATORS = ("k1", "k2", "k3")
 GROUP_ESTIMATORS = ("group_norm", "dr_grpo", "rloo")
@@ -202,23 +202,18 @@ def check_files(args: Namespace) -> None:
     """Local models and JSON-lines data that the command names must be there and have the keys."""
     for name in ("actor.model_name_or_path", "reward.model_name_or_path"):
         model = _get(args, name)
-        if model and _is_local(model) and not Path(model).expanduser().exists():
+        if model and is_local(model) and not Path(model).expanduser().exists():
             raise SettingsError(f"--{name} {model}: there is no such path")
     keys = [_get(args, "data.input_key"), _get(args, "data.label_key")]
     for name in ("data.prompt_dataset", "eval.dataset"):
         for source in (_get(args, name) or "").split(","):
             path = Path(source.strip().partition("@")[0]).expanduser()
-            if not source or not (_is_local(source) or path.suffix in (".json", ".jsonl")):
+            if not source or not (is_local(source) or path.suffix in (".json", ".jsonl")):
                 continue
             if not path.exists():
                 raise SettingsError(f"--{name} {source}: there is no such path")
             if path.suffix == ".jsonl":
                 _check_columns(name, path, [key for key in keys if key])
-
-
-def _is_local(name: str) -> bool:
-    # A hub's names have one slash at most.
-    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
 
 
 def _check_columns(flag: str, path: Path, keys: list[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import klplug
 from klplug import KLSpec, parse
-from klplug.host import SettingsError
+from klplug.host import SettingsError, is_local
 
 _STOCK = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "full")
 STOCK_NAMES = (*_STOCK, *(f"{name}+" for name in _STOCK))
@@ -344,26 +344,19 @@ def _refuse_in_reward(plan: Plan, config: Any) -> None:
 def check_files(config: Any) -> None:
     """Local models and data files that the config names must be there and have the prompt."""
     model = _get(config, "actor_rollout_ref.model.path")
-    if model and _is_local(model) and not Path(model).expanduser().exists():
+    if model and is_local(model) and not Path(model).expanduser().exists():
         raise SettingsError(f"actor_rollout_ref.model.path={model}: there is no such path")
     prompt_key = _get(config, "data.prompt_key", "prompt")
     for key in ("data.train_files", "data.val_files"):
         files = _get(config, key) or ()
         for name in [files] if isinstance(files, str) else files:
             path = Path(str(name)).expanduser()
-            if not _is_local(str(name)):
+            if not is_local(str(name)):
                 continue
             if not path.exists():
                 raise SettingsError(f"{key}={name}: there is no such path")
             if path.suffix == ".parquet":
                 _check_column(key, path, prompt_key)
-
-
-def _is_local(name: str) -> bool:
-    # A hub's names have one slash at most, and no address.
-    if "://" in name:
-        return False
-    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
 
 
 def _check_column(key: str, path: Path, column: str) -> None:

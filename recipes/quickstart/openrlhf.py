@@ -70,6 +70,8 @@ def command(
         "ckpt.output_dir": str(trained),
         "ckpt.path": str(trained / "checkpoints"),
     }
+    if recipe.cut_off_reward is not None:
+        options["reward.stop_properly_penalty_coef"] = repr(recipe.cut_off_reward)
     flags = ["--vllm.enforce_eager", "--train.colocate_all", "--data.apply_chat_template"]
     written = [word for name, value in options.items() for word in (f"--{name}", value)]
     return [sys.executable, "-m", module, *kl, *written, *flags]

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -18,14 +19,18 @@ from rich.console import Console
 
 from recipes import cpu_shim
 from recipes.cpu_shim.deepspeed_ops import compiled_ops
+from recipes.quickstart import smollm2
+from recipes.quickstart.problems import Row, write_rows
 from recipes.quickstart.processes import HostProcesses
 from recipes.quickstart.progress import LogTail, Metrics, StepLine, json_line
-from recipes.quickstart.settings import CACHE, HERE, RUNS, Settings, SettingsError
+from recipes.quickstart.settings import CACHE, HERE, REPOSITORY, RUNS, Settings, SettingsError
 from recipes.quickstart.summary import baselines, curves, summary, table
 
 FILES = ("settings.json", "prompts.jsonl", "log.txt", "metrics.jsonl", "summary.json", "curves.png")
 TRAINED = "policy"
-ERROR = re.compile(r"\b\w*(Error|Exception)\b: |error: |Traceback")
+ERROR = re.compile(r"\b\w*(Error|Exception)\b: |error: ")
+# Colours, progress bars, and the carets under a traceback's lines.
+NOISE = re.compile(r"\x1b\[[\d;]*m|^.*\d%\|.*$|^[\s^~]+$")
 SHOWN_LINES = 15
 POLL = 0.3  # seconds
 
@@ -111,27 +116,45 @@ def host_side(settings: Settings) -> ModuleType:
     return import_module(f"recipes.quickstart.{settings.host}")
 
 
-def policy_folder(settings: Settings) -> Path | str:
+def policy_folder(settings: Settings, log: Path) -> Path | str:
+    """The starting policy, which is also the reference.
+
+    Raises:
+        RunError: The named model cannot be made.
+    """
     if settings.model == "tiny":
         return HERE / "policy"
     if settings.model == "smollm2":
-        from recipes.quickstart import smollm2
-
-        return smollm2.ensure(CACHE / "models")
+        made = CACHE / "models" / smollm2.FOLDER
+        if not made.is_dir():
+            # A process of its own: what it says goes to the log, and its memory is given back.
+            command = [sys.executable, "-m", smollm2.__name__, "--cache", str(made.parent)]
+            with log.open("ab") as output:
+                done = subprocess.run(
+                    command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT
+                )
+            if done.returncode:
+                raise RunError(f"MODEL=smollm2 could not be made:\n{last_lines(log)}")
+        return made
     folder = Path(settings.model).expanduser()
     return folder.resolve() if folder.is_dir() else settings.model
+
+
+def asked(rows: Iterable[Row], settings: Settings) -> list[Row]:
+    """The problems with the recipe's instruction in each question."""
+    instruction = settings.recipe.instruction
+    return [{**row, "question": row["question"] + instruction} for row in rows]
 
 
 def write_prompts(settings: Settings, path: Path) -> None:
     """Exactly as many questions as the steps take, so that the host makes exactly those steps."""
     from recipes.quickstart.data import load_problems
-    from recipes.quickstart.problems import write_rows
 
     count = settings.steps * settings.recipe.prompts
     # DATA=words is made to measure; a file that is too short comes round again.
     source = {"count": count, "seed": settings.seed} if settings.data == "words" else {}
     rows = load_problems(settings.data, "train", gsm8k_path=settings.gsm8k, **source)
-    write_rows(path, islice(cycle(rows), count))
+    write_rows(path, islice(cycle(asked(rows, settings)), count))
 
 
 def evaluation(settings: Settings, policy: Path | str, reference: Path | str) -> dict[str, Any]:
@@ -149,7 +172,7 @@ def evaluation(settings: Settings, policy: Path | str, reference: Path | str) ->
     return evaluate(
         policy,
         reference,
-        rows[: recipe.test_problems],
+        asked(rows[: recipe.test_problems], settings),
         max_new_tokens=recipe.max_new_tokens,
         batch_size=128 if recipe.threads == 1 else 16,
         seed=settings.seed,
@@ -222,9 +245,10 @@ def record(found: Iterable[Metrics | None], line: StepLine, path: Path) -> Itera
 def last_lines(log: Path) -> str:
     """The last error in the log and what follows it, or just its end."""
     with log.open(errors="replace") as file:
-        lines = deque((line.rstrip()[:300] for line in file if line.strip()), maxlen=2000)
+        quiet = (NOISE.sub("", line.rstrip())[:300] for line in file)
+        lines = list(deque((line for line in quiet if line.strip()), maxlen=2000))
     errors = [i for i, line in enumerate(lines) if ERROR.search(line)]
-    end = list(lines)[-SHOWN_LINES:]
+    end = lines[-SHOWN_LINES:]
     if errors and errors[-1] < len(lines) - SHOWN_LINES:
         return "\n".join([lines[errors[-1]], "...", *end])
     return "\n".join(end)
@@ -251,7 +275,7 @@ def quickstart(settings: Settings, out: Path | None, overwrite: bool, console: C
     with StepLine(console, settings.steps) as line:
         line.phase("preparing policy and problems")
         with phases.timed("preparation"):
-            model = policy_folder(settings)
+            model = policy_folder(settings, folder / "log.txt")
             write_prompts(settings, folder / "prompts.jsonl")
         line.phase("evaluating the policy before")
         with phases.timed("evaluation_before"):

@@ -76,13 +76,15 @@ def table(rows: Sequence[Summary]) -> Table:
         made.add_column(heading, justify="right")
     for row in rows:
         coef = "" if row["kl_coef"] is None else f"{row['kl_coef']:g}"
+        error = row["kl_last_standard_error"]
+        kl_last = f"{row['kl_last']:.3f}" + ("" if error is None else f" ± {error:.3f}")
         length = f"{row['response_tokens_before']:.1f} → {row['response_tokens_after']:.1f}"
         made.add_row(
             row["kl_type"],
             coef,
             f"{row['accuracy_before']:.1%}",
             f"{row['accuracy_after']:.1%}",
-            f"{row['kl_last']:.3f} ± {row['kl_last_standard_error'] or math.nan:.3f}",
+            kl_last,
             length,
         )
     return made
@@ -100,7 +102,7 @@ def curves(settings: Settings, metrics: Sequence[Metrics], path: Path) -> None:
     from matplotlib.figure import Figure
 
     panels = {
-        "reward (share of right answers)": [step.get("reward", math.nan) for step in metrics],
+        "reward": [step.get("reward", math.nan) for step in metrics],
         "KL to the reference (nats/token)": [kl(step) for step in metrics],
         "tokens per answer": [step.get("response_length", math.nan) for step in metrics],
         "gradient norm": [step.get("actor_grad_norm", math.nan) for step in metrics],

@@ -13,8 +13,9 @@ import pytest
 
 from recipes import cpu_shim
 from recipes.quickstart import openrlhf, run
+from recipes.quickstart.openrlhf import step_metrics
 from recipes.quickstart.processes import HostProcesses
-from recipes.quickstart.progress import Metrics, step_metrics
+from recipes.quickstart.progress import Metrics
 from recipes.quickstart.settings import settings
 
 pytestmark = pytest.mark.slow
