@@ -37,6 +37,8 @@ comma := ,
 TEST_HOSTS = $(subst $(comma), ,$(KLPLUG_TEST_HOSTS))
 
 .PHONY: test lint test-core test-openrlhf test-verl bench
+# Small tensors, and runs of many processes: a second thread each would only contend.
+test-core test-openrlhf test-verl: export OMP_NUM_THREADS := 1
 
 # One after the other, also under -j: each fills the machine.
 test: lint test-core

@@ -164,7 +164,7 @@ def _single(spec: KLSpec, current: Tensor, others: dict[str, Tensor], mask: Tens
     if spec.placement == "as_loss" and spec.horizon == "sequence":
         # Per decision: sum_{s>=t} w_s c_s. At sequence level w is one number per answer, so this
         # is w times the reward-to-go there, and without a ratio the reward-to-go itself.
-        force = torch.where(mask, reward_to_go(weight * coefficient), 0.0)
+        force = torch.where(mask, _finite(reward_to_go(_finite(weight * coefficient))), 0.0)
         # A token whose own weight is 0 (dropped by mode=mask) still answers for later ones.
         weight = torch.where(weight > 0, weight, mask.to(weight.dtype))
         coefficient = torch.where(mask, force / weight, 0.0)
@@ -190,6 +190,7 @@ def reward_to_go(x: Tensor) -> Tensor:
 
 
 def _finite(x: Tensor) -> Tensor:
+    # Products and sums of numbers of which one is a saturated exponent, and counted as such.
     limit = torch.finfo(x.dtype).max
     return x.clamp(-limit, limit)
 
@@ -197,8 +198,9 @@ def _finite(x: Tensor) -> Tensor:
 def _sum(spec: KLSpec, terms: list[KLTerm], current: Tensor) -> KLTerm:
     first = terms[0]
     weighted = next((t for t, s in zip(terms, spec.terms, strict=True) if s.ratio != "none"), first)
-    force = sum((t.weight * t.coefficient for t in terms), torch.zeros_like(first.value))
-    value = sum((t.value for t in terms), torch.zeros_like(first.value))
+    zero = torch.zeros_like(first.value)
+    force = _finite(sum((_finite(t.weight * t.coefficient) for t in terms), zero))
+    value = _finite(sum((t.value for t in terms), zero))
     return KLTerm(
         loss=value + force * (current - current.detach()),
         value=value,

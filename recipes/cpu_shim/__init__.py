@@ -44,6 +44,8 @@ def environment(host: str, ranks: int = 1, threads: int = 1) -> dict[str, str]:
         "TORCH_EXTENSIONS_DIR": str(repository / ".cache" / "torch_extensions" / host),
         # Several processes share the cores and take turns: more threads each would only contend.
         "OMP_NUM_THREADS": str(threads),
+        # Threads that wait asleep: spinning ones take the cores from those they wait for.
+        "OMP_WAIT_POLICY": "PASSIVE",
         # vLLM: no pinning (it wants whole cores per rank), and a gibibyte of KV cache is plenty.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": "1",

@@ -1,6 +1,7 @@
 """`python -m recipes.quickstart`, or `make quickstart`: the options are make's variables."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     arguments = vars(parser().parse_args(argv))
     out, overwrite = arguments.pop("out"), arguments.pop("overwrite")
+    # Before torch is loaded; as for the host's processes, see cpu_shim.environment.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     try:
         quickstart(settings(**arguments), out, overwrite, console)

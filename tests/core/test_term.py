@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -25,6 +25,8 @@ GRID = [
         "k2_as_loss,level=prefix,cap=2,mode=mask",
         "k2_as_loss,horizon=sequence,cap=1.5,mode=mask",
         "k2_as_loss,level=sequence,horizon=sequence",
+        "k2_as_loss,horizon=sequence,cap=none",
+        "k2_as_loss,level=sequence,horizon=sequence,cap=none",
         "k2_as_loss,cap=none,bound=0.5",
         "k1_in_reward,bound=3",
     )
@@ -166,13 +168,14 @@ def test_exponents_saturate_at_the_dtype_and_are_counted() -> None:
     assert weighted.metrics["klplug/overflow_share"].item() == 0.25
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     kl_type=st.sampled_from(GRID),
     values=st.lists(st.floats(-300, 0, allow_nan=False, width=32), min_size=24, max_size=24),
     mask=st.lists(st.integers(0, 1), min_size=6, max_size=6),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
+@example("k3_in_reward+k3_as_loss", [0.0, -89.0, *[0.0] * 22], [0, 1, 0, 0, 0, 0], torch.float32)
 def test_everything_stays_finite(
     kl_type: str, values: list[float], mask: list[int], dtype: torch.dtype
 ) -> None:
