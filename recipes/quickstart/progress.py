@@ -119,13 +119,17 @@ class StepLine:
 
 
 def headline(metrics: Metrics) -> str:
-    """Reward and KL of a step; nan where the host logs none."""
-    return f"reward {metrics.get('reward', math.nan):.3f}  KL {kl(metrics):.4f}"
+    """Reward and KL of a step, as far as they are measured."""
+    measured = {"reward": f"{metrics.get('reward', math.nan):.3f}", "KL": f"{kl(metrics):.4f}"}
+    return "  ".join(f"{name} {value}" for name, value in measured.items() if value != "nan")
 
 
 def kl(metrics: Metrics) -> float:
     """The sampled tokens' mean KL estimate, nats per token: klplug's unbiased k3, else the host's.
 
-    OpenRLHF logs under `kl` the value of whatever estimator was chosen, k2's as well.
+    OpenRLHF logs under `kl` the value of whatever estimator was chosen, k2's as well, and 0 where
+    there is no reference to measure from: nan here.
     """
+    if metrics.get("klplug/kl_coef") == 0:
+        return math.nan
     return metrics.get("klplug/k3", metrics.get("kl", math.nan))

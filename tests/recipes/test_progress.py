@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from recipes.quickstart.openrlhf import step_metrics
-from recipes.quickstart.progress import LogTail, StepLine, json_line, kl, number
+from recipes.quickstart.progress import LogTail, StepLine, headline, json_line, kl, number
 
 PREFIX = "(PPOTrainer pid=4895) INFO 11-21 08:59:44 ppo_trainer.py:551] ✨ "
 
@@ -92,6 +92,12 @@ def test_the_kl_shown_is_the_unbiased_one_where_there_is_one() -> None:
     assert math.isnan(kl({}))
 
 
+def test_without_a_reference_there_is_no_kl() -> None:
+    metrics = {"kl": 0.0, "klplug/kl_coef": 0.0, "reward": 0.5}
+    assert math.isnan(kl(metrics))
+    assert headline(metrics) == "reward 0.500"
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_the_line_on_the_screen(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 12.0])
@@ -106,4 +112,4 @@ def test_the_line_on_the_screen(terminal: bool, monkeypatch: pytest.MonkeyPatch)
     assert status == "step 2/5  reward 0.500  KL 0.0125  6 s left"
     written = console.file.getvalue().splitlines()
     if not terminal:
-        assert written == ["starting", "step 1/5  reward 0.250  KL nan", status]
+        assert written == ["starting", "step 1/5  reward 0.250", status]
