@@ -17,7 +17,7 @@ from recipes.quickstart import openrlhf, run
 from recipes.quickstart.openrlhf import step_metrics
 from recipes.quickstart.processes import HostProcesses
 from recipes.quickstart.progress import Metrics
-from recipes.quickstart.settings import settings
+from recipes.quickstart.settings import HERE, settings
 
 pytestmark = pytest.mark.slow
 
@@ -77,9 +77,7 @@ def trained(tmp_path: Path) -> Callable[..., tuple[list[Metrics], str]]:
         prompts, log = tmp_path / "prompts.jsonl", tmp_path / "log.txt"
         run.write_prompts(made, prompts)
         log.write_text("")
-        command = openrlhf.command(
-            made, made.recipe, run.policy_folder(made), prompts, tmp_path / "policy"
-        )
+        command = openrlhf.command(made, made.recipe, HERE / "policy", prompts, tmp_path / "policy")
         command = [word for word in command if word != without]
         with HostProcesses() as host:
             environment = host.environment(cpu_shim.environment("openrlhf", gpus))
