@@ -17,7 +17,7 @@ from recipes.quickstart import openrlhf, run
 from recipes.quickstart.openrlhf import step_metrics
 from recipes.quickstart.processes import HostProcesses
 from recipes.quickstart.progress import Metrics
-from recipes.quickstart.settings import HERE, settings
+from recipes.quickstart.settings import HERE, TINY, settings
 
 pytestmark = pytest.mark.slow
 
@@ -97,17 +97,19 @@ def test_an_adaptive_run_is_saved_and_resumed(
         "--klplug.kl_ctrl", "adaptive", "--klplug.kl_target", "1e-5", "--klplug.kl_horizon", "1000",
         "--ckpt.save_steps", "2", "--ckpt.path", str(tmp_path / "checkpoints"),
     )  # fmt: skip
-    first, _ = trained("k1_in_reward", *words, "--data.max_samples", "32", steps=4)
+    half = str(2 * TINY.prompts)
+    first, _ = trained("k1_in_reward", *words, "--data.max_samples", half, steps=4)
     assert [m["step"] for m in first] == [1, 2]
     assert first[0]["klplug/kl_coef"] == 0.01
-    # 128 samples a step: at the reference the coefficient falls by 0.2 * 128 / 1000.
-    assert first[1]["klplug/kl_coef"] == pytest.approx(0.01 * (1 - 0.0256), rel=1e-6)
+    # At the reference the coefficient falls by 0.2 of the samples of a step over the horizon.
+    samples = TINY.prompts * TINY.samples / 1000
+    assert first[1]["klplug/kl_coef"] == pytest.approx(0.01 * (1 - 0.2 * samples), rel=1e-6)
     last = first[1]["klplug/kl_coef"]
     error = min(max(first[1]["klplug/kl_before_update"] / 1e-5 - 1, -0.2), 0.2)
 
     resumed, log = trained("k2_as_loss", *words, "--ckpt.load_enable", steps=4)
     assert [m["step"] for m in resumed] == [3, 4]
-    assert resumed[0]["klplug/kl_coef"] == pytest.approx(last * (1 + error * 0.128), rel=1e-6)
+    assert resumed[0]["klplug/kl_coef"] == pytest.approx(last * (1 + error * samples), rel=1e-6)
     assert "WARNING: resuming with kl_type=k2_as_loss" in log
     assert "trained with kl_type=k1_in_reward" in log
 
