@@ -147,7 +147,7 @@ ESTIMATORS: dict[str, Estimator] = {
                 gradient_bias="wrong: next to nothing near the reference, below it the wrong way",
                 off_policy=_REWARD_OFF_POLICY,
             ),
-            source=f"{_LIU}, section 5; {_SCHULMAN}; GRPO, arXiv 2402.03300, equation 4",
+            source=f"{_LIU}; {_SCHULMAN}; GRPO, arXiv 2402.03300, equation 4",
         ),
         Estimator(
             name="abs",

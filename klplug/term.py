@@ -104,8 +104,8 @@ def kl_term(
     Raises:
         ValueError: a tensor that the formulation needs is missing, or shapes differ.
 
-    Source: arXiv 2510.01555, equations 4 to 9; the scopes of answers of many tokens are derived in
-    klplug's own documentation.
+    Source: arXiv 2510.01555 for one token; ``tests/core/test_oracle.py`` proves whose gradient each
+    formulation has on answers of many tokens.
     """
     spec = parse(spec)
     supplied = {
