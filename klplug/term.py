@@ -48,8 +48,8 @@ class KLTerm:
     def tally(self) -> Tally:
         """Sums and maxima over the counted tokens, for merging over micro-batches and ranks."""
         size = self.coefficient.abs()
-        # Masked weights are zero already; in a term without a ratio they are 1 where counted.
-        weight = self._sampling_weight.double()
+        # Squares and sums of these stay finite; a weight beyond 1e100 is all there is anyway.
+        weight = self._sampling_weight.double().clamp(max=1e100)
         return Tally(
             sums={
                 "tokens": _total(self._mask),
@@ -167,7 +167,7 @@ def _single(spec: KLSpec, current: Tensor, others: dict[str, Tensor], mask: Tens
         force = torch.where(mask, _finite(reward_to_go(_finite(weight * coefficient))), 0.0)
         # A token whose own weight is 0 (dropped by mode=mask) still answers for later ones.
         weight = torch.where(weight > 0, weight, mask.to(weight.dtype))
-        coefficient = torch.where(mask, force / weight, 0.0)
+        coefficient = torch.where(mask, _finite(force / weight), 0.0)
     else:
         force = _finite(weight * coefficient)
     return KLTerm(
