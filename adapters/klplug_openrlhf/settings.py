@@ -11,7 +11,7 @@ from typing import Any
 
 import klplug
 from klplug import KLSpec, parse
-from klplug.host import SettingsError, is_local
+from klplug.host import Settings, SettingsError, is_local
 
 STOCK_ESTIMATORS = ("k1", "k2", "k3")
 GROUP_ESTIMATORS = ("group_norm", "dr_grpo", "rloo")
@@ -19,16 +19,10 @@ WHITENED_ESTIMATORS = ("gae", "reinforce", "reinforce_baseline")
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Settings):
     """What the hooks do in a run, read from OpenRLHF's own ``args``, which reach every process."""
 
-    spec: KLSpec
-    kl_coef: float
-    kl_ctrl: str = "fixed"
-    kl_target: float | None = None
-    kl_horizon: float | None = None
     records_for_kl: bool = False
-    divides_by_length: bool = False
 
     @classmethod
     def of(cls, args: Any) -> Plan | None:
@@ -58,9 +52,6 @@ class Plan:
             divides_by_length=getattr(actor, "loss_agg_mode", "token-mean") != "token-mean"
             or getattr(actor, "policy_loss_type", "ppo") == "gspo",
         )
-
-    def controller(self) -> klplug.KLController:
-        return klplug.kl_controller(self.kl_ctrl, self.kl_coef, self.kl_target, self.kl_horizon)
 
 
 def derive(args: Namespace, written: Namespace) -> str:

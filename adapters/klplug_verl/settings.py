@@ -10,7 +10,7 @@ from typing import Any
 
 import klplug
 from klplug import KLSpec, parse
-from klplug.host import SettingsError, is_local
+from klplug.host import Settings, SettingsError, is_local
 
 _STOCK = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "full")
 STOCK_NAMES = (*_STOCK, *(f"{name}+" for name in _STOCK))
@@ -49,15 +49,8 @@ def is_stock(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Settings):
     """What the trainer does in a run, read from the ``klplug`` node of its resolved config."""
-
-    spec: KLSpec
-    kl_coef: float
-    kl_ctrl: str = "fixed"
-    kl_target: float | None = None
-    kl_horizon: float | None = None
-    divides_by_length: bool = False
 
     @classmethod
     def of(cls, config: Any) -> Plan | None:
@@ -74,9 +67,6 @@ class Plan:
             kl_horizon=own.get("kl_horizon"),
             divides_by_length=_divides_by_length(config),
         )
-
-    def controller(self) -> klplug.KLController:
-        return klplug.kl_controller(self.kl_ctrl, self.kl_coef, self.kl_target, self.kl_horizon)
 
 
 def derive(config: Any, written: Mapping[str, Any]) -> str | None:
