@@ -6,6 +6,7 @@ A release whose wheel can't be had fails the test that asked for it: a host's te
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -36,8 +37,12 @@ def release(host: str, version: str) -> Path:
         (wheel,) = Path(scratch).glob("*.whl")
         unpacked = Path(scratch) / "unpacked"
         with zipfile.ZipFile(wheel) as archive:
-            # Both hosts' wheels hold a top-level `tests` too, which would hide this one.
-            archive.extractall(unpacked, [n for n in archive.namelist() if n.startswith(host)])
+            for member in archive.infolist():
+                # As pip installs it: what a wheel has under NAME.data/purelib belongs at the top.
+                member.filename = re.sub(r"^[^/]+\.data/purelib/", "", member.filename)
+                # Both hosts' wheels hold a top-level `tests` too, which would hide this one.
+                if member.filename.startswith(host):
+                    archive.extract(member, unpacked)
         try:
             unpacked.rename(folder)  # whole or not there, also for two runs at once
         except OSError:

@@ -21,7 +21,13 @@ def test_a_wheel_is_downloaded_once_and_unpacked(
         asked.append(command[-1])
         folder = Path(command[command.index("-d") + 1])
         with zipfile.ZipFile(folder / "host-1.2-py3-none-any.whl", "w") as wheel:
-            for name in ("host/__init__.py", "tests/__init__.py", "host-1.2.dist-info/METADATA"):
+            for name in (
+                "host/__init__.py",
+                "host-1.2.data/purelib/host/pure.py",
+                "host-1.2.data/purelib/tests/__init__.py",
+                "tests/__init__.py",
+                "host-1.2.dist-info/METADATA",
+            ):
                 wheel.writestr(name, "")
         return subprocess.CompletedProcess(command, 0, "", "")
 
@@ -31,6 +37,7 @@ def test_a_wheel_is_downloaded_once_and_unpacked(
     assert asked == ["host==1.2"]
     assert one == other == tmp_path / "wheels" / "host-1.2"
     assert sorted(path.name for path in one.iterdir()) == ["host", "host-1.2.dist-info"]
+    assert sorted(path.name for path in (one / "host").iterdir()) == ["__init__.py", "pure.py"]
 
 
 def test_a_wheel_that_is_not_to_be_had_is_named(
