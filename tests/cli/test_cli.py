@@ -1,0 +1,64 @@
+"""The command itself: statuses, the missing extra, JSON, and what importing klplug costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+
+import klplug
+from tests.cli.conftest import Klplug
+
+
+def python(script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+
+
+def test_list_prints_every_kl_type(klplug_command: Klplug) -> None:
+    done = klplug_command("list")
+    assert done.status == 0
+    assert all(name in done.out for name in klplug.kl_types())
+    assert "E[k2]" in done.out
+
+
+def test_list_as_json_is_the_registry(klplug_command: Klplug) -> None:
+    listed = json.loads(klplug_command("list", "--json").out)
+    expected = [asdict(row) for row in klplug.kl_types().values()]
+    assert listed == json.loads(json.dumps(expected))
+
+
+def test_a_wrong_command_is_status_2(klplug_command: Klplug) -> None:
+    done = klplug_command("expalin")
+    assert done.status == 2
+    assert "expalin" in done.err
+
+
+def test_the_version(klplug_command: Klplug) -> None:
+    assert klplug_command("--version").out == f"klplug {klplug.__version__}\n"
+
+
+def test_without_the_extra_it_says_what_to_install() -> None:
+    for missing in ("typer", "rich"):
+        done = python(
+            f"import sys; sys.modules[{missing!r}] = None; import klplug.cli as c; c.main()"
+        )
+        assert done.returncode == 2
+        assert missing in done.stderr and "pip install 'klplug[cli]'" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_importing_klplug_loads_nothing_of_the_command_line() -> None:
+    done = python(
+        "import sys, klplug\n"
+        "loaded = {'typer', 'rich', 'matplotlib', 'tensorboard', 'klplug.cli'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_python_m_klplug_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "klplug", "--version"], capture_output=True, text=True
+    )
+    assert done.stdout == f"klplug {klplug.__version__}\n", done.stderr
