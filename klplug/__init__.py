@@ -10,7 +10,7 @@ from klplug.catalogue import KLType, kl_types
 from klplug.controllers import AdaptiveKL, FixedKL, KLController, kl_controller
 from klplug.metrics import Tally
 from klplug.spec import KLSpec, check_kl_coef, parse
-from klplug.term import KLTerm, kl_term, reward_to_go
+from klplug.term import KLTerm, kl_return_baseline, kl_term, policy_loss, reward_to_go
 
 __version__ = "0.1.0"
 
@@ -26,8 +26,10 @@ __all__ = [
     "aggregate",
     "check_kl_coef",
     "kl_controller",
+    "kl_return_baseline",
     "kl_term",
     "kl_types",
     "parse",
+    "policy_loss",
     "reward_to_go",
 ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+from typing import Any
 
-from klplug.estimators import ESTIMATORS
-from klplug.spec import PLACEMENTS, KLSpec, parse
+from klplug.estimators import ESTIMATORS, Estimator
+from klplug.spec import PLACEMENTS, parse
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,10 @@ class KLType:
         value_bias: bias of the estimate, under samples from pi.
         gradient_bias: bias of the gradient, as one of KL(pi||ref).
         off_policy: what becomes of the target on samples from an older policy.
-        requires: tensors that ``kl_term`` needs.
+        requires: what ``kl_term`` needs from a batch beside ``log_probs`` and the mask.
         source: where it comes from.
+        test: the test in ``tests/core/test_oracle.py`` that holds it to its target.
+        verl, openrlhf: whether the adapter serves it.
     """
 
     name: str
@@ -33,13 +37,22 @@ class KLType:
     off_policy: str
     requires: tuple[str, ...]
     source: str
+    test: str
+    verl: str = "yes"
+    openrlhf: str = "yes"
 
 
-def _row(spec: KLSpec) -> KLType:
-    assert spec.estimator is not None and spec.placement is not None
-    estimator = ESTIMATORS[spec.estimator]
-    role = estimator.role(spec.placement)
-    return KLType(
+_LOSS_TEST = "test_on_policy_loss_has_its_documented_gradient"
+_REWARD_TEST = "test_on_policy_reward_has_its_documented_gradient"
+_HEAD_TEST = "test_policy_loss_is_the_papers_head"
+
+
+def _row(name: str, **changed: Any) -> KLType:
+    """The registry's row of a single term; an option's row names what it changes."""
+    spec = parse(name)
+    assert spec.placement is not None
+    estimator, role = spec.definition, spec.definition.role(spec.placement)
+    row = KLType(
         name=str(spec),
         formula=estimator.formula,
         coefficient=role.formula,
@@ -49,19 +62,61 @@ def _row(spec: KLSpec) -> KLType:
         off_policy=role.off_policy,
         requires=spec.requires,
         source=estimator.source,
+        test=_LOSS_TEST if spec.placement == "as_loss" else _REWARD_TEST,
+    )
+    return replace(row, **changed)
+
+
+def _over_answers(estimator: Estimator) -> KLType:
+    coefficient = "lr of this token and all later ones"
+    if estimator.of_answer is not None:
+        coefficient = "1 - the product of exp(-lr) up to this token"
+    elif estimator.name != "k2":
+        coefficient = f"{estimator.as_loss.formula}, and the values of all later tokens"
+    of_kl = "unbiased" if estimator.name == "k2" else "another divergence: unbiased for that"
+    return _row(
+        f"{estimator.name}_as_loss,horizon=sequence",
+        coefficient=coefficient,
+        target=estimator.sequence_target,
+        gradient_bias=of_kl,
+        off_policy="the same (weights of prefixes, inside the sum), exact below the cap",
+        source=f"{estimator.source}; per-decision weights: Precup et al. 2000",
     )
 
 
-_SEQUENCE = KLType(
-    name="k2_as_loss,horizon=sequence",
-    formula=ESTIMATORS["k2"].formula,
-    coefficient="sum of later lr, weighted",
-    target="FULL: grad KL(pi||ref) over whole answers",
-    value_bias=ESTIMATORS["k2"].value_bias,
-    gradient_bias="unbiased",
-    off_policy="FULL too (per-decision prefix weights), exact below the cap",
-    requires=parse("k2_as_loss,horizon=sequence").requires,
-    source="klplug; per-decision weights: Precup et al. 2000",
+def _head(options: str, **changed: Any) -> KLType:
+    return _row(
+        f"k2_as_loss,{options}", source="arXiv 2510.01555, section 5", test=_HEAD_TEST, **changed
+    )
+
+
+_CLIPPED = "OLDPREF, less what PPO's clip drops"
+_HEADS = (
+    _head("head=combined", coefficient="lr, inside the policy loss", off_policy=_CLIPPED),
+    _head("head=clipped", off_policy=_CLIPPED),
+    _head(
+        "head=combined,horizon=sequence",
+        coefficient="lr of this token and all later ones, inside the policy loss",
+        target="FULL: grad KL(pi||ref) over whole answers; also k1_in_reward,head=combined",
+        gradient_bias="unbiased",
+        off_policy="biased by the later tokens' ratios, less what PPO's clip drops",
+    ),
+    _head(
+        "head=clipped,horizon=sequence",
+        coefficient="lr of this token and all later ones",
+        target="FULL: grad KL(pi||ref) over whole answers",
+        gradient_bias="unbiased",
+        off_policy="biased by the later tokens' ratios, less what PPO's clip drops",
+    ),
+)
+_SAMPLER = _row(
+    "k2_as_loss,reference=rollout",
+    coefficient="log pi - log rollout",
+    target="grad KL(pi||rollout): zero on-policy, a trust region from then on",
+    gradient_bias="another reference: unbiased for KL(pi||rollout) of each token",
+    off_policy="OLDPREF of KL(pi||rollout), exact below the cap",
+    source="klplug; the sampler as the proximal policy",
+    test="test_the_sampler_as_reference",
 )
 _SUM = KLType(
     name="k3_in_reward+k3_as_loss",
@@ -73,6 +128,7 @@ _SUM = KLType(
     off_policy="the parts' own",
     requires=parse("k3_in_reward+k3_as_loss").requires,
     source="klplug: the two biases cancel",
+    test="test_the_sum_of_two_wrongs_is_right",
 )
 _NONE = KLType(
     name="none",
@@ -84,33 +140,59 @@ _NONE = KLType(
     off_policy="zero",
     requires=(),
     source="",
+    test="",
 )
 
 
 def kl_types() -> dict[str, KLType]:
     """Every registered ``kl_type`` by name, with formula, target gradient, bias and source.
 
-    Options (``ratio``, ``level``, ``cap``, ``mode``, ``bound``) refine a row; the one that changes
-    whose gradient it is, ``horizon=sequence``, and the one useful sum have rows of their own.
+    Options that change whose gradient it is (``horizon=sequence``, ``head``, ``reference``) have
+    rows of their own, and the one useful sum; the others refine a row.
     """
-    rows = [_row(KLSpec(e, p)) for e in ESTIMATORS for p in PLACEMENTS]
-    rows += [_SEQUENCE, _SUM, _NONE]
+    rows = [_row(f"{e}_{p}") for e in ESTIMATORS for p in PLACEMENTS]
+    rows += [_over_answers(e) for e in ESTIMATORS.values() if e.sequence_target]
+    rows += [*_HEADS, _SAMPLER, _SUM, _NONE]
     return {row.name: row for row in rows}
+
+
+_HEADINGS = (
+    "`kl_type`",
+    "coefficient c",
+    "whose gradient, on-policy",
+    "bias as a gradient of KL(pi||ref)",
+    "off-policy",
+    "needs",
+    "verl",
+    "OpenRLHF",
+    "test",
+)
 
 
 def markdown_table() -> str:
     """The table in README.md, as a test compares it."""
-    lines = [
-        "| `kl_type` | coefficient c | whose gradient, on-policy | bias as a gradient of "
-        "KL(pi‖ref) | off-policy |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    lines = [_HEADINGS, ("---",) * len(_HEADINGS)]
     for row in kl_types().values():
-        cells = (f"`{row.name}`", row.coefficient, row.target, row.gradient_bias, row.off_policy)
+        test = f"[oracle](tests/core/test_oracle.py) `{row.test}`" if row.test else ""
+        needs = ", ".join(f"`{name}`" for name in row.requires)
         lines.append(
-            "| " + " | ".join(c.replace("||", "‖").replace("|lr|", "abs(lr)") for c in cells) + " |"
+            (
+                f"`{row.name}`",
+                row.coefficient,
+                row.target,
+                row.gradient_bias,
+                row.off_policy,
+                needs,
+                row.verl,
+                row.openrlhf,
+                test,
+            )
         )
-    return "\n".join(lines)
+    bars = re.compile(r"\|([^|]+)\|")
+    return "\n".join(
+        "| " + " | ".join(bars.sub(r"abs(\1)", cell.replace("||", "‖")) for cell in line) + " |"
+        for line in lines
+    )
 
 
 if __name__ == "__main__":

@@ -7,11 +7,16 @@ respect to ``log pi_theta``; that number, times ``grad log pi_theta(y_t)``, is t
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
+
+Function = Callable[[Tensor], Tensor]
 
 
 def saturating_exp(x: Tensor) -> Tensor:
@@ -22,9 +27,25 @@ def saturating_exp(x: Tensor) -> Tensor:
     return x.exp().clamp(max=torch.finfo(x.dtype).max)
 
 
+def saturating_expm1(x: Tensor) -> Tensor:
+    """``exp(x) - 1`` with all its digits near 0, held as ``saturating_exp`` is."""
+    return torch.expm1(x).clamp(max=torch.finfo(x.dtype).max)
+
+
+def finite(x: Tensor) -> Tensor:
+    """``x`` held within its dtype: a product or sum in which an exponent saturated."""
+    limit = torch.finfo(x.dtype).max
+    return x.clamp(-limit, limit)
+
+
 def overflows(x: Tensor) -> Tensor:
     """True where ``exp(x)`` would exceed the largest finite number of ``x``'s dtype."""
     return x.exp().isinf()
+
+
+def saturated(x: Tensor) -> Tensor:
+    """True where ``x`` is held at its dtype's largest finite number."""
+    return x.abs() >= torch.finfo(x.dtype).max
 
 
 def k1(log_ratio: Tensor) -> Tensor:
@@ -43,19 +64,73 @@ def k2(log_ratio: Tensor) -> Tensor:
 
 def k3(log_ratio: Tensor) -> Tensor:
     """``exp(-lr) - 1 + lr``: unbiased for KL(pi||ref) under samples from pi, never negative."""
-    # expm1 keeps the digits that exp(-lr) - 1 loses near the reference.
-    return torch.expm1(-log_ratio).clamp(max=torch.finfo(log_ratio.dtype).max) + log_ratio
+    return saturating_expm1(-log_ratio) + log_ratio
 
 
 def k3_derivative(log_ratio: Tensor) -> Tensor:
-    return -torch.expm1(-log_ratio).clamp(max=torch.finfo(log_ratio.dtype).max)
+    return -saturating_expm1(-log_ratio)
+
+
+# f-divergences E_ref f(u), u = exp(lr): the value under samples from pi is f(u)/u, the derivative
+# of the divergence is f'(u) - f'(1).
+
+
+def forward(log_ratio: Tensor) -> Tensor:
+    return finite(-log_ratio * saturating_exp(-log_ratio))
+
+
+def forward_of_answer(log_ratio: Tensor) -> Tensor:
+    """``1 - prod_{i<=t} exp(-lr_i)``: the coefficient of KL(ref||pi) over whole answers."""
+    return k3_derivative(log_ratio.cumsum(-1))
+
+
+def js(log_ratio: Tensor) -> Tensor:
+    half_sum = log_ratio - js_derivative(log_ratio)  # log((u + 1) / 2)
+    return finite(log_ratio - half_sum - half_sum * saturating_exp(-log_ratio))
+
+
+def js_derivative(log_ratio: Tensor) -> Tensor:
+    return math.log(2) - softplus(-log_ratio)
+
+
+def jeffreys(log_ratio: Tensor) -> Tensor:
+    return finite(log_ratio * k3_derivative(log_ratio))
+
+
+def jeffreys_derivative(log_ratio: Tensor) -> Tensor:
+    return finite(log_ratio + k3_derivative(log_ratio))
+
+
+def chi2(log_ratio: Tensor) -> Tensor:
+    # (u - 1)^2 / u, with the digits that u - 2 + 1/u loses near the reference.
+    return finite(4 * torch.sinh(log_ratio / 2).square())
+
+
+def chi2_derivative(log_ratio: Tensor) -> Tensor:
+    return finite(2 * saturating_expm1(log_ratio))
+
+
+def hellinger(log_ratio: Tensor) -> Tensor:
+    return finite(torch.expm1(-log_ratio / 2).square())
+
+
+def hellinger_derivative(log_ratio: Tensor) -> Tensor:
+    return -saturating_expm1(-log_ratio / 2)
+
+
+def tv(log_ratio: Tensor) -> Tensor:
+    return saturating_expm1(-log_ratio).abs() / 2
+
+
+def tv_derivative(log_ratio: Tensor) -> Tensor:
+    return torch.sign(log_ratio) / 2
 
 
 @dataclass(frozen=True)
 class Role:
     """What one estimator does in one placement: its coefficient and whose gradient that is."""
 
-    coefficient: Callable[[Tensor], Tensor]
+    coefficient: Function
     formula: str
     target: str
     gradient_bias: str
@@ -64,15 +139,23 @@ class Role:
 
 @dataclass(frozen=True)
 class Estimator:
-    """One row of the registry: a value, what it does as a loss, and what it does in the reward."""
+    """One row of the registry: a value, what it does as a loss, and what it does in the reward.
+
+    Over whole answers the gradient of a divergence is each token's own derivative plus the values
+    that ``later`` tokens have, or ``of_answer``, a coefficient of the answer so far; an estimator
+    with neither has no exact form there.
+    """
 
     name: str
-    value: Callable[[Tensor], Tensor]
+    value: Function
     formula: str
     value_bias: str
     as_loss: Role
     in_reward: Role
     source: str
+    later: Function | None = None
+    of_answer: Function | None = None
+    sequence_target: str = ""
 
     def role(self, placement: str) -> Role:
         return self.as_loss if placement == "as_loss" else self.in_reward
@@ -80,7 +163,78 @@ class Estimator:
 
 _LIU = "Liu et al. 2025, arXiv 2510.01555"
 _SCHULMAN = "Schulman 2020, joschu.net/blog/kl-approx.html"
+_CSISZAR = "f-divergence, Csiszar 1967"
 _REWARD_OFF_POLICY = "frozen at theta_old: exact on the first update after a rollout, biased later"
+
+
+def _divergence(
+    name: str,
+    divergence: str,
+    formula: str,
+    value: Function,
+    derivative_formula: str,
+    derivative: Function,
+    source: str = _CSISZAR,
+    of_answer: Function | None = None,
+    sequence_target: str = "",
+) -> Estimator:
+    return Estimator(
+        name=name,
+        value=value,
+        formula=formula,
+        value_bias=f"unbiased for {divergence}",
+        as_loss=Role(
+            coefficient=derivative,
+            formula=derivative_formula,
+            target=f"LOC: grad {divergence} of each token, prefixes held fixed",
+            gradient_bias=f"another divergence: unbiased for LOC of {divergence}",
+            off_policy="the same at the prefixes of old, exact below the cap",
+        ),
+        in_reward=Role(
+            coefficient=value,
+            formula=formula,
+            target=f"grad of the expected {divergence}, less E[grad value]: no divergence's",
+            gradient_bias="wrong: the value in place of the derivative",
+            off_policy=_REWARD_OFF_POLICY,
+        ),
+        source=source,
+        later=None if of_answer else value,
+        of_answer=of_answer,
+        sequence_target=sequence_target
+        or f"grad of the expected {divergence} of all tokens, prefixes included",
+    )
+
+
+@functools.lru_cache
+def alpha_divergence(alpha: float) -> Estimator:
+    """The row of ``alpha`` for one alpha, D_a: f = (t^a - a t - (1 - a)) / (a (a - 1)).
+
+    Half of chi2 at 2, twice Hellinger at 1/2; the forward KL towards 0, the reverse towards 1.
+    """
+
+    def held(log_ratio: Tensor) -> Tensor:
+        # The largest of the exponents below stays within the dtype, and keeps its sign.
+        limit = math.log(torch.finfo(log_ratio.dtype).max) / max(1.0, abs(alpha - 1)) - 2
+        return log_ratio.clamp(-limit, limit)
+
+    def value(log_ratio: Tensor) -> Tensor:
+        lr = held(log_ratio)
+        powers = torch.expm1((alpha - 1) * lr) + (alpha - 1) * torch.expm1(-lr)
+        return finite(powers / (alpha * (alpha - 1)))
+
+    def derivative(log_ratio: Tensor) -> Tensor:
+        return finite(torch.expm1((alpha - 1) * held(log_ratio)) / (alpha - 1))
+
+    return _divergence(
+        "alpha",
+        "D_a(pi, ref)",
+        "(u^(a-1) - a - (1-a)/u) / (a(a-1))",
+        value,
+        "(u^(a-1) - 1) / (a-1)",
+        derivative,
+        source="alpha divergence, Amari 1985",
+    )
+
 
 ESTIMATORS: dict[str, Estimator] = {
     row.name: row
@@ -126,6 +280,8 @@ ESTIMATORS: dict[str, Estimator] = {
                 off_policy=_REWARD_OFF_POLICY,
             ),
             source=f"{_LIU}, Theorem 5.1; {_SCHULMAN}",
+            later=k1,
+            sequence_target="FULL: grad KL(pi||ref) over whole answers",
         ),
         Estimator(
             name="k3",
@@ -170,6 +326,51 @@ ESTIMATORS: dict[str, Estimator] = {
             ),
             source="verl's `abs`; f-divergence with f = |t - 1| / 2",
         ),
+        _divergence(
+            "forward",
+            "KL(ref||pi)",
+            "-lr exp(-lr)",
+            forward,
+            "1 - exp(-lr)",
+            k3_derivative,
+            of_answer=forward_of_answer,
+            sequence_target="grad KL(ref||pi) over whole answers",
+        ),
+        _divergence(
+            "js",
+            "2 JS(pi, ref)",
+            "lr - (1 + 1/u) log((u+1)/2)",
+            js,
+            "log(2u / (u+1))",
+            js_derivative,
+        ),
+        _divergence(
+            "jeffreys",
+            "KL(pi||ref) + KL(ref||pi)",
+            "lr (1 - exp(-lr))",
+            jeffreys,
+            "lr + 1 - exp(-lr)",
+            jeffreys_derivative,
+        ),
+        _divergence(
+            "chi2",
+            "chi2(pi, ref)",
+            "(u-1)^2 / u",
+            chi2,
+            "2 (u - 1)",
+            chi2_derivative,
+            source="arXiv 2403.03185",
+        ),
+        _divergence(
+            "hellinger",
+            "H2(pi, ref)",
+            "(1 - exp(-lr/2))^2",
+            hellinger,
+            "1 - exp(-lr/2)",
+            hellinger_derivative,
+        ),
+        _divergence("tv", "TV(pi, ref)", "|1 - exp(-lr)| / 2", tv, "sign(lr) / 2", tv_derivative),
+        alpha_divergence(0.5),
     )
 }
 

@@ -9,17 +9,35 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from klplug.estimators import ALIASES, ESTIMATORS
+from klplug.estimators import ALIASES, ESTIMATORS, Estimator, alpha_divergence
 
 PLACEMENTS = ("in_reward", "as_loss")
 RATIOS = ("old", "none", "rollout")
 LEVELS = ("token", "prefix", "sequence")
 MODES = ("truncate", "mask")
+HEADS = ("separate", "combined", "clipped")
 HORIZONS = ("token", "sequence")
+BASELINES = ("none", "batch", "group")
+REFERENCES = ("ref", "rollout")
 REWARD_NORMS = ("none", "group")
 
 # Written options, in canonical order.
-OPTIONS = ("ratio", "level", "cap", "mode", "horizon", "bound", "reward_norm")
+OPTIONS = (
+    "alpha",
+    "ratio",
+    "level",
+    "cap",
+    "mode",
+    "head",
+    "horizon",
+    "baseline",
+    "bound",
+    "reference",
+    "reward_norm",
+)
+# Their defaults depend on no option but those before them here; all others' on these.
+_DECIDERS = ("alpha", "reference", "head", "ratio", "horizon", "baseline")
+_NUMBERS = ("alpha", "cap", "bound")
 
 _NAMES = tuple(f"{e}_{p}" for e in ESTIMATORS for p in PLACEMENTS)
 _ALIAS_NAMES = tuple(f"{a}_{p}" for a in ALIASES for p in PLACEMENTS)
@@ -47,14 +65,21 @@ class KLSpec:
     ``parse(str(spec)) == spec``.
 
     Attributes:
-        estimator: ``k1``, ``k2``, ``k3``, ``abs``, or ``none``; ``None`` for a sum.
+        estimator: a name in ``ESTIMATORS``, or ``none``; ``None`` for a sum.
         placement: ``in_reward`` or ``as_loss``; ``None`` for ``none`` and for a sum.
+        alpha: the divergence that ``alpha`` means; neither 0 nor 1.
         ratio: the policy that the samples are corrected for: ``old``, ``rollout`` or ``none``.
         level: ``token``, ``prefix`` or ``sequence``: the product that makes up the ratio.
         cap: bound of the ratio; ``inf`` for none.
         mode: ``truncate`` (min(ratio, cap)) or ``mask`` (0 above the cap).
+        head: ``separate`` (a term of its own), ``combined`` (inside the policy loss's ratio and
+            clip) or ``clipped`` (a term of its own under PPO's ratio and clip). The last two have
+            the ratio pi/old of the policy loss, and none of the four axes above.
         horizon: ``token`` (own token, LOC) or ``sequence`` (whole answer, FULL).
+        baseline: what an answer's KL is compared with: ``none``, or the mean of all others in the
+            ``batch`` or in their ``group``.
         bound: bound of each token's |c|, before ratio and horizon; ``inf`` for none.
+        reference: ``ref``, or ``rollout``: the sampler itself as the trust region.
         reward_norm: in_reward only. ``none`` (joined after group normalisation: its force is
             kl_coef) or ``group`` (joined before, as verl does it: kl_coef over the group's std).
         parts: the terms of a sum, empty for a single one; see ``terms``.
@@ -62,12 +87,16 @@ class KLSpec:
 
     estimator: str | None = None
     placement: str | None = None
+    alpha: float | None = None
     ratio: str | None = None
     level: str | None = None
     cap: float | None = None
     mode: str | None = None
+    head: str | None = None
     horizon: str | None = None
+    baseline: str | None = None
     bound: float | None = None
+    reference: str | None = None
     reward_norm: str | None = None
     parts: tuple[KLSpec, ...] = ()
 
@@ -78,7 +107,16 @@ class KLSpec:
             self._check_none()
         else:
             self._check_name()
+            self._one_program()
             self._complete()
+
+    @property
+    def definition(self) -> Estimator:
+        """The registry's row of the estimator; only for a single term."""
+        if self.alpha is not None:
+            return alpha_divergence(self.alpha)
+        assert self.estimator is not None
+        return ESTIMATORS[self.estimator]
 
     @property
     def terms(self) -> tuple[KLSpec, ...]:
@@ -87,13 +125,19 @@ class KLSpec:
 
     @property
     def requires(self) -> tuple[str, ...]:
-        """Names of the tensors that ``kl_term`` needs beside ``log_probs`` and the mask."""
+        """Names of what ``kl_term`` needs from a batch, beside ``log_probs`` and the mask."""
         needed: list[str] = []
         for term in self.terms:
-            if term.estimator != "none":
+            if term.reference == "ref":
                 needed.append("ref_log_probs")
             if term.ratio in ("old", "rollout"):
                 needed.append(f"{term.ratio}_log_probs")
+            if term.head in ("combined", "clipped"):
+                needed.append("old_log_probs")
+            if term.head == "combined":
+                needed.append("advantages")
+            if term.baseline == "group":
+                needed.append("group_ids")
         return tuple(dict.fromkeys(needed))
 
     def placed(self, placement: str) -> KLSpec:
@@ -110,14 +154,19 @@ class KLSpec:
         if self.placement is None:
             return "none"
         name = f"{self.estimator}_{self.placement}"
-        # The level's default follows the horizon and the ratio, so ask for it with both written.
-        default = KLSpec(self.estimator, self.placement, ratio=self.ratio, horizon=self.horizon)
-        plain = KLSpec(self.estimator, self.placement)
+        # Each default is asked for with all that it depends on.
+        decided: dict[str, Any] = {}
+        defaults: dict[str, Any] = {}
+        for option in (*_DECIDERS, *OPTIONS):
+            if option not in defaults:
+                default = KLSpec(self.estimator, self.placement, **decided)
+                defaults[option] = getattr(default, option)
+                if option in _DECIDERS:
+                    decided[option] = getattr(self, option)
         written = [name]
         for option in OPTIONS:
             value = getattr(self, option)
-            reference = plain if option in ("ratio", "horizon") else default
-            if value is not None and value != getattr(reference, option):
+            if value is not None and value != defaults[option]:
                 written.append(f"{option}={_number(value)}")
         return ",".join(written)
 
@@ -150,9 +199,30 @@ class KLSpec:
             )
         _choice("placement", self.placement, PLACEMENTS)
 
+    def _one_program(self) -> None:
+        """k1 in the reward under the policy loss's own ratio is k2 as loss there, to the bit."""
+        if self.placement != "in_reward" or self.head in (None, "separate"):
+            return
+        _choice("head", self.head, HEADS)
+        if self.estimator != "k1":
+            raise ValueError(
+                f"kl_type {self.estimator}_in_reward: head={self.head} is refused: the head takes "
+                "an estimator's derivative at the current policy, and the reward has its value. "
+                f"Use '{self.estimator}_as_loss,head={self.head}'"
+            )
+        if self.horizon == "token" or self.reward_norm == "group":
+            key = "horizon" if self.horizon == "token" else "reward_norm"
+            raise ValueError(
+                f"kl_type k1_in_reward: {key}={getattr(self, key)} is refused with "
+                f"head={self.head}, which joins whole answers' KL after group normalisation. "
+                f"Use 'k2_as_loss,head={self.head}'"
+            )
+        self._fill(estimator="k2", placement="as_loss", horizon="sequence", reward_norm=None)
+
     def _complete(self) -> None:
         """Fill the axes left out, and refuse what means nothing, with the nearest valid form."""
         name = f"{self.estimator}_{self.placement}"
+        self._complete_alpha(name)
         if self.placement == "in_reward":
             self._complete_in_reward(name)
         else:
@@ -160,7 +230,26 @@ class KLSpec:
         bound = math.inf if self.bound is None else self.bound
         if math.isnan(bound) or bound <= 0:
             raise ValueError(f"kl_type {name}: bound={bound!r} must be a positive number, or none")
+        if math.isfinite(bound) and self.horizon == "sequence" and self.placement == "as_loss":
+            self._check_bound_on_answers(name, bound)
         self._fill(bound=float(bound))
+
+    def _complete_alpha(self, name: str) -> None:
+        if self.estimator != "alpha":
+            if self.alpha is not None:
+                raise ValueError(
+                    f"kl_type {name}: alpha={_number(self.alpha)} is refused: it is for "
+                    f"'alpha_{self.placement}'"
+                )
+            return
+        alpha = 0.5 if self.alpha is None else self.alpha
+        if not math.isfinite(alpha) or alpha in (0, 1):
+            reason = "it must be finite"
+            if alpha in (0, 1):
+                other = "forward" if alpha == 0 else "k2"
+                reason = f"its limit there is '{other}_as_loss'"
+            raise ValueError(f"kl_type {name}: alpha={_number(alpha)} is refused: {reason}")
+        self._fill(alpha=float(alpha))
 
     def _complete_in_reward(self, name: str) -> None:
         if self.horizon not in (None, "sequence"):
@@ -177,9 +266,30 @@ class KLSpec:
                 "'k2_as_loss,horizon=sequence'"
             )
         self._refuse_weight_options(f"{name} has no ratio of its own")
-        reward_norm = self.reward_norm or "none"
+        reference = self.reference or "ref"
+        _choice("reference", reference, REFERENCES)
+        if reference == "rollout":
+            raise ValueError(
+                f"kl_type {name}: reference=rollout is refused: frozen at the start of the step, "
+                "where the policy is the sampler, it holds nothing back. Use "
+                "'k2_as_loss,reference=rollout'"
+            )
+        baseline, reward_norm = self.baseline or "none", self.reward_norm or "none"
+        _choice("baseline", baseline, BASELINES)
         _choice("reward_norm", reward_norm, REWARD_NORMS)
-        self._fill(ratio="none", horizon="sequence", reward_norm=reward_norm)
+        if baseline != "none" and reward_norm == "group":
+            raise ValueError(
+                f"kl_type {name}: baseline={baseline} with reward_norm=group is refused: the "
+                "group's mean is taken off already. Leave one of them out"
+            )
+        self._fill(
+            ratio="none",
+            head="separate",
+            horizon="sequence",
+            baseline=baseline,
+            reference=reference,
+            reward_norm=reward_norm,
+        )
 
     def _complete_as_loss(self, name: str) -> None:
         if self.reward_norm is not None:
@@ -187,17 +297,72 @@ class KLSpec:
                 f"kl_type {name}: reward_norm={self.reward_norm} is refused: a KL in the loss "
                 f"meets no reward. It is for '{self.estimator}_in_reward'"
             )
-        horizon = self.horizon or "token"
+        horizon, head = self.horizon or "token", self.head or "separate"
+        reference, baseline = self.reference or "ref", self.baseline or "none"
         _choice("horizon", horizon, HORIZONS)
-        if horizon == "sequence" and self.estimator != "k2":
+        _choice("head", head, HEADS)
+        _choice("reference", reference, REFERENCES)
+        _choice("baseline", baseline, BASELINES)
+        if horizon == "sequence":
+            self._check_answers(name)
+        self._fill(horizon=horizon, head=head, reference=reference)
+        if head == "separate":
+            self._complete_ratio(name, horizon, reference, baseline)
+        else:
+            self._check_head(name, head, reference, baseline)
+        self._fill(baseline=baseline)
+
+    def _check_answers(self, name: str) -> None:
+        if self.definition.later is not None or self.definition.of_answer is not None:
+            return
+        other = {"k3": "forward", "abs": "tv"}.get(str(self.estimator))
+        also = f", and of its own divergence '{other}_as_loss,horizon=sequence'" if other else ""
+        raise ValueError(
+            f"kl_type {name}: horizon=sequence is refused: for {self.estimator} the "
+            "reward-to-go of the derivative adds noise and no expectation. The gradient "
+            f"of whole answers has 'k2_as_loss,horizon=sequence'{also}"
+        )
+
+    def _check_bound_on_answers(self, name: str, bound: float) -> None:
+        if self.estimator != "k2":
             raise ValueError(
-                f"kl_type {name}: horizon=sequence is refused: for {self.estimator} the "
-                "reward-to-go of the derivative adds noise and no expectation. The gradient "
-                "of whole answers has 'k2_as_loss,horizon=sequence'"
+                f"kl_type {name}: bound={_number(bound)} with horizon=sequence is refused: later "
+                "tokens enter by their values, which a bound on the derivative does not touch. "
+                f"Use 'k2_as_loss,horizon=sequence,bound={_number(bound)}', or horizon=token"
             )
-        ratio = self.ratio or "old"
+
+    def _check_head(self, name: str, head: str, reference: str, baseline: str) -> None:
+        reason = f"head={head} has the ratio and the clip of the policy loss. Leave it out"
+        if self.ratio is not None:
+            raise ValueError(f"kl_type option ratio={self.ratio} is refused: {reason}")
+        self._refuse_weight_options(reason)
+        if reference == "rollout":
+            raise ValueError(
+                f"kl_type {name}: reference=rollout with head={head} is refused: it needs "
+                "ratio=rollout, and the policy loss's ratio is to old. Use head=separate"
+            )
+        if baseline != "none":
+            raise ValueError(
+                f"kl_type {name}: baseline={baseline} with head={head} is refused: under a clip "
+                "it is biased. Use head=separate"
+            )
+
+    def _complete_ratio(self, name: str, horizon: str, reference: str, baseline: str) -> None:
+        ratio = self.ratio or ("rollout" if reference == "rollout" else "old")
         _choice("ratio", ratio, RATIOS)
-        self._fill(ratio=ratio, horizon=horizon)
+        if reference == "rollout" and ratio != "rollout":
+            raise ValueError(
+                f"kl_type {name}: ratio={ratio} with reference=rollout is refused: the answers "
+                "come from the sampler, and only its own ratio makes this a gradient of "
+                "KL(pi||rollout). Leave ratio out"
+            )
+        if baseline != "none" and horizon == "token":
+            raise ValueError(
+                f"kl_type {name}: baseline={baseline} with horizon=token is refused: an own "
+                "token's coefficient is no return. Use 'k2_as_loss,horizon=sequence,"
+                f"baseline={baseline}'"
+            )
+        self._fill(ratio=ratio)
         if ratio == "none":
             self._refuse_weight_options("with ratio=none there is no weight")
             return
@@ -210,13 +375,20 @@ class KLSpec:
             )
         mode = self.mode or "truncate"
         _choice("mode", mode, MODES)
-        cap = 10.0 if self.cap is None else self.cap
+        cap = self.cap
+        if cap is None:
+            cap = 10.0 if baseline == "none" else math.inf
         if math.isnan(cap) or cap <= 0:
             raise ValueError(f"kl_type {name}: cap={cap!r} must be a positive number, or none")
         if mode == "mask" and cap < 1:
             raise ValueError(
                 f"kl_type {name}: cap={_number(cap)} with mode=mask would drop every token of "
                 "on-policy data, whose ratio is 1. Use a cap of at least 1, or mode=truncate"
+            )
+        if baseline != "none" and math.isfinite(cap):
+            raise ValueError(
+                f"kl_type {name}: cap={_number(cap)} with baseline={baseline} is refused: under a "
+                "cap the baseline is biased. Use cap=none (the default there), or baseline=none"
             )
         self._fill(level=level, mode=mode, cap=float(cap))
 
@@ -280,21 +452,20 @@ def _term(text: str) -> KLSpec:
             raise ValueError(f"kl_type {text!r}: option {key!r} needs a value, as in {key}=...")
         if key in values:
             raise ValueError(f"kl_type {text!r}: option {key!r} is given twice")
-        values[key] = _limit(text, key, value) if key in ("cap", "bound") else value
+        values[key] = _limit(text, key, value) if key in _NUMBERS else value
     if name == "none":
         return KLSpec("none", **values)
     return KLSpec(*_name(name), **values)
 
 
 def _limit(text: str, key: str, value: str) -> float:
-    if value == "none":
+    if value == "none" and key != "alpha":
         return math.inf
     try:
         return float(value)
     except ValueError:
-        raise ValueError(
-            f"kl_type {text!r}: {key}={value!r} is neither a number nor 'none'"
-        ) from None
+        other = "" if key == "alpha" else " and not 'none'"
+        raise ValueError(f"kl_type {text!r}: {key}={value!r} is no number{other}") from None
 
 
 def _name(name: str) -> tuple[str, str]:

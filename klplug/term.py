@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from klplug.estimators import ESTIMATORS, k2, k3, overflows
+from klplug.baselines import others_mean
+from klplug.estimators import finite, k2, k3, overflows, saturated, saturating_exp
 from klplug.metrics import Tally, _total
 from klplug.spec import KLSpec, parse
-from klplug.weights import importance_weight
+from klplug.weights import ImportanceWeight, clipped_weight, importance_weight
+
+ClipRange: TypeAlias = "float | tuple[float, float]"
+Groups: TypeAlias = "Sequence[Hashable] | Tensor | None"
 
 
 @dataclass(frozen=True)
+class _Diagnosis:
+    """What the metrics of a term are made of; every tensor is (B, T)."""
+
+    log_ratio: Tensor
+    weight: Tensor
+    capped: Tensor
+    bounded: Tensor
+    overflowed: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class KLTerm:
     """A KL term per token; every tensor is (B, T) and exactly zero where masked.
 
@@ -26,7 +43,7 @@ class KLTerm:
     Attributes:
         loss: differentiable. Its value is the estimate, its gradient ``weight * coefficient *
             grad log_probs``: the formulation's, whatever the estimate's own derivative is.
-        value: detached, unweighted estimate of KL(pi||ref) by the named estimator, nats per token.
+        value: detached, unweighted estimate of the KL by the named estimator, nats per token.
         coefficient: detached c; for ``in_reward`` the number to join to each token's reward.
         weight: detached w; 1 where there is no ratio.
 
@@ -36,32 +53,34 @@ class KLTerm:
     loss: Tensor
     value: Tensor
     coefficient: Tensor
-    weight: Tensor
-    _mask: Tensor
-    _log_ratio: Tensor
-    _sampling_weight: Tensor
-    _capped: Tensor
-    _bounded: Tensor
-    _overflowed: Tensor
+    _mask: Tensor = field(repr=False)
+    _weight: Tensor | None = field(repr=False)
+    # The larger part of the cost, done when metrics are asked for.
+    _diagnose: Callable[[], _Diagnosis] = field(repr=False)
+
+    @functools.cached_property
+    def weight(self) -> Tensor:
+        return self._mask.to(self.value.dtype) if self._weight is None else self._weight
 
     @functools.cached_property
     def tally(self) -> Tally:
         """Sums and maxima over the counted tokens, for merging over micro-batches and ranks."""
+        seen = self._diagnose()
         size = self.coefficient.abs()
         # Squares and sums of these stay finite; a weight beyond 1e100 is all there is anyway.
-        weight = self._sampling_weight.double().clamp(max=1e100)
+        weight = seen.weight.double().clamp(max=1e100)
         return Tally(
             sums={
                 "tokens": _total(self._mask),
-                "k1": _total(self._log_ratio),
-                "k2": _total(k2(self._log_ratio)),
-                "k3": _total(k3(self._log_ratio)),
+                "k1": _total(seen.log_ratio),
+                "k2": _total(k2(seen.log_ratio)),
+                "k3": _total(k3(seen.log_ratio)),
                 "coef": _total(size),
                 "weight": _total(weight),
                 "weight_square": _total(weight.square()),
-                "capped": _total(self._capped),
-                "bounded": _total(self._bounded),
-                "overflow": _total(self._overflowed),
+                "capped": _total(seen.capped & self._mask),
+                "bounded": _total(seen.bounded & self._mask),
+                "overflow": _total(seen.overflowed & self._mask),
             },
             maxima={"coef": size.amax() if size.numel() else size.new_zeros(())},
         )
@@ -80,6 +99,11 @@ def kl_term(
     *,
     old_log_probs: Tensor | None = None,
     rollout_log_probs: Tensor | None = None,
+    advantages: Tensor | None = None,
+    kl_coef: float | Tensor | None = None,
+    clip_range: ClipRange | None = None,
+    group_ids: Groups = None,
+    return_baseline: Tensor | None = None,
 ) -> KLTerm:
     """The KL term that ``spec`` names, per token: ``KL(pi_theta || pi_ref)``, in nats per token.
 
@@ -95,14 +119,24 @@ def kl_term(
     Args:
         spec: a ``kl_type`` string or its ``KLSpec``.
         log_probs: (B, T), log pi_theta of the sampled tokens, nats; carries the gradient.
-        ref_log_probs: (B, T), log pi_ref of the same tokens. May be ``None`` for ``none`` only.
+        ref_log_probs: (B, T), log pi_ref of the same tokens. May be ``None`` for ``none`` and
+            ``reference=rollout``.
         response_mask: (B, T), nonzero where a token counts. Elsewhere the other tensors may hold
             anything, nan and inf too. A mask of zeros gives a zero term.
-        old_log_probs: (B, T), the trainer's recomputation at the start of the step; for ratio=old.
+        old_log_probs: (B, T), the trainer's recomputation at the start of the step; for ratio=old
+            and the heads.
         rollout_log_probs: (B, T), the sampler's own; for ratio=rollout.
+        advantages: (B, T), for head=combined: its clip looks at advantage and KL together.
+        kl_coef: beta, for head=combined likewise.
+        clip_range: PPO's, for the heads: epsilon, or (low, high).
+        group_ids: B of them, for baseline=group: answers to one prompt alike. On the CPU, or the
+            device is waited for.
+        return_baseline: (B, T), used as the baseline instead of one from this batch, for batches
+            that cut groups: ``klplug.kl_return_baseline`` of the whole one.
 
     Raises:
-        ValueError: a tensor that the formulation needs is missing, or shapes differ.
+        ValueError: an input that the formulation needs is missing, shapes differ, or an answer is
+            alone under a baseline.
 
     Source: arXiv 2510.01555 for one token; ``tests/core/test_oracle.py`` proves whose gradient each
     formulation has on answers of many tokens.
@@ -112,76 +146,294 @@ def kl_term(
         "ref_log_probs": ref_log_probs,
         "old_log_probs": old_log_probs,
         "rollout_log_probs": rollout_log_probs,
+        "advantages": advantages,
+        "return_baseline": return_baseline,
     }
-    _check(spec, log_probs, response_mask, supplied)
-    mask = response_mask != 0
-    dtype = log_probs.dtype
-    for tensor in supplied.values():
-        dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
-
-    def counted(tensor: Tensor) -> Tensor:
-        return torch.where(mask, tensor.to(dtype), 0.0)
-
-    current = counted(log_probs)
-    others = {
-        name: counted(tensor.detach())
-        for name, tensor in supplied.items()
-        if tensor is not None and name in spec.requires
-    }
+    options = {"kl_coef": kl_coef, "clip_range": clip_range, "group_ids": group_ids}
+    _check(spec, log_probs, response_mask, supplied, options)
+    clip = None if clip_range is None else _low_and_high(clip_range)
+    batch = _Batch.of(spec, log_probs, response_mask, supplied)
     if spec.estimator == "none":
-        return _nothing(current, mask)
-    terms = [_single(term, current, others, mask) for term in spec.terms]
-    return terms[0] if len(terms) == 1 else _sum(spec, terms, current)
+        return _nothing(log_probs, batch)
+    terms = [_single(t, log_probs, batch, kl_coef, clip, group_ids) for t in spec.terms]
+    return terms[0] if len(terms) == 1 else _sum(spec, log_probs, terms)
 
 
-def _single(spec: KLSpec, current: Tensor, others: dict[str, Tensor], mask: Tensor) -> KLTerm:
-    assert spec.estimator is not None and spec.placement is not None and spec.bound is not None
-    estimator = ESTIMATORS[spec.estimator]
-    detached = current.detach()
-    log_ratio = detached - others["ref_log_probs"]
-    value = estimator.value(log_ratio)
-    coefficient = torch.where(mask, estimator.role(spec.placement).coefficient(log_ratio), 0.0)
-    never = torch.zeros_like(mask)
-    bounded, capped, overflowed = never, never, overflows(-log_ratio)
-    if not math.isinf(spec.bound):
-        bounded = coefficient.abs() > spec.bound
-        coefficient = coefficient.clamp(-spec.bound, spec.bound)
-    weight = sampling_weight = mask.to(detached.dtype)
-    if spec.ratio != "none":
-        assert spec.level is not None and spec.cap is not None and spec.mode is not None
-        importance = importance_weight(
-            detached,
-            others[f"{spec.ratio}_log_probs"],
-            mask,
-            level=spec.level,
-            cap=spec.cap,
-            mode=spec.mode,
+def policy_loss(
+    spec: str | KLSpec,
+    log_probs: Tensor,
+    ref_log_probs: Tensor | None,
+    response_mask: Tensor,
+    *,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    kl_coef: float | Tensor,
+    clip_range: ClipRange = 0.2,
+    rollout_log_probs: Tensor | None = None,
+    group_ids: Groups = None,
+    return_baseline: Tensor | None = None,
+) -> Tensor:
+    """PPO's and GRPO's clipped surrogate with its KL, per token: (B, T), differentiable.
+
+    With ``rho = pi/old``, ``head=combined`` is ``-min(rho A', clip(rho) A')``,
+    ``A' = sg(A - kl_coef * c)``: the KL inside the ratio and the clip, c at the *current* policy
+    (which a KL in the reward has at the start of the step). Any other as_loss term is added to the
+    surrogate of ``A`` as ``kl_coef * KLTerm.loss``. The one difference between the heads is whose
+    sign decides where the clip drops the gradient.
+
+    Args:
+        spec: terms as_loss (``k1_in_reward,head=combined`` is one), or ``none``.
+        advantages: (B, T), already normalised over their groups; not differentiated.
+        kl_coef: beta.
+        clip_range: epsilon, or (low, high): the ratio is held in [1 - low, 1 + high].
+
+    The others, and the errors, are ``kl_term``'s. Aggregate the result as the policy loss is.
+
+    Raises:
+        ValueError: a term in the reward: it belongs to the advantages that are handed in.
+    """
+    spec = parse(spec)
+    if spec.placed("in_reward").estimator != "none":
+        raise ValueError(
+            f"kl_type {str(spec)!r} is in the reward: join it to the advantages, or use "
+            "'k1_in_reward,head=combined'"
         )
-        weight = sampling_weight = importance.weight
-        capped = importance.capped
-        overflowed = overflowed | importance.overflowed
+    given: dict[str, Any] = {
+        "old_log_probs": old_log_probs,
+        "rollout_log_probs": rollout_log_probs,
+        "advantages": advantages,
+        "kl_coef": kl_coef,
+        "clip_range": clip_range,
+        "group_ids": group_ids,
+        "return_baseline": return_baseline,
+    }
+    low, high = _low_and_high(clip_range)
+    terms = {
+        term: kl_term(term, log_probs, ref_log_probs, response_mask, **given) for term in spec.terms
+    }
+    mask = response_mask != 0
+    dtype = next(iter(terms.values())).value.dtype
+    force = torch.where(mask, advantages.detach().to(dtype), 0.0)
+    for term, kl in terms.items():
+        if term.head == "combined":
+            force = force - kl_coef * kl.coefficient
+    ratio = saturating_exp(torch.where(mask, log_probs.to(dtype) - old_log_probs.detach(), 0.0))
+    loss = -torch.minimum(ratio * force, ratio.clamp(1 - low, 1 + high) * force)
+    for term, kl in terms.items():
+        if term.head in ("separate", "clipped"):
+            loss = loss + kl_coef * kl.loss
+    return loss
+
+
+def kl_return_baseline(
+    spec: str | KLSpec,
+    log_probs: Tensor,
+    ref_log_probs: Tensor,
+    response_mask: Tensor,
+    group_ids: Groups = None,
+) -> Tensor:
+    """What ``baseline=...`` compares each answer's KL return with: (B, T), detached, nats.
+
+    At each position the mean, over the other answers of the group (or of the batch, by ``spec``),
+    of the KL that is still to come. For the start of a step, when the whole batch is at hand and
+    the policy is the one that sampled: any function of the *other* answers is an unbiased baseline,
+    so this one serves all updates of the step.
+
+    Raises:
+        ValueError: a ``kl_type`` of several terms or without a baseline, or as ``kl_term``.
+    """
+    spec = parse(spec)
+    if spec.baseline in (None, "none"):
+        raise ValueError(f"kl_type {str(spec)!r} has no baseline")
+    batch = _Batch.of(spec, log_probs, response_mask, {"ref_log_probs": ref_log_probs})
+    own, later = _coefficients(spec, batch, batch.log_ratio("ref_log_probs"))
+    return others_mean(_returns(own, later, None), _groups(spec, group_ids))
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The tensors of one call, detached, in the dtype of the work."""
+
+    log_probs: Tensor
+    mask: Tensor
+    others: dict[str, Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        spec: KLSpec,
+        log_probs: Tensor,
+        response_mask: Tensor,
+        supplied: dict[str, Tensor | None],
+    ) -> _Batch:
+        others = {
+            name: tensor.detach()
+            for name, tensor in supplied.items()
+            if tensor is not None and (name in spec.requires or name == "return_baseline")
+        }
+        dtype = torch.promote_types(log_probs.dtype, torch.float32)
+        for tensor in others.values():
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        return cls(log_probs.detach().to(dtype), response_mask != 0, others)
+
+    def log_ratio(self, other: str) -> Tensor:
+        """``log_probs`` less another policy's; what is masked may be anything before."""
+        return self.counted(self.log_probs - self.others[other])
+
+    def counted(self, x: Tensor) -> Tensor:
+        return torch.where(self.mask, x, 0.0)
+
+    @property
+    def never(self) -> Tensor:
+        return torch.zeros_like(self.mask)
+
+    @property
+    def ones(self) -> Tensor:
+        return self.mask.to(self.log_probs.dtype)
+
+
+class _WithGradient(torch.autograd.Function):
+    """``value``, with ``force`` as its derivative with respect to ``log_probs``."""
+
+    @staticmethod
+    def forward(ctx: Any, log_probs: Tensor, value: Tensor, force: Tensor) -> Tensor:
+        ctx.save_for_backward(force)
+        ctx.dtype = log_probs.dtype
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (force,) = ctx.saved_tensors
+        return (gradients[0] * force).to(ctx.dtype), None, None
+
+
+def _with_gradient(log_probs: Tensor, value: Tensor, force: Tensor) -> Tensor:
+    return cast(Tensor, _WithGradient.apply(log_probs, value, force))  # type: ignore[no-untyped-call]
+
+
+def _single(
+    spec: KLSpec,
+    log_probs: Tensor,
+    batch: _Batch,
+    kl_coef: float | Tensor | None,
+    clip: tuple[float, float] | None,
+    group_ids: Groups,
+) -> KLTerm:
+    log_ratio = batch.log_ratio(f"{spec.reference}_log_probs")
+    value = spec.definition.value(log_ratio)
+    coefficient, later = _coefficients(spec, batch, log_ratio)
+    importance = _importance(spec, batch)
+    weight = None if importance is None else importance.weight
+    force: Tensor | None = None
     if spec.placement == "as_loss" and spec.horizon == "sequence":
         # Per decision: sum_{s>=t} w_s c_s. At sequence level w is one number per answer, so this
         # is w times the reward-to-go there, and without a ratio the reward-to-go itself.
-        force = torch.where(mask, _finite(reward_to_go(_finite(weight * coefficient))), 0.0)
-        # A token whose own weight is 0 (dropped by mode=mask) still answers for later ones.
-        weight = torch.where(weight > 0, weight, mask.to(weight.dtype))
-        coefficient = torch.where(mask, _finite(force / weight), 0.0)
-    else:
-        force = _finite(weight * coefficient)
+        inside = weight if spec.head == "separate" else None
+        force = _returns(coefficient, later, inside)
+        if spec.baseline != "none":
+            compared = _baseline(spec, batch, force, group_ids)
+            force = force - (compared if inside is None else inside * compared)
+        coefficient = force = batch.counted(finite(force))
+        if inside is not None:
+            # A token whose own weight is 0 (dropped by mode=mask) still answers for later ones.
+            weight = torch.where(inside > 0, inside, batch.ones)
+            coefficient = batch.counted(finite(force / weight))
+    elif spec.baseline != "none":
+        compared = _baseline(spec, batch, _returns(coefficient, later, None), group_ids)
+        coefficient = coefficient - _credited(compared, batch.mask)
+    if spec.head != "separate":
+        assert importance is not None and clip is not None
+        slope = coefficient
+        if spec.head == "combined":
+            assert kl_coef is not None
+            slope = kl_coef * coefficient - batch.counted(batch.others["advantages"])
+        importance = clipped_weight(importance, slope, clip)
+        weight, force = importance.weight, None
+    if force is None:
+        force = coefficient if weight is None else finite(weight * coefficient)
+
+    def diagnose() -> _Diagnosis:
+        bounded = batch.never
+        assert spec.bound is not None and spec.placement is not None
+        if not math.isinf(spec.bound):
+            bounded = spec.definition.role(spec.placement).coefficient(log_ratio).abs() > spec.bound
+        overflowed = overflows(-log_ratio) | saturated(coefficient)
+        return _Diagnosis(
+            log_ratio=log_ratio,
+            weight=batch.ones if importance is None else importance.weight,
+            capped=batch.never if importance is None else importance.capped,
+            bounded=bounded,
+            overflowed=overflowed if importance is None else overflowed | importance.overflowed,
+        )
+
     return KLTerm(
-        loss=value + force * (current - detached),
+        loss=_with_gradient(log_probs, value, force),
         value=value,
         coefficient=coefficient,
-        weight=weight,
-        _mask=mask,
-        _log_ratio=log_ratio,
-        _sampling_weight=sampling_weight,
-        _capped=capped,
-        _bounded=bounded,
-        _overflowed=overflowed,
+        _mask=batch.mask,
+        _weight=weight,
+        _diagnose=diagnose,
     )
+
+
+def _coefficients(spec: KLSpec, batch: _Batch, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """Each token's own coefficient, and what it adds to those of the tokens before it."""
+    assert spec.placement is not None and spec.bound is not None
+    estimator = spec.definition
+    on_answers = spec.placement == "as_loss" and spec.horizon == "sequence"
+    if on_answers and estimator.of_answer is not None:
+        own = batch.counted(estimator.of_answer(log_ratio))
+        return own, torch.zeros_like(own)
+    coefficient = estimator.role(spec.placement).coefficient
+    own = coefficient(log_ratio)
+    if not math.isinf(spec.bound):
+        own = own.clamp(-spec.bound, spec.bound)
+    if spec.estimator == "k1" and spec.placement == "as_loss":
+        own = batch.counted(own)  # the one coefficient that is not 0 where lr is
+    if not on_answers or estimator.later is None or estimator.later is coefficient:
+        return own, own
+    return own, estimator.later(log_ratio)
+
+
+def _importance(spec: KLSpec, batch: _Batch) -> ImportanceWeight | None:
+    if spec.head != "separate":
+        log_ratio = batch.log_ratio("old_log_probs")
+        return importance_weight(log_ratio, batch.mask, level="token", cap=math.inf, mode="mask")
+    if spec.ratio == "none":
+        return None
+    assert spec.level is not None and spec.cap is not None and spec.mode is not None
+    log_ratio = batch.log_ratio(f"{spec.ratio}_log_probs")
+    return importance_weight(log_ratio, batch.mask, level=spec.level, cap=spec.cap, mode=spec.mode)
+
+
+def _returns(own: Tensor, later: Tensor, weight: Tensor | None) -> Tensor:
+    """A token's own coefficient and all that later ones add to it, each under its weight."""
+    added = later if weight is None else finite(weight * later)
+    returns = reward_to_go(added)
+    if own is not later:
+        returns = returns - added + (own if weight is None else finite(weight * own))
+    return finite(returns)
+
+
+def _groups(spec: KLSpec, group_ids: Groups) -> Groups:
+    return None if spec.baseline == "batch" else group_ids
+
+
+def _baseline(spec: KLSpec, batch: _Batch, returns: Tensor, group_ids: Groups) -> Tensor:
+    if "return_baseline" in batch.others:
+        return batch.counted(batch.others["return_baseline"])
+    return others_mean(returns, _groups(spec, group_ids))
+
+
+def _credited(to_go: Tensor, mask: Tensor) -> Tensor:
+    """Per-token numbers, zero where masked, whose sum over this token and later ones is
+    ``to_go`` at every counted token."""
+    length = mask.shape[-1]
+    position = torch.arange(length, device=mask.device).expand_as(mask)
+    following = position.where(mask, length).flip(-1).cummin(-1).values.flip(-1)
+    following = torch.nn.functional.pad(following[:, 1:], (0, 1), value=length)
+    padded = torch.nn.functional.pad(to_go, (0, 1))
+    return torch.where(mask, to_go - padded.gather(-1, following), 0.0)
 
 
 def reward_to_go(x: Tensor) -> Tensor:
@@ -189,61 +441,69 @@ def reward_to_go(x: Tensor) -> Tensor:
     return x.flip(-1).cumsum(-1).flip(-1)
 
 
-def _finite(x: Tensor) -> Tensor:
-    # Products and sums of numbers of which one is a saturated exponent, and counted as such.
-    limit = torch.finfo(x.dtype).max
-    return x.clamp(-limit, limit)
-
-
-def _sum(spec: KLSpec, terms: list[KLTerm], current: Tensor) -> KLTerm:
+def _sum(spec: KLSpec, log_probs: Tensor, terms: list[KLTerm]) -> KLTerm:
     first = terms[0]
     weighted = next((t for t, s in zip(terms, spec.terms, strict=True) if s.ratio != "none"), first)
     zero = torch.zeros_like(first.value)
-    force = _finite(sum((_finite(t.weight * t.coefficient) for t in terms), zero))
-    value = _finite(sum((t.value for t in terms), zero))
+    force = finite(sum((finite(t.weight * t.coefficient) for t in terms), zero))
+    value = finite(sum((t.value for t in terms), zero))
+
+    def diagnose() -> _Diagnosis:
+        seen = [t._diagnose() for t in terms]
+        of_weight = seen[terms.index(weighted)]
+        return _Diagnosis(
+            log_ratio=seen[0].log_ratio,
+            weight=of_weight.weight,
+            capped=of_weight.capped,
+            bounded=torch.stack([s.bounded for s in seen]).any(0),
+            overflowed=torch.stack([s.overflowed for s in seen]).any(0),
+        )
+
     return KLTerm(
-        loss=value + force * (current - current.detach()),
-        value=value,
-        coefficient=force,
-        weight=first._mask.to(value.dtype),
-        _mask=first._mask,
-        _log_ratio=first._log_ratio,
-        _sampling_weight=weighted._sampling_weight,
-        _capped=weighted._capped,
-        _bounded=torch.stack([t._bounded for t in terms]).any(0),
-        _overflowed=torch.stack([t._overflowed for t in terms]).any(0),
+        _with_gradient(log_probs, value, force), value, force, first._mask, None, diagnose
     )
 
 
-def _nothing(current: Tensor, mask: Tensor) -> KLTerm:
-    zero, never = torch.zeros_like(current.detach()), torch.zeros_like(mask)
-    weight = mask.to(current.dtype)
-    return KLTerm(
-        loss=zero * (current - current.detach()),
-        value=zero,
-        coefficient=zero,
-        weight=weight,
-        _mask=mask,
-        _log_ratio=zero,
-        _sampling_weight=weight,
-        _capped=never,
-        _bounded=never,
-        _overflowed=never,
-    )
+def _nothing(log_probs: Tensor, batch: _Batch) -> KLTerm:
+    zero = torch.zeros_like(batch.log_probs)
+
+    def diagnose() -> _Diagnosis:
+        return _Diagnosis(zero, batch.ones, batch.never, batch.never, batch.never)
+
+    return KLTerm(_with_gradient(log_probs, zero, zero), zero, zero, batch.mask, None, diagnose)
+
+
+def _low_and_high(clip_range: ClipRange) -> tuple[float, float]:
+    low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
+    if not (0 <= low < math.inf and 0 <= high < math.inf):
+        raise ValueError(f"clip_range={clip_range!r} must be epsilon or (low, high), none negative")
+    return low, high
 
 
 def _check(
-    spec: KLSpec, log_probs: Tensor, response_mask: Tensor, supplied: dict[str, Tensor | None]
+    spec: KLSpec,
+    log_probs: Tensor,
+    response_mask: Tensor,
+    tensors: dict[str, Tensor | None],
+    options: dict[str, Any],
 ) -> None:
-    for name in spec.requires:
-        if supplied[name] is None:
+    given = {name for name, value in {**tensors, **options}.items() if value is not None}
+    if "return_baseline" in given:
+        given.add("group_ids")
+    needed = [*spec.requires]
+    if any(term.head in ("combined", "clipped") for term in spec.terms):
+        needed.append("clip_range")
+    if any(term.head == "combined" for term in spec.terms):
+        needed.append("kl_coef")
+    for name in needed:
+        if name not in given:
             raise ValueError(f"kl_type {str(spec)!r} needs {name}, which is missing")
     if log_probs.dim() != 2 or not log_probs.is_floating_point():
         raise ValueError(
             "log_probs must be a floating-point tensor of shape (B, T), got "
             f"{tuple(log_probs.shape)} of {log_probs.dtype}"
         )
-    for name, tensor in (*supplied.items(), ("response_mask", response_mask)):
+    for name, tensor in (*tensors.items(), ("response_mask", response_mask)):
         if tensor is not None and tensor.shape != log_probs.shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, log_probs has {tuple(log_probs.shape)}: "

@@ -20,39 +20,52 @@ class ImportanceWeight:
 
     weight: Tensor
     capped: Tensor
-    overflowed: Tensor
+    log_weight: Tensor
+
+    @property
+    def overflowed(self) -> Tensor:
+        return overflows(self.log_weight)
 
 
 def importance_weight(
-    log_probs: Tensor,
-    behaviour_log_probs: Tensor,
-    mask: Tensor,
-    *,
-    level: str,
-    cap: float,
-    mode: str,
+    log_ratio: Tensor, mask: Tensor, *, level: str, cap: float, mode: str
 ) -> ImportanceWeight:
     """``pi_theta / pi_behaviour`` of each token, prefix or whole answer, bounded above by ``cap``.
 
     Args:
-        log_probs: (B, T), current policy, nats, zero where masked; gradients are not followed.
-        behaviour_log_probs: (B, T), the policy that is taken to have sampled, zero where masked.
-        mask: (B, T) bool. Masked tokens enter no product.
+        log_ratio: (B, T), log pi_theta less that of the policy that is taken to have sampled,
+            detached, nats, zero where masked: masked tokens enter no product.
+        mask: (B, T) bool.
         level: ``token`` (this token), ``prefix`` (product up to and including it) or ``sequence``
             (product over the answer; never the geometric mean, which weighs nothing).
         cap: ``truncate`` holds weights at it, ``mask`` drops those above; ``inf`` for no bound.
         mode: ``truncate`` or ``mask``.
     """
-    log_weight = (log_probs - behaviour_log_probs).detach()
+    log_weight = log_ratio
     if level == "prefix":
-        log_weight = log_weight.cumsum(-1)
+        log_weight = log_ratio.cumsum(-1)
     elif level == "sequence":
-        log_weight = log_weight.sum(-1, keepdim=True).expand_as(mask)
+        log_weight = log_ratio.sum(-1, keepdim=True).expand_as(mask)
     weight = saturating_exp(log_weight)
     capped = (weight > cap) & mask
     weight = weight.clamp(max=cap) if mode == "truncate" else weight.masked_fill(capped, 0.0)
-    return ImportanceWeight(
-        weight=torch.where(mask, weight, 0.0),
-        capped=capped,
-        overflowed=overflows(log_weight) & mask,
-    )
+    return ImportanceWeight(torch.where(mask, weight, 0.0), capped, log_weight)
+
+
+def clipped_weight(
+    ratio: ImportanceWeight, slope: Tensor, clip_range: tuple[float, float]
+) -> ImportanceWeight:
+    """PPO's: the token ratio, and 0 where its clip drops the gradient.
+
+    ``max(rho * slope, clip(rho) * slope)`` has no gradient where the ratio is out of its range on
+    the side that descending ``slope`` moves it to.
+
+    Args:
+        ratio: token-level, uncapped.
+        slope: (B, T), what multiplies the ratio in the loss.
+        clip_range: (low, high): the ratio is held in [1 - low, 1 + high].
+    """
+    low, high = clip_range
+    rho = ratio.weight
+    dropped = ((slope > 0) & (rho < 1 - low)) | ((slope < 0) & (rho > 1 + high))
+    return ImportanceWeight(rho.masked_fill(dropped, 0.0), dropped, ratio.log_weight)

@@ -109,16 +109,19 @@ def compute_approx_kl(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any
             f"kl_type {kl_type!r} was asked of OpenRLHF's compute_approx_kl outside of its "
             "ActorPPOTrainer.training_step, where klplug has no mask and no old log-probs"
         )
-    tensors = {
-        "old_log_probs": given.get("log_probs_old"),
-        "rollout_log_probs": step.rollout_log_probs,
-    }
     kl = torch.zeros_like(given["log_probs"], dtype=torch.float32)
     for placement in ("in_reward", "as_loss"):
         part = step.plan.spec.placed(placement)
         if part.estimator == "none":
             continue
-        term = kl_term(part, given["log_probs"], given["log_probs_base"], step.mask, **tensors)
+        term = kl_term(
+            part,
+            given["log_probs"],
+            given["log_probs_base"],
+            step.mask,
+            old_log_probs=given.get("log_probs_old"),
+            rollout_log_probs=step.rollout_log_probs,
+        )
         # What is in the reward acts through the advantages; here it is only reported.
         kl = kl + (term.loss if placement == "as_loss" else term.value)
         step.tally = term.tally

@@ -12,6 +12,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Divergences E_ref f(u), each by its textbook f.
+F = {
+    "reverse": lambda t: t * t.log(),
+    "forward": lambda t: -t.log(),
+    "tv": lambda t: (t - 1).abs() / 2,
+    "twice_tv": lambda t: (t - 1).abs(),
+    "js": lambda t: t * t.log() - (t + 1) * ((t + 1) / 2).log(),
+    "jeffreys": lambda t: (t - 1) * t.log(),
+    "chi2": lambda t: (t - 1) ** 2,
+    "hellinger": lambda t: (1 - t.sqrt()) ** 2,
+    "alpha": lambda t: (t**0.5 - 0.5 * t - 0.5) / (0.5 * -0.5),
+    "alpha,alpha=2": lambda t: (t**2 - 2 * t + 1) / 2,
+    "alpha,alpha=-1": lambda t: (t**-1 + t - 2) / 2,
+}
+
 STOP = 0  # with ``stops``, the token that ends an answer
 
 
@@ -92,7 +107,7 @@ class Problem:
         return reach
 
     def gradient(self, scalar: Tensor) -> Tensor:
-        (gradient,) = torch.autograd.grad(scalar, self.theta)
+        (gradient,) = torch.autograd.grad(scalar, self.theta, retain_graph=True)
         return gradient
 
     # ── Targets, each as the gradient of what it is named after ─────────────────────────────────
@@ -105,13 +120,22 @@ class Problem:
 
     def at_prefixes(self, reach: Tensor, divergence: str = "reverse") -> Tensor:
         """grad of a divergence of each token's distribution, prefixes weighted and held fixed."""
-        policy, ref = self.policy(), self.ref()
-        per_prefix = {
-            "reverse": lambda: (policy.exp() * (policy - ref)).sum(-1),
-            "forward": lambda: (ref.exp() * (ref - policy)).sum(-1),
-            "twice_tv": lambda: (policy.exp() - ref.exp()).abs().sum(-1),
-        }[divergence]()
-        return self.gradient((reach.detach() * per_prefix).sum())
+        return self.gradient((reach.detach() * self.per_prefix(divergence)).sum())
+
+    def per_prefix(self, divergence: str) -> Tensor:
+        """``E_ref f(u)`` of each prefix's next token, u = pi / ref."""
+        ref = self.ref().exp()
+        return (ref * F[divergence](self.policy().exp() / ref)).sum(-1)
+
+    def expected(self, divergence: str) -> Tensor:
+        """grad of the divergence of each token summed along answers from pi, reach and all."""
+        return self.gradient((self.reach(self.policy()) * self.per_prefix(divergence)).sum())
+
+    def full_forward(self) -> Tensor:
+        """grad KL(ref||pi) over whole answers."""
+        log_probs, ref = self.log_probs(self.policy()).sum(-1), self.ref()
+        probability = self.answer_probability(ref)
+        return self.gradient((probability * (self.log_probs(ref).sum(-1) - log_probs)).sum())
 
     def loc(self, divergence: str = "reverse") -> Tensor:
         return self.at_prefixes(self.reach(self.policy()), divergence)
@@ -131,7 +155,10 @@ class Problem:
         """grad E[sum of an estimator's values], the samples from pi (or, fixed, from old)."""
         policy = self.policy()
         lr = self.log_probs(policy) - self.log_probs(self.ref())
-        value = {"k2": lr**2 / 2, "k3": torch.exp(-lr) - 1 + lr, "abs": lr.abs()}[estimate]
+        if estimate in F:
+            value = torch.where(self.mask, F[estimate](lr.exp()) / lr.exp(), 0.0)
+        else:
+            value = {"k2": lr**2 / 2, "k3": torch.exp(-lr) - 1 + lr, "abs": lr.abs()}[estimate]
         probability = self.answer_probability(policy if behaviour is None else behaviour)
         return self.gradient((probability[:, None] * value).sum())
 

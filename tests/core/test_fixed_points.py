@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -42,14 +45,35 @@ def optimum() -> Tensor:
     return (REF.log() + REWARD / BETA).log_softmax(-1).exp()
 
 
-def forward_optimum() -> Tensor:
-    """beta ref / (lambda - r), lambda > max r the root of sum = 1, by bisection."""
-    low, high = REWARD.max().item(), REWARD.max().item() + 10 * BETA
+def normalised(policy: Callable[[float], Tensor], low: float, high: float) -> Tensor:
+    """``policy(lambda)``, which falls with lambda, where it sums to 1: by bisection."""
     for _ in range(200):
         middle = (low + high) / 2
-        total = (BETA * REF / (middle - REWARD)).sum()
-        low, high = (middle, high) if total > 1 else (low, middle)
-    return BETA * REF / (high - REWARD)
+        low, high = (middle, high) if policy(middle).sum() > 1 else (low, middle)
+    return policy(high)
+
+
+def forward_optimum() -> Tensor:
+    top = REWARD.max().item()
+    return normalised(lambda x: BETA * REF / (x - REWARD), top, top + 10 * BETA)
+
+
+def hellinger_optimum() -> Tensor:
+    top = REWARD.max().item()
+    return normalised(lambda x: REF * (BETA / (x - REWARD)) ** 2, top, top + 10 * BETA)
+
+
+def chi2_optimum() -> Tensor:
+    return normalised(lambda x: REF * (1 + (REWARD - x) / (2 * BETA)).clamp(min=0), -9.0, 9.0)
+
+
+def js_optimum() -> Tensor:
+    def policy(x: float) -> Tensor:
+        e = ((REWARD - x) / BETA).exp()
+        return REF * e / (2 - e)
+
+    top = REWARD.max().item() - BETA * math.log(2)
+    return normalised(policy, top + 1e-12, top + 10)
 
 
 @pytest.mark.parametrize("kl_type", ["k2_as_loss", "k1_in_reward", "k3_in_reward+k3_as_loss"])
@@ -62,6 +86,25 @@ def test_the_right_ones_reach_the_optimum(kl_type: str) -> None:
 def test_k3_as_loss_reaches_the_forward_optimum() -> None:
     policy = ascend("k3_as_loss", steps=4000).exp()
     torch.testing.assert_close(policy, forward_optimum(), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kl_type", "expected"),
+    [
+        ("forward_as_loss", forward_optimum),
+        ("hellinger_as_loss", hellinger_optimum),
+        ("chi2_as_loss", chi2_optimum),
+        ("js_as_loss", js_optimum),
+        ("alpha_as_loss,alpha=0.001", forward_optimum),
+        ("alpha_as_loss,alpha=0.999", optimum),
+    ],
+)
+def test_every_divergence_has_its_own_optimum(kl_type: str, expected: Callable[[], Tensor]) -> None:
+    limit = "alpha=0" in kl_type
+    policy = ascend(kl_type, steps=4000).exp()
+    torch.testing.assert_close(policy, expected(), rtol=5e-3 if limit else 1e-7, atol=0)
+    others = {forward_optimum, hellinger_optimum, chi2_optimum, js_optimum, optimum} - {expected}
+    assert all((policy - other()).abs().max() > 0.005 for other in others)
 
 
 def test_k1_as_loss_goes_where_no_kl_goes() -> None:

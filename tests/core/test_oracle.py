@@ -5,15 +5,19 @@ All answers enumerated, float64, no sampling noise. Equal means 1e-9; different,
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
-from klplug import kl_term, kl_types, parse, reward_to_go
+from klplug import kl_return_baseline, kl_term, kl_types, parse, policy_loss, reward_to_go
 from tests.core.enumeration import PROBLEMS, Problem
 
-LOSSES = ("k1_as_loss", "k2_as_loss", "k3_as_loss", "abs_as_loss")
 REWARDS = ("k1_in_reward", "k2_in_reward", "k3_in_reward", "abs_in_reward")
+DIVERGENCES = ("forward", "js", "jeffreys", "chi2", "hellinger", "tv", "alpha")
+PARAMETERS = {"alpha,alpha=2": "alpha_as_loss,alpha=2", "alpha,alpha=-1": "alpha_as_loss,alpha=-1"}
+LOSS_OF = {name: f"{name}_as_loss" for name in DIVERGENCES} | PARAMETERS
 
 
 @pytest.fixture(params=PROBLEMS, scope="module")
@@ -34,6 +38,10 @@ def loss_gradient(problem: Problem, kl_type: str, behaviour: Tensor) -> Tensor:
         problem.mask,
         old_log_probs=problem.log_probs(behaviour),
         rollout_log_probs=problem.log_probs(behaviour),
+        # No clip, and an advantage of none: what the KL alone does.
+        advantages=torch.zeros_like(problem.mask, dtype=torch.float64),
+        kl_coef=1.0,
+        clip_range=(1.0, 1e9),
     )
     probability = problem.answer_probability(behaviour).detach()
     return problem.gradient((probability[:, None] * term.loss).sum())
@@ -65,12 +73,30 @@ ON_POLICY_LOSS = {
     "abs_as_loss": lambda p: p.loc("twice_tv"),
     "k2_as_loss,horizon=sequence": lambda p: p.full(),
     "k2_as_loss,horizon=sequence,level=sequence": lambda p: p.full(),
+    "forward_as_loss,horizon=sequence": lambda p: p.full_forward(),
+    **{kl_type: lambda p, f=f: p.loc(f) for f, kl_type in LOSS_OF.items()},
+    **{
+        f"{kl_type},horizon=sequence": lambda p, f=f: p.expected(f)
+        for f, kl_type in LOSS_OF.items()
+        if f != "forward"
+    },
+}
+HEADS = {
+    f"k2_as_loss,head={head}{horizon}": lambda p, full=full: p.full() if full else p.loc()
+    for head in ("combined", "clipped")
+    for horizon, full in (("", False), (",horizon=sequence", True))
 }
 ON_POLICY_REWARD = {
     "k1_in_reward": lambda p: p.full(),
     "k2_in_reward": lambda p: p.expected_values("k2") - p.loc(),
     "k3_in_reward": lambda p: p.full() - p.loc("forward"),
     "abs_in_reward": lambda p: p.expected_values("abs") - p.loc("twice_tv"),
+    **{
+        f"{name}_in_reward": lambda p, name=name: (
+            p.expected_values(name) - p.expected_values(name, p.policy().detach())
+        )
+        for name in DIVERGENCES
+    },
 }
 
 
@@ -86,7 +112,13 @@ def test_on_policy_loss_has_its_documented_gradient(
     assert_equal(loss_gradient(problem, str(spec), on_policy), ON_POLICY_LOSS[kl_type](problem))
 
 
-@pytest.mark.parametrize("kl_type", REWARDS)
+@pytest.mark.parametrize("kl_type", HEADS)
+def test_on_policy_the_heads_agree(problem: Problem, kl_type: str) -> None:
+    on_policy = problem.policy().detach()
+    assert_equal(loss_gradient(problem, kl_type, on_policy), HEADS[kl_type](problem))
+
+
+@pytest.mark.parametrize("kl_type", ON_POLICY_REWARD)
 def test_on_policy_reward_has_its_documented_gradient(problem: Problem, kl_type: str) -> None:
     on_policy = problem.policy().detach()
     assert_equal(reward_gradient(problem, kl_type, on_policy), ON_POLICY_REWARD[kl_type](problem))
@@ -100,9 +132,17 @@ def test_on_policy_targets_differ(problem: Problem) -> None:
         "k3 local": problem.loc("forward"),
         "abs local": problem.loc("twice_tv"),
         **{name: ON_POLICY_REWARD[name](problem) for name in REWARDS[1:]},
+        **{f"{f} local": problem.loc(f) for f in LOSS_OF if f not in ("forward", "tv", "alpha")},
     }
+    # Half of what they are called after, by their definitions.
+    assert_equal(2 * problem.loc("tv"), problem.loc("twice_tv"))
+    assert_equal(2 * problem.loc("alpha,alpha=2"), problem.loc("chi2"))
+    assert_equal(problem.loc("alpha"), 2 * problem.loc("hellinger"))
+    del targets["abs local"], targets["chi2 local"]
     if many_tokens(problem):
         targets["full"] = problem.full()
+        targets["forward full"] = problem.full_forward()
+        targets |= {f"{f} expected": problem.expected(f) for f in ("js", "jeffreys", "hellinger")}
     names = list(targets)
     for i, one in enumerate(names):
         for other in names[i + 1 :]:
@@ -142,6 +182,15 @@ OFF_POLICY = {
     "k3_as_loss,level=sequence": lambda p: p.loc("forward"),
     "k2_as_loss,horizon=sequence": lambda p: p.full(),
     "k2_as_loss,horizon=sequence,level=sequence": lambda p: p.full(),
+    "forward_as_loss,horizon=sequence": lambda p: p.full_forward(),
+    "forward_as_loss,horizon=sequence,level=sequence": lambda p: p.full_forward(),
+    **{kl_type: lambda p, f=f: p.oldpref(f) for f, kl_type in LOSS_OF.items()},
+    **{
+        f"{kl_type},horizon=sequence{level}": lambda p, f=f: p.expected(f)
+        for f, kl_type in LOSS_OF.items()
+        if f != "forward"
+        for level in ("", ",level=sequence")
+    },
 }
 UNCORRECTED = {
     "k1_as_loss": lambda p: p.away_from_old(),
@@ -254,6 +303,206 @@ def test_masked_tokens_inside_an_answer_enter_no_product_and_no_sum() -> None:
             assert (getattr(inside, name)[:, 1] == 0).all()
 
 
+@pytest.mark.parametrize("head", ["combined", "clipped"])
+def test_unclipped_heads_have_the_token_ratio(problem: Problem, head: str) -> None:
+    gradient = loss_gradient(problem, f"k2_as_loss,head={head}", problem.old())
+    assert_equal(gradient, problem.oldpref())
+
+
+def test_the_sampler_as_reference(problem: Problem) -> None:
+    """KL(pi||rollout), the answers from rollout, and no reference anywhere."""
+    policy, rollout = problem.log_probs(problem.policy()), problem.log_probs(problem.old())
+    probability = problem.answer_probability(problem.old())[:, None]
+    targets = {
+        "": lambda p: p.oldpref(),
+        ",level=prefix": lambda p: p.loc(),
+        ",horizon=sequence": lambda p: p.full(),
+    }
+    other = copy.copy(problem)
+    other.ref_logits = problem.old()
+    for options, target in targets.items():
+        kl_type = f"k2_as_loss{options},reference=rollout,cap=none"
+        term = kl_term(kl_type, policy, None, problem.mask, rollout_log_probs=rollout)
+        gradient = problem.gradient((probability * term.loss).sum())
+        assert_equal(gradient, target(other))
+        assert_different(gradient, target(problem))
+
+
+# An advantage of either sign for each answer, and a clip that acts on some tokens.
+CLIP = (0.2, 0.3)
+
+
+def surrogate_inputs(problem: Problem) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    advantages = torch.randn(problem.mask.shape[0], 1, generator=generator, dtype=torch.float64)
+    return {
+        "log_probs": problem.log_probs(problem.policy()),
+        "ref_log_probs": problem.log_probs(problem.ref()),
+        "response_mask": problem.mask,
+        "old_log_probs": problem.log_probs(problem.old()),
+        "advantages": advantages.expand_as(problem.mask),
+    }
+
+
+def expected_surrogate(problem: Problem, head: str, beta: float, whole_answers: bool) -> Tensor:
+    """The heads as they are written down, differentiated by autograd."""
+    given = surrogate_inputs(problem)
+    rho = (given["log_probs"] - given["old_log_probs"]).exp()
+    clipped = rho.clamp(1 - CLIP[0], 1 + CLIP[1])
+    c = (given["log_probs"] - given["ref_log_probs"]).detach()
+    c = reward_to_go(c) if whole_answers else c
+    advantages = given["advantages"]
+    if head == "combined":
+        force = advantages - beta * c
+        loss = -torch.minimum(rho * force, clipped * force)
+    else:
+        loss = -torch.minimum(rho * advantages, clipped * advantages)
+        kl = {"separate": rho.detach() * c * given["log_probs"]}
+        kl["clipped"] = torch.maximum(rho * c, clipped * c)
+        loss = loss + beta * kl[head]
+    weight = problem.answer_probability(problem.old())[:, None] * problem.mask
+    return problem.gradient((weight * loss).sum())
+
+
+@pytest.mark.parametrize("horizon", ["token", "sequence"])
+@pytest.mark.parametrize("head", ["separate", "combined", "clipped"])
+def test_policy_loss_is_the_papers_head(problem: Problem, head: str, horizon: str) -> None:
+    if head == "separate" and horizon == "sequence":
+        pytest.skip("its weight is inside the sum: in the tests above")
+    whole = horizon == "sequence"
+    options = ",cap=none" if head == "separate" else ""
+    kl_type = f"k2_as_loss,head={head},horizon={horizon}{options}"
+    given = surrogate_inputs(problem)
+    weight = problem.answer_probability(problem.old())[:, None]
+
+    def gradient(beta: float, **inputs: Tensor) -> Tensor:
+        loss = policy_loss(kl_type, **given | inputs, kl_coef=beta, clip_range=CLIP)
+        return problem.gradient((weight * loss).sum())
+
+    assert_equal(gradient(0.7), expected_surrogate(problem, head, 0.7, whole))
+    without = problem.gradient(
+        (weight * policy_loss("none", **given, kl_coef=0.0, clip_range=CLIP)).sum()
+    )
+    assert_equal(gradient(0.0), without)
+    others = {"separate", "combined", "clipped"} - {head}
+    for other in others if many_tokens(problem) else ():
+        assert_different(gradient(0.7), expected_surrogate(problem, other, 0.7, whole))
+
+
+def test_on_policy_the_three_heads_are_one() -> None:
+    problem = PROBLEMS["three tokens"]()
+    given = surrogate_inputs(problem)
+    given["old_log_probs"] = given["log_probs"].detach()
+    weight = problem.answer_probability(problem.policy()).detach()[:, None]
+    one, *others = (
+        problem.gradient(
+            (weight * policy_loss(f"k2_as_loss,head={head}", **given, kl_coef=0.7)).sum()
+        )
+        for head in ("separate", "combined", "clipped")
+    )
+    for other in others:
+        assert_equal(other, one)
+
+
+def test_two_names_one_program() -> None:
+    assert parse("k1_in_reward,head=combined") == parse("k2_as_loss,head=combined,horizon=sequence")
+    problem = PROBLEMS["one token"]()
+    given = surrogate_inputs(problem)
+    losses = [
+        policy_loss(kl_type, **given, kl_coef=0.7, clip_range=CLIP)
+        for kl_type in ("k1_in_reward,head=combined", "k2_as_loss,head=combined")
+    ]
+    assert torch.equal(losses[0], losses[1])
+
+
+def pairs(problem: Problem, behaviour: Tensor) -> tuple[Tensor, Tensor]:
+    """Every ordered pair of answers to one prompt, and its probability."""
+    count = len(problem.answers)
+    rows = torch.cartesian_prod(torch.arange(count), torch.arange(count))
+    probability = problem.answer_probability(behaviour).detach()
+    return rows, probability[rows].prod(-1)
+
+
+@pytest.mark.parametrize("name", ["batch", "group"])
+@pytest.mark.parametrize(
+    "kl_type",
+    [
+        "k2_as_loss,horizon=sequence",
+        "k2_as_loss,horizon=sequence,level=sequence",
+        "js_as_loss,horizon=sequence",
+        "k1_in_reward",
+    ],
+)
+def test_a_baseline_leaves_the_expected_gradient(kl_type: str, name: str) -> None:
+    problem = PROBLEMS["varying length"]()
+    placement = parse(kl_type).placement
+    behaviour = problem.old() if placement == "as_loss" else problem.policy().detach()
+    rows, probability = pairs(problem, behaviour)
+
+    def of_pairs(x: Tensor) -> Tensor:
+        return x[rows].flatten(0, 1)
+
+    log_probs = of_pairs(problem.log_probs(problem.policy()))
+    given = {
+        "log_probs": log_probs,
+        "ref_log_probs": of_pairs(problem.log_probs(problem.ref())),
+        "response_mask": of_pairs(problem.mask),
+        "old_log_probs": of_pairs(problem.log_probs(behaviour)),
+        "group_ids": torch.arange(len(rows)).repeat_interleave(2),
+    }
+
+    def loss(term_of: dict[str, Tensor], options: str) -> Tensor:
+        term = kl_term(f"{kl_type}{options}", **term_of)
+        if placement == "as_loss":
+            return term.loss
+        return reward_to_go(term.coefficient) * term_of["response_mask"] * term_of["log_probs"]
+
+    if name == "group":
+        lost = loss(given, ",baseline=group")
+    else:  # each pair a batch of its own
+        parts = [
+            loss({k: v[2 * i : 2 * i + 2] for k, v in given.items()}, ",baseline=batch")
+            for i in range(len(rows))
+        ]
+        lost = torch.cat(parts)
+    weight = probability.repeat_interleave(2)[:, None] / 2
+    expected = ON_POLICY_REWARD if placement == "in_reward" else OFF_POLICY
+    assert_equal(problem.gradient((weight * lost).sum()), expected[kl_type](problem))
+    uncapped = "" if placement == "in_reward" else ",cap=none"
+    per_token = [
+        torch.autograd.grad(x.sum(), log_probs, retain_graph=True)[0]
+        for x in (lost, loss(given, uncapped))
+    ]
+    assert_different(*per_token)
+
+
+def test_a_baseline_from_the_start_of_the_step_is_unbiased_too() -> None:
+    problem = PROBLEMS["varying length"]()
+    rows, probability = pairs(problem, problem.old())
+    log_probs, ref, old, mask = (
+        x[rows].flatten(0, 1)
+        for x in (
+            problem.log_probs(problem.policy()),
+            problem.log_probs(problem.ref()),
+            problem.log_probs(problem.old()),
+            problem.mask,
+        )
+    )
+    kl_type, ids = "k2_as_loss,horizon=sequence,baseline=group", [i // 2 for i in range(len(mask))]
+    baseline = kl_return_baseline(kl_type, old, ref, mask, ids)
+    term = kl_term(kl_type, log_probs, ref, mask, old_log_probs=old, return_baseline=baseline)
+    weight = probability.repeat_interleave(2)[:, None] / 2
+    assert_equal(problem.gradient((weight * term.loss).sum()), problem.full())
+
+
 def test_every_catalogued_kl_type_is_in_an_oracle() -> None:
-    tested = {*ON_POLICY_LOSS, *ON_POLICY_REWARD, "k3_in_reward+k3_as_loss", "none"}
+    tested = {
+        *ON_POLICY_LOSS,
+        *ON_POLICY_REWARD,
+        *HEADS,
+        "k2_as_loss,reference=rollout",
+        "k3_in_reward+k3_as_loss",
+        "none",
+    }
     assert set(kl_types()) <= tested
+    assert all(row.test in globals() for row in kl_types().values() if row.name != "none")

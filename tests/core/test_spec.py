@@ -29,6 +29,16 @@ from klplug.spec import ESTIMATORS, OPTIONS, PLACEMENTS
         ("k2_as_loss,bound=3,horizon=token", "k2_as_loss,bound=3"),
         ("k1_in_reward,horizon=sequence,ratio=none", "k1_in_reward"),
         ("none", "none"),
+        ("alpha_as_loss,alpha=0.5", "alpha_as_loss"),
+        ("alpha_as_loss,alpha=2.0", "alpha_as_loss,alpha=2"),
+        ("k1_in_reward,head=combined", "k2_as_loss,head=combined,horizon=sequence"),
+        ("k1_in_reward,head=clipped,bound=3", "k2_as_loss,head=clipped,horizon=sequence,bound=3"),
+        ("k2_as_loss,reference=rollout,ratio=rollout", "k2_as_loss,reference=rollout"),
+        (
+            "k2_as_loss,baseline=group,horizon=sequence,cap=none",
+            "k2_as_loss,horizon=sequence,baseline=group",
+        ),
+        ("k1_in_reward,head=separate,baseline=batch", "k1_in_reward,baseline=batch"),
     ],
 )
 def test_canonical_form(text: str, canonical: str) -> None:
@@ -48,6 +58,9 @@ def test_defaults_are_written_out() -> None:
         "sequence",
     )
     assert parse("k2_as_loss,horizon=sequence").level == "prefix"
+    assert parse("k2_as_loss,horizon=sequence,baseline=group").cap == math.inf
+    head = parse("k2_as_loss,head=combined")
+    assert (head.ratio, head.level, head.cap, head.mode) == (None, None, None, None)
 
 
 def test_terms_requires_and_placed() -> None:
@@ -59,6 +72,9 @@ def test_terms_requires_and_placed() -> None:
     assert single.terms == (single,)
     assert str(single.placed("in_reward")) == "none"
     assert parse("none").requires == ()
+    assert parse("k2_as_loss,reference=rollout").requires == ("rollout_log_probs",)
+    assert "advantages" in parse("k2_as_loss,head=combined").requires
+    assert "group_ids" in parse("k1_in_reward,baseline=group").requires
 
 
 def test_a_spec_is_frozen_and_parses_to_itself() -> None:
@@ -85,7 +101,7 @@ def test_a_spec_is_frozen_and_parses_to_itself() -> None:
         ("k2_as_loss,horizon=all", ["horizon", "allowed: token, sequence"]),
         ("k2_as_loss,cap", ["cap", "needs a value"]),
         ("k2_as_loss,cap=", ["cap", "needs a value"]),
-        ("k2_as_loss,cap=ten", ["cap", "ten", "neither a number"]),
+        ("k2_as_loss,cap=ten", ["cap", "ten", "no number"]),
         ("k2_as_loss,cap=-1", ["cap", "-1", "positive"]),
         ("k2_as_loss,cap=nan", ["cap", "positive"]),
         ("k2_as_loss,cap=0.5,mode=mask", ["cap", "0.5", "at least 1"]),
@@ -102,6 +118,36 @@ def test_a_spec_is_frozen_and_parses_to_itself() -> None:
         ("k2_as_loss,horizon=sequence,level=token", ["level=token", "level=prefix"]),
         ("k2_as_loss,reward_norm=group", ["reward_norm=group", "'k2_in_reward'"]),
         ("k1_in_reward,reward_norm=std", ["reward_norm", "none, group"]),
+        ("k3_in_reward,head=combined", ["head=combined", "'k3_as_loss,head=combined'"]),
+        ("k1_in_reward,head=clipped,horizon=token", ["horizon=token", "'k2_as_loss,head=clipped'"]),
+        ("k1_in_reward,head=combined,reward_norm=group", ["reward_norm=group", "after group"]),
+        ("k2_as_loss,head=both", ["head", "allowed: separate, combined, clipped"]),
+        ("k2_as_loss,head=combined,ratio=old", ["ratio=old", "the policy loss"]),
+        ("k2_as_loss,head=combined,ratio=none", ["ratio=none", "the policy loss"]),
+        ("k2_as_loss,head=clipped,cap=3", ["cap=3", "the policy loss"]),
+        ("k2_as_loss,head=clipped,mode=mask", ["mode=mask", "the policy loss"]),
+        ("k2_as_loss,head=clipped,level=prefix", ["level=prefix", "the policy loss"]),
+        ("k2_as_loss,head=clipped,baseline=group", ["baseline=group", "head=separate"]),
+        ("k2_as_loss,head=combined,reference=rollout", ["reference=rollout", "head=separate"]),
+        ("k2_as_loss,reference=rollout,ratio=old", ["ratio=old", "Leave ratio out"]),
+        ("k2_as_loss,reference=rollout,ratio=none", ["ratio=none", "Leave ratio out"]),
+        ("k2_as_loss,reference=old", ["reference", "allowed: ref, rollout"]),
+        ("k1_in_reward,reference=rollout", ["reference=rollout", "'k2_as_loss,reference=rollout'"]),
+        ("k2_as_loss,baseline=group", ["baseline=group", "horizon=sequence,baseline=group"]),
+        ("k2_as_loss,horizon=sequence,baseline=mean", ["baseline", "none, batch, group"]),
+        ("k2_as_loss,horizon=sequence,baseline=group,cap=10", ["cap=10", "cap=none"]),
+        ("k1_in_reward,baseline=group,reward_norm=group", ["baseline=group", "taken off already"]),
+        (
+            "js_as_loss,horizon=sequence,bound=2",
+            ["bound=2", "'k2_as_loss,horizon=sequence,bound=2'"],
+        ),
+        ("forward_as_loss,horizon=sequence,bound=2", ["bound=2", "horizon=token"]),
+        ("k2_as_loss,alpha=2", ["alpha=2", "'alpha_as_loss'"]),
+        ("alpha_as_loss,alpha=0", ["alpha=0", "'forward_as_loss'"]),
+        ("alpha_as_loss,alpha=1", ["alpha=1", "'k2_as_loss'"]),
+        ("alpha_as_loss,alpha=inf", ["alpha", "finite"]),
+        ("alpha_as_loss,alpha=none", ["alpha", "no number"]),
+        ("k3_as_loss,horizon=sequence", ["'forward_as_loss,horizon=sequence'"]),
         ("none,cap=3", ["none", "cap"]),
         ("none+k2_as_loss", ["none", "sum"]),
         ("k2_as_loss+k2_as_loss", ["twice", "kl_coef"]),
@@ -116,6 +162,10 @@ def test_a_mistake_is_told_with_what_is_allowed(text: str, words: list[str]) -> 
 
 
 OPTION_VALUES = {
+    "alpha": st.floats(-3, 3).map(repr),
+    "head": st.sampled_from(["separate", "combined", "clipped"]),
+    "baseline": st.sampled_from(["none", "batch", "group"]),
+    "reference": st.sampled_from(["ref", "rollout"]),
     "ratio": st.sampled_from(["old", "none", "rollout"]),
     "level": st.sampled_from(["token", "prefix", "sequence"]),
     "cap": st.floats(0.1, 1e12).map(repr) | st.just("none"),

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import klplug
-from klplug import KLSpec, Tally, kl_term, parse
+from klplug import KLSpec, Tally, parse
+
+BETA, CLIP = 0.7, (0.2, 0.3)
+
+
+def kl_term(kl_type: str | KLSpec, *args: Tensor, **tensors: Tensor) -> klplug.KLTerm:
+    return klplug.kl_term(kl_type, *args, kl_coef=BETA, clip_range=CLIP, **tensors)
+
 
 GRID = [
     str(parse(kl_type))
@@ -29,6 +36,18 @@ GRID = [
         "k2_as_loss,level=sequence,horizon=sequence,cap=none",
         "k2_as_loss,cap=none,bound=0.5",
         "k1_in_reward,bound=3",
+        "alpha_as_loss,alpha=2,level=prefix",
+        "alpha_as_loss,alpha=-1.5,ratio=none",
+        "chi2_as_loss,horizon=sequence,level=sequence",
+        "forward_as_loss,ratio=none,horizon=sequence",
+        "k3_as_loss,head=clipped",
+        "k3_as_loss,head=combined,bound=0.5",
+        "js_as_loss,head=combined,horizon=sequence",
+        "k2_as_loss,horizon=sequence,baseline=group",
+        "k2_as_loss,horizon=sequence,level=sequence,baseline=batch",
+        "k1_in_reward,baseline=group",
+        "k3_as_loss,reference=rollout",
+        "k2_as_loss,head=combined+k3_as_loss,ratio=none",
     )
 ]
 
@@ -49,6 +68,8 @@ def batch(
         "response_mask": mask,
         "old_log_probs": draw(4.0),
         "rollout_log_probs": draw(4.0),
+        "advantages": draw(2.0) + 1,
+        "group_ids": torch.arange(shape[0]) // 2,
     }
 
 
@@ -84,7 +105,7 @@ def test_masked_positions_are_zero_and_inert(kl_type: str, poison: float) -> Non
     clean = batch()
     masked = clean["response_mask"] == 0
     dirty = {
-        k: v if k == "response_mask" else v.detach().masked_fill(masked, poison)
+        k: v if k in ("response_mask", "group_ids") else v.detach().masked_fill(masked, poison)
         for k, v in clean.items()
     }
     dirty["log_probs"].requires_grad_()
@@ -188,6 +209,8 @@ def test_everything_stays_finite(
         torch.tensor(mask).view(2, 3),
         old_log_probs=old,
         rollout_log_probs=rollout,
+        advantages=torch.ones_like(ref),
+        group_ids=[0, 0],
     )
     tensors = [term.loss, term.coefficient, term.weight, force(term, log_probs)]
     assert all(tensor.isfinite().all() for tensor in (*tensors, *term.metrics.values()))
@@ -200,7 +223,7 @@ def test_the_order_of_answers_does_not_matter(kl_type: str, seed: int, data: st.
     order = data.draw(st.permutations(range(4)))
     term = kl_term(kl_type, **tensors)
     shuffled = kl_term(kl_type, **{k: v[list(order)] for k, v in tensors.items()})
-    torch.testing.assert_close(term.loss[list(order)], shuffled.loss, rtol=0, atol=0)
+    torch.testing.assert_close(term.loss[list(order)], shuffled.loss, rtol=1e-12, atol=1e-14)
     for name, metric in term.metrics.items():
         torch.testing.assert_close(metric, shuffled.metrics[name], rtol=1e-12, atol=1e-15)
 
@@ -208,7 +231,8 @@ def test_the_order_of_answers_does_not_matter(kl_type: str, seed: int, data: st.
 @pytest.mark.parametrize("kl_type", [g for g in GRID if not g.startswith("k1_as_loss")])
 def test_at_the_reference_there_is_nothing(kl_type: str) -> None:
     tensors = batch()
-    tensors["ref_log_probs"] = tensors["log_probs"].detach().clone()
+    for name in ("ref_log_probs", "rollout_log_probs"):
+        tensors[name] = tensors["log_probs"].detach().clone()
     term = kl_term(kl_type, **tensors)
     assert (term.loss == 0).all()
     assert (force(term, tensors["log_probs"]) == 0).all()
@@ -233,6 +257,54 @@ def test_one_token_answers_make_the_horizons_one() -> None:
     torch.testing.assert_close(
         force(own, tensors["log_probs"]), force(whole, tensors["log_probs"]), rtol=1e-12, atol=0
     )
+
+
+@pytest.mark.parametrize("name", ["k2", "forward", "js", "jeffreys", "chi2", "hellinger", "tv"])
+def test_one_token_answers_make_the_horizons_one_for_every_divergence(name: str) -> None:
+    tensors = batch(shape=(6, 1))
+    own = kl_term(f"{name}_as_loss", **tensors)
+    whole = kl_term(f"{name}_as_loss,horizon=sequence", **tensors)
+    torch.testing.assert_close(own.coefficient, whole.coefficient, rtol=1e-12, atol=1e-15)
+
+
+def test_level_sequence_is_the_product_and_no_geometric_mean() -> None:
+    tensors = batch()
+    mask = tensors["response_mask"]
+    term = kl_term("k2_as_loss,level=sequence,cap=none", **tensors)
+    log_ratio = ((tensors["log_probs"] - tensors["old_log_probs"]).detach() * mask).sum(-1)
+    product, geometric_mean = log_ratio.exp(), (log_ratio / mask.sum(-1)).exp()
+    torch.testing.assert_close(term.weight, product[:, None] * mask, rtol=1e-12, atol=0)
+    assert (product - geometric_mean).abs().min() > 0.01
+
+
+# ── One token that went far, as users report it: PPO and GRPO runs that lose all their direction ──
+
+
+@pytest.mark.parametrize(("dtype", "log_ratio"), [(torch.bfloat16, -40.0), (torch.float32, -100.0)])
+@pytest.mark.parametrize("kl_type", ["k3_as_loss", "jeffreys_as_loss"])
+def test_a_bound_keeps_the_batch_s_direction(
+    kl_type: str, dtype: torch.dtype, log_ratio: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ref = -torch.rand(8, 16, generator=generator) - 0.5
+    drift = 0.3 * torch.randn(8, 16, generator=generator)
+    directions = torch.randn(8 * 16, 64, generator=generator)  # of each token's score
+
+    def direction(kl_type: str, far: bool) -> Tensor:
+        moved = drift.clone()
+        moved[3, 5] = log_ratio if far else 0.0
+        log_probs = (ref + moved).to(dtype).requires_grad_()
+        term = kl_term(f"{kl_type},ratio=none", log_probs, ref.to(dtype), torch.ones(8, 16))
+        return force(term, log_probs).double().flatten() @ directions.double()
+
+    def cosine(one: Tensor, other: Tensor) -> float:
+        return float((one / one.norm()) @ (other / other.norm()))
+
+    outlier = directions[3 * 16 + 5].double()
+    lost = direction(kl_type, far=True)
+    assert abs(cosine(lost, outlier)) > 0.999
+    bounded = direction(f"{kl_type},bound=1", far=True)
+    assert cosine(bounded, direction(f"{kl_type},bound=1", far=False)) > 0.9
 
 
 def test_a_large_bound_changes_nothing() -> None:
@@ -346,6 +418,51 @@ def test_missing_tensors_are_named() -> None:
         with pytest.raises(ValueError, match=name):
             kl_term(kl_type, **tensors | {name: None})
     assert (kl_term("none", **tensors | {"ref_log_probs": None}).loss == 0).all()
+    given = {k: v for k, v in tensors.items() if k not in ("advantages", "group_ids")}
+    for kl_type, name, inputs in (
+        ("k2_as_loss,head=combined", "advantages", {"kl_coef": 1.0, "clip_range": 0.2}),
+        (
+            "k2_as_loss,head=combined",
+            "kl_coef",
+            {"advantages": given["old_log_probs"], "clip_range": 0.2},
+        ),
+        ("k2_as_loss,head=clipped", "clip_range", {}),
+        ("k1_in_reward,baseline=group", "group_ids", {}),
+        ("k2_as_loss,reference=rollout", "rollout_log_probs", {"rollout_log_probs": None}),
+    ):
+        with pytest.raises(ValueError, match=f"needs {name}"):
+            klplug.kl_term(kl_type, **given | inputs)
+
+
+def test_an_answer_alone_has_no_baseline() -> None:
+    tensors = batch()
+    for kl_type, ids, words in (
+        ("k1_in_reward,baseline=group", [0, 0, 0, 1], "group 1 has one"),
+        ("k1_in_reward,baseline=group", ["a", "b", "a", "a"], "group 'b' has one"),
+        ("k1_in_reward,baseline=group", [0, 0], "2 entries for 4 answers"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            kl_term(kl_type, **tensors | {"group_ids": ids})
+    single = {k: v[:1] for k, v in tensors.items()}
+    with pytest.raises(ValueError, match="the batch has one"):
+        kl_term("k1_in_reward,baseline=batch", **single)
+
+
+@pytest.mark.parametrize("clip_range", [-0.1, (0.2, -1.0), (math.nan, 0.2)])
+def test_a_clip_range_that_is_none(clip_range: float) -> None:
+    with pytest.raises(ValueError, match="clip_range"):
+        klplug.kl_term("k2_as_loss,head=clipped", clip_range=clip_range, **batch())
+
+
+def test_a_kl_in_the_reward_is_not_the_policy_loss_s() -> None:
+    tensors = batch()
+    del tensors["rollout_log_probs"], tensors["group_ids"]
+    with pytest.raises(ValueError, match="is in the reward: join it to the advantages"):
+        klplug.policy_loss("k1_in_reward", **tensors, kl_coef=0.1)
+    with pytest.raises(ValueError, match="has no baseline"):
+        klplug.kl_return_baseline(
+            "k1_in_reward", *(tensors[k] for k in ("log_probs", "ref_log_probs", "response_mask"))
+        )
 
 
 @pytest.mark.parametrize(
@@ -378,11 +495,15 @@ def test_a_spec_serves_as_well_as_its_string() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kl_type", GRID)
 def test_on_cuda_nothing_waits_for_the_device(kl_type: str) -> None:
-    tensors = {k: v.detach().cuda() for k, v in batch(dtype=torch.bfloat16).items()}
+    given = batch(dtype=torch.bfloat16)
+    ids = given.pop(
+        "group_ids"
+    )  # looked at by the host's process, where a tensor would be waited for
+    tensors = {k: v.detach().cuda() for k, v in given.items()}
     tensors["log_probs"].requires_grad_()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        term = kl_term(kl_type, **tensors)
+        term = kl_term(kl_type, **tensors, group_ids=ids)
         metrics = term.metrics
         term.loss.sum().backward()
     finally:
