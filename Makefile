@@ -24,6 +24,7 @@ QUICKSTART_OPTIONS = \
 	$(if $(DATA),--data '$(DATA)') \
 	$(if $(GSM8K),--gsm8k '$(GSM8K)') \
 	$(if $(RANKS),--ranks='$(RANKS)') \
+	$(if $(UPDATES),--updates='$(UPDATES)') \
 	$(if $(OUT),--out '$(OUT)') \
 	$(if $(filter 1 yes true,$(OVERWRITE)),--overwrite)
 

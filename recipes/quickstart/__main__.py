@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data", default="words", help="words, gsm8k, or a .jsonl file or folder in GSM8K's form")
     add("--gsm8k", help="with --data gsm8k: a local copy of it, file or folder")
     add("--ranks", type=int, default=1, help="data-parallel ranks (default: 1)")
+    add("--updates", type=int, default=1, help="optimiser steps per rollout (default: 1)")
     add("--out", type=Path, help="folder of the run (default: runs/quickstart[-MODEL])")
     add("--overwrite", action="store_true", help="replace what another run left in --out")
     return made

@@ -34,9 +34,9 @@ def kl_arguments(settings: Settings) -> list[str]:
 def command(
     settings: Settings, recipe: Recipe, model: Path | str, prompts: Path, trained: Path
 ) -> list[str]:
-    """GRPO with a single optimiser step per rollout, everything on the same logical GPUs."""
+    """GRPO, everything on the same logical GPUs."""
     ranks = str(settings.ranks)
-    answers = str(recipe.prompts * recipe.samples)
+    answers = recipe.prompts * recipe.samples
     module, *kl = kl_arguments(settings)
     options = {
         "actor.model_name_or_path": str(model),
@@ -51,7 +51,7 @@ def command(
         "rollout.micro_batch_size": str(recipe.micro_batch),
         "rollout.max_new_tokens": str(recipe.max_new_tokens),
         "rollout.temperature": "1.0",
-        "train.batch_size": answers,
+        "train.batch_size": str(answers // settings.updates),
         "train.micro_batch_size": str(recipe.micro_batch),
         "train.seed": str(settings.seed),
         "actor.num_nodes": "1",

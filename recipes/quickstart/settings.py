@@ -89,6 +89,7 @@ class Settings:
     data: str
     gsm8k: str | None
     ranks: int
+    updates: int = 1
 
     @property
     def is_stock(self) -> bool:
@@ -119,6 +120,7 @@ def settings(
     data: str = "words",
     gsm8k: str | None = None,
     ranks: int = 1,
+    updates: int = 1,
 ) -> Settings:
     """Checked settings, with what was left out filled in from the recipe.
 
@@ -135,16 +137,21 @@ def settings(
     if steps < 1:
         raise SettingsError(f"STEPS={steps}: at least 1")
     answers = recipe.prompts * recipe.samples
-    if ranks < 1 or answers % (ranks * recipe.micro_batch):
-        most = answers // recipe.micro_batch
+    most = answers // recipe.micro_batch
+    if ranks < 1 or most % ranks:
         raise SettingsError(
             f"RANKS={ranks}: a step's {answers} answers go to the ranks in batches of "
             f"{recipe.micro_batch}, so RANKS must be a divisor of {most}"
         )
+    if updates < 1 or most % (ranks * updates):
+        raise SettingsError(
+            f"UPDATES={updates}: a step's {answers} answers are cut into updates of whole batches "
+            f"of {recipe.micro_batch} per rank, so UPDATES must be a divisor of {most // ranks}"
+        )
     if gsm8k is not None and data != "gsm8k":
         raise SettingsError(f"GSM8K={gsm8k} is read with DATA=gsm8k only, not with DATA={data}")
     coef = checked_kl_coef(canonical, kl_coef, recipe)
-    made = Settings(host, canonical, coef, steps, seed, model, data, gsm8k, ranks)
+    made = Settings(host, canonical, coef, steps, seed, model, data, gsm8k, ranks, updates)
     check_data(made)
     return made
 

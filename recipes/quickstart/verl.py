@@ -75,7 +75,7 @@ def kl_overrides(settings: Settings) -> list[str]:
 def command(
     settings: Settings, recipe: Recipe, model: Path | str, prompts: Path, trained: Path
 ) -> list[str]:
-    """GRPO with a single optimiser step per rollout, everything on the same logical GPUs."""
+    """GRPO, everything on the same logical GPUs."""
     data = write_data(prompts, trained / "prompts.parquet")
     micro_batch = recipe.micro_batch
     worker = "actor_rollout_ref"
@@ -99,7 +99,7 @@ def command(
         f"+{worker}.model.override_config.attn_implementation": "sdpa",
         f"{worker}.actor.strategy": "fsdp2",
         f"{worker}.actor.optim.lr": recipe.learning_rate,
-        f"{worker}.actor.ppo_mini_batch_size": recipe.prompts,
+        f"{worker}.actor.ppo_mini_batch_size": recipe.prompts // settings.updates,
         f"{worker}.actor.ppo_micro_batch_size_per_gpu": micro_batch,
         f"{worker}.actor.checkpoint.save_contents": "[hf_model]",
         f"{worker}.rollout.name": "transformers_cpu",

@@ -49,6 +49,8 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--steps", "0"], "STEPS=0"),
         (["--ranks", "0"], "RANKS=0"),
         (["--ranks", "3"], "RANKS=3"),
+        (["--updates", "3"], "UPDATES=3"),
+        (["--updates", "8", "--ranks", "2"], "UPDATES=8"),
         (["--host", "vrl"], "HOST=vrl"),
         (["--model", "./no/such/model"], "no such folder"),
         (["--model", "empty"], "config.json"),
