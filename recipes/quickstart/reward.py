@@ -1,13 +1,17 @@
-"""Is the answer right? OpenRLHF's reward (`--reward.remote_url reward.py`) and the evaluation's.
+"""Is the answer right? The reward on both hosts, and the evaluation's.
+
+OpenRLHF calls `reward_func` (`--reward.remote_url reward.py`), verl `compute_score`
+(`reward.custom_reward_function.path`), and both judge by `is_correct`.
 
 The last `#### N` of the response decides; without one, math-verify reads the response (a boxed
-answer, else the last number). 1.0 for right, 0.0 for wrong. OpenRLHF loads this file by its path
+answer, else the last number). 1.0 for right, 0.0 for wrong. The hosts load this file by its path
 into a Ray worker, so it imports nothing of this repository.
 """
 
 import logging
 import re
 from decimal import Decimal
+from typing import Any
 
 import torch
 from math_verify import parse, verify
@@ -118,3 +122,10 @@ def reward_func(
     right = [is_correct(response_of(query, prompt), str(label)) for query, prompt, label in rows]
     rewards = torch.tensor(right, dtype=torch.float32)
     return {"rewards": rewards, "scores": rewards, "extra_logs": {"accuracy": rewards}}
+
+
+def compute_score(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None, **_: Any
+) -> float:
+    """verl's signature: one response at a time."""
+    return float(is_correct(solution_str, ground_truth))

@@ -1,12 +1,5 @@
-"""verl's reward (`reward.custom_reward_function.path`): the same judge as on OpenRLHF."""
+"""verl's reward of the quickstart (`reward.custom_reward_function.path`)."""
 
-from typing import Any
+from recipes.quickstart.reward import compute_score
 
-from recipes.quickstart.reward import is_correct
-
-
-def compute_score(
-    data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None, **_: Any
-) -> float:
-    """1.0 for right, 0.0 for wrong."""
-    return float(is_correct(solution_str, ground_truth))
+__all__ = ["compute_score"]

@@ -1,0 +1,174 @@
+"""Memory and time of a recipe before it has run: estimates, printed with their formulas.
+
+Nothing here was measured. The constants below are what the formulas assume; a run's own log says
+what holds.
+"""
+
+from dataclasses import dataclass
+
+from recipes.recipe import Recipe, Shape
+
+GIB = 2**30
+# An H100's dense bf16 rate and memory bandwidth, by its data sheet, and the shares assumed of them.
+PEAK_FLOPS = 989e12
+BANDWIDTH = 3.35e12
+TRAINING_UTILISATION = 0.35
+BANDWIDTH_UTILISATION = 0.5
+SEQUENCES_AT_ONCE = 256  # that vLLM decodes together, per engine
+# Bytes of bf16 working memory of one decoder layer, per token and hidden unit.
+LAYER_BYTES = 34
+# bf16 logits, their fp32 log-probabilities, and the gradient of both.
+LOGIT_BYTES = 2 + 4 + 4
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A quantity, how it was come by, and what it amounts to."""
+
+    name: str
+    formula: str
+    value: float
+    unit: str
+
+    def __str__(self) -> str:
+        amount = f"{self.value:.1f}" if self.value < 100 else f"{self.value:.0f}"
+        return f"{self.name:31} {amount:>6} {self.unit:3} = {self.formula}"
+
+
+def parameters(shape: Shape) -> int:
+    """Of a Qwen2 model."""
+    hidden, heads = shape.hidden_size, shape.num_attention_heads
+    key_value = hidden // heads * shape.num_key_value_heads
+    attention = 2 * hidden * hidden + 2 * hidden * key_value + hidden + 2 * key_value
+    feed_forward = 3 * hidden * shape.intermediate_size
+    layer = attention + feed_forward + 2 * hidden
+    embeddings = (1 if shape.tie_word_embeddings else 2) * shape.vocab_size * hidden
+    return shape.num_hidden_layers * layer + hidden + embeddings
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes per parameter that one GPU holds, and how that comes about."""
+
+    training: float
+    rollout: float
+    """While vLLM generates: what the host leaves on the GPU."""
+    reference: float
+    training_formula: str
+    rollout_formula: str
+    reference_formula: str
+
+
+def held(recipe: Recipe, host: str) -> Held:
+    """By the engine: bf16 has 2 bytes, fp32 4; Adam's two moments are fp32."""
+    n = recipe.gpus
+    if host == "openrlhf":
+        stage = recipe.openrlhf["ds.zero_stage"]
+        weights, over = (2 / n, f"2 P / {n}") if stage == 3 else (2.0, "2 P")
+        return Held(
+            weights + 14 / n,
+            weights,
+            weights,
+            f"{over} + 2 P / {n} + 12 P / {n} (ZeRO-{stage}: bf16 weights, bf16 gradients; fp32 "
+            "weights and moments)",
+            f"{over} (the rest is moved to the CPU)",
+            f"{over} (bf16)",
+        )
+    if recipe.verl.get("model_engine") == "megatron":
+        m = recipe.verl["actor_rollout_ref.actor.megatron.tensor_model_parallel_size"]
+        return Held(
+            6 / m + 12 / n,
+            6 / m + 12 / n,
+            2 / m,
+            f"6 P / {m} + 12 P / {n} (Megatron: bf16 weights, fp32 gradients; fp32 weights and "
+            "moments)",
+            f"6 P / {m} + 12 P / {n}",
+            f"2 P / {m} (bf16)",
+        )
+    return Held(
+        16 / n,
+        12 / n,
+        4 / n,
+        f"16 P / {n} (FSDP2: fp32 weights, gradients and moments)",
+        f"12 P / {n} (without gradients)",
+        f"4 P / {n} (fp32)",
+    )
+
+
+def memory(recipe: Recipe, host: str) -> list[Estimate]:
+    """Of one GPU: the parts, then the peaks of its two phases."""
+    shape, size = recipe.shape, parameters(recipe.shape)
+    held_here = held(recipe, host)
+    tokens = recipe.micro_batch * (recipe.max_prompt_tokens + recipe.max_new_tokens)
+
+    def gib(name: str, formula: str, amount: float) -> Estimate:
+        return Estimate(name, formula, amount / GIB, "GiB")
+
+    states = gib(
+        "weights, gradients, Adam",
+        f"{held_here.training_formula}, P = {size / 1e9:.2f}e9",
+        held_here.training * size,
+    )
+    reference = gib("reference", held_here.reference_formula, held_here.reference * size)
+    activations = gib(
+        "activations, with checkpointing",
+        f"T h (2 L + {LAYER_BYTES}), T = {recipe.micro_batch} answers of full length "
+        f"= {tokens} tokens, h = {shape.hidden_size}, L = {shape.num_hidden_layers}",
+        tokens * shape.hidden_size * (2 * shape.num_hidden_layers + LAYER_BYTES),
+    )
+    logits = gib(
+        "logits",
+        f"{LOGIT_BYTES} T V (bf16, fp32 log-probs, their gradient), V = {shape.vocab_size}",
+        LOGIT_BYTES * tokens * shape.vocab_size,
+    )
+    engine = gib(
+        "vLLM, weights and KV cache",
+        f"{recipe.rollout_memory:g} of {recipe.gpu_gib} GiB",
+        recipe.rollout_memory * recipe.gpu_gib * GIB,
+    )
+    training = gib(
+        "peak while it trains",
+        "weights, gradients, Adam + reference + activations + logits (vLLM sleeps)",
+        sum(part.value for part in (states, reference, activations, logits)) * GIB,
+    )
+    rollout = gib(
+        "peak while it generates",
+        f"vLLM + reference + {held_here.rollout_formula}",
+        (engine.value + reference.value) * GIB + held_here.rollout * size,
+    )
+    return [states, reference, activations, logits, engine, training, rollout]
+
+
+def time(recipe: Recipe) -> list[Estimate]:
+    """Of a rollout with its updates, and of the whole run."""
+    size = parameters(recipe.shape)
+    new = recipe.answers * recipe.mean_new_tokens
+    # The prompt is much shorter than it may be.
+    tokens = new + recipe.answers * recipe.max_prompt_tokens // 4
+    engines = recipe.gpus // recipe.rollout_tensor_parallel
+    waves = recipe.answers / engines / SEQUENCES_AT_ONCE
+    per_token = 2 * size / recipe.rollout_tensor_parallel / (BANDWIDTH * BANDWIDTH_UTILISATION)
+    generating = Estimate(
+        "generation",
+        f"{recipe.answers} answers / {engines} engines / {SEQUENCES_AT_ONCE} at once, at least 1, "
+        f"x {recipe.mean_new_tokens} tokens (assumed mean) x 2 P bytes / "
+        f"({BANDWIDTH_UTILISATION:g} of {BANDWIDTH / 1e12:g} TB/s)",
+        max(waves, 1) * recipe.mean_new_tokens * per_token,
+        "s",
+    )
+    rate = recipe.gpus * PEAK_FLOPS * TRAINING_UTILISATION
+    training = Estimate(
+        "log-probs and updates",
+        f"(8 + 2 x 2) P x {tokens} tokens (update with recomputation; old policy; reference) / "
+        f"({recipe.gpus} x {TRAINING_UTILISATION:g} of {PEAK_FLOPS / 1e12:g} TFLOP/s)",
+        12 * size * tokens / rate,
+        "s",
+    )
+    step = generating.value + training.value
+    whole = Estimate(
+        "whole run",
+        f"{recipe.steps} steps x {step:.0f} s, without start, weight transfer and checkpoints",
+        recipe.steps * step / 3600,
+        "h",
+    )
+    return [generating, training, whole]

@@ -1,0 +1,177 @@
+"""The launcher of both hosts: `python -m recipes.openrlhf RECIPE`, `python -m recipes.verl RECIPE`.
+
+A recipe is a file in `configs/`; `KL_TYPE`, `KL_COEF`, `MODEL`, `DATA`, `OUT` and `DRY_RUN` are
+environment variables; what follows the recipe's name is given to the host as it is, and wins.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from recipes import estimates
+from recipes.recipe import Recipe, RecipeError, Shape, load, names, with_kl
+
+RECORD = "recipe.json"
+VARIABLES = {
+    "KL_TYPE": "any kl_type of klplug, or the host's own: stock:k1, stock:k2, stock:k3",
+    "KL_COEF": "strength of the KL",
+    "MODEL": "a Hugging Face folder, or a hub's name, instead of the recipe's",
+    "DATA": "folder that python -m recipes.data wrote (default: data/HOST/DATA SET)",
+    "OUT": "folder of the run (default: runs/HOST-RECIPE)",
+    "DRY_RUN": "1: print the command, its estimates and what the host makes of it; start nothing",
+}
+
+
+def main(host: ModuleType, argv: list[str] | None = None) -> int:
+    arguments, own = parser(host).parse_known_args(argv)
+    if arguments.recipe is None:
+        print("\n".join(name for name in names() if host.NAME in load(name).hosts))
+        return 0
+    try:
+        launch(host, arguments.recipe, own, os.environ)
+    except RecipeError as error:
+        print(f"recipes.{host.NAME}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parser(host: ModuleType) -> argparse.ArgumentParser:
+    variables = "\n".join(f"  {name:8} {text}" for name, text in VARIABLES.items())
+    made = argparse.ArgumentParser(
+        prog=f"python -m recipes.{host.NAME}",
+        description="Train a recipe; without one, list them.",
+        epilog=f"environment variables:\n{variables}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("recipe", nargs="?", help="a name from the list, or a .yaml file like them")
+    return made
+
+
+def launch(host: ModuleType, name: str, own: list[str], environment: Mapping[str, str]) -> None:
+    """Becomes the host's process; with DRY_RUN, shows what it would be.
+
+    Raises:
+        RecipeError: Names what cannot be; nothing was loaded yet.
+    """
+    recipe = chosen(host, load(name), environment)
+    data = Path(environment.get("DATA") or f"data/{host.NAME}/{recipe.data}").expanduser()
+    out = Path(environment.get("OUT") or f"runs/{host.NAME}-{recipe.name}").expanduser()
+    data, out = data.absolute(), out.absolute()  # the hosts' workers are elsewhere
+    words = [*host.command(recipe, data, out), *own]
+    if environment.get("DRY_RUN", "0") not in ("", "0"):
+        dry_run(host, recipe, words, data)
+        return
+    check_installed(host)
+    check_data(host, recipe, data)
+    check_gpus(recipe)
+    claim(out, {"host": host.NAME, "recipe": asdict(recipe), "data": str(data), "own": own})
+    print(shlex.join(["python", "-m", *words]), flush=True)
+    os.execv(sys.executable, [sys.executable, "-m", *words])
+
+
+def chosen(host: ModuleType, recipe: Recipe, environment: Mapping[str, str]) -> Recipe:
+    """The recipe with what the variables say."""
+    if host.NAME not in recipe.hosts:
+        raise RecipeError(f"recipe {recipe.name} is for {', '.join(recipe.hosts)} only")
+    coef = environment.get("KL_COEF") or None
+    try:
+        recipe = with_kl(recipe, environment.get("KL_TYPE") or None, coef and float(coef))
+    except ValueError as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"KL_COEF={coef}: must be a number") from error
+    model = environment.get("MODEL")
+    return with_model(recipe, model) if model else recipe
+
+
+def with_model(recipe: Recipe, model: str) -> Recipe:
+    """The recipe with another model. A folder's config.json also gives the estimates' shape."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        if model.count("/") != 1 or model.startswith((".", "~", "/")):
+            raise RecipeError(f"MODEL={model}: no such folder, and not a hub's owner/name either")
+        return replace(recipe, model=model)
+    config = folder / "config.json"
+    if not config.is_file():
+        raise RecipeError(f"MODEL={model}: the folder has no config.json")
+    written = json.loads(config.read_text("utf-8"))
+    shape = {f.name: written[f.name] for f in fields(Shape) if f.name in written}
+    return replace(recipe, model=str(folder.absolute()), shape=replace(recipe.shape, **shape))
+
+
+def check_installed(host: ModuleType) -> None:
+    missing = [name for name in host.PACKAGES if find_spec(name) is None]
+    if missing:
+        raise RecipeError(
+            f"{sys.executable} has no {', '.join(missing)}: install {host.NAME}, and klplug with "
+            "pip install '.[recipes]' from this checkout, into the same environment"
+        )
+
+
+def check_data(host: ModuleType, recipe: Recipe, data: Path) -> None:
+    if not (data / host.TRAIN_FILE).is_file():
+        raise RecipeError(
+            f"{data / host.TRAIN_FILE} is not there. Make it: "
+            f"python -m recipes.data {recipe.data} --to {host.NAME} --out {shlex.quote(str(data))}"
+        )
+
+
+def check_gpus(recipe: Recipe) -> None:
+    """Each node must have the recipe's GPUs; this one is looked at, before anything is loaded."""
+    import torch
+
+    found = torch.cuda.device_count()
+    if found < recipe.gpus_per_node:
+        raise RecipeError(
+            f"recipe {recipe.name} needs {recipe.gpus_per_node} GPUs of {recipe.gpu_gib} GB on "
+            f"each of {recipe.nodes} nodes, and this one has {found}"
+        )
+
+
+def claim(out: Path, settings: dict[str, Any]) -> None:
+    """Take the run's folder; the same settings again go on from the last checkpoint."""
+    record = out / RECORD
+    settings = json.loads(json.dumps(settings))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        try:
+            earlier = json.loads(record.read_text("utf-8"))
+        except (OSError, ValueError):
+            raise RecipeError(f"OUT={out}: not empty, and no recipe's run") from None
+        if earlier != settings:
+            raise RecipeError(
+                f"OUT={out} holds a run of other settings ({difference(earlier, settings)}). "
+                "Give another OUT"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+
+
+def difference(earlier: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs, in the recipe key by key."""
+    before = {**earlier, **earlier.get("recipe", {})}
+    after = {**now, **now["recipe"]}
+    keys = [key for key in after if key != "recipe" and before.get(key) != after[key]]
+    return ", ".join(f"{key}={before.get(key)} there, {after[key]} here" for key in keys)
+
+
+def dry_run(host: ModuleType, recipe: Recipe, words: list[str], data: Path) -> None:
+    """The command, the estimates, and the shared settings as the host itself reads them."""
+    print(shlex.join(["python", "-m", *words]))
+    print("\nmemory, estimated, not measured:")
+    print("\n".join(f"  {line}" for line in estimates.memory(recipe, host.NAME)))
+    print("\ntime, estimated for H100s, not measured:")
+    print("\n".join(f"  {line}" for line in estimates.time(recipe)), flush=True)
+    check_installed(host)
+    check_data(host, recipe, data)
+    read_back = host.common(host.compose(words))
+    print(f"\nas {host.NAME} reads it:")
+    print("\n".join(f"  {key:20} {value}" for key, value in read_back.items()))

@@ -1,0 +1,1 @@
+"""Recipes on OpenRLHF: `python -m recipes.openrlhf RECIPE`."""

@@ -1,0 +1,269 @@
+"""A recipe: one run in the words that both hosts share, from a file in `configs/`.
+
+What both hosts have in common (batch sizes, sampling, learning rate, KL) is written once and
+translated by `recipes.openrlhf.host` and `recipes.verl.host`. What only one of them knows is in
+its section, in its own words.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recipes.quickstart.settings import SettingsError, canonical_kl_type
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+HOSTS = ("openrlhf", "verl")
+
+
+class RecipeError(ValueError):
+    """Something in a recipe, a file or a variable cannot be; the message is all one needs."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the estimates need of a model's config.json, by its names."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    tie_word_embeddings: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run; equal fields mean the same run on either host."""
+
+    name: str
+    model: str
+    """A hub's name, or the path of a Hugging Face folder."""
+    shape: Shape
+    data: str
+    """A data set of `recipes.data`."""
+    prompts: int
+    """Questions per rollout."""
+    samples: int
+    """Answers per question: GRPO's group."""
+    updates: int
+    """Optimiser steps per rollout."""
+    micro_batch: int
+    """Answers per GPU in one forward and backward pass; changes memory, not the gradient."""
+    max_prompt_tokens: int
+    max_new_tokens: int
+    mean_new_tokens: int
+    """Assumed, for the time estimate alone."""
+    training_rows: int
+    """Of the prepared data set, about; for the time estimate alone."""
+    learning_rate: float
+    kl_coef: float | None
+    kl_type: str = "k2_as_loss"
+    episodes: int = 1
+    """Times through the data."""
+    nodes: int = 1
+    gpus_per_node: int = 1
+    gpu_gib: int = 80
+    """Memory that a GPU must have."""
+    rollout_tensor_parallel: int = 1
+    rollout_memory: float = 0.5
+    """Share of a GPU that vLLM takes while it generates; it sleeps during training."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    clip: float = 0.2
+    """PPO's clip range, below and above 1."""
+    dual_clip: float = 3.0
+    seed: int = 42
+    save_every: int = 50
+    """Rollouts between two checkpoints."""
+    hosts: tuple[str, ...] = HOSTS
+    openrlhf: Mapping[str, Any] = field(default_factory=dict)
+    verl: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def answers(self) -> int:
+        """Per rollout."""
+        return self.prompts * self.samples
+
+    @property
+    def steps(self) -> int:
+        """Rollouts in the whole run, about."""
+        return self.episodes * (self.training_rows // self.prompts)
+
+    def common(self) -> dict[str, Any]:
+        """What must be equal on both hosts, as each of them reads its own configuration back."""
+        return {
+            "model": self.model,
+            "gpus": self.gpus,
+            "prompts": self.prompts,
+            "samples": self.samples,
+            "answers_per_update": self.answers // self.updates,
+            "micro_batch": self.micro_batch,
+            "passes_over_rollout": 1,
+            "episodes": self.episodes,
+            "max_prompt_tokens": self.max_prompt_tokens,
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "learning_rate": self.learning_rate,
+            "schedule": "constant",
+            "warmup": 0.0,
+            "betas": self.betas,
+            "weight_decay": self.weight_decay,
+            "max_grad_norm": self.max_grad_norm,
+            "clip": (self.clip, self.clip),
+            "dual_clip": self.dual_clip,
+            "aggregation": "token-mean",
+            "advantage": "group mean and standard deviation",
+            "entropy": 0.0,
+            "seed": self.seed,
+            "kl_type": self.kl_type,
+            "kl_coef": self.kl_coef,
+        }
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file's keys, with those of the files it includes; its own come last, and win."""
+    try:
+        own = yaml.safe_load(path.read_text("utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML: {error}") from error
+    if not isinstance(own, dict):
+        raise RecipeError(f"{path}: a mapping is needed, not {type(own).__name__}")
+    merged: dict[str, Any] = {}
+    for name in own.pop("include", []):
+        included = CONFIGS / f"{name}.yaml"
+        if not included.is_file():
+            raise RecipeError(f"{path}: include {name!r}: there is no {included}")
+        merged = joined(merged, read(included))
+    return joined(merged, own)
+
+
+def joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, the second's values winning; sections (`shape`, `openrlhf`, `verl`) key by key."""
+    sections = {
+        key: {**first[key], **value}
+        for key, value in second.items()
+        if isinstance(value, dict) and isinstance(first.get(key), dict)
+    }
+    return {**first, **second, **sections}
+
+
+def load(name: str) -> Recipe:
+    """A recipe by its name in `configs/`, or by the path of a .yaml file.
+
+    Raises:
+        RecipeError: No such recipe, or a key or value that cannot be.
+    """
+    path = Path(name) if name.endswith(".yaml") else CONFIGS / f"{name}.yaml"
+    if not path.is_file():
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise RecipeError(f"no recipe {name!r}.{hint} There are {', '.join(names())}")
+    written = read(path)
+    check_keys(written, Recipe, path)
+    check_keys(written["shape"], Shape, path, "shape.")
+    written["shape"] = Shape(**written["shape"])
+    for key in ("betas", "hosts"):
+        if key in written:
+            written[key] = tuple(written[key])
+    return checked(Recipe(**{**written, "name": path.stem}))
+
+
+def check_keys(written: Any, kind: type, path: Path, prefix: str = "") -> None:
+    """Every key is known and of its type, and none is missing."""
+    if not isinstance(written, dict):
+        raise RecipeError(f"{path}: {prefix.rstrip('.')} must be a mapping, not {written!r}")
+    known = {f.name: f for f in fields(kind) if f.name != "name"}
+    for key, value in written.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" Did you mean {prefix}{near[0]}?" if near else ""
+            raise RecipeError(
+                f"{path}: unknown key {prefix}{key}.{hint} Known: {', '.join(known)}. "
+                "What only one host knows goes into its section, openrlhf or verl"
+            )
+        if known[key].type in (int, float) and not is_number(value, known[key].type):
+            kind_name = "a whole number" if known[key].type is int else "a number"
+            raise RecipeError(f"{path}: {prefix}{key}={value!r} must be {kind_name}")
+    needed = (f for f in known.values() if f.default is f.default_factory is MISSING)
+    missing = [f"{prefix}{f.name}" for f in needed if f.name not in written]
+    if missing:
+        raise RecipeError(f"{path}: missing: {', '.join(missing)}")
+
+
+def is_number(value: Any, kind: type) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int if kind is int else (int, float))
+
+
+def checked(recipe: Recipe) -> Recipe:
+    """The recipe, its numbers fitting together.
+
+    Raises:
+        RecipeError: Names what does not fit.
+    """
+    where = f"recipe {recipe.name}"
+    counts = ("prompts", "updates", "micro_batch", "episodes", "nodes", "gpus_per_node")
+    for key in (*counts, "max_prompt_tokens", "max_new_tokens", "rollout_tensor_parallel"):
+        if getattr(recipe, key) < 1:
+            raise RecipeError(f"{where}: {key}={getattr(recipe, key)} must be at least 1")
+    if recipe.samples < 2:
+        raise RecipeError(f"{where}: samples={recipe.samples}: a group needs at least 2 answers")
+    if recipe.prompts % recipe.updates:
+        raise RecipeError(
+            f"{where}: updates={recipe.updates} does not divide prompts={recipe.prompts}"
+        )
+    update = recipe.answers // recipe.updates
+    if update % (recipe.gpus * recipe.micro_batch):
+        raise RecipeError(
+            f"{where}: an update's {update} answers do not go evenly to {recipe.gpus} GPUs in "
+            f"micro-batches of {recipe.micro_batch}"
+        )
+    if recipe.gpus % recipe.rollout_tensor_parallel:
+        raise RecipeError(
+            f"{where}: rollout_tensor_parallel={recipe.rollout_tensor_parallel} does not divide "
+            f"{recipe.gpus} GPUs"
+        )
+    if recipe.temperature <= 0:
+        raise RecipeError(f"{where}: temperature={recipe.temperature} must be above 0")
+    if unknown := set(recipe.hosts) - set(HOSTS):
+        raise RecipeError(f"{where}: hosts={sorted(unknown)}: there is {', '.join(HOSTS)}")
+    return with_kl(recipe, recipe.kl_type, recipe.kl_coef)
+
+
+def with_kl(recipe: Recipe, kl_type: str | None, kl_coef: float | None) -> Recipe:
+    """The recipe with another KL; None keeps its own.
+
+    Raises:
+        RecipeError: Names the variable, its value and what is allowed.
+    """
+    try:
+        canonical = canonical_kl_type(kl_type or recipe.kl_type)
+    except SettingsError as error:
+        raise RecipeError(str(error)) from error
+    if canonical == "none":
+        if kl_coef is not None:
+            raise RecipeError(f"KL_COEF={kl_coef:g}: KL_TYPE=none takes no coefficient")
+        return replace(recipe, kl_type=canonical, kl_coef=None)
+    coef = recipe.kl_coef if kl_coef is None else kl_coef
+    if coef is None or not math.isfinite(coef) or coef <= 0:
+        raise RecipeError(
+            f"KL_COEF={coef}: a finite number above 0 (KL_TYPE=none is a run without KL)"
+        )
+    return replace(recipe, kl_type=canonical, kl_coef=coef)

@@ -1,0 +1,1 @@
+"""Recipes on verl: `python -m recipes.verl RECIPE`."""

@@ -1,0 +1,324 @@
+"""Recipes: what a file may say, what is refused before anything starts, and what OpenRLHF makes of
+each (verl's half is tests/verl/test_recipes.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("math_verify", reason="the recipes extra is not installed")
+
+from recipes import cpu_shim, launch
+from recipes.estimates import GIB, held, memory, parameters, time
+from recipes.openrlhf import host
+from recipes.quickstart.reward import compute_score, reward_func
+from recipes.recipe import CONFIGS, RecipeError, load, names
+from recipes.verl import host as verl_host
+
+ROOT = Path(__file__).resolve().parents[2]
+PAPER = "qwen2.5-math-1.5b-openr1-math"
+GSM8K = "qwen2.5-math-1.5b-gsm8k"
+
+
+def written(path: Path, text: str) -> str:
+    path.write_text(text, "utf-8")
+    return str(path)
+
+
+def test_the_recipes_that_are_promised() -> None:
+    for host_name in ("openrlhf", "verl"):
+        have = {r.name for r in map(load, names()) if host_name in r.hosts}
+        for model in ("qwen2.5-math-1.5b", "qwen2.5-math-7b"):
+            assert {f"{model}-{data}" for data in ("gsm8k", "math", "openr1-math")} <= have
+    megatron = [r for r in map(load, names()) if r.verl.get("model_engine") == "megatron"]
+    assert [r.hosts for r in megatron] == [("verl",)]
+    paper = load(PAPER)
+    assert (paper.data, paper.kl_coef, paper.gpus) == ("openr1-math", 0.5, 1)
+    for recipe in map(load, names()):
+        assert recipe.kl_type == "k2_as_loss"
+        # Qwen2.5-Math's context.
+        assert recipe.max_prompt_tokens + recipe.max_new_tokens <= 4096
+        for host_name in recipe.hosts:
+            peaks = [e.value for e in memory(recipe, host_name) if e.name.startswith("peak")]
+            assert len(peaks) == 2 and max(peaks) < 0.9 * recipe.gpu_gib, recipe.name
+
+
+def test_a_file_includes_others_and_its_own_keys_win(tmp_path) -> None:
+    path = written(
+        tmp_path / "mine.yaml",
+        f"include: [{GSM8K}]\nnodes: 2\nprompts: 64\nopenrlhf: {{ds.adam_offload: true}}\n",
+    )
+    mine, base = load(path), load(GSM8K)
+    assert (mine.name, mine.gpus, mine.prompts) == ("mine", 2, 64)
+    assert mine.openrlhf == {**base.openrlhf, "ds.adam_offload": True}
+    assert mine.shape == base.shape and mine.kl_coef == base.kl_coef
+
+
+BAD_FILES = [
+    ("promts: 64", r"mine\.yaml: unknown key promts\. Did you mean prompts\?"),
+    ("prompts: many", "prompts='many' must be a whole number"),
+    ("prompts: 1.5", "prompts=1.5 must be a whole number"),
+    ("shape: {hidden: 5}", "unknown key shape.hidden"),
+    ("samples: 1", "samples=1: a group needs at least 2"),
+    ("updates: 3", "updates=3 does not divide prompts=128"),
+    ("gpus_per_node: 3", "an update's 1024 answers do not go evenly to 3 GPUs"),
+    ("rollout_tensor_parallel: 2", "rollout_tensor_parallel=2 does not divide 1 GPUs"),
+    ("episodes: 0", "episodes=0 must be at least 1"),
+    ("hosts: [nemo]", r"hosts=\['nemo'\]: there is openrlhf, verl"),
+    ("kl_type: k9_as_loss", "KL_TYPE=k9_as_loss"),
+    ("kl_coef: -1.0", "KL_COEF=-1.0: a finite number above 0"),
+    ("include: [nothing]", "include 'nothing': there is no"),
+    ("a: [", "not YAML"),
+    ("- a", "a mapping is needed, not list"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_FILES)
+def test_a_file_that_cannot_be_is_refused(tmp_path, text: str, message: str) -> None:
+    include = "" if "include" in text or text.startswith("-") else f"include: [{GSM8K}]\n"
+    with pytest.raises(RecipeError, match=message):
+        load(written(tmp_path / "mine.yaml", include + text))
+
+
+def test_a_missing_key_and_a_missing_recipe_are_named(tmp_path) -> None:
+    lacking = "\n".join(
+        line
+        for line in (CONFIGS / "data/gsm8k.yaml").read_text().splitlines()
+        if "samples" not in line
+    )
+    path = written(tmp_path / "mine.yaml", f"include: [models/qwen2.5-math-1.5b]\n{lacking}\n")
+    with pytest.raises(RecipeError, match="missing: samples"):
+        load(path)
+    with pytest.raises(RecipeError, match=f"Did you mean {GSM8K}"):
+        load("qwen2.5-math-1.5b-gsm8")
+
+
+# The launcher
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(json.dumps({"prompt": "1+1?", "answer": "2"}) + "\n")
+    return folder
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[list[str]]:
+    """The commands that would have become this process, on a machine with eight GPUs."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(launch.os, "execv", lambda path, words: commands.append(words))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(launch, "check_installed", lambda host: None)
+    return commands
+
+
+def run(data: Path, out: Path, *words: str, name: str = GSM8K, on=host, **variables: str) -> None:
+    launch.launch(on, name, list(words), {"DATA": str(data), "OUT": str(out), **variables})
+
+
+def test_the_variables_reach_the_command(data, started, tmp_path) -> None:
+    run(data, tmp_path / "a", "--actor.adam.lr", "2e-6", KL_TYPE="k1_in_reward", KL_COEF="0.05")
+    run(data, tmp_path / "b", KL_TYPE="stock:k3", MODEL="owner/other")
+    ours, stock = (command[2:] for command in started)
+    assert ours[:5] == [
+        "klplug_openrlhf", "--klplug.kl_type", "k1_in_reward", "--klplug.kl_coef", "0.05",
+    ]  # fmt: skip
+    assert ours[-2:] == ["--actor.adam.lr", "2e-6"]
+    assert stock[0] == "openrlhf.cli.train_ppo_ray" and "--algo.kl.use_loss" in stock
+    assert stock[stock.index("--actor.model_name_or_path") + 1] == "owner/other"
+    record = json.loads((tmp_path / "a" / "recipe.json").read_text())
+    assert record["recipe"]["kl_type"] == "k1_in_reward" and record["host"] == "openrlhf"
+
+
+def test_the_same_run_goes_on_and_another_is_kept_out(data, started, tmp_path) -> None:
+    out = tmp_path / "run"
+    run(data, out)
+    (out / "checkpoints").mkdir()
+    run(data, out)
+    assert len(started) == 2
+    with pytest.raises(RecipeError, match=r"kl_coef=0\.001 there, 0\.5 here\)\. Give another OUT"):
+        run(data, out, KL_COEF="0.5")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").touch()
+    with pytest.raises(RecipeError, match="not empty, and no recipe's run"):
+        run(data, tmp_path / "other")
+    assert len(started) == 2
+
+
+REFUSED = [
+    ({"KL_TYPE": "k9_as_loss"}, "KL_TYPE=k9_as_loss"),
+    ({"KL_COEF": "strong"}, "KL_COEF=strong: must be a number"),
+    ({"KL_COEF": "nan"}, "KL_COEF=nan: a finite number"),
+    ({"KL_TYPE": "none", "KL_COEF": "1"}, "KL_TYPE=none takes no coefficient"),
+    ({"MODEL": "./nowhere"}, r"MODEL=\./nowhere: no such folder"),
+]
+
+
+@pytest.mark.parametrize(("variables", "message"), REFUSED)
+def test_a_variable_that_cannot_be_is_refused(data, started, tmp_path, variables, message) -> None:
+    with pytest.raises(RecipeError, match=message):
+        run(data, tmp_path / "run", **variables)
+    assert not started and not (tmp_path / "run").exists()
+
+
+def test_too_few_gpus_and_missing_data_are_said_first(data, started, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(
+        RecipeError, match="needs 8 GPUs of 80 GB on each of 1 nodes, and this one has 4"
+    ):
+        run(data, tmp_path / "run", name="qwen2.5-math-7b-gsm8k")
+    with pytest.raises(RecipeError, match=r"python -m recipes\.data gsm8k --to openrlhf --out"):
+        run(tmp_path / "nothing", tmp_path / "run")
+    with pytest.raises(RecipeError, match="is for verl only"):
+        run(data, tmp_path / "run", name="qwen2.5-math-7b-math-megatron")
+    assert not started and not (tmp_path / "run").exists()
+
+
+def test_a_host_that_is_not_installed_is_named() -> None:
+    lacking = type("Host", (), {"NAME": "nemo", "PACKAGES": ("json", "nemo_of_nowhere")})
+    with pytest.raises(RecipeError, match="has no nemo_of_nowhere: install nemo"):
+        launch.check_installed(lacking)
+
+
+def test_a_local_models_shape_is_its_own(tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 128, "vocab_size": 465}))
+    recipe = launch.with_model(load(GSM8K), str(tmp_path))
+    assert (recipe.shape.hidden_size, recipe.shape.vocab_size) == (128, 465)
+    with pytest.raises(RecipeError, match=r"no config\.json"):
+        launch.with_model(recipe, str(CONFIGS))
+
+
+# Estimates
+
+
+def test_parameters_are_those_of_the_model() -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    for name, billions in ((GSM8K, 1.54), ("qwen2.5-math-7b-gsm8k", 7.62)):
+        shape = load(name).shape
+        with torch.device("meta"):
+            model = Qwen2ForCausalLM(Qwen2Config(**asdict(shape)))
+        assert parameters(shape) == sum(p.numel() for p in model.parameters())
+        assert parameters(shape) == pytest.approx(billions * 1e9, rel=3e-3)
+
+
+def test_the_parts_add_up_to_the_peaks() -> None:
+    recipe = load("qwen2.5-math-7b-math")
+    for host_name, per_parameter in (("openrlhf", 16 / 8), ("verl", 16 / 8)):
+        *parts, engine, training, rollout = memory(recipe, host_name)
+        assert parts[0].value * GIB == pytest.approx(per_parameter * parameters(recipe.shape))
+        assert training.value == pytest.approx(sum(part.value for part in parts))
+        assert rollout.value > engine.value == 0.5 * 80
+    one = load("qwen2.5-math-1.5b-math")
+    assert held(one, "openrlhf").training == held(one, "verl").training == 16
+    megatron = held(load("qwen2.5-math-7b-math-megatron"), "verl")
+    assert megatron.training == 6 / 2 + 12 / 8
+
+
+def test_time_is_that_of_the_steps() -> None:
+    recipe = load(GSM8K)
+    generating, training, whole = time(recipe)
+    step = generating.value + training.value
+    assert whole.value == pytest.approx(3 * (7473 // 128) * step / 3600)
+    longer = time(replace(recipe, mean_new_tokens=2 * recipe.mean_new_tokens))
+    assert longer[0].value == pytest.approx(2 * generating.value)
+
+
+# Both hosts
+
+
+def test_both_hosts_have_one_reward() -> None:
+    """The same file, and the same verdict by either signature."""
+    recipe, folder = load(GSM8K), Path("data")
+    ours = host.command(recipe, folder, folder)
+    theirs = verl_host.command(recipe, folder, folder)
+    path = ours[ours.index("--reward.remote_url") + 1]
+    assert f"reward.custom_reward_function.path={path}" in theirs
+    for response, right in ((r"so \boxed{\frac{1}{2}}", 1.0), (r"so \boxed{2}", 0.0)):
+        assert compute_score("math", response, "0.5") == right
+        assert reward_func(["q" + response], ["q"], ["0.5"])["rewards"].tolist() == [right]
+
+
+COMPOSE = """
+import json, multiprocessing, sys
+from pathlib import Path
+from recipes import launch
+from recipes.openrlhf import host
+from recipes.recipe import RecipeError, load
+import openrlhf.cli.train_ppo_ray, klplug_openrlhf.launcher
+
+def composed(case):
+    name, words, variables = case
+    recipe = launch.chosen(host, load(name), variables)
+    try:
+        return host.common(host.compose([*host.command(recipe, data, data / "run"), *words]))
+    except RecipeError as error:
+        return str(error)
+
+data = Path(sys.argv[1])
+# Each in a process of its own: klplug's launcher patches argparse for good.
+with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+    results = pool.map(composed, json.loads(sys.argv[2]), chunksize=1)
+print("\\n" + json.dumps(results))
+"""
+
+
+def test_openrlhf_reads_every_recipe_as_it_is_meant(data) -> None:
+    """Its own CLI, all its assertions, klplug's launcher: up to train(args)."""
+    recipes = [recipe for recipe in map(load, names()) if "openrlhf" in recipe.hosts]
+    cases = [(recipe.name, [], {}) for recipe in recipes]
+    others = [{"KL_TYPE": "k1_in_reward", "KL_COEF": "0.05"}, {"KL_TYPE": "none"}]
+    others += [{"KL_TYPE": "stock:k3"}]
+    cases += [(GSM8K, [], variables) for variables in others]
+    expected = [launch.chosen(host, load(name), v).common() for name, _, v in cases]
+    wrong = ["--ds.zero_stge", "3"]
+    group = ["--rollout.n_samples_per_prompt", "1"]
+    cases += [(GSM8K, wrong, {}), (GSM8K, group, {})]
+    done = subprocess.run(
+        [sys.executable, "-c", COMPOSE, str(data), json.dumps(cases)],
+        cwd=ROOT,
+        env={**os.environ, **cpu_shim.environment("openrlhf")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    *found, unknown, assertion = json.loads(done.stdout.splitlines()[-1])
+    assert found == json.loads(json.dumps(expected))
+    assert "unrecognized arguments: --ds.zero_stge" in unknown
+    assert "Did you mean --ds.zero_stage?" in unknown
+    assert "group_norm requires n_samples_per_prompt > 1" in assertion
+    assert not (data / "run").exists()
+
+
+def test_a_dry_run_prints_it_all(data) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes.openrlhf", PAPER],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            **cpu_shim.environment("openrlhf"),
+            **{"DRY_RUN": "1", "DATA": str(data), "OUT": str(data / "run")},
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    command, *rest = done.stdout.splitlines()
+    assert command.startswith("python -m klplug_openrlhf --klplug.kl_type k2_as_loss")
+    assert "--klplug.kl_coef 0.5 " in command
+    text = "\n".join(rest)
+    assert "memory, estimated, not measured" in text and "16 P" not in text
+    assert "2 P + 2 P / 1 + 12 P / 1 (ZeRO-2" in text and "T = 2 answers" in text
+    assert "kl_type              k2_as_loss" in text
+    assert not (data / "run").exists()

@@ -1,0 +1,82 @@
+"""What verl's own configuration makes of each recipe (the rest is in tests/recipes)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recipes import launch
+from recipes.recipe import RecipeError, load, names
+from recipes.verl import host
+
+RECIPES = [recipe for recipe in map(load, names()) if "verl" in recipe.hosts]
+GSM8K = "qwen2.5-math-1.5b-gsm8k"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = tmp_path_factory.mktemp("data")
+    table = pyarrow.Table.from_pylist([{"prompt": [{"role": "user", "content": "1+1?"}]}])
+    for split in ("train", "test"):
+        pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_verl_reads_a_recipe_as_it_is_meant(recipe, data: Path) -> None:
+    """Hydra's composition, klplug's plugin, validate_config; the same is asked of OpenRLHF."""
+    config = host.compose(host.command(recipe, data, data / "run"))
+    assert host.common(config) == recipe.common()
+    engine = recipe.verl.get("model_engine", "dp")
+    assert config.actor_rollout_ref.actor.strategy == {"dp": "fsdp2"}.get(engine, engine)
+    assert config.actor_rollout_ref.ref.strategy == config.actor_rollout_ref.actor.strategy
+    assert not (data / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"KL_TYPE": "k2_as_loss,ratio=none", "KL_COEF": "0.05"},
+        {"KL_TYPE": "none"},
+        {"KL_TYPE": "stock:k1"},
+        {"KL_TYPE": "stock:k3"},
+    ],
+    ids=lambda variables: variables["KL_TYPE"],
+)
+def test_another_kl(variables, data: Path) -> None:
+    recipe = launch.chosen(host, load(GSM8K), variables)
+    found = host.common(host.compose(host.command(recipe, data, data / "run")))
+    assert found == recipe.common()
+
+
+def test_what_verl_does_not_know_is_refused(data: Path) -> None:
+    command = host.command(load(GSM8K), data, data / "run")
+    with pytest.raises(RecipeError, match="Key 'train_batch_sise' is not in struct"):
+        host.compose([*command, "data.train_batch_sise=3"])
+    with pytest.raises(RecipeError, match=r"train_batch_size \(64\) must be >= actor.ppo_mini"):
+        host.compose([*command, "data.train_batch_size=64"])
+
+
+def test_a_dry_run_prints_it_all(data: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    launch.launch(host, GSM8K, ["trainer.total_epochs=5"], {"DRY_RUN": "1", "DATA": str(data)})
+    out = capfd.readouterr().out
+    assert out.startswith("python -m verl.trainer.main_ppo +klplug.kl_type=k2_as_loss")
+    assert "16 P / 1 (FSDP2" in out and "memory, estimated, not measured" in out
+    assert "episodes             5" in out
+
+
+def test_the_reward_is_found_by_verl(data: Path) -> None:
+    """By its own loader, from the composed configuration."""
+    from verl.trainer.ppo.reward import get_custom_reward_fn
+
+    config = host.compose(host.command(load(GSM8K), data, data / "run"))
+    score = get_custom_reward_fn(config)
+    assert score is not None
+    rows = json.loads('[["so \\\\boxed{4}", "4", 1.0], ["so \\\\boxed{5}", "4", 0.0]]')
+    for response, answer, right in rows:
+        assert score(data_source="gsm8k", solution_str=response, ground_truth=answer) == right
