@@ -1,6 +1,6 @@
 """What many updates per rollout do to each way of correcting a KL: exact, on one enumerated token.
 
-    python -m benchmarks.stability [--out benchmarks/results]
+    python -m benchmarks.stability [--out FOLDER] [--figure FILE]
 
 Outer loop: answers from pi_old. Inner loop: N exact gradient steps on E_old[rho r] - beta * KL
 term. All three terms have pi* = ref exp(r/beta)/Z as fixed point of the outer loop; whether the
@@ -155,11 +155,12 @@ def figure(file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    out: Path = parser.parse_args().out
-    out.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--figure", type=Path, default=Path("docs/img/stability.png"))
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
     text = table()
-    (out / "stability.md").write_text(f"{HEADING}\n\n{text}\n", encoding="utf-8")
-    figure(out / "stability.png")
+    (given.out / "stability.md").write_text(f"{HEADING}\n\n{text}\n", encoding="utf-8")
+    figure(given.figure)
     print(text)
 
 
