@@ -98,7 +98,7 @@ def _local_rows(path: Path, split: str) -> list[Row]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder (and no source of that name)")
     if path.is_file():
-        return _share(file_rows(path), split, path)
+        return share(file_rows(path), split, path)
     names = [name.format(split=split) for name in FILE_NAMES]
     for name in names:
         if (path / name).is_file():
@@ -141,7 +141,7 @@ def _checked(rows: Iterable[tuple[str, Any]], name: object) -> list[Row]:
     return kept
 
 
-def _share(rows: list[Row], split: str, path: Path) -> list[Row]:
+def share(rows: list[Row], split: str, path: Path) -> list[Row]:
     """A split's share of a file's rows; rows with the same question stay together."""
     questions = sorted({row["question"] for row in rows}, key=question_rank)
     if len(questions) < 2:

@@ -29,22 +29,35 @@ NUMBER = re.compile(
         [%*]*[^\W\d_]*(?:\s+[^\W\d_]+)*[\s.*]*""",  # a unit may follow, in words
     re.VERBOSE,
 )
+NEGATIVE_SPACE = re.compile(r"\\!\s*")
 FRACTION = re.compile(r"-?\d[\d,.]*(?:/\d+)?")
 
-# What math-verify is shown without a time limit: some LaTeX, no factorial, few and small powers.
+# What math-verify is shown without a time limit: some LaTeX, no factorial, small powers.
 # `\boxed{9^{9^{9}}}`, six tokens of a policy gone astray, holds up its `verify` for ever.
 TAME_LENGTH = 1000
 TAME_BRACKETS = 40  # its LaTeX parser takes a minute over 800 of them
 # fmt: off
 TAME_COMMANDS = frozenset((
-    "approx", "bf", "boxed", "cdot", "circ", "dfrac", "displaystyle", "div", "dollar", "fbox",
-    "frac", "left", "mathbf", "mathrm", "pi", "pm", "quad", "qquad", "right", "sqrt", "text",
-    "textbf", "tfrac", "times",
+    "alpha", "approx", "arccos", "arcsin", "arctan", "begin", "beta", "bf", "boxed", "cap", "cdot",
+    "circ", "cos", "cot", "csc", "cup", "delta", "dfrac", "displaystyle", "div", "dollar",
+    "emptyset", "end", "epsilon", "fbox", "frac", "gamma", "ge", "geq", "gt", "in", "infty",
+    "lambda", "le", "left", "leq", "ln", "log", "lt", "mathbb", "mathbf", "mathrm", "mbox", "mid",
+    "mu", "ne", "neq", "notin", "omega", "overline", "phi", "pi", "pm", "quad", "qquad", "right",
+    "sec", "setminus", "sigma", "sin", "sqrt", "tan", "text", "textbf", "tfrac", "theta", "times",
+    "varnothing", "varphi",
 ))
 # fmt: on
-TAME_POWERS = 2
+TAME_POWERS = 4
 POWER = re.compile(r"\^|\*\*(?=\s*[\d({-])")
 TAME_POWER = re.compile(r"(?:\^|\*\*)\s*(?:[\da-z]{1,2}|\{-?[\da-z]{1,2}\})(?!\s*(?:[\d^!.]|\*\*))")
+# Sums to a power are multiplied out: nobody waits for `(a+b+c+d)^{99}`.
+BRACKET_POWER = re.compile(r"[)\]}]\s*(?:\^|\*\*)\s*\{?(\d+)")
+TAME_EXPANSION = 40  # exponents times signs
+# Of these there may be any number: a letter's power, as in a polynomial, and degrees.
+HARMLESS_POWER = re.compile(
+    r"\\?[a-zA-Z]\s*\^\s*(?:\d|\{\d{1,2}\})(?!\s*(?:[\d^!.]|\*\*))"
+    r"|\^\s*(?:\\circ|\{\s*\\circ\s*\})"
+)
 
 
 def _number(text: str) -> Decimal | None:
@@ -57,16 +70,19 @@ def _number(text: str) -> Decimal | None:
 
 def _is_tame(text: str) -> bool:
     """Whether math-verify surely reads the text in no time."""
+    powers = HARMLESS_POWER.sub("", text)
+    expansion = sum(map(int, BRACKET_POWER.findall(text))) * len(re.findall(r"[+-]", text))
     return (
         len(text) <= TAME_LENGTH
         and len(re.findall(r"[(\[{]", text)) <= TAME_BRACKETS
         and TAME_COMMANDS.issuperset(re.findall(r"\\([a-zA-Z]+)", text))
-        and len(POWER.findall(text)) <= TAME_POWERS
-        and len(POWER.findall(text)) == len(TAME_POWER.findall(text))
+        and len(POWER.findall(powers)) <= TAME_POWERS
+        and len(POWER.findall(powers)) == len(TAME_POWER.findall(powers))
+        and expansion <= TAME_EXPANSION
     )
 
 
-def _last_boxed(text: str) -> str:
+def last_boxed(text: str) -> str:
     r"""The last `\boxed{...}` with its braces balanced, or the empty string."""
     start = text.rfind(r"\boxed{")
     depth = 0
@@ -80,7 +96,7 @@ def _last_boxed(text: str) -> str:
 def _is_equal(text: str, answer: str) -> bool:
     """Whether math-verify finds the answer in the text."""
     text = text.replace("!", ".")  # "It is 12!" is no factorial
-    end = _last_boxed(text) or (FRACTION.findall(text) or [""])[-1]
+    end = last_boxed(text) or (FRACTION.findall(text) or [""])[-1]
     shown = next((part for part in (text, end) if _is_tame(part)), None)
     if shown is None or not _is_tame(answer):
         return False
@@ -89,11 +105,16 @@ def _is_equal(text: str, answer: str) -> bool:
     return verify(gold, parse(shown, parsing_timeout=None), timeout_seconds=None)
 
 
+def _plain(text: str) -> str:
+    r"""The text with a plain minus, and `10,\!000` as 10,000."""
+    return NEGATIVE_SPACE.sub("", text).replace("\N{MINUS SIGN}", "-")
+
+
 def is_correct(response: str, answer: str) -> bool:
     """Whether a response reaches the answer: GSM8K's whole answer text, or what follows `####`."""
     response = END_TOKENS.split(response, maxsplit=1)[0]
-    response = OTHER_TOKENS.sub(" ", response).replace("\N{MINUS SIGN}", "-")
-    answer = answer.rpartition("####")[2].strip().replace("\N{MINUS SIGN}", "-")
+    response = _plain(OTHER_TOKENS.sub(" ", response))
+    answer = _plain(answer.rpartition("####")[2].strip())
     if "####" not in response:
         return _is_equal(response, answer)
     given = (response.rpartition("####")[2].strip().splitlines() or [""])[0]
@@ -101,6 +122,11 @@ def is_correct(response: str, answer: str) -> bool:
     if expected is None or number is None:
         return bool(given) and _is_equal(f"${given}$" if "$" not in given else given, answer)
     return number == expected
+
+
+def is_gradable(answer: str) -> bool:
+    """Whether an answer is judged equal to itself: if not, no response can earn a reward."""
+    return _number(answer) is not None or is_correct(rf"\boxed{{{answer}}}", answer)
 
 
 def response_of(query: str, prompt: str) -> str:
