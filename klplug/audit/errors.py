@@ -1,0 +1,5 @@
+"""The one error of the audit."""
+
+
+class AuditError(ValueError):
+    """A file or command that can't be audited: names the thing, and what is accepted."""

@@ -1,0 +1,1 @@
+"""What each host makes of its settings."""

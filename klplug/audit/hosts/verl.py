@@ -1,0 +1,506 @@
+"""verl: Hydra overrides and config files, and what its trainer makes of them.
+
+Sources, in verl 0.9.1: ``trainer/ppo/core_algos.py`` (``kl_penalty``, the advantage estimators),
+``trainer/ppo/ray_trainer.py`` (``apply_kl_penalty``), ``workers/utils/losses.py`` (``ppo_loss``).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from klplug.audit import setup as aspects
+from klplug.audit.errors import AuditError
+from klplug.audit.settings import Rejected, Setting, Settings, scalar
+from klplug.audit.setup import Advantage, Controller, Scale, Setup, Term
+from klplug.audit.shell import Word
+from klplug.audit.tables import Table, flattened, load_yaml
+from klplug.spec import KLSpec, parse
+
+_ACTOR = "actor_rollout_ref.actor."
+USE_LOSS = _ACTOR + "use_kl_loss"
+LOSS_TYPE = _ACTOR + "kl_loss_type"
+LOSS_COEF = _ACTOR + "kl_loss_coef"
+LOSS_AGG = _ACTOR + "loss_agg_mode"
+LOSS_MODE = _ACTOR + "policy_loss.loss_mode"
+MINI_BATCH = _ACTOR + "ppo_mini_batch_size"
+EPOCHS = _ACTOR + "ppo_epochs"
+N = "actor_rollout_ref.rollout.n"
+TRAIN_BATCH = "data.train_batch_size"
+USE_REWARD = "algorithm.use_kl_in_reward"
+PENALTY = "algorithm.kl_penalty"
+CTRL_TYPE = "algorithm.kl_ctrl.type"
+CTRL_COEF = "algorithm.kl_ctrl.kl_coef"
+CTRL_TARGET = "algorithm.kl_ctrl.target_kl"
+CTRL_HORIZON = "algorithm.kl_ctrl.horizon"
+ESTIMATOR = "algorithm.adv_estimator"
+NORM_BY_STD = "algorithm.norm_adv_by_std_in_grpo"
+GAMMA = "algorithm.gamma"
+GDPO_KEYS = "algorithm.gdpo_reward_keys"
+ROLLOUT_IS = "algorithm.rollout_correction.rollout_is"
+ROLLOUT_RS = "algorithm.rollout_correction.rollout_rs"
+BYPASS = "algorithm.rollout_correction.bypass_mode"
+TRAINER_MODE = "trainer.v1.trainer_mode"
+KL_TYPE = "klplug.kl_type"
+KL_COEF = "klplug.kl_coef"
+KL_CTRL = "klplug.kl_ctrl"
+KL_TARGET = "klplug.kl_target"
+
+ASPECTS = {
+    USE_LOSS: aspects.KL,
+    LOSS_TYPE: aspects.KL,
+    USE_REWARD: aspects.KL,
+    PENALTY: aspects.KL,
+    KL_TYPE: aspects.KL,
+    LOSS_COEF: aspects.COEF,
+    CTRL_COEF: aspects.COEF,
+    KL_COEF: aspects.COEF,
+    TRAIN_BATCH: aspects.UPDATES,
+    MINI_BATCH: aspects.UPDATES,
+    EPOCHS: aspects.UPDATES,
+    ESTIMATOR: aspects.ADVANTAGE,
+    NORM_BY_STD: aspects.ADVANTAGE,
+    GAMMA: aspects.ADVANTAGE,
+    N: aspects.GROUP,
+    LOSS_AGG: aspects.POLICY_LOSS,
+    LOSS_MODE: aspects.POLICY_LOSS,
+    ROLLOUT_IS: aspects.CORRECTION,
+    ROLLOUT_RS: aspects.CORRECTION,
+    BYPASS: aspects.CORRECTION,
+    CTRL_TYPE: aspects.CONTROLLER,
+    CTRL_TARGET: aspects.CONTROLLER,
+}
+
+_NAMES = {
+    **{"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2"},
+    **{"low_var_kl": "k3", "k3": "k3"},
+}
+_KL_KEYS = (LOSS_TYPE, LOSS_COEF, PENALTY, CTRL_COEF, CTRL_TYPE, CTRL_TARGET, CTRL_HORIZON)
+_OPENED = ("ray_kwargs", "hydra", "klplug")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The arguments of one ``main_ppo``, taken apart: settings, and config files they name."""
+
+    written: dict[str, Setting]
+    added: frozenset[str]  # written with '+': they need not exist
+    deleted: tuple[Setting, ...]
+    bare: tuple[Setting, ...]  # arguments that Hydra would not take
+    files: tuple[Path, ...]
+    unread: tuple[Setting, ...]
+    holes: tuple[tuple[Setting, str], ...]  # whole arguments that can't be known
+
+
+def launch(args: Iterable[Word], folder: Path) -> Launch:
+    """Hydra's view of a command line; config files are looked for from ``folder``."""
+    written: dict[str, Setting] = {}
+    added: set[str] = set()
+    deleted, bare, unread, holes = [], [], [], []
+    files: list[Path] = []
+    config: dict[str, Word] = {}
+    words = iter(args)
+    for word in words:
+        text = word.text
+        flag = re.match(r"(--config-(?:path|name|dir)|-c[pnd])(?:=(.*))?$", text, re.DOTALL)
+        if flag:
+            value = word if flag[2] is not None else next(words, Word(""))
+            given = flag[2] if flag[2] is not None else value.text
+            config[_HYDRA_FLAGS[flag[1]]] = replace(value, text=given.strip("'\""))
+        elif re.match(r"--?[a-zA-Z]", text):
+            continue  # other flags of Hydra's
+        elif re.match(r"~[\w@.]+", text):
+            deleted.append(Setting(text[1:].partition("=")[0], None, word.line, True))
+        elif match := re.match(r"(\+{0,2})([\w@./-]+)=(.*)$", text, re.DOTALL):
+            setting = Setting(match[2], scalar(match[3]), word.line, True, word.unknown)
+            written[match[2]] = setting
+            if match[1]:
+                added.add(match[2])
+        elif word.unknown:
+            holes.append((Setting(text, None, word.line, True), word.unknown[0]))
+        else:
+            bare.append(Setting(text, None, word.line, True))
+    if "name" in config or "path" in config:
+        path = _config_file(config, folder)
+        if path is not None and path.is_file():
+            files.append(path)
+        elif config.get("name", Word("ppo_trainer")).text not in _STOCK_CONFIGS:
+            named = config.get("name", config.get("path", Word("")))
+            flag_name = "--config-name" if "name" in config else "--config-path"
+            unread.append(Setting(flag_name, named.text, named.line, True, named.unknown))
+    return Launch(
+        written,
+        frozenset(added),
+        tuple(deleted),
+        tuple(bare),
+        tuple(files),
+        tuple(unread),
+        tuple(holes),
+    )
+
+
+_HYDRA_FLAGS = {
+    **{"--config-path": "path", "--config-name": "name", "--config-dir": "dir"},
+    **{"-cp": "path", "-cn": "name", "-cd": "dir"},
+}
+_STOCK_CONFIGS = ("ppo_trainer", "ppo_megatron_trainer", "ppo_trainer.yaml")
+
+
+def _config_file(config: dict[str, Word], folder: Path) -> Path | None:
+    name = config.get("name", Word("ppo_trainer"))
+    place = config.get("path") or config.get("dir") or Word(".")
+    if name.unknown:
+        return None
+    # "$PROJECT_DIR/examples/config": the unknown head may be the folder of the script.
+    text = re.sub(r"^\$\{?\w+\}?/?", "", place.text) if place.unknown else place.text
+    file = name.text if name.text.endswith((".yaml", ".yml")) else f"{name.text}.yaml"
+    for root in (folder, *folder.parents[:3]) if place.unknown else (folder, Path(".")):
+        if (path := root / text / file).is_file():
+            return path
+    return None
+
+
+def from_yaml(content: Mapping[str, Any], lines: Mapping[str, int]) -> dict[str, Setting]:
+    """The settings in a config file, with the line of each."""
+    body = {key: value for key, value in content.items() if key not in ("defaults", "hydra")}
+    return {
+        key: Setting(key, scalar(value) if isinstance(value, str) else value, lines.get(key), True)
+        for key, value in flattened(body).items()
+    }
+
+
+def with_files(launched: Launch) -> Launch:
+    """The settings of the config files a command names, under those of the command itself."""
+    written: dict[str, Setting] = {}
+    for path in launched.files:
+        try:
+            content = load_yaml(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise AuditError(f"{path}: not a readable YAML file ({error})") from None
+        if isinstance(content, dict):
+            written |= from_yaml(content, {})
+    # A config file may hold keys of its own.
+    added = launched.added | (written.keys() - launched.written.keys())
+    return replace(launched, written={**written, **launched.written}, added=added)
+
+
+def unknown_keys(table: Table, launched: Launch) -> list[Setting]:
+    """Overrides that Hydra would refuse: no such key, and no '+' before it."""
+    return [
+        setting
+        for key, setting in launched.written.items()
+        if key not in launched.added
+        and not table.knows(key.replace("@", "."))
+        and key.partition(".")[0] not in _OPENED
+        and not _inside_open(table, key)
+    ]
+
+
+def _inside_open(table: Table, key: str) -> bool:
+    """True inside a setting whose default is a mapping without keys of its own, which is open."""
+    parts = key.split(".")
+    heads = (".".join(parts[:at]) for at in range(1, len(parts)))
+    return any(isinstance(table.defaults.get(head), dict) for head in heads)
+
+
+def setup(settings: Settings, launched: Launch, version_from: str) -> Setup:
+    """What verl does with these settings."""
+    settings = _resolved(settings)
+    advantage = _advantage(settings)
+    by_answer = settings.text(LOSS_AGG) == "seq-mean-token-mean"
+    mode = settings.text(LOSS_MODE) or "vanilla"
+    policy_by_answer = (
+        by_answer
+        or mode in _ALWAYS_BY_ANSWER
+        or (mode == "gspo" and _before(settings.table, (0, 9)))
+    )
+    terms, rejected = _terms(settings)
+    rejected += _bad_values(settings)
+    rejected += [
+        Rejected(s, f"verl {settings.table.version} has no such setting (a new one needs '+')")
+        for s in unknown_keys(settings.table, launched)
+    ]
+    rejected += [Rejected(s, "not a key=value override") for s in launched.bare]
+    n = max(1, int(settings.number(N, 1)))
+    return Setup(
+        host="verl",
+        version=settings.table.version,
+        version_from=version_from,
+        advantage=advantage,
+        terms=tuple(terms),
+        n=n,
+        n_setting=settings[N],
+        updates=_updates(settings),
+        updates_settings=tuple(settings[key] for key in (TRAIN_BATCH, MINI_BATCH, EPOCHS)),
+        ratio={"gspo": "gspo", "gpg": "none"}.get(mode, "token"),
+        policy_loss=settings[LOSS_MODE],
+        policy_by_answer=policy_by_answer,
+        kl_by_answer=by_answer,
+        loss_agg=settings[LOSS_AGG],
+        corrects_rollout=bool(settings[ROLLOUT_IS].value or settings[ROLLOUT_RS].value),
+        correction=settings[ROLLOUT_IS],
+        rollout_is_old=settings.on(BYPASS),
+        stale=_stale(settings),
+        controller=_controller(settings, terms),
+        idle=tuple(_idle(settings, terms)),
+        not_loaded=None,
+        no_effect=tuple(_no_effect(settings, terms)),
+        rejected=tuple(rejected),
+        unread=launched.unread,
+        unknown=_unknown(settings, launched),
+    )
+
+
+_ALWAYS_BY_ANSWER = ("sapo", "geo_mean")
+
+
+def _before(table: Table, release: tuple[int, int]) -> bool:
+    return tuple(int(part) for part in table.version.split(".")[:2]) < release
+
+
+def _resolved(settings: Settings) -> Settings:
+    """Values that refer to another key, ``${data.train_batch_size}``, followed once."""
+    written = {}
+    for key, setting in settings.written.items():
+        match = re.fullmatch(r"\\?\$\{([\w.]+)\}", str(setting.value))
+        if match and settings.has(match[1]):
+            target = settings[match[1]]
+            setting = replace(setting, value=target.value, unknown=target.unknown)
+        written[key] = setting
+    return Settings(settings.table, written)
+
+
+def _updates(settings: Settings) -> float:
+    batch, mini = settings.number(TRAIN_BATCH, 1), settings.number(MINI_BATCH, 1)
+    return math.ceil(batch / max(mini, 1)) * max(1.0, settings.number(EPOCHS, 1))
+
+
+def _advantage(settings: Settings) -> Advantage:
+    """A KL in the reward joins before any of this, so every factor is on both."""
+    name = settings.text(ESTIMATOR)
+    n = settings.number(N, 1)
+    alone = n < 2
+    mean = 0 if alone else 1
+    std = 0 if alone or not settings.on(NORM_BY_STD) else -1
+    gamma = settings.number(GAMMA, 1.0)
+    after = {
+        "grpo": Scale(mean, std),
+        "grpo_vectorized": Scale(mean, std),
+        "gdpo": Scale(mean, std, -1),
+        "grpo_passk": Scale(0, std),
+        "opo": Scale(mean),
+        "gpg": Scale(mean),
+        "reinforce_plus_plus_baseline": Scale(mean, 0, -1),
+        "reinforce_plus_plus": Scale(0, 0, -1),
+        "gae": Scale(0, 0, -1),
+    }.get(name, Scale())
+    discounts = name in ("gae", "reinforce_plus_plus")
+    return Advantage(
+        setting=settings[ESTIMATOR],
+        after=after,
+        groups=name in _GROUPS,
+        discount=gamma if discounts else 1.0,
+        discount_setting=settings[GAMMA],
+        whitens=bool(after.batch),
+        best_only=name == "grpo_passk",
+    )
+
+
+_GROUPS = (
+    *("grpo", "grpo_vectorized", "gdpo", "grpo_passk", "opo", "gpg", "rloo", "rloo_vectorized"),
+    *("reinforce_plus_plus_baseline", "optimal_token_baseline", "tir_optimal_token_baseline"),
+)
+
+
+def _terms(settings: Settings) -> tuple[list[Term], list[Rejected]]:
+    rejected: list[Rejected] = []
+    own = settings[KL_TYPE]
+    if own.written and not own.unknown:
+        return _klplug_terms(settings, own, rejected)
+    terms = []
+    for switch, kind, amount, placement in (
+        (USE_REWARD, PENALTY, CTRL_COEF, "in_reward"),
+        (USE_LOSS, LOSS_TYPE, LOSS_COEF, "as_loss"),
+    ):
+        name = settings.text(kind)
+        full = _full(name)
+        if not settings.on(switch) and full is None:
+            continue
+        spec, straight, clamped = _stock(name, placement, settings.table)
+        if full is not None and full.placement == placement:
+            spec = full
+        if spec is None:
+            rejected.append(Rejected(settings[kind], _why_no_estimator(name, settings.table)))
+        drops = placement == "in_reward" and (
+            settings.text(ESTIMATOR) == "gdpo" and bool(settings[GDPO_KEYS].value)
+        )
+        terms.append(
+            Term(
+                spec=spec,
+                coef=settings.number(amount),
+                where=settings[switch],
+                kind=settings[kind],
+                amount=settings[amount],
+                straight_through=straight,
+                clamped=clamped,
+                reaches=not drops,
+                joins_after=full is not None and spec is not None and spec.reward_norm == "none",
+                from_klplug=full is not None,
+            )
+        )
+    return terms, rejected
+
+
+def _full(name: str) -> KLSpec | None:
+    """A whole kl_type in one of verl's own keys, which turns klplug on."""
+    if name in _NAMES or name.removesuffix("+") in _NAMES:
+        return None
+    try:
+        return parse(name)
+    except ValueError:
+        return None
+
+
+def _klplug_terms(
+    settings: Settings, own: Setting, rejected: list[Rejected]
+) -> tuple[list[Term], list[Rejected]]:
+    try:
+        spec = parse(str(own.value))
+    except ValueError as error:
+        return [], [*rejected, Rejected(own, str(error))]
+    amount = settings[KL_COEF]
+    if amount.value is None:
+        amount = next((settings[k] for k in (LOSS_COEF, CTRL_COEF) if settings[k].written), amount)
+    if spec.estimator == "none":
+        return [], rejected
+    if amount.value is None:
+        rejected.append(Rejected(own, f"kl_type {spec} needs a kl_coef"))
+    coef = float(amount.value) if isinstance(amount.value, (int, float)) else 0.0
+    terms = [
+        Term(
+            spec=term,
+            coef=coef,
+            where=own,
+            kind=own,
+            amount=amount,
+            joins_after=term.reward_norm == "none",
+            from_klplug=True,
+        )
+        for term in spec.terms
+    ]
+    return terms, rejected
+
+
+def _stock(name: str, placement: str, table: Table) -> tuple[KLSpec | None, bool, bool]:
+    """verl's ``kl_penalty``: (the same gradient, straight-through, clamped)."""
+    base = name.removesuffix("+")
+    estimator = _NAMES.get(base)
+    if estimator is None or (name.endswith("+") and _before(table, (0, 8))):
+        return None, False, False
+    straight = name.endswith("+") and placement == "as_loss"
+    if placement == "in_reward":
+        # A value in the reward has no gradient of its own: '+' changes nothing there.
+        spec = KLSpec(estimator, "in_reward", reward_norm="group")
+    else:
+        spec = KLSpec("k2" if straight else estimator, "as_loss", ratio="none")
+    return spec, straight, estimator == "k3" and not straight
+
+
+def _why_no_estimator(name: str, table: Table) -> str:
+    if name.endswith("+") and name[:-1] in _NAMES:
+        return (
+            f"verl {table.version} documents the suffix '+' and does not take it off: "
+            "kl_penalty raises NotImplementedError at the first step (0.8.0 mended it)"
+        )
+    if name == "full":
+        return "verl's kl_penalty raises NotImplementedError for 'full' at the first step"
+    return (
+        f"verl's kl_penalty knows {', '.join(_NAMES)}; for another name it raises "
+        "NotImplementedError at the first step"
+    )
+
+
+def _bad_values(settings: Settings) -> list[Rejected]:
+    rejected = []
+    modes = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean"]
+    modes.append("seq-mean-token-sum-norm")
+    agg = settings[LOSS_AGG]
+    if not agg.unknown and agg.value not in modes:
+        rejected.append(Rejected(agg, f"loss_agg_mode takes {', '.join(modes)}"))
+    ctrl = settings[CTRL_TYPE]
+    if not ctrl.unknown and ctrl.value not in ("fixed", "adaptive"):
+        rejected.append(Rejected(ctrl, "kl_ctrl.type takes fixed, adaptive"))
+    batch, mini = settings[TRAIN_BATCH], settings[MINI_BATCH]
+    if not (
+        batch.unknown or mini.unknown or settings.on(_ACTOR + "use_dynamic_bsz")
+    ) and settings.number(TRAIN_BATCH, 1) < settings.number(MINI_BATCH, 1):
+        rejected.append(Rejected(mini, f"it must not exceed data.train_batch_size={batch.value}"))
+    return rejected
+
+
+def _stale(settings: Settings) -> Setting | None:
+    mode = settings[TRAINER_MODE]
+    return mode if mode.value in ("colocate_async", "separate_async") else None
+
+
+def _controller(settings: Settings, terms: list[Term]) -> Controller | None:
+    own = settings[KL_CTRL]
+    if own.written and own.value not in (None, "fixed"):
+        return Controller(own, settings[KL_TARGET], True, "k3, before the update", True)
+    setting = settings[CTRL_TYPE]
+    if setting.value != "adaptive":
+        return None
+    reward = next((t for t in terms if not t.as_loss and not t.from_klplug), None)
+    estimator = None if reward is None else reward.estimator
+    return Controller(
+        setting,
+        settings[CTRL_TARGET],
+        drives=reward is not None,
+        fed=f"the mean of {estimator}",
+        right=estimator in ("k1", "k3"),
+    )
+
+
+def _idle(settings: Settings, terms: list[Term]) -> Iterable[Setting]:
+    """Settings of a KL that is not on, written by somebody, and not zero."""
+    if any(term.from_klplug for term in terms):
+        return
+    on = {key for term in terms for key in (term.kind.key, term.amount.key)}
+    if any(not term.as_loss for term in terms):
+        on |= {CTRL_TYPE, CTRL_TARGET, CTRL_HORIZON}
+    for key in _KL_KEYS:
+        setting = settings[key]
+        if setting.written and not setting.unknown and key not in on:
+            if key in (LOSS_COEF, CTRL_COEF) and settings.number(key) == 0:
+                continue
+            if setting.value == "fixed":
+                continue
+            yield setting
+
+
+def _no_effect(settings: Settings, terms: list[Term]) -> Iterable[tuple[Setting, str]]:
+    for term in terms:
+        if not term.as_loss and str(term.kind.value).endswith("+"):
+            yield (
+                term.kind,
+                "'+' changes the gradient of a loss; a value in the reward has none of its own, "
+                "so this is the estimator without '+'",
+            )
+
+
+def _unknown(settings: Settings, launched: Launch) -> dict[str, tuple[tuple[Setting, str], ...]]:
+    unknown: dict[str, list[tuple[Setting, str]]] = {}
+    for key, aspect in ASPECTS.items():
+        setting = settings[key]
+        for reason in setting.unknown[:1]:
+            unknown.setdefault(aspect, []).append((setting, reason))
+    for setting, reason in launched.holes:
+        for aspect in set(ASPECTS.values()):
+            unknown.setdefault(aspect, []).append((setting, reason))
+    return {aspect: tuple(reasons) for aspect, reasons in unknown.items()}

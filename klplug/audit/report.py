@@ -1,0 +1,231 @@
+"""The audit of one command: a verdict, findings, and what to write instead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from klplug.audit import setup as aspects
+from klplug.audit.findings import SEVERITIES, Finding, findings
+from klplug.audit.setup import Setup
+from klplug.audit.verdict import Verdict, equivalent, recommended, together, verdict
+
+Interval = tuple[float, float]
+
+# What each field of a report hangs on.
+_NEEDS = {
+    "gradient": (aspects.KL, aspects.COEF, aspects.ADVANTAGE),
+    "scope": (aspects.KL, aspects.COEF, aspects.ADVANTAGE),
+    "updates_per_rollout": (aspects.UPDATES, aspects.GROUP),
+    "corrected": (aspects.KL, aspects.COEF, aspects.POLICY_LOSS),
+    "beta": (aspects.KL, aspects.COEF),
+    "beta_absolute": (aspects.KL, aspects.COEF, aspects.ADVANTAGE, aspects.GROUP),
+    "beta_relative": (aspects.KL, aspects.COEF, aspects.ADVANTAGE, aspects.GROUP),
+    "dead_zone": (aspects.KL, aspects.COEF),
+    "terms": (aspects.KL, aspects.COEF, aspects.ADVANTAGE, aspects.GROUP),
+    "kl_type": (aspects.KL, aspects.COEF),
+    "recommended": (aspects.KL, aspects.COEF, aspects.ADVANTAGE),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``klplug audit`` says of one command.
+
+    A field that hangs on a value which only a run could tell is ``None``, and ``unknown`` says
+    why; ``dead_zone`` and ``terms`` are then empty.
+
+    Attributes:
+        host, host_version: ``verl`` or ``openrlhf``, and the release whose defaults were used.
+        version_from: ``installed``, ``given``, or ``guessed`` from the settings' names.
+        gradient: ``reverse``, ``forward``, ``zero``, ``neither`` or ``none``.
+        target: the same in words.
+        scope: ``token`` (each token's own KL) or ``sequence`` (whole answers).
+        updates_per_rollout: optimizer steps on one rollout.
+        corrected: every KL term has an importance weight for samples of an older policy.
+        beta: as written; ``None`` where two terms differ.
+        beta_absolute: its factor in the update, in which the policy loss has factor 1: a number,
+            or a formula in ``sigma`` (the group's standard deviation) and ``sigma_batch``.
+        beta_relative: its factor against the raw reward, likewise.
+        dead_zone: intervals of log(pi/ref) in which a host's clamp makes the gradient zero.
+        terms: one verdict per KL term.
+        kl_type: the equivalent kl_type; ``None`` where two coefficients differ.
+        recommended: the kl_type to use instead.
+        instead: how to write that, a label and the settings each.
+        findings: the gravest first.
+        unknown: name of a field that is not known, to the reasons.
+        line: where the command begins; ``None`` for a command line.
+        command, commands: which of the training commands found this is.
+    """
+
+    host: str
+    host_version: str
+    version_from: str
+    gradient: str | None
+    target: str | None
+    scope: str | None
+    updates_per_rollout: float | None
+    corrected: bool | None
+    beta: float | None
+    beta_absolute: float | str | None
+    beta_relative: float | str | None
+    dead_zone: tuple[Interval, ...]
+    terms: tuple[Verdict, ...]
+    kl_type: str | None
+    recommended: str | None
+    instead: tuple[tuple[str, str], ...]
+    findings: tuple[Finding, ...]
+    unknown: dict[str, tuple[str, ...]]
+    line: int | None = None
+    command: int = 1
+    commands: int = 1
+
+    def worst(self) -> str | None:
+        """The gravest severity found."""
+        return self.findings[0].severity if self.findings else None
+
+    def fails(self, threshold: str = "warning") -> bool:
+        """True where a finding is at least as grave as ``threshold``."""
+        worst = self.worst()
+        return worst is not None and SEVERITIES.index(worst) >= SEVERITIES.index(threshold)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for ``json.dumps``; an interval without end has ``null`` there."""
+        return {
+            "host": self.host,
+            "host_version": self.host_version,
+            "version_from": self.version_from,
+            "gradient": self.gradient,
+            "target": self.target,
+            "scope": self.scope,
+            "updates_per_rollout": self.updates_per_rollout,
+            "corrected": self.corrected,
+            "beta": self.beta,
+            "beta_absolute": self.beta_absolute,
+            "beta_relative": self.beta_relative,
+            "dead_zone": _intervals(self.dead_zone),
+            "terms": [
+                {**vars(term), "dead_zone": _intervals(term.dead_zone)} for term in self.terms
+            ],
+            "kl_type": self.kl_type,
+            "recommended": self.recommended,
+            "instead": [{"how": how, "write": write} for how, write in self.instead],
+            "findings": [finding.to_json() for finding in self.findings],
+            "unknown": {name: list(reasons) for name, reasons in self.unknown.items()},
+            "line": self.line,
+            "command": self.command,
+            "commands": self.commands,
+        }
+
+
+def _intervals(zone: Sequence[Interval]) -> list[list[float | None]]:
+    return [[edge if math.isfinite(edge) else None for edge in interval] for interval in zone]
+
+
+def report(setup: Setup) -> Report:
+    """The report on one run."""
+    verdicts = tuple(verdict(setup, term) for term in setup.active)
+    unknown = {
+        name: tuple(
+            dict.fromkeys(reason for aspect in needs for _, reason in setup.unknown.get(aspect, ()))
+        )
+        for name, needs in _NEEDS.items()
+        if not setup.known(*needs)
+    }
+    suggestion = recommended(setup, verdicts)
+    same = len({(v.beta, v.beta_absolute, v.beta_relative) for v in verdicts}) == 1
+    values: dict[str, Any] = {
+        "gradient": together(verdicts),
+        "scope": _scope(verdicts),
+        "updates_per_rollout": setup.updates,
+        "corrected": bool(verdicts) and all(v.corrected for v in verdicts),
+        "beta": verdicts[0].beta if same else (None if verdicts else 0.0),
+        "beta_absolute": verdicts[0].beta_absolute if same else (None if verdicts else 0.0),
+        "beta_relative": verdicts[0].beta_relative if same else (None if verdicts else 0.0),
+        "dead_zone": tuple(dict.fromkeys(i for v in verdicts for i in v.dead_zone)),
+        "terms": verdicts,
+        "kl_type": equivalent(verdicts),
+        "recommended": suggestion,
+    }
+    for name in unknown:
+        values[name] = () if name in ("dead_zone", "terms") else None
+    return Report(
+        host=setup.host,
+        host_version=setup.version,
+        version_from=setup.version_from,
+        target=None if "gradient" in unknown else _target(verdicts, values["gradient"]),
+        instead=() if "recommended" in unknown else tuple(_instead(setup, suggestion, verdicts)),
+        findings=findings(setup, verdicts),
+        unknown=unknown,
+        line=setup.line,
+        commands=setup.commands,
+        **values,
+    )
+
+
+def _scope(verdicts: Sequence[Verdict]) -> str | None:
+    """Of the terms that act; whole answers where any is."""
+    scopes = {v.scope for v in verdicts if v.gradient != "zero"} or {v.scope for v in verdicts}
+    if not scopes:
+        return None
+    return "sequence" if "sequence" in scopes else "token"
+
+
+def _target(verdicts: Sequence[Verdict], gradient: str) -> str:
+    if len(verdicts) == 1:
+        return verdicts[0].target
+    if not verdicts:
+        return "zero: no KL, no reference model"
+    if gradient == "reverse" and {v.gradient for v in verdicts} != {"reverse"}:
+        return "FULL: grad KL(pi||ref) over whole answers; the two biases cancel"
+    return "; and ".join(f"{v.kl_type}: {v.target}" for v in verdicts)
+
+
+def _instead(setup: Setup, kl_type: str, verdicts: Sequence[Verdict]) -> list[tuple[str, str]]:
+    """How to write the recommended kl_type, with klplug and, where there is a way, without."""
+    if not verdicts:
+        return []
+    beta = f"{max(v.beta for v in verdicts):g}"
+    ways = []
+    if setup.host == "verl":
+        value = (
+            f"\"+klplug.kl_type='{kl_type}'\"" if "," in kl_type else f"+klplug.kl_type={kl_type}"
+        )
+        ways.append(("with klplug beside verl 0.9", f"{value} +klplug.kl_coef={beta}"))
+        if kl_type == "k2_as_loss" and _release(setup.version) >= (0, 8):
+            ways.append(
+                (
+                    "without klplug, and without a weight for reused samples",
+                    "actor_rollout_ref.actor.use_kl_loss=True "
+                    f"actor_rollout_ref.actor.kl_loss_type=k3+ "
+                    f"actor_rollout_ref.actor.kl_loss_coef={beta}",
+                )
+            )
+    else:
+        ways.append(
+            (
+                "with klplug beside OpenRLHF 0.11.2",
+                f"python -m klplug_openrlhf --klplug.kl_type {kl_type} --klplug.kl_coef {beta}",
+            )
+        )
+        if kl_type == "k2_as_loss" and _release(setup.version) >= (0, 11, 1):
+            ways.append(
+                (
+                    "without klplug",
+                    f"--algo.kl.use_loss --algo.kl.unbiased_gradient --algo.kl.init_coef {beta}",
+                )
+            )
+        if kl_type == "k1_in_reward":
+            flag = (
+                "--algo.kl.estimator"
+                if _release(setup.version) >= (0, 10, 2)
+                else ("--kl_estimator")
+            )
+            ways.append(("without klplug, clamped at 10 nats per token", f"{flag} k1"))
+    return ways
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())

@@ -1,0 +1,130 @@
+"""Whose gradient a run follows: from its terms and the table of kl_types, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import klplug
+from klplug.audit.setup import Setup, Term
+from klplug.spec import KLSpec, parse
+
+REVERSE, FORWARD, ZERO, NEITHER, NONE = "reverse", "forward", "zero", "neither", "none"
+
+# A kl_type's coefficient, as the table of kl_types writes it, says whose gradient it is.
+_GRADIENT_OF = {
+    "lr": REVERSE,
+    "sum of later lr, weighted": REVERSE,
+    "lr (of one token)": REVERSE,
+    "1": ZERO,
+    "0": NONE,
+}
+_FORWARD = "1 - exp(-lr)"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one term does.
+
+    Attributes:
+        kl_type: the equivalent ``kl_type``.
+        gradient: ``reverse``, ``forward``, ``zero``, ``neither`` or ``none``.
+        target: the same in words, from the table of kl_types.
+        scope: ``token`` or ``sequence``; ``None`` where there is no gradient.
+        corrected: samples of an older policy are weighted to the current one.
+        ratio: by which ratio: to ``old``, to ``rollout``, ``gspo``'s, or ``none``.
+        beta: as written.
+        beta_absolute: its factor in the update, in which the policy loss has factor 1.
+        beta_relative: its factor against the raw reward.
+        dead_zone: intervals of log(pi/ref) in which the gradient is zero.
+    """
+
+    kl_type: str
+    gradient: str
+    target: str
+    scope: str | None
+    corrected: bool
+    ratio: str
+    beta: float
+    beta_absolute: float | str
+    beta_relative: float | str
+    dead_zone: tuple[tuple[float, float], ...]
+
+
+def verdict(setup: Setup, term: Term) -> Verdict:
+    """The verdict on one term of a run."""
+    spec = term.spec
+    assert spec is not None
+    gradient, target = gradient_of(spec)
+    if not term.as_loss and setup.advantage.best_only:
+        gradient, target = NEITHER, "the KL of the best answer of each group alone"
+    own_token = spec.horizon == "token" or setup.advantage.discount == 0
+    return Verdict(
+        kl_type=str(spec),
+        gradient=gradient,
+        target=target,
+        scope="token" if own_token else "sequence",
+        corrected=setup.corrected(term),
+        ratio=setup.ratio_of(term),
+        beta=term.coef,
+        beta_absolute=setup.absolute(term),
+        beta_relative=setup.relative(term),
+        dead_zone=tuple(term.dead_zone()),
+    )
+
+
+def gradient_of(spec: KLSpec) -> tuple[str, str]:
+    """The gradient of a single kl_type, and the table's words for it."""
+    name = f"{spec.estimator}_{spec.placement}"
+    if spec.placement == "as_loss" and spec.horizon == "sequence":
+        name += ",horizon=sequence"
+    row = klplug.kl_types()[name]
+    if row.coefficient == _FORWARD and spec.placement == "as_loss":
+        return FORWARD, row.target
+    return _GRADIENT_OF.get(row.coefficient, NEITHER), row.target
+
+
+def together(verdicts: Sequence[Verdict]) -> str:
+    """The gradient of all terms at once."""
+    acting = [v for v in verdicts if v.gradient != ZERO]
+    if not verdicts:
+        return NONE
+    if not acting:
+        return ZERO
+    if len({v.gradient for v in acting}) == 1 and acting[0].gradient != NEITHER:
+        return acting[0].gradient
+    names = {parse(v.kl_type).estimator for v in acting}
+    placements = {parse(v.kl_type).placement for v in acting}
+    if (
+        len(acting) == 2
+        and names == {"k3"}
+        and placements == {"in_reward", "as_loss"}
+        and acting[0].beta_absolute == acting[1].beta_absolute
+        and isinstance(acting[0].beta_absolute, float)
+    ):
+        return REVERSE  # the two biases cancel
+    return NEITHER
+
+
+def equivalent(verdicts: Sequence[Verdict]) -> str | None:
+    """The one kl_type for all terms; ``None`` where their coefficients differ."""
+    if not verdicts:
+        return "none"
+    if len({v.beta for v in verdicts}) > 1:
+        return None
+    return "+".join(v.kl_type for v in verdicts)
+
+
+def recommended(setup: Setup, verdicts: Sequence[Verdict]) -> str:
+    """What klplug would suggest to somebody who wants what this run seems to want."""
+    if not verdicts:
+        return "none"
+    terms = setup.active
+    if all(t.from_klplug for t in terms) and together(verdicts) == REVERSE:
+        return "+".join(v.kl_type for v in verdicts)
+    if any(term.as_loss for term in terms):
+        return "k2_as_loss"
+    if setup.host == "verl" and setup.advantage.whitens:
+        # Joined after whitening it has no definite strength; klplug refuses it there.
+        return "k1_in_reward,reward_norm=group"
+    return "k1_in_reward"
