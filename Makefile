@@ -51,7 +51,7 @@ lint: .venv
 	.venv/bin/mypy
 
 test-core: .venv
-	KLPLUG_TEST_HOSTS= .venv/bin/python -m pytest -q tests/core tests/packaging tests/cli
+	KLPLUG_TEST_HOSTS= .venv/bin/python -m pytest -q tests/core tests/packaging tests/cli tests/audit
 
 test-openrlhf: .venv-openrlhf
 	KLPLUG_TEST_HOSTS=openrlhf .venv-openrlhf/bin/python -m pytest -q -m 'not slow' tests/recipes tests/openrlhf

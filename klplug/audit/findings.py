@@ -137,6 +137,15 @@ def _unknown_value(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
                 yield f"The verdict depends on a value that is not known: {reason}.", setting
 
 
+@rule("sourced-script", INFO, "Another script is read first")
+def _sourced(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    for line in setup.sourced:
+        yield (
+            "Another script is read here, and variables that it sets are not seen.",
+            Setting("", None, line),
+        )
+
+
 @rule("config-not-read", WARNING, "A config file that could not be read")
 def _config_not_read(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for setting in setup.unread:
@@ -149,7 +158,7 @@ def _config_not_read(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]
 # Whose gradient.
 
 
-@rule("k1-as-loss", ERROR, "k1 as a loss is no regulariser", aspects.KL, aspects.COEF)
+@rule("k1-as-loss", ERROR, "k1 as a loss is no regulariser", aspects.KL)
 def _k1_as_loss(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for term in _losses(setup, "k1"):
         message = (
@@ -161,7 +170,7 @@ def _k1_as_loss(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
         yield message + ".", term.kind
 
 
-@rule("k3-in-reward", ERROR, "k3 in the reward is next to nothing", aspects.KL, aspects.COEF)
+@rule("k3-in-reward", ERROR, "k3 in the reward is next to nothing", aspects.KL)
 def _k3_in_reward(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     if any(term.estimator == "k3" for term in _losses(setup)) and any(
         v.gradient != REVERSE for v in verdicts
@@ -178,7 +187,7 @@ def _k3_in_reward(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
         )
 
 
-@rule("k2-in-reward", ERROR, "k2 in the reward pulls the wrong way", aspects.KL, aspects.COEF)
+@rule("k2-in-reward", ERROR, "k2 in the reward pulls the wrong way", aspects.KL)
 def _k2_in_reward(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for term in _rewards(setup, "k2"):
         yield (
@@ -188,7 +197,7 @@ def _k2_in_reward(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
         )
 
 
-@rule("abs-in-reward", ERROR, "abs in the reward pulls the wrong way", aspects.KL, aspects.COEF)
+@rule("abs-in-reward", ERROR, "abs in the reward pulls the wrong way", aspects.KL)
 def _abs_in_reward(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for term in _rewards(setup, "abs"):
         yield (
@@ -198,7 +207,7 @@ def _abs_in_reward(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
         )
 
 
-@rule("forward-kl", WARNING, "k3 as a loss follows the forward KL", aspects.KL, aspects.COEF)
+@rule("forward-kl", WARNING, "k3 as a loss follows the forward KL", aspects.KL)
 def _forward_kl(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     if any(term.estimator == "k3" for term in _rewards(setup)):
         return  # two terms: their sum has its own finding
@@ -211,9 +220,7 @@ def _forward_kl(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
         )
 
 
-@rule(
-    "abs-as-loss", WARNING, "abs as a loss is twice the total variation", aspects.KL, aspects.COEF
-)
+@rule("abs-as-loss", WARNING, "abs as a loss is twice the total variation", aspects.KL)
 def _abs_as_loss(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for term in _losses(setup, "abs"):
         yield (
@@ -223,7 +230,7 @@ def _abs_as_loss(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
         )
 
 
-@rule("own-token", INFO, "Each token's own KL: a myopic optimum", aspects.KL, aspects.COEF)
+@rule("own-token", INFO, "Each token's own KL: a myopic optimum", aspects.KL)
 def _own_token(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for term, v in zip(setup.active, verdicts, strict=True):
         if v.scope == "token" and v.gradient == REVERSE and term.as_loss:
@@ -234,8 +241,13 @@ def _own_token(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
             )
 
 
-@rule("passk-in-reward", WARNING, "Pass@k drops the KL of all answers but one", aspects.KL,
-      aspects.COEF, aspects.ADVANTAGE)  # fmt: skip
+@rule(
+    "passk-in-reward",
+    WARNING,
+    "Pass@k drops the KL of all answers but one",
+    aspects.KL,
+    aspects.ADVANTAGE,
+)
 def _passk(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     if setup.advantage.best_only and any(True for _ in _rewards(setup)):
         yield (
@@ -245,8 +257,13 @@ def _passk(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
         )
 
 
-@rule("never-reaches", ERROR, "A KL in the reward that the advantages never see", aspects.KL,
-      aspects.ADVANTAGE)  # fmt: skip
+@rule(
+    "never-reaches",
+    ERROR,
+    "A KL in the reward that the advantages never see",
+    aspects.KL,
+    aspects.ADVANTAGE,
+)
 def _never_reaches(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for term in setup.terms:
         if not term.reaches:
@@ -287,8 +304,9 @@ def _ignored(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
         yield "This setting belongs to a KL that is switched off, and has no effect.", setting
 
 
-@rule("zero-coefficient", WARNING, "A KL is switched on with coefficient 0", aspects.KL,
-      aspects.COEF)  # fmt: skip
+@rule(
+    "zero-coefficient", WARNING, "A KL is switched on with coefficient 0", aspects.KL, aspects.COEF
+)
 def _zero_coefficient(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for term in setup.terms:
         if term.coef == 0 and not term.from_klplug:
@@ -311,7 +329,7 @@ def _no_effect(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
         yield f"This has no effect: {reason}.", setting
 
 
-@rule("double-kl", WARNING, "Two KL terms at once", aspects.KL, aspects.COEF)
+@rule("double-kl", WARNING, "Two KL terms at once", aspects.KL)
 def _double_kl(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     terms = setup.active
     if len(terms) > 1 and not all(term.from_klplug for term in terms):
@@ -325,8 +343,13 @@ def _double_kl(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
 # Off-policy.
 
 
-@rule("off-policy-uncorrected", WARNING, "Reused samples, and no weight on the KL", aspects.KL,
-      aspects.COEF, aspects.UPDATES)  # fmt: skip
+@rule(
+    "off-policy-uncorrected",
+    WARNING,
+    "Reused samples, and no weight on the KL",
+    aspects.KL,
+    aspects.UPDATES,
+)
 def _off_policy_uncorrected(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     if not _off_policy(setup):
         return
@@ -344,8 +367,14 @@ def _written_or_first(setup: Setup) -> Setting | None:
     return written[-1] if written else None
 
 
-@rule("gspo-ratio", WARNING, "GSPO's ratio corrects for nothing", aspects.KL, aspects.COEF,
-      aspects.POLICY_LOSS, aspects.UPDATES)  # fmt: skip
+@rule(
+    "gspo-ratio",
+    WARNING,
+    "GSPO's ratio corrects for nothing",
+    aspects.KL,
+    aspects.POLICY_LOSS,
+    aspects.UPDATES,
+)
 def _gspo_ratio(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     if setup.ratio == "gspo" and _off_policy(setup) and any(True for _ in _rewards(setup)):
         yield (
@@ -355,8 +384,13 @@ def _gspo_ratio(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
         )
 
 
-@rule("rollout-mismatch", WARNING, "The sampler is corrected in the policy loss alone", aspects.KL,
-      aspects.COEF, aspects.CORRECTION)  # fmt: skip
+@rule(
+    "rollout-mismatch",
+    WARNING,
+    "The sampler is corrected in the policy loss alone",
+    aspects.KL,
+    aspects.CORRECTION,
+)
 def _rollout_mismatch(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     if not setup.corrects_rollout:
         return
@@ -369,8 +403,13 @@ def _rollout_mismatch(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit
             )
 
 
-@rule("stale-samples", WARNING, "Samples of an older policy, and no weight on the KL", aspects.KL,
-      aspects.COEF, aspects.CORRECTION)  # fmt: skip
+@rule(
+    "stale-samples",
+    WARNING,
+    "Samples of an older policy, and no weight on the KL",
+    aspects.KL,
+    aspects.CORRECTION,
+)
 def _stale(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     if setup.stale is None:
         return
@@ -387,7 +426,7 @@ def _stale(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
 # Clamps.
 
 
-@rule("dead-zone", WARNING, "Beyond the clamp the KL stops pulling", aspects.KL, aspects.COEF)
+@rule("dead-zone", WARNING, "Beyond the clamp the KL stops pulling", aspects.KL)
 def _dead_zone(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for term, v in zip(setup.active, verdicts, strict=True):
         if v.dead_zone and v.gradient not in ("zero", NEITHER):
@@ -403,8 +442,13 @@ def _dead_zone(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
 # Strength.
 
 
-@rule("before-group-norm", WARNING, "The KL is divided by the group's standard deviation",
-      aspects.KL, aspects.COEF, aspects.ADVANTAGE, aspects.GROUP)  # fmt: skip
+@rule(
+    "before-group-norm",
+    WARNING,
+    "The KL is divided by the group's standard deviation",
+    aspects.KL,
+    aspects.ADVANTAGE,
+)
 def _before_group_norm(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     if setup.advantage.after.std == 0:
         return
@@ -418,8 +462,14 @@ def _before_group_norm(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hi
             )
 
 
-@rule("after-group-norm", INFO, "Against the raw reward, beta is times the group's std",
-      aspects.KL, aspects.COEF, aspects.ADVANTAGE, aspects.GROUP)  # fmt: skip
+@rule(
+    "after-group-norm",
+    INFO,
+    "Against the raw reward, beta is times the group's std",
+    aspects.KL,
+    aspects.COEF,
+    aspects.ADVANTAGE,
+)
 def _after_group_norm(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for term, v in zip(setup.active, verdicts, strict=True):
         if isinstance(v.beta_relative, str) and "sigma" in v.beta_relative.split():
@@ -430,8 +480,15 @@ def _after_group_norm(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit
             )
 
 
-@rule("mean-with-self", INFO, "The group's mean includes the answer itself", aspects.KL,
-      aspects.COEF, aspects.ADVANTAGE, aspects.GROUP)  # fmt: skip
+@rule(
+    "mean-with-self",
+    INFO,
+    "The group's mean includes the answer itself",
+    aspects.KL,
+    aspects.COEF,
+    aspects.ADVANTAGE,
+    aspects.GROUP,
+)
 def _mean_with_self(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     scale = setup.advantage
     if scale.before.mean + scale.after.mean == 0 or setup.n is None or setup.n < 2:
@@ -445,8 +502,7 @@ def _mean_with_self(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
             )
 
 
-@rule("whitened", INFO, "The KL's force changes with every batch", aspects.KL, aspects.COEF,
-      aspects.ADVANTAGE)  # fmt: skip
+@rule("whitened", INFO, "The KL's force changes with every batch", aspects.KL, aspects.ADVANTAGE)
 def _whitened(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     if not setup.advantage.whitens:
         return
@@ -475,8 +531,13 @@ def _group_of_one(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
         )
 
 
-@rule("normaliser-mismatch", WARNING, "KL and policy loss are averaged differently", aspects.KL,
-      aspects.COEF, aspects.POLICY_LOSS)  # fmt: skip
+@rule(
+    "normaliser-mismatch",
+    WARNING,
+    "KL and policy loss are averaged differently",
+    aspects.KL,
+    aspects.POLICY_LOSS,
+)
 def _normaliser(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     if setup.policy_by_answer == setup.kl_by_answer:
         return
@@ -488,8 +549,13 @@ def _normaliser(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
         )
 
 
-@rule("length-normalised", INFO, "Dividing by length changes whose gradient it is", aspects.KL,
-      aspects.COEF, aspects.POLICY_LOSS)  # fmt: skip
+@rule(
+    "length-normalised",
+    INFO,
+    "Dividing by length changes whose gradient it is",
+    aspects.KL,
+    aspects.POLICY_LOSS,
+)
 def _length_normalised(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for term, v in zip(setup.active, verdicts, strict=True):
         divided = setup.kl_by_answer if term.as_loss else setup.policy_by_answer
@@ -501,8 +567,7 @@ def _length_normalised(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hi
             )
 
 
-@rule("length-bonus", ERROR, "k1 as a loss rewards length", aspects.KL, aspects.COEF,
-      aspects.POLICY_LOSS)  # fmt: skip
+@rule("length-bonus", ERROR, "k1 as a loss rewards length", aspects.KL, aspects.POLICY_LOSS)
 def _length_bonus(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     if setup.kl_by_answer:
         for _ in _losses(setup, "k1"):
@@ -513,8 +578,14 @@ def _length_bonus(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
             )
 
 
-@rule("length-tilt", WARNING, "A KL without a baseline, divided by length", aspects.KL,
-      aspects.COEF, aspects.POLICY_LOSS, aspects.ADVANTAGE)  # fmt: skip
+@rule(
+    "length-tilt",
+    WARNING,
+    "A KL without a baseline, divided by length",
+    aspects.KL,
+    aspects.POLICY_LOSS,
+    aspects.ADVANTAGE,
+)
 def _length_tilt(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for term in _rewards(setup):
         joined_late = setup.host == "openrlhf" and not term.from_klplug
@@ -526,8 +597,13 @@ def _length_tilt(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
             )
 
 
-@rule("discounted-kl", WARNING, "gamma below 1 discounts the KL of later tokens", aspects.KL,
-      aspects.COEF, aspects.ADVANTAGE)  # fmt: skip
+@rule(
+    "discounted-kl",
+    WARNING,
+    "gamma below 1 discounts the KL of later tokens",
+    aspects.KL,
+    aspects.ADVANTAGE,
+)
 def _discounted(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     if setup.advantage.discount == 1:
         return
@@ -542,8 +618,13 @@ def _discounted(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
 # Controllers.
 
 
-@rule("adaptive-ignored", WARNING, "An adaptive controller that drives nothing", aspects.KL,
-      aspects.CONTROLLER)  # fmt: skip
+@rule(
+    "adaptive-ignored",
+    WARNING,
+    "An adaptive controller that drives nothing",
+    aspects.KL,
+    aspects.CONTROLLER,
+)
 def _adaptive_ignored(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     if setup.controller is not None and not setup.controller.drives:
         yield (
@@ -557,8 +638,13 @@ def _adaptive_ignored(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit
         )
 
 
-@rule("adaptive-fed-wrong", WARNING, "An adaptive controller fed the wrong value", aspects.KL,
-      aspects.CONTROLLER)  # fmt: skip
+@rule(
+    "adaptive-fed-wrong",
+    WARNING,
+    "An adaptive controller fed the wrong value",
+    aspects.KL,
+    aspects.CONTROLLER,
+)
 def _adaptive_wrong(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     controller = setup.controller
     if controller is not None and controller.drives and not controller.right:

@@ -16,17 +16,17 @@ Interval = tuple[float, float]
 
 # What each field of a report hangs on.
 _NEEDS = {
-    "gradient": (aspects.KL, aspects.COEF, aspects.ADVANTAGE),
-    "scope": (aspects.KL, aspects.COEF, aspects.ADVANTAGE),
-    "updates_per_rollout": (aspects.UPDATES, aspects.GROUP),
-    "corrected": (aspects.KL, aspects.COEF, aspects.POLICY_LOSS),
+    "gradient": (aspects.KL, aspects.ADVANTAGE),
+    "scope": (aspects.KL, aspects.ADVANTAGE),
+    "updates_per_rollout": (aspects.UPDATES,),
+    "corrected": (aspects.KL, aspects.POLICY_LOSS),
     "beta": (aspects.KL, aspects.COEF),
-    "beta_absolute": (aspects.KL, aspects.COEF, aspects.ADVANTAGE, aspects.GROUP),
-    "beta_relative": (aspects.KL, aspects.COEF, aspects.ADVANTAGE, aspects.GROUP),
-    "dead_zone": (aspects.KL, aspects.COEF),
-    "terms": (aspects.KL, aspects.COEF, aspects.ADVANTAGE, aspects.GROUP),
-    "kl_type": (aspects.KL, aspects.COEF),
-    "recommended": (aspects.KL, aspects.COEF, aspects.ADVANTAGE),
+    "beta_absolute": (aspects.KL, aspects.COEF, aspects.ADVANTAGE),
+    "beta_relative": (aspects.KL, aspects.COEF, aspects.ADVANTAGE),
+    "dead_zone": (aspects.KL,),
+    "terms": (aspects.KL, aspects.ADVANTAGE),
+    "kl_type": (aspects.KL,),
+    "recommended": (aspects.KL, aspects.ADVANTAGE),
 }
 
 
@@ -45,7 +45,7 @@ class Report:
         scope: ``token`` (each token's own KL) or ``sequence`` (whole answers).
         updates_per_rollout: optimizer steps on one rollout.
         corrected: every KL term has an importance weight for samples of an older policy.
-        beta: as written; ``None`` where two terms differ.
+        beta: as written; ``None``, as the two below, where two terms differ.
         beta_absolute: its factor in the update, in which the policy loss has factor 1: a number,
             or a formula in ``sigma`` (the group's standard deviation) and ``sigma_batch``.
         beta_relative: its factor against the raw reward, likewise.
@@ -135,15 +135,18 @@ def report(setup: Setup) -> Report:
         if not setup.known(*needs)
     }
     suggestion = recommended(setup, verdicts)
-    same = len({(v.beta, v.beta_absolute, v.beta_relative) for v in verdicts}) == 1
+    betas = [(v.beta, v.beta_absolute, v.beta_relative) for v in verdicts] or [(0.0, 0.0, 0.0)]
+    beta, absolute, relative = (
+        same[0] if len(set(same)) == 1 else None for same in zip(*betas, strict=True)
+    )
     values: dict[str, Any] = {
         "gradient": together(verdicts),
         "scope": _scope(verdicts),
         "updates_per_rollout": setup.updates,
         "corrected": bool(verdicts) and all(v.corrected for v in verdicts),
-        "beta": verdicts[0].beta if same else (None if verdicts else 0.0),
-        "beta_absolute": verdicts[0].beta_absolute if same else (None if verdicts else 0.0),
-        "beta_relative": verdicts[0].beta_relative if same else (None if verdicts else 0.0),
+        "beta": beta,
+        "beta_absolute": absolute,
+        "beta_relative": relative,
         "dead_zone": tuple(dict.fromkeys(i for v in verdicts for i in v.dead_zone)),
         "terms": verdicts,
         "kl_type": equivalent(verdicts),
@@ -187,7 +190,12 @@ def _instead(setup: Setup, kl_type: str, verdicts: Sequence[Verdict]) -> list[tu
     """How to write the recommended kl_type, with klplug and, where there is a way, without."""
     if not verdicts:
         return []
-    beta = f"{max(v.beta for v in verdicts):g}"
+    beta = " or ".join(
+        dict.fromkeys(
+            f"{term.coef:g}" if term.coef == term.coef else str(term.amount.value)
+            for term in setup.active
+        )
+    )
     ways = []
     if setup.host == "verl":
         value = (

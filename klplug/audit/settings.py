@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,12 +65,26 @@ class Settings:
         return "" if value is None else str(value)
 
     def number(self, key: str, default: float = 0.0) -> float:
-        """The value as a number; ``default`` for what is none (the host refuses it itself)."""
+        """The value as a number; ``default`` for what is none, or is not known."""
         value = self[key].value
         try:
             return default if value is None else float(value)
         except (TypeError, ValueError):
             return default
+
+    def coefficient(self, key: str) -> float:
+        """The value as a coefficient: nan, and so not zero, where it is not known."""
+        return math.nan if self[key].unknown else self.number(key)
+
+    def not_numbers(self, keys: Iterable[str]) -> list[Rejected]:
+        """Settings that must be numbers, and were written as something else."""
+        return [
+            Rejected(setting, f"{setting.key} takes a number, not {setting.value!r}")
+            for key in keys
+            if (setting := self[key]).written
+            and not setting.unknown
+            and (isinstance(setting.value, bool) or not isinstance(setting.value, (int, float)))
+        ]
 
 
 def scalar(text: str) -> Any:

@@ -230,6 +230,8 @@ class Setup:
     def ratio_of(self, term: Term) -> str:
         """The importance weight on this term: ``none``, ``gspo``, or the policy it is to."""
         assert term.spec is not None
+        if term.spec.head in ("combined", "clipped"):
+            return "old"
         if term.as_loss:
             return str(term.spec.ratio)
         if self.ratio == "token":

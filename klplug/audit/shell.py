@@ -69,13 +69,41 @@ Value = list[Piece]
 
 
 @dataclass
+class _Array:
+    elements: list[Value]
+
+
+@dataclass
 class _Scope:
-    variables: dict[str, Value] = field(default_factory=dict)
-    arrays: dict[str, list[Value]] = field(default_factory=dict)
+    """Names and their values; a branch has a scope of its own over the one around it."""
+
+    outer: _Scope | None = None
+    names: dict[str, Value | _Array] = field(default_factory=dict)
     positional: list[Value] | None = None  # None: the script's own, which nobody knows
 
-    def copy(self) -> _Scope:
-        return _Scope(dict(self.variables), dict(self.arrays), self.positional)
+    def get(self, name: str) -> Value | _Array | None:
+        scope: _Scope | None = self
+        while scope is not None:
+            if name in scope.names:
+                return scope.names[name]
+            scope = scope.outer
+        return None
+
+    def elements(self, name: str) -> list[Value]:
+        value = self.get(name)
+        if isinstance(value, _Array):
+            return value.elements
+        return [] if value is None else [value]
+
+    def text(self, name: str) -> Value | None:
+        """A variable's value, or the first element of an array."""
+        value = self.get(name)
+        if isinstance(value, _Array):
+            return value.elements[0] if value.elements else None
+        return value
+
+    def branch(self) -> _Scope:
+        return _Scope(self, {}, self.positional)
 
 
 # Bound to keep a script that calls itself from being walked for ever.
@@ -157,8 +185,11 @@ class Script:
             return
         name = _text(name_node)
         appends = any(child.type == "+=" for child in node.children)
-        if name_node.type == "subscript":  # A[3]=x: not followed
-            self._scope.arrays.pop(name.partition("[")[0], None)
+        line = node.start_point.row + 1
+        if name_node.type == "subscript":
+            name = name.partition("[")[0]
+            why = f"${{{name}[@]}} is set one by one (line {line}), which is not followed"
+            self._scope.names[name] = _Array([[Piece(f"${{{name}[@]}}", line, unknown=why)]])
             return
         if value is not None and value.type == "array":
             elements = [
@@ -167,14 +198,13 @@ class Script:
                 if child.type != "comment"
                 for element in _fields(self._expand(child))
             ]
-            before = self._scope.arrays.get(name, []) if appends else []
-            self._scope.arrays[name] = before + elements
-            self._scope.variables.pop(name, None)
+            before = self._scope.elements(name) if appends else []
+            self._scope.names[name] = _Array(before + elements)
             return
-        pieces = [] if value is None else self._expand(value)
-        before_text = self._scope.variables.get(name, []) if appends else []
-        self._scope.variables[name] = before_text + [replace(p, splits=False) for p in pieces]
-        self._scope.arrays.pop(name, None)
+        pieces = (self._scope.text(name) or [] if appends else []) + (
+            [] if value is None else self._expand(value)
+        )
+        self._scope.names[name] = _compact(pieces, line)
 
     def _command(self, node: Node) -> None:
         scope = self._scope
@@ -231,7 +261,7 @@ class Script:
             if words and words[0].text == "read":
                 names = [w.text for w in words[1:] if w.text and not w.text.startswith("-")]
                 if names:
-                    self._scope.variables[names[-1]] = self._heredoc(heredoc)
+                    self._scope.names[names[-1]] = _trimmed(self._heredoc(heredoc))
                 return
         self._run(body)
 
@@ -274,7 +304,7 @@ class Script:
         if variable is not None:
             name = _text(variable)
             why = f"${name} is a loop variable (line {line})"
-            self._scope.variables[name] = [Piece(f"${name}", line, unknown=why)]
+            self._scope.names[name] = [Piece(f"${name}", line, unknown=why)]
         body = node.child_by_field_name("body")
         self._alternatives([[body] if body is not None else []], False, line)
 
@@ -291,7 +321,7 @@ class Script:
                 self._run(child)
 
     def _subshell(self, node: Node) -> None:
-        outer, self._scope = self._scope, self._scope.copy()
+        outer, self._scope = self._scope, self._scope.branch()
         for child in node.named_children:
             self._run(child)
         self._scope = outer
@@ -300,12 +330,12 @@ class Script:
         start = self._scope
         ends = [] if exhaustive else [start]
         for branch in branches:
-            self._scope = start.copy()
+            self._scope = start.branch()
             for statement in branch:
                 self._run(statement)
             ends.append(self._scope)
-        self._scope = _merged(ends, line) if ends else start
-        self._scope.positional = start.positional
+        self._scope = start
+        start.names |= _merged(ends, start, line)
 
     _STATEMENTS: ClassVar[dict[str, Callable[[Script, Node], None]]] = {
         "variable_assignment": _assignment,
@@ -330,8 +360,9 @@ class Script:
         kind = node.type
         if kind == "string":
             inner = self._span(node, node.start_byte + 1, node.end_byte - 1, _DOUBLE)
-            # "" is a word of its own; "${EMPTY[@]}" is none.
-            return inner or ([Piece("", line)] if node.end_byte - node.start_byte == 2 else [])
+            # "" and "$EMPTY" are words of their own; "$@" and "${EMPTY[@]}" need not be.
+            listed = re.search(r"\$(@|\{\w+\[@\]|\{@)", _text(node))
+            return inner or ([] if listed else [Piece("", line)])
         if kind == "raw_string":
             return _literal(_text(node)[1:-1], line, lambda text: text)
         if kind == "ansi_c_string":
@@ -357,6 +388,7 @@ class Script:
         end: int,
         unescape: Callable[[str], str],
         quoted: bool | None = None,
+        splits: bool = False,
     ) -> Value:
         """The expansion of a stretch of ``node``: its children, and the text between them."""
         inside_quotes = unescape is _DOUBLE if quoted is None else quoted
@@ -366,20 +398,19 @@ class Script:
             if child.start_byte < start or child.type not in _EXPANDED:
                 continue
             gap = self._bytes[position : child.start_byte].decode()
-            pieces += _literal(gap, child.start_point.row + 1 - gap.count("\n"), unescape)
+            gap_line = child.start_point.row + 1 - gap.count("\n")
+            pieces += _literal(gap, gap_line, unescape, splits)
             pieces += self._expand(child, inside_quotes)
             position, line = child.end_byte, child.end_point.row + 1
         if position == start:
             line += self._bytes[node.start_byte : start].count(b"\n")
-        return pieces + _literal(self._bytes[position:end].decode(), line, unescape)
+        return pieces + _literal(self._bytes[position:end].decode(), line, unescape, splits)
 
     def _variable(self, name: str, written: str, line: int, quoted: bool) -> Value:
         known = self._lookup(name)
         if known is None:
             why = f"{written} is not set in the script"
             return [Piece(written, line, splits=not quoted, unknown=why)]
-        if name in "@*":
-            return known
         return [replace(piece, splits=not quoted) for piece in known]
 
     def _lookup(self, name: str) -> Value | None:
@@ -389,13 +420,10 @@ class Script:
             # The script's own arguments: nothing, when nobody gives any.
             return _joined(positional or [])
         if name.isdigit():
-            if positional is None or not 0 < int(name) <= len(positional):
+            if positional is None or name == "0":
                 return None
-            return positional[int(name) - 1]
-        if name in self._scope.variables:
-            return self._scope.variables[name]
-        elements = self._scope.arrays.get(name)
-        return elements[0] if elements else None
+            return positional[int(name) - 1] if int(name) <= len(positional) else []
+        return self._scope.text(name)
 
     def _expansion(self, node: Node, quoted: bool) -> Value:
         line, written = node.start_point.row + 1, _text(node)
@@ -409,8 +437,6 @@ class Script:
             why = f"{written} is not set in the script"
             return [Piece(written, line, splits=not quoted, unknown=why)]
         if action is None:
-            if index in ("@", "*"):
-                return value or []
             return self._given(value, written, line, quoted)
         empty = value is not None and not any(p.text or p.unknown for p in value)
         missing = value is None or (action.startswith(":") and empty)
@@ -420,7 +446,7 @@ class Script:
             return self._given(value, written, line, quoted)
         default = self._default(node, match.end(), quoted)
         if action.endswith("="):
-            self._scope.variables[name] = [replace(p, splits=False) for p in default]
+            self._scope.names[name] = _compact(default, line)
         return default
 
     def _given(self, value: Value | None, written: str, line: int, quoted: bool) -> Value:
@@ -430,9 +456,9 @@ class Script:
         return [replace(piece, splits=not quoted) for piece in value]
 
     def _element(self, name: str, index: str) -> Value | None:
-        elements = self._scope.arrays.get(name)
-        if elements is None:
+        if self._scope.get(name) is None:
             return None
+        elements = self._scope.elements(name)
         if index in ("@", "*"):
             return _joined(elements)
         if index.isdigit() and int(index) < len(elements):
@@ -442,7 +468,7 @@ class Script:
     def _default(self, node: Node, offset: int, quoted: bool) -> Value:
         start = node.start_byte + len(_text(node)[:offset].encode())
         unescape = _DOUBLE if quoted else _UNQUOTED
-        pieces = self._span(node, start, node.end_byte - 1, unescape, quoted)
+        pieces = self._span(node, start, node.end_byte - 1, unescape, quoted, splits=not quoted)
         return pieces or [Piece("", node.start_point.row + 1, splits=not quoted)]
 
     def _arithmetic(self, node: Node, line: int) -> Value:
@@ -482,7 +508,8 @@ class Script:
             body = inner[0].child_by_field_name("body")
             heredoc = next((c for c in inner[0].children if c.type == "heredoc_redirect"), None)
             if body is not None and _text(body) == "cat" and heredoc is not None:
-                return [replace(p, splits=not quoted) for p in self._heredoc(heredoc)]
+                text = _trimmed(self._heredoc(heredoc))
+                return [replace(p, splits=not quoted) for p in text]
         why = f"{_text(node)} is the output of a command, which is not run"
         return [Piece(_text(node), line, splits=False, unknown=why)]
 
@@ -527,12 +554,24 @@ def _text(node: Node) -> str:
     return (node.text or b"").decode()
 
 
-def _literal(text: str, line: int, unescape: Callable[[str], str]) -> Value:
+def _literal(text: str, line: int, unescape: Callable[[str], str], splits: bool = False) -> Value:
     """One piece per line, so that every word knows its own."""
-    if not text:
-        return []
     lines = text.splitlines(keepends=True)
-    return [Piece(unescape(part), line + number) for number, part in enumerate(lines)]
+    return [Piece(unescape(part), line + number, splits) for number, part in enumerate(lines)]
+
+
+def _compact(pieces: Value, line: int) -> Value:
+    """What a variable keeps: one piece, unless a part is unknown or stands on a line of its own."""
+    if any(piece.unknown or piece.boundary or "\n" in piece.text for piece in pieces):
+        return [replace(piece, splits=False) for piece in pieces]
+    return [Piece("".join(piece.text for piece in pieces), line)] if pieces else []
+
+
+def _trimmed(pieces: Value) -> Value:
+    """Without the newline at the end, which ``read`` and ``$(...)`` take off."""
+    if not pieces or pieces[-1].unknown:
+        return pieces
+    return [*pieces[:-1], replace(pieces[-1], text=pieces[-1].text.rstrip("\n"))]
 
 
 def _joined(elements: list[Value]) -> Value:
@@ -586,22 +625,23 @@ def _nested(words: tuple[Word, ...]) -> Word | None:
     return None
 
 
-def _merged(ends: list[_Scope], line: int) -> _Scope:
-    merged = ends[0].copy()
-    for name in {name for end in ends for name in end.variables}:
-        values = [end.variables.get(name) for end in ends]
-        if any(value != values[0] for value in values[1:]):
-            why = f"${name} is set in a branch (line {line}), which is not decided here"
-            merged.variables[name] = [Piece(f"${name}", line, unknown=why)]
-    for name in {name for end in ends for name in end.arrays}:
-        arrays = [end.arrays.get(name) for end in ends]
-        if any(array != arrays[0] for array in arrays[1:]):
+def _merged(ends: list[_Scope], start: _Scope, line: int) -> dict[str, Value | _Array]:
+    """What each name is after branches, of which one ran: unknown where they differ."""
+    merged: dict[str, Value | _Array] = {}
+    for name in {name for end in ends if end is not start for name in end.names}:
+        values = [end.get(name) for end in ends]
+        if all(value == values[0] for value in values[1:]):
+            if values[0] is not None:
+                merged[name] = values[0]
+            continue
+        if any(isinstance(value, _Array) for value in values):
             why = f"${{{name}[@]}} is set in a branch (line {line}), which is not decided here"
-            common = _common_prefix([array or [] for array in arrays])
-            merged.arrays[name] = [
-                *common,
-                [Piece(f"${{{name}[@]}}", line, unknown=why)],
-            ]
+            common = _common_prefix([end.elements(name) for end in ends])
+            unknown = [Piece(f"${{{name}[@]}}", line, unknown=why)]
+            merged[name] = _Array([*common, unknown])
+        else:
+            why = f"${name} is set in a branch (line {line}), which is not decided here"
+            merged[name] = [Piece(f"${name}", line, unknown=why)]
     return merged
 
 

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import klplug
-from klplug.audit.setup import Setup, Term
+from klplug.audit.setup import ADVANTAGE, COEF, Setup, Term
+from klplug.catalogue import KLType
 from klplug.spec import KLSpec, parse
 
 REVERSE, FORWARD, ZERO, NEITHER, NONE = "reverse", "forward", "zero", "neither", "none"
 
-# A kl_type's coefficient, as the table of kl_types writes it, says whose gradient it is.
-_GRADIENT_OF = {
-    "lr": REVERSE,
-    "sum of later lr, weighted": REVERSE,
-    "lr (of one token)": REVERSE,
-    "1": ZERO,
-    "0": NONE,
-}
-_FORWARD = "1 - exp(-lr)"
+# The table of kl_types says in words whose gradient a row follows; these two are a KL's own.
+_OWN = re.compile(
+    r"(?:FULL: |LOC: |LOC of the forward KL: )?grad KL\((pi\|\|ref|ref\|\|pi)\)"
+    r" (?:of each token|over whole answers)"
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Verdict:
         scope: ``token`` or ``sequence``; ``None`` where there is no gradient.
         corrected: samples of an older policy are weighted to the current one.
         ratio: by which ratio: to ``old``, to ``rollout``, ``gspo``'s, or ``none``.
-        beta: as written.
+        beta: as written; ``None``, like the two below, where only a run could tell.
         beta_absolute: its factor in the update, in which the policy loss has factor 1.
         beta_relative: its factor against the raw reward.
         dead_zone: intervals of log(pi/ref) in which the gradient is zero.
@@ -45,9 +43,9 @@ class Verdict:
     scope: str | None
     corrected: bool
     ratio: str
-    beta: float
-    beta_absolute: float | str
-    beta_relative: float | str
+    beta: float | None
+    beta_absolute: float | str | None
+    beta_relative: float | str | None
     dead_zone: tuple[tuple[float, float], ...]
 
 
@@ -58,6 +56,7 @@ def verdict(setup: Setup, term: Term) -> Verdict:
     gradient, target = gradient_of(spec)
     if not term.as_loss and setup.advantage.best_only:
         gradient, target = NEITHER, "the KL of the best answer of each group alone"
+    scaled = setup.known(COEF, ADVANTAGE)
     own_token = spec.horizon == "token" or setup.advantage.discount == 0
     return Verdict(
         kl_type=str(spec),
@@ -66,22 +65,33 @@ def verdict(setup: Setup, term: Term) -> Verdict:
         scope="token" if own_token else "sequence",
         corrected=setup.corrected(term),
         ratio=setup.ratio_of(term),
-        beta=term.coef,
-        beta_absolute=setup.absolute(term),
-        beta_relative=setup.relative(term),
+        beta=term.coef if setup.known(COEF) else None,
+        beta_absolute=setup.absolute(term) if scaled else None,
+        beta_relative=setup.relative(term) if scaled else None,
         dead_zone=tuple(term.dead_zone()),
     )
 
 
 def gradient_of(spec: KLSpec) -> tuple[str, str]:
-    """The gradient of a single kl_type, and the table's words for it."""
-    name = f"{spec.estimator}_{spec.placement}"
-    if spec.placement == "as_loss" and spec.horizon == "sequence":
-        name += ",horizon=sequence"
-    row = klplug.kl_types()[name]
-    if row.coefficient == _FORWARD and spec.placement == "as_loss":
-        return FORWARD, row.target
-    return _GRADIENT_OF.get(row.coefficient, NEITHER), row.target
+    """The gradient of a single kl_type, and the words for it in the table of kl_types."""
+    target = _row(spec).target
+    match = _OWN.match(target)
+    if match is not None:
+        return (REVERSE if match[1] == "pi||ref" else FORWARD), target
+    return (ZERO if target == "zero" else NEITHER), target
+
+
+def _row(spec: KLSpec) -> KLType:
+    """The row of the table with the most options of ``spec`` that change whose gradient it is."""
+    rows = klplug.kl_types()
+    plain = parse(f"{spec.estimator}_{spec.placement}")
+    deciding = [o for o in ("reference", "head", "horizon") if getattr(spec, o) is not None]
+    for kept in (deciding, deciding[:1], deciding[1:2], deciding[2:], []):
+        options = {o: getattr(spec, o) for o in kept if getattr(spec, o) != getattr(plain, o)}
+        name = ",".join([str(plain), *(f"{o}={v}" for o, v in options.items())])
+        if name in rows:
+            return rows[name]
+    raise KeyError(name)
 
 
 def together(verdicts: Sequence[Verdict]) -> str:

@@ -18,7 +18,7 @@ def main() -> None:
         from klplug.cli.app import app
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in ("typer", "rich"):
+        if package not in ("typer", "rich", "yaml"):
             raise
         _end(f"the command line needs {package}: pip install 'klplug[cli]'")
     try:

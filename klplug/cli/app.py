@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import klplug
+from klplug.cli.audit import audit
 from klplug.cli.catalogue import list_kl_types
 
 app = typer.Typer(
@@ -34,4 +35,5 @@ def _options(
     pass
 
 
+app.command("audit")(audit)
 app.command("list")(list_kl_types)

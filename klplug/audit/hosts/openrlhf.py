@@ -189,9 +189,10 @@ def setup(table: Table, launched: Launch, version_from: str) -> Setup:
     terms = _terms(settings, launched, rejected)
     gspo = settings.text(POLICY_LOSS) == "gspo"
     by_answer = gspo or settings.text(LOSS_AGG) == "seq-mean-token-mean"
-    n = max(1, int(settings.number(N, 1)))
+    n = None if settings[N].unknown else max(1, int(settings.number(N, 1)))
     level = settings[IS_LEVEL] if settings[IS_LEVEL].value is not None else settings[IS_ENABLE]
     corrects = settings.text(IS_LEVEL) not in ("", "off") or settings.on(IS_ENABLE)
+    rejected += settings.not_numbers((COEF, N, ROLLOUT_BATCH, TRAIN_BATCH, EPOCHS, GAMMA))
     estimator = settings[ESTIMATOR]
     if not (estimator.unknown or settings[N].unknown) and estimator.value in _NEED_GROUP and n == 1:
         reason = f"{estimator.value} needs more than one answer per prompt"
@@ -236,10 +237,10 @@ def _updates(settings: Settings) -> float:
     return (int(steps) if steps >= 1 else steps) * max(1.0, settings.number(EPOCHS, 1))
 
 
-def _advantage(settings: Settings, n: int) -> Advantage:
+def _advantage(settings: Settings, n: int | None) -> Advantage:
     """The group's mean and std come before a KL in the reward joins, whitening after."""
     name = settings.text(ESTIMATOR)
-    mean = 1 if n > 1 else 0
+    mean = 0 if n == 1 else 1
     before = {
         "group_norm": Scale(mean, -mean),
         "dr_grpo": Scale(mean),
@@ -270,7 +271,7 @@ def _terms(settings: Settings, launched: Launch, rejected: list[Rejected]) -> li
         if not kind.unknown and not any(r.setting.key == kind.key for r in rejected):
             rejected.append(Rejected(kind, "the estimator is one of k1, k2, k3"))
         return []
-    coef = settings.number(COEF)
+    coef = settings.coefficient(COEF)
     if coef <= 0:
         return []  # the reference model is not even started
     as_loss, unbiased = settings.on(USE_LOSS), settings.on(UNBIASED)
@@ -305,7 +306,7 @@ def _klplug_terms(settings: Settings, own: Setting, rejected: list[Rejected]) ->
     amount = settings[KL_COEF] if settings[KL_COEF].written else settings[COEF]
     if not amount.written:
         rejected.append(Rejected(own, f"kl_type {spec} needs a kl_coef"))
-    coef = float(amount.value) if isinstance(amount.value, (int, float)) else 0.0
+    coef = settings.coefficient(amount.key)
     return [Term(term, coef, own, own, amount, from_klplug=True) for term in spec.terms]
 
 
@@ -353,6 +354,8 @@ def _unknown(settings: Settings, launched: Launch) -> dict[str, tuple[tuple[Sett
         setting = settings[key]
         for reason in setting.unknown[:1]:
             unknown.setdefault(aspect, []).append((setting, reason))
+            if key == N:  # answers fill the batches
+                unknown.setdefault(aspects.UPDATES, []).append((setting, reason))
     for setting, reason in launched.holes:
         for aspect in set(ASPECTS.values()):
             unknown.setdefault(aspect, []).append((setting, reason))

@@ -82,6 +82,7 @@ _NAMES = {
     **{"low_var_kl": "k3", "k3": "k3"},
 }
 _KL_KEYS = (LOSS_TYPE, LOSS_COEF, PENALTY, CTRL_COEF, CTRL_TYPE, CTRL_TARGET, CTRL_HORIZON)
+_NUMBERS = (TRAIN_BATCH, MINI_BATCH, EPOCHS, N, LOSS_COEF, CTRL_COEF, GAMMA)
 _OPENED = ("ray_kwargs", "hydra", "klplug")
 
 
@@ -130,7 +131,7 @@ def launch(args: Iterable[Word], folder: Path) -> Launch:
         path = _config_file(config, folder)
         if path is not None and path.is_file():
             files.append(path)
-        elif config.get("name", Word("ppo_trainer")).text not in _STOCK_CONFIGS:
+        elif config.get("name", _MAIN_CONFIG).text.removesuffix(".yaml") not in _STOCK_CONFIGS:
             named = config.get("name", config.get("path", Word("")))
             flag_name = "--config-name" if "name" in config else "--config-path"
             unread.append(Setting(flag_name, named.text, named.line, True, named.unknown))
@@ -149,11 +150,12 @@ _HYDRA_FLAGS = {
     **{"--config-path": "path", "--config-name": "name", "--config-dir": "dir"},
     **{"-cp": "path", "-cn": "name", "-cd": "dir"},
 }
-_STOCK_CONFIGS = ("ppo_trainer", "ppo_megatron_trainer", "ppo_trainer.yaml")
+_MAIN_CONFIG = Word("ppo_trainer")
+_STOCK_CONFIGS = ("ppo_trainer", "ppo_megatron_trainer", "dapo_trainer")
 
 
 def _config_file(config: dict[str, Word], folder: Path) -> Path | None:
-    name = config.get("name", Word("ppo_trainer"))
+    name = config.get("name", _MAIN_CONFIG)
     place = config.get("path") or config.get("dir") or Word(".")
     if name.unknown:
         return None
@@ -227,7 +229,7 @@ def setup(settings: Settings, launched: Launch, version_from: str) -> Setup:
         for s in unknown_keys(settings.table, launched)
     ]
     rejected += [Rejected(s, "not a key=value override") for s in launched.bare]
-    n = max(1, int(settings.number(N, 1)))
+    n = None if settings[N].unknown else max(1, int(settings.number(N, 1)))
     return Setup(
         host="verl",
         version=settings.table.version,
@@ -284,8 +286,7 @@ def _updates(settings: Settings) -> float:
 def _advantage(settings: Settings) -> Advantage:
     """A KL in the reward joins before any of this, so every factor is on both."""
     name = settings.text(ESTIMATOR)
-    n = settings.number(N, 1)
-    alone = n < 2
+    alone = not settings[N].unknown and settings.number(N, 1) < 2
     mean = 0 if alone else 1
     std = 0 if alone or not settings.on(NORM_BY_STD) else -1
     gamma = settings.number(GAMMA, 1.0)
@@ -343,7 +344,7 @@ def _terms(settings: Settings) -> tuple[list[Term], list[Rejected]]:
         terms.append(
             Term(
                 spec=spec,
-                coef=settings.number(amount),
+                coef=settings.coefficient(amount),
                 where=settings[switch],
                 kind=settings[kind],
                 amount=settings[amount],
@@ -381,7 +382,7 @@ def _klplug_terms(
         return [], rejected
     if amount.value is None:
         rejected.append(Rejected(own, f"kl_type {spec} needs a kl_coef"))
-    coef = float(amount.value) if isinstance(amount.value, (int, float)) else 0.0
+    coef = settings.coefficient(amount.key)
     terms = [
         Term(
             spec=term,
@@ -433,6 +434,7 @@ def _bad_values(settings: Settings) -> list[Rejected]:
     agg = settings[LOSS_AGG]
     if not agg.unknown and agg.value not in modes:
         rejected.append(Rejected(agg, f"loss_agg_mode takes {', '.join(modes)}"))
+    rejected += settings.not_numbers(_NUMBERS)
     ctrl = settings[CTRL_TYPE]
     if not ctrl.unknown and ctrl.value not in ("fixed", "adaptive"):
         rejected.append(Rejected(ctrl, "kl_ctrl.type takes fixed, adaptive"))

@@ -1,0 +1,250 @@
+"""Files, command lines and releases: what is read, what is refused, and what the command prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from klplug.audit import AuditError, Report, audit
+from klplug.audit.tables import versions
+
+_VERL = ["python", "-m", "verl.trainer.main_ppo", "algorithm.adv_estimator=grpo"]
+_LOSS = ["actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.rollout.n=8"]
+_ORL = ["python", "-m", "openrlhf.cli.train_ppo_ray"]
+
+# The issue's own words for what --json holds.
+KEYS = {
+    *("host", "host_version", "gradient", "scope", "updates_per_rollout", "corrected", "beta"),
+    *("beta_absolute", "beta_relative", "dead_zone", "terms", "kl_type", "recommended"),
+    "findings",
+}
+
+
+def _write(tmp_path: Path, text: str, name: str = "run.sh") -> Path:
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+# What is read.
+
+
+def test_a_command_line_and_a_script_have_one_report(tmp_path: Path) -> None:
+    words = [*_VERL, *_LOSS]
+    script = audit(_write(tmp_path, " ".join(words) + "\n"))
+    assert dataclasses.replace(audit(words), line=1) == dataclasses.replace(
+        script, findings=tuple(dataclasses.replace(f, line=None) for f in script.findings)
+    )
+
+
+def test_json_has_the_keys_and_plain_values() -> None:
+    document = audit([*_VERL, *_LOSS]).to_json()
+    assert set(document) >= KEYS
+    assert set(document["findings"][0]) >= {"id", "severity", "message", "setting", "line"}
+    again = json.loads(json.dumps(document, allow_nan=False))
+    assert again == document
+    assert document["dead_zone"][0][0] is None and document["dead_zone"][0][1] < -2.6
+
+
+def test_a_report_is_frozen() -> None:
+    report = audit(_VERL)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report.gradient = "reverse"  # type: ignore[misc]
+    assert isinstance(report, Report)
+
+
+def test_a_verl_config_file(tmp_path: Path) -> None:
+    path = _write(
+        tmp_path,
+        "defaults:\n  - ppo_trainer\n  - _self_\n"
+        "algorithm:\n  adv_estimator: grpo\n"
+        "actor_rollout_ref:\n  actor:\n    use_kl_loss: true\n    kl_loss_coef: 1e-3\n"
+        "    kl_loss_type: k2\n",
+        "grpo.yaml",
+    )
+    report = audit(path)
+    assert (report.host, report.gradient, report.beta) == ("verl", "reverse", 0.001)
+    (finding,) = (f for f in report.findings if f.id == "off-policy-uncorrected")
+    assert finding.setting is None  # nobody wrote a batch size
+    assert {f.line for f in report.findings if f.id == "own-token"} == {10}
+
+
+def test_an_openrlhf_config_file(tmp_path: Path) -> None:
+    nested = _write(
+        tmp_path,
+        "algo:\n  kl:\n    use_loss: true\n    estimator: k2\n    init_coef: 0.02\n"
+        "  advantage:\n    estimator: group_norm\nrollout:\n  n_samples_per_prompt: 8\n",
+        "nested.yaml",
+    )
+    flat = _write(
+        tmp_path,
+        "use_kl_loss: true\nkl_estimator: k2\ninit_kl_coef: 0.02\n"
+        "advantage_estimator: group_norm\nn_samples_per_prompt: 8\n",
+        "flat.yml",
+    )
+    for path in (nested, flat):
+        report = audit(path)
+        assert (report.host, report.gradient, report.beta) == ("openrlhf", "reverse", 0.02)
+
+
+def test_the_config_file_that_a_command_names(tmp_path: Path) -> None:
+    (tmp_path / "conf").mkdir()
+    _write(
+        tmp_path / "conf",
+        "actor_rollout_ref:\n  actor:\n    use_kl_loss: true\n    kl_loss_type: k1\n"
+        "own:\n  key: 1\n",
+        "mine.yaml",
+    )
+    command = " ".join(_VERL)
+    for place in ('"$PWD/conf"', "conf"):
+        script = f"{command} --config-path={place} --config-name mine\n"
+        report = audit(_write(tmp_path, script))
+        assert report.gradient == "zero"
+        assert not {"config-not-read", "rejected-setting"} & {f.id for f in report.findings}
+    # The command's own override comes last.
+    script += script.strip() + " actor_rollout_ref.actor.kl_loss_type=k2\n"
+    assert audit(_write(tmp_path, script), command=2).gradient == "reverse"
+
+
+def test_settings_that_refer_to_others() -> None:
+    own = ["data.train_batch_size=64", "actor_rollout_ref.actor.ppo_mini_batch_size=32"]
+    assert audit([*_VERL, *own]).updates_per_rollout == 2
+    own[1] = "actor_rollout_ref.actor.ppo_mini_batch_size=${data.train_batch_size}"
+    assert audit([*_VERL, *own]).updates_per_rollout == 1
+
+
+@pytest.mark.parametrize("name", ["low_var_kl", "kl"])
+def test_the_last_of_two_settings_counts(name: str) -> None:
+    words = [*_VERL, *_LOSS, "actor_rollout_ref.actor.kl_loss_type=k2"]
+    report = audit([*words, f"actor_rollout_ref.actor.kl_loss_type={name}"])
+    assert report.gradient == {"low_var_kl": "forward", "kl": "zero"}[name]
+
+
+def test_abbreviated_flags_are_argparses() -> None:
+    report = audit([*_ORL, "--algo.kl.init", "0.5", "--algo.kl.use_l"])
+    assert (report.beta, report.scope) == (0.5, "token")
+
+
+def test_several_commands_in_one_file(tmp_path: Path) -> None:
+    path = _write(tmp_path, f"{' '.join(_VERL)}\n{' '.join(_ORL)}\n")
+    assert [audit(path, command=c).host for c in (1, 2)] == ["verl", "openrlhf"]
+    assert audit(path).commands == 2
+    assert audit(path, host="openrlhf").line == 2
+    with pytest.raises(AuditError, match="command 3 of 2"):
+        audit(path, command=3)
+
+
+# Releases.
+
+
+def test_flat_flags_are_of_an_older_release() -> None:
+    flat = audit([*_ORL, "--use_kl_loss", "--init_kl_coef", "0.1", "--kl_estimator", "k2"])
+    assert (flat.host_version, flat.version_from) == ("0.9.10", "guessed")
+    assert audit([*_ORL, "--algo.kl.use_loss"]).host_version == versions("openrlhf")[0]
+
+
+def test_a_release_can_be_given() -> None:
+    plus = [*_VERL, *_LOSS, "actor_rollout_ref.actor.kl_loss_type=k3+"]
+    old, new = audit(plus, host_version="0.7.1"), audit(plus, host_version="0.9.1")
+    assert (old.gradient, new.gradient) == ("none", "reverse")
+    assert "NotImplementedError" in next(
+        f.message for f in old.findings if f.id == "rejected-setting"
+    )
+    assert audit(plus, host_version="0.8.3").host_version == "0.8.3"
+
+
+@pytest.mark.parametrize("version", ["0.1", "newest", ""])
+def test_an_unknown_release_is_refused(version: str) -> None:
+    with pytest.raises(AuditError, match=r"not known; there are tables for 0\.9\.1"):
+        audit(_VERL, host_version=version)
+
+
+# What is not known.
+
+
+def test_what_hangs_on_the_unknown_is_marked(tmp_path: Path) -> None:
+    command = f"{' '.join([*_VERL, *_LOSS])} actor_rollout_ref.actor."
+    type_unknown = audit(_write(tmp_path, f"{command}kl_loss_type=$KL\n"))
+    assert type_unknown.gradient is None and type_unknown.kl_type is None
+    assert type_unknown.unknown["gradient"] == ("$KL is not set in the script",)
+    assert type_unknown.updates_per_rollout == 4
+    coef_unknown = audit(_write(tmp_path, f"{command}kl_loss_coef=$(pick)\n"))
+    assert (coef_unknown.gradient, coef_unknown.beta) == ("forward", None)
+    assert "$(pick)" in coef_unknown.unknown["beta"][0]
+    assert "nan" not in json.dumps(coef_unknown.to_json()).lower()
+    group_unknown = audit(_write(tmp_path, f"{command}kl_loss_type=k2 {_LOSS[1][:-1]}$N\n"))
+    assert group_unknown.beta_relative == "0.001 * N/(N-1) * sigma"
+    anything = audit(_write(tmp_path, f"{command}kl_loss_type=k2 $(extra)\n"))
+    assert anything.gradient is None and anything.updates_per_rollout is None
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("echo hello\n", "no training command"),
+        ("", "no training command"),
+        ("python -m openrlhf.cli.train_dpo --x 1\n", "train_dpo is not audited"),
+        ("python -m verl.trainer.sft_trainer x=1\n", "sft_trainer is not audited"),
+        ("python -m verl.trainer.main_ppo 'a=1\n", "line 1"),
+    ],
+)
+def test_a_file_that_is_no_training_command(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(AuditError, match=message):
+        audit(_write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1\n", "not valid YAML on line 2"),
+        ("- 1\n", "is a mapping"),
+        ("model: x\nlr: 1\n", "its keys are lr, model"),
+    ],
+)
+def test_a_yaml_that_is_no_config(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(AuditError, match=message):
+        audit(_write(tmp_path, text, "config.yaml"))
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(AuditError, match="No such file"):
+        audit(tmp_path / "nowhere.sh")
+    with pytest.raises(AuditError, match="directory"):
+        audit(tmp_path)
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\x7fELF\0\0")
+    with pytest.raises(AuditError, match="not a text file"):
+        audit(binary)
+    with pytest.raises(AuditError, match="host 'trl' is not known; there is verl, openrlhf"):
+        audit(_VERL, host="trl")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([*_VERL, "data.train_batch=3"], "has no such setting"),
+        ([*_VERL, "nonsense"], "not a key=value override"),
+        ([*_VERL, *_LOSS, "actor_rollout_ref.actor.kl_loss_type=full"], "NotImplementedError"),
+        ([*_VERL, *_LOSS, "actor_rollout_ref.actor.kl_loss_type=k4"], "kl_penalty knows kl, k1"),
+        ([*_VERL, *_LOSS, "actor_rollout_ref.actor.kl_loss_coef=much"], "takes a number"),
+        ([*_VERL, "actor_rollout_ref.actor.loss_agg_mode=mean"], "takes token-mean"),
+        ([*_VERL, "data.train_batch_size=8"], "must not exceed"),
+        ([*_VERL, "+klplug.kl_type=k4_as_loss", "+klplug.kl_coef=1"], "k4_as_loss"),
+        ([*_VERL, "+klplug.kl_type=k2_as_loss"], "needs a kl_coef"),
+        ([*_ORL, "--algo.kl.estimator", "k4"], "takes k1, k2, k3"),
+        ([*_ORL, "--algo.kl.estimate", "k1", "--kl"], "has no flag --kl"),
+        ([*_ORL, "--algo.kl.use_loss", "True"], "takes no value"),
+        ([*_ORL, "--algo.kl.init_coef"], "needs a value"),
+        ([*_ORL, "--algo.advantage.estimator", "rloo"], "more than one answer per prompt"),
+        (["python", "-m", "klplug_openrlhf"], "kl_type is missing"),
+    ],
+)
+def test_what_the_host_would_refuse_is_a_finding(words: list[str], message: str) -> None:
+    reasons = [f.message for f in audit(words).findings if f.id == "rejected-setting"]
+    assert any(message in reason for reason in reasons)

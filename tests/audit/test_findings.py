@@ -1,0 +1,170 @@
+"""Every finding: on the shortest script that has it, and absent from one that has not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from klplug.audit import RULES, SEVERITIES, Report, audit
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+_A = "actor_rollout_ref.actor"
+_LOSS = f"{_A}.use_kl_loss=True {_A}.kl_loss_coef=0.01 {_A}.kl_loss_type="
+_REWARD = "algorithm.use_kl_in_reward=True algorithm.kl_ctrl.kl_coef=0.01 algorithm.kl_penalty="
+_ONCE = f"data.train_batch_size=64 {_A}.ppo_mini_batch_size=64 "
+_TWICE = f"data.train_batch_size=64 {_A}.ppo_mini_batch_size=32 "
+_GSPO = f"{_A}.policy_loss.loss_mode=gspo "
+_BY_ANSWER = f"{_A}.loss_agg_mode=seq-mean-token-mean "
+_IS = "algorithm.rollout_correction.rollout_is=token "
+_ASYNC = "trainer.v1.trainer_mode=separate_async "
+_ADAPTIVE = "algorithm.kl_ctrl.type=adaptive algorithm.kl_ctrl.target_kl=0.1 "
+
+
+def _verl(settings: str, estimator: str = "grpo", n: int = 8) -> str:
+    return (
+        f"python -m verl.trainer.main_ppo algorithm.adv_estimator={estimator} "
+        f"actor_rollout_ref.rollout.n={n} {_ONCE if '_batch_size' not in settings else ''}"
+        f"{settings}"
+    )
+
+
+def _openrlhf(flags: str, estimator: str = "group_norm") -> str:
+    return (
+        f"python -m openrlhf.cli.train_ppo_ray --algo.advantage.estimator {estimator} "
+        f"--rollout.n_samples_per_prompt 4 --rollout.batch_size 32 --train.batch_size 128 {flags}"
+    )
+
+
+_ORL_K1 = "--algo.kl.init_coef 0.01 "
+_ORL_K3 = f"{_ORL_K1} --algo.kl.use_loss --algo.kl.estimator k3 "
+_GOOD = _verl("+klplug.kl_type=k2_as_loss +klplug.kl_coef=0.01")
+
+# id: a script that has it, and one, as near as can be, that has not.
+CASES = {
+    "command-cut": (
+        _verl(f"\\\n {_LOSS}k2 \\\n # off\n {_A}.kl_loss_coef=0.1"),
+        _verl(f"\\\n {_LOSS}k2 \\\n {_A}.kl_loss_coef=0.1"),
+    ),
+    "rejected-setting": (_verl(f"{_LOSS}k2 {_A}.kl_los=3"), _verl(f"{_LOSS}k2 +{_A}.kl_los=3")),
+    "unknown-value": (_verl(f"{_LOSS}$(pick)"), _verl(f"{_LOSS}k2 trainer.project_name=$(pick)")),
+    "sourced-script": (f"source env.sh\n{_GOOD}", _GOOD),
+    "config-not-read": (_verl("--config-name mine"), _verl("--config-name ppo_megatron_trainer")),
+    "k1-as-loss": (_verl(f"{_LOSS}k1"), _verl(f"{_LOSS}k1+")),
+    "k3-in-reward": (_verl(f"{_REWARD}k3"), _verl(f"{_REWARD}k3 {_LOSS}k3", "rloo")),
+    "k2-in-reward": (_verl(f"{_REWARD}mse"), _verl(f"{_LOSS}mse")),
+    "abs-in-reward": (_verl(f"{_REWARD}abs"), _verl(f"{_LOSS}abs")),
+    "forward-kl": (_openrlhf(_ORL_K3), _openrlhf(f"{_ORL_K3} --algo.kl.unbiased_gradient")),
+    "abs-as-loss": (_verl(f"{_LOSS}abs"), _verl(f"{_LOSS}abs+")),
+    "own-token": (_GOOD, _GOOD.replace("k2_as_loss", "\\'k2_as_loss,horizon=sequence\\'")),
+    "passk-in-reward": (_verl(f"{_REWARD}k1", "grpo_passk"), _verl(f"{_LOSS}k2", "grpo_passk")),
+    "never-reaches": (
+        _verl(f"{_REWARD}k1 algorithm.gdpo_reward_keys=[a,b]", "gdpo"),
+        _verl(f"{_LOSS}k2 algorithm.gdpo_reward_keys=[a,b]", "gdpo"),
+    ),
+    "no-kl": (_verl(""), _GOOD),
+    "kl-not-enabled": (_verl(f"{_A}.kl_loss_coef=0.01"), _verl(f"{_A}.kl_loss_coef=0.0")),
+    "setting-ignored": (
+        _verl(f"{_LOSS}k2 algorithm.kl_ctrl.kl_coef=0.1"),
+        _verl(f"{_LOSS}k2 algorithm.kl_ctrl.kl_coef=0"),
+    ),
+    "zero-coefficient": (
+        _openrlhf("--algo.kl.use_loss --algo.kl.init_coef 0"),
+        _openrlhf("--algo.kl.init_coef 0"),
+    ),
+    "no-effect": (
+        _openrlhf(f"{_ORL_K1} --algo.kl.unbiased_gradient"),
+        _openrlhf(f"{_ORL_K1} --algo.kl.unbiased_gradient --algo.kl.use_loss"),
+    ),
+    "double-kl": (_verl(f"{_LOSS}k2 {_REWARD}k1"), _verl(f"{_REWARD}k1")),
+    "off-policy-uncorrected": (_verl(f"{_TWICE}{_LOSS}k2"), _verl(f"{_ONCE}{_LOSS}k2")),
+    "gspo-ratio": (_verl(f"{_TWICE}{_GSPO}{_REWARD}k1"), _verl(f"{_ONCE}{_GSPO}{_REWARD}k1")),
+    "rollout-mismatch": (_verl(f"{_IS}{_LOSS}k2"), _verl(f"{_IS}{_REWARD}k1")),
+    "stale-samples": (_verl(f"{_ASYNC}{_LOSS}k2"), _verl(f"{_ASYNC}{_IS}{_REWARD}k1")),
+    "dead-zone": (_verl(f"{_LOSS}k3"), _verl(f"{_LOSS}k3+")),
+    "before-group-norm": (
+        _verl(f"{_REWARD}k1"),
+        _verl(f"{_REWARD}k1 algorithm.norm_adv_by_std_in_grpo=False"),
+    ),
+    "after-group-norm": (_openrlhf(_ORL_K1), _openrlhf(_ORL_K1, "dr_grpo")),
+    "mean-with-self": (_openrlhf(_ORL_K1, "dr_grpo"), _openrlhf(_ORL_K1, "rloo")),
+    "whitened": (
+        _openrlhf(_ORL_K1, "reinforce"),
+        _openrlhf(f"{_ORL_K1} --algo.advantage.no_std_norm", "reinforce"),
+    ),
+    "group-of-one": (_verl(f"{_LOSS}k2", n=1), _verl(f"{_LOSS}k2", n=2)),
+    "normaliser-mismatch": (
+        _openrlhf(f"{_ORL_K3} --actor.loss_agg_mode seq-mean-token-mean"),
+        _openrlhf(_ORL_K3),
+    ),
+    "length-normalised": (_verl(f"{_BY_ANSWER}{_LOSS}k2"), _verl(f"{_LOSS}k2")),
+    "length-bonus": (_verl(f"{_BY_ANSWER}{_LOSS}k1"), _verl(f"{_LOSS}k1")),
+    "length-tilt": (
+        _openrlhf(f"{_ORL_K1} --actor.policy_loss_type gspo"),
+        _openrlhf(f"{_ORL_K3} --actor.policy_loss_type gspo"),
+    ),
+    "discounted-kl": (
+        _verl(f"{_REWARD}k1 algorithm.gamma=0.9", "gae"),
+        _verl(f"{_REWARD}k1 algorithm.gamma=0.9", "rloo"),
+    ),
+    "adaptive-ignored": (_verl(f"{_ADAPTIVE}{_LOSS}k2"), _verl(f"{_ADAPTIVE}{_REWARD}k1")),
+    "adaptive-fed-wrong": (
+        _openrlhf(f"{_ORL_K3} --algo.kl.target 6"),
+        _openrlhf(f"{_ORL_K1} --algo.kl.target 6"),
+    ),
+    "adaptive-target": (
+        _verl(f"{_REWARD}k1 {_ADAPTIVE} algorithm.kl_ctrl.target_kl=0"),
+        _verl(f"{_REWARD}k1 {_ADAPTIVE}"),
+    ),
+}
+
+
+def _audit(tmp_path: Path, script: str) -> Report:
+    path = tmp_path / "run.sh"
+    path.write_text(script + "\n")
+    return audit(path)
+
+
+def test_every_finding_has_a_case() -> None:
+    assert set(CASES) == set(RULES)
+    assert len(RULES) >= 15
+
+
+@pytest.mark.parametrize("id", CASES)
+def test_finding_is_there_and_is_not(id: str, tmp_path: Path) -> None:
+    has, has_not = CASES[id]
+    found = [f for f in _audit(tmp_path, has).findings if f.id == id]
+    assert len(found) == 1
+    (finding,) = found
+    assert finding.severity == RULES[id].severity
+    assert finding.message.endswith(".") and "\n" not in finding.message
+    assert id not in [f.id for f in _audit(tmp_path, has_not).findings]
+
+
+@pytest.mark.parametrize("id", RULES)
+def test_every_finding_has_a_page(id: str) -> None:
+    page = (DOCS / "findings" / f"{id}.md").read_text()
+    assert page.startswith(f"# {id}\n")
+    assert f"**{RULES[id].severity}**" in page
+    for heading in ("## Why", "## What to write instead"):
+        assert heading in page
+    assert RULES[id].docs == f"docs/findings/{id}.md"
+
+
+def test_pages_are_of_findings_that_there_are() -> None:
+    pages = {path.stem for path in (DOCS / "findings").glob("*.md")} - {"index"}
+    assert pages == set(RULES)
+
+
+def test_the_gravest_finding_comes_first(tmp_path: Path) -> None:
+    severities = [f.severity for f in _audit(tmp_path, CASES["k3-in-reward"][0]).findings]
+    ranks = [SEVERITIES.index(s) for s in severities]
+    assert ranks == sorted(ranks, reverse=True)
+    assert severities[0] == "error"
+
+
+def test_a_finding_names_its_setting_and_line(tmp_path: Path) -> None:
+    script = "# a\n" + _verl(_LOSS.replace(" ", " \\\n ") + "k1")
+    (finding,) = (f for f in _audit(tmp_path, script).findings if f.id == "k1-as-loss")
+    assert (finding.setting, finding.line) == (f"{_A}.kl_loss_type=k1", 4)
