@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from klplug.diagnostics import gradient_metrics
+
 PREFIX = "klplug/"
 
 
@@ -48,12 +50,14 @@ class Tally:
         """The metrics by their stable names, all finite, 0 where no token was counted.
 
         ``klplug/active``: 1, proof in a log that klplug computed the term.
-        ``klplug/k1``, ``k2``, ``k3``: masked means of the three estimates, nats per token.
+        ``klplug/k1``, ``k2``, ``k3``, ``abs``: masked means of the estimates, nats per token.
         ``klplug/coef_mean``, ``coef_max``: mean and largest ``|c|``.
         ``klplug/ess``: effective sample size of the weights as a share of the tokens,
         ``(sum w)^2 / (n sum w^2)``, 1 where all weights are equal.
         ``klplug/capped_share``, ``bounded_share``, ``overflow_share``: shares of tokens whose
         weight met the cap, whose c met the bound, whose exponent met the dtype's maximum.
+        ``klplug/gradient_cosine``, ``gradient_norm_ratio``, ``top_share``: the term's gradient
+        beside the principled one; see ``klplug.diagnostics``.
         """
         tokens = self.sums["tokens"]
         # Not clamp(min=1): a host that averages over ranks hands in sums of less than a token.
@@ -65,11 +69,13 @@ class Tally:
             "k1": self.sums["k1"] / count,
             "k2": self.sums["k2"] / count,
             "k3": self.sums["k3"] / count,
+            "abs": self.sums["abs"] / count,
             "coef_mean": self.sums["coef"] / count,
             "coef_max": self.maxima["coef"],
             "ess": torch.where(weight_square > 0, ess, 0.0),
             "capped_share": self.sums["capped"] / count,
             "bounded_share": self.sums["bounded"] / count,
             "overflow_share": self.sums["overflow"] / count,
+            **gradient_metrics(self.sums),
         }
         return {PREFIX + name: value for name, value in values.items()}

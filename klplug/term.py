@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from klplug.baselines import others_mean
+from klplug.diagnostics import gradient_sums
 from klplug.estimators import finite, k2, k3, overflows, saturated, saturating_exp
 from klplug.metrics import Tally, _total
 from klplug.spec import KLSpec, parse
@@ -30,6 +31,9 @@ class _Diagnosis:
     capped: Tensor
     bounded: Tensor
     overflowed: Tensor
+    # What multiplies each token's score, and what would with c = lr.
+    force: Tensor
+    principled: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,12 +79,14 @@ class KLTerm:
                 "k1": _total(seen.log_ratio),
                 "k2": _total(k2(seen.log_ratio)),
                 "k3": _total(k3(seen.log_ratio)),
+                "abs": _total(seen.log_ratio.abs()),
                 "coef": _total(size),
                 "weight": _total(weight),
                 "weight_square": _total(weight.square()),
                 "capped": _total(seen.capped & self._mask),
                 "bounded": _total(seen.bounded & self._mask),
                 "overflow": _total(seen.overflowed & self._mask),
+                **gradient_sums(seen.force, seen.principled, self._mask),
             },
             maxima={"coef": size.amax() if size.numel() else size.new_zeros(())},
         )
@@ -364,6 +370,7 @@ def _single(
             capped=batch.never if importance is None else importance.capped,
             bounded=bounded,
             overflowed=overflowed if importance is None else overflowed | importance.overflowed,
+            **_forces(spec, batch, log_ratio, coefficient, force, importance),
         )
 
     return KLTerm(
@@ -393,6 +400,29 @@ def _coefficients(spec: KLSpec, batch: _Batch, log_ratio: Tensor) -> tuple[Tenso
     if not on_answers or estimator.later is None or estimator.later is coefficient:
         return own, own
     return own, estimator.later(log_ratio)
+
+
+def _forces(
+    spec: KLSpec,
+    batch: _Batch,
+    log_ratio: Tensor,
+    coefficient: Tensor,
+    force: Tensor,
+    importance: ImportanceWeight | None,
+) -> dict[str, Tensor]:
+    """The term's force on each token's score, and the same with ``c = lr``."""
+    weight = None if importance is None else importance.weight
+    if spec.placement == "in_reward":
+        # The host credits it to all earlier tokens.
+        force, principled = finite(reward_to_go(coefficient)), reward_to_go(log_ratio)
+    elif spec.horizon == "sequence":
+        inside = weight if spec.head == "separate" else None
+        principled = _returns(log_ratio, log_ratio, inside)
+        if spec.head != "separate" and weight is not None:
+            principled = weight * principled
+    else:
+        principled = log_ratio if weight is None else finite(weight * log_ratio)
+    return {"force": batch.counted(force), "principled": batch.counted(principled)}
 
 
 def _importance(spec: KLSpec, batch: _Batch) -> ImportanceWeight | None:
@@ -457,6 +487,8 @@ def _sum(spec: KLSpec, log_probs: Tensor, terms: list[KLTerm]) -> KLTerm:
             capped=of_weight.capped,
             bounded=torch.stack([s.bounded for s in seen]).any(0),
             overflowed=torch.stack([s.overflowed for s in seen]).any(0),
+            force=finite(sum((s.force for s in seen), zero)),
+            principled=seen[0].principled,
         )
 
     return KLTerm(
@@ -468,7 +500,7 @@ def _nothing(log_probs: Tensor, batch: _Batch) -> KLTerm:
     zero = torch.zeros_like(batch.log_probs)
 
     def diagnose() -> _Diagnosis:
-        return _Diagnosis(zero, batch.ones, batch.never, batch.never, batch.never)
+        return _Diagnosis(zero, batch.ones, batch.never, batch.never, batch.never, zero, zero)
 
     return KLTerm(_with_gradient(log_probs, zero, zero), zero, zero, batch.mask, None, diagnose)
 

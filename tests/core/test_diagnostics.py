@@ -1,0 +1,70 @@
+"""Live diagnostics: cosine, norm ratio and concentration of the gradient, and their warnings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from klplug import kl_term
+from klplug.diagnostics import RULES, Watch, gradient_metrics, gradient_sums
+
+
+def test_cosine_and_ratio_by_hand() -> None:
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    metrics = gradient_metrics(
+        gradient_sums(torch.tensor([[3.0, 4.0]]), torch.tensor([[10.0, 0.0]]), mask)
+    )
+    assert metrics["gradient_cosine"].item() == pytest.approx(0.6)
+    assert metrics["gradient_norm_ratio"].item() == pytest.approx(0.5)
+    assert metrics["top_share"].item() == pytest.approx(4 / 7)
+
+
+def test_the_top_hundredth_is_of_counted_tokens() -> None:
+    force = torch.ones(4, 100)
+    force[0, :3] = torch.tensor([50.0, 20.0, 10.0])
+    mask = torch.ones(4, 100, dtype=torch.bool)
+    mask[2:] = False
+    force[2:] = 0
+    share = gradient_metrics(gradient_sums(force, force, mask))["top_share"]
+    assert share.item() == pytest.approx(70 / (80 + 197))
+
+
+@pytest.mark.parametrize(
+    ("kl_type", "low", "high"),
+    [
+        ("k2_as_loss", 1 - 1e-9, 1 + 1e-9),
+        ("k1_in_reward", 1 - 1e-9, 1 + 1e-9),
+        ("k2_as_loss,horizon=sequence", 1 - 1e-9, 1 + 1e-9),
+        ("k2_as_loss,head=clipped", 1 - 1e-9, 1 + 1e-9),
+        ("k3_as_loss", 0.2, 0.95),
+        ("k1_as_loss", -0.5, 0.5),
+        ("k3_in_reward", -0.5, 0.9),
+    ],
+)
+def test_the_principled_ones_have_cosine_one(kl_type: str, low: float, high: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    log_probs, ref, old = (torch.randn(3, 16, 30, generator=generator) - 3).double()
+    mask = torch.rand(16, 30, generator=generator) > 0.2
+    old = log_probs + 0.1 * old
+    term = kl_term(kl_type, log_probs, ref, mask, old_log_probs=old, clip_range=0.2)
+    assert low <= term.metrics["klplug/gradient_cosine"].item() <= high
+    if low > 0.9:
+        assert term.metrics["klplug/gradient_norm_ratio"].item() == pytest.approx(1)
+
+
+def test_at_the_reference_nothing_is_amiss() -> None:
+    zero = torch.zeros(2, 3)
+    metrics = kl_term("k2_as_loss,ratio=none", zero, zero, torch.ones(2, 3)).metrics
+    assert metrics["klplug/gradient_cosine"] == 1
+    assert metrics["klplug/gradient_norm_ratio"] == 1
+    assert metrics["klplug/top_share"] == 0
+
+
+def test_a_warning_comes_once_after_its_patience() -> None:
+    watch = Watch(patience=3)
+    bad, good = {"klplug/gradient_cosine": 0.5}, {"klplug/gradient_cosine": 0.95}
+    said = [watch.see(m) for m in (bad, bad, good, bad, bad, bad, bad, bad, bad)]
+    assert [len(s) for s in said] == [0, 0, 0, 0, 0, 1, 0, 0, 0]
+    (line,) = said[5]
+    assert "klplug/gradient_cosine is 0.5, below 0.9 for 3 steps" in line
+    assert watch.see({}) == [] and len(watch.rules) == len(RULES) - 1
