@@ -9,6 +9,7 @@ import typer
 import klplug
 from klplug.cli.audit import audit
 from klplug.cli.catalogue import list_kl_types
+from klplug.cli.explain import explain_command
 
 app = typer.Typer(
     name="klplug",
@@ -37,3 +38,4 @@ def _options(
 
 app.command("audit")(audit)
 app.command("list")(list_kl_types)
+app.command("explain")(explain_command)

@@ -1,0 +1,266 @@
+"""``klplug explain``: what a kl_type computes, whose gradient that is, and how it looks."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+
+import klplug
+from klplug.cli.output import AsJson, console, print_json
+from klplug.cli.plot import COLOURS, LETTERS, text_plot
+from klplug.cli.status import Unreadable
+from klplug.spec import OPTIONS
+
+REACH = 4.0  # nats: where the curves of c end
+STEPS = 10  # a nat
+TABLED = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
+MOST = len(LETTERS)
+# What these do depends on the rest of the batch; c itself is the same without.
+OF_THE_BATCH = ("baseline", "head", "cap", "mode")
+
+_ROWS = {
+    "formula": "estimate of the KL",
+    "coefficient": "coefficient c",
+    "target": "whose gradient, on-policy",
+    "value_bias": "bias of the estimate",
+    "gradient_bias": "bias as one of KL(pi||ref)",
+    "off_policy": "off-policy",
+    "source": "source",
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option in force: its value, whether it is the default, and what it means."""
+
+    value: str
+    default: bool
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """All that is known of one ``kl_type``.
+
+    Attributes:
+        kl_type: canonical form.
+        written: as it was asked for.
+        rows: the registry's rows that make it up: one, or one per term of a sum.
+        options: those in force, by name, one dict per term.
+        requires: what it needs from a batch, beside ``log_probs`` and the mask.
+        log_ratio: a grid of log pi - log ref, nats.
+        coefficient: c there, for an answer of one token: the number that multiplies
+            ``grad log pi``, before the importance weight.
+    """
+
+    kl_type: str
+    written: str
+    rows: tuple[klplug.KLType, ...]
+    options: tuple[dict[str, Option], ...]
+    requires: tuple[str, ...]
+    log_ratio: tuple[float, ...]
+    coefficient: tuple[float, ...]
+
+
+def explain(kl_type: str) -> Explanation:
+    """What is known of ``kl_type``, from the registry, and its c on a grid of log-ratios.
+
+    Raises:
+        ValueError: not a ``kl_type``; the message names what there is and the nearest match.
+    """
+    spec = klplug.parse(kl_type)
+    ends = round(REACH * STEPS)
+    grid = torch.arange(-ends, ends + 1, dtype=torch.float64) / STEPS
+    return Explanation(
+        kl_type=str(spec),
+        written=kl_type,
+        rows=registered(spec),
+        options=tuple(options(term) for term in spec.terms),
+        requires=spec.requires,
+        log_ratio=tuple(grid.tolist()),
+        coefficient=tuple(coefficient(spec, grid).tolist()),
+    )
+
+
+def registered(spec: klplug.KLSpec) -> tuple[klplug.KLType, ...]:
+    """The registry's row for ``spec``; for a sum without one, the rows of its terms.
+
+    A row answers for a formulation that has all options which the row's own name writes.
+    """
+    found: tuple[int, klplug.KLType] | None = None
+    for row in klplug.kl_types().values():
+        named = klplug.parse(row.name)
+        if set(named.terms) == set(spec.terms):
+            return (row,)
+        written = dict(option.split("=") for option in row.name.split(",")[1:])
+        if (
+            not (named.parts or spec.parts)
+            and (named.estimator, named.placement) == (spec.estimator, spec.placement)
+            and all(getattr(named, option) == getattr(spec, option) for option in written)
+            and (found is None or len(written) > found[0])
+        ):
+            found = len(written), row
+    if found is not None:
+        return (found[1],)
+    return tuple(row for term in spec.terms for row in registered(term))
+
+
+def options(term: klplug.KLSpec) -> dict[str, Option]:
+    """The options in force in one term, in canonical order."""
+    meanings = option_meanings()
+    written = {option.partition("=")[0] for option in str(term).split(",")[1:]}
+    return {
+        name: Option(shown(value), name not in written, meanings[name])
+        for name in OPTIONS
+        if (value := getattr(term, name)) is not None
+    }
+
+
+def shown(value: str | float) -> str:
+    """An option's value as a user writes it."""
+    if isinstance(value, str):
+        return value
+    return "none" if math.isinf(value) else f"{value:g}"
+
+
+def option_meanings() -> dict[str, str]:
+    """What each option means, from where it is defined: the attributes of ``KLSpec``."""
+    attributes = (inspect.getdoc(klplug.KLSpec) or "").partition("Attributes:\n")[2]
+    found = re.findall(r"^    (\w+): (.*(?:\n {8,}.*)*)", attributes, re.MULTILINE)
+    return {name: " ".join(text.replace("``", "").split()) for name, text in found}
+
+
+def coefficient(spec: klplug.KLSpec, log_ratio: torch.Tensor) -> torch.Tensor:
+    """c at each log-ratio, for answers of one token: ``kl_term``'s own, without the weight."""
+    total = torch.zeros_like(log_ratio)
+    if spec.estimator == "none":
+        return total
+    log_probs = torch.zeros_like(log_ratio)[:, None]
+    reference = -log_ratio[:, None]
+    for term in spec.terms:
+        alone = klplug.parse(_without(str(term), OF_THE_BATCH))
+        inputs = dict.fromkeys(alone.requires, log_probs)
+        inputs["ref_log_probs" if "ref_log_probs" in inputs else "rollout_log_probs"] = reference
+        total += klplug.kl_term(
+            alone,
+            log_probs,
+            inputs.get("ref_log_probs"),
+            torch.ones_like(log_probs),
+            old_log_probs=inputs.get("old_log_probs"),
+            rollout_log_probs=inputs.get("rollout_log_probs"),
+        ).coefficient[:, 0]
+    return total
+
+
+def _without(kl_type: str, names: Sequence[str]) -> str:
+    name, *written = kl_type.split(",")
+    return ",".join([name, *(o for o in written if o.partition("=")[0] not in names)])
+
+
+def explain_command(
+    kl_types: Annotated[
+        list[str], typer.Argument(metavar="KL_TYPE...", help="One, or several side by side.")
+    ],
+    png: Annotated[
+        Path | None, typer.Option("--png", metavar="FILE", help="Draw the curves of c here too.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Explain kl_types: formula, coefficient, whose gradient, bias, and a plot of c."""
+    kl_types = list(dict.fromkeys(kl_types))
+    if len(kl_types) > MOST:
+        raise Unreadable(f"{len(kl_types)} kl_types are more than fit side by side: {MOST} at most")
+    try:
+        explained = [explain(kl_type) for kl_type in kl_types]
+    except ValueError as error:
+        raise Unreadable(str(error)) from error
+    if png is not None:
+        picture(explained, png)
+    if as_json:
+        print_json([asdict(explanation) for explanation in explained])
+        return
+    out = console()
+    out.print(text_table(explained))
+    out.print(value_table(explained))
+    out.print("c against log(pi/ref) of a token, in nats:")
+    curves = {e.kl_type: e.coefficient for e in explained}
+    out.print(text_plot(explained[0].log_ratio, curves, limit=REACH), end="")
+    if png is not None:
+        out.print(f"drawn in {png}")
+
+
+def text_table(explained: Sequence[Explanation]) -> Table:
+    """A row per property, a column per kl_type."""
+    table = Table(show_lines=True)
+    table.add_column("kl_type", style="bold")
+    for explanation in explained:
+        table.add_column(explanation.kl_type, overflow="fold")
+    if any(e.kl_type != e.written for e in explained):
+        table.add_row("written as", *(e.written for e in explained))
+    for field, heading in _ROWS.items():
+        cells = [[str(getattr(row, field)) for row in e.rows] for e in explained]
+        table.add_row(heading, *("\n+ ".join(parts) for parts in cells))
+    table.add_row("needs", *(", ".join(("log_probs", *e.requires)) for e in explained))
+    table.add_row("options", *(_options(e) for e in explained))
+    return table
+
+
+def _options(explanation: Explanation) -> str:
+    terms = [
+        "\n".join(
+            f"{name}={option.value}" + ("" if option.default else f"  ({option.meaning})")
+            for name, option in options.items()
+        )
+        for options in explanation.options
+    ]
+    return "\n+\n".join(terms)
+
+
+def value_table(explained: Sequence[Explanation]) -> Table:
+    """c itself at a few log-ratios."""
+    table = Table(title="c at log(pi/ref) =", title_justify="left")
+    table.add_column("kl_type", no_wrap=True)
+    for log_ratio in TABLED:
+        table.add_column(f"{log_ratio:g}", justify="right")
+    for explanation in explained:
+        at = dict(zip(explanation.log_ratio, explanation.coefficient, strict=True))
+        # Adding 0 leaves no -0.
+        table.add_row(explanation.kl_type, *(f"{at[x] + 0:.3g}" for x in TABLED))
+    return table
+
+
+def picture(explained: Sequence[Explanation], path: Path) -> None:
+    """The curves of c as a PNG.
+
+    Raises:
+        Unreadable: the file can't be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(0, color="0.7", linewidth=0.8)
+    axes.axvline(0, color="0.7", linewidth=0.8)
+    for explanation, colour in zip(explained, COLOURS, strict=False):
+        axes.plot(
+            explanation.log_ratio, explanation.coefficient, color=colour, label=explanation.kl_type
+        )
+    axes.set(
+        ylim=(-REACH, REACH),
+        xlabel="log(pi/ref) of a token, nats",
+        ylabel="c: what multiplies grad log pi",
+    )
+    axes.legend(frameon=False)
+    try:
+        figure.savefig(path, dpi=150, format="png")
+    except OSError as error:
+        raise Unreadable(f"--png {path}: {error.strerror or error}") from error

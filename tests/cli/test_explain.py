@@ -1,0 +1,123 @@
+"""explain reads everything from the registry, and c from kl_term itself."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import klplug
+from klplug.cli.explain import explain, option_meanings, registered
+from klplug.spec import OPTIONS
+from tests.cli.conftest import Klplug
+
+COEFFICIENTS: dict[str, Callable[[float], float]] = {
+    "k1_as_loss": lambda lr: 1.0,
+    "k1_in_reward": lambda lr: lr,
+    "k2_as_loss": lambda lr: lr,
+    "k2_as_loss,cap=5,mode=mask": lambda lr: lr,
+    "k2_as_loss,horizon=sequence,cap=2,mode=mask": lambda lr: lr,
+    "k2_as_loss,bound=1.5": lambda lr: max(-1.5, min(1.5, lr)),
+    "k2_as_loss,ratio=rollout": lambda lr: lr,
+    "low_var_kl_as_loss": lambda lr: 1 - math.exp(-lr),
+    "k3_in_reward": lambda lr: math.exp(-lr) - 1 + lr,
+    "k3_in_reward+k3_as_loss": lambda lr: lr,
+    "k2_as_loss+abs_in_reward": lambda lr: lr + abs(lr),
+    "none": lambda lr: 0.0,
+}
+
+
+@pytest.mark.parametrize("kl_type", COEFFICIENTS)
+def test_c_over_the_log_ratio(kl_type: str) -> None:
+    explained = explain(kl_type)
+    expected = [COEFFICIENTS[kl_type](lr) for lr in explained.log_ratio]
+    assert explained.coefficient == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    assert (min(explained.log_ratio), max(explained.log_ratio)) == (-4.0, 4.0)
+
+
+@pytest.mark.parametrize("name", klplug.kl_types())
+def test_every_registered_kl_type_is_explained_by_its_own_row(name: str) -> None:
+    explained = explain(name)
+    assert explained.rows == (klplug.kl_types()[name],)
+    assert explained.requires == klplug.parse(name).requires
+    assert all(math.isfinite(c) for c in explained.coefficient)
+
+
+@pytest.mark.parametrize(
+    ("kl_type", "rows"),
+    [
+        ("k2_as_loss,cap=5", ["k2_as_loss"]),
+        ("k2_as_loss,cap=5,horizon=sequence", ["k2_as_loss,horizon=sequence"]),
+        ("k3_as_loss+k3_in_reward", ["k3_in_reward+k3_as_loss"]),
+        ("k3_as_loss,cap=5+k3_in_reward", ["k3_as_loss", "k3_in_reward"]),
+    ],
+)
+def test_the_row_that_answers_for_a_kl_type(kl_type: str, rows: list[str]) -> None:
+    assert [row.name for row in registered(klplug.parse(kl_type))] == rows
+
+
+def test_every_option_has_a_meaning() -> None:
+    meanings = option_meanings()
+    for option in OPTIONS:
+        assert len(meanings[option]) > 10, option
+    assert meanings["cap"].startswith("bound of the ratio")
+
+
+def test_options_say_what_is_default() -> None:
+    (options,) = explain("k2_as_loss,cap=5").options
+    assert (options["cap"].value, options["cap"].default) == ("5", False)
+    assert (options["level"].value, options["level"].default) == ("token", True)
+    assert options["bound"].value == "none"
+
+
+def test_side_by_side_text(klplug_command: Klplug) -> None:
+    done = klplug_command("explain", "k2_as_loss", "low_var_kl_as_loss")
+    assert done.status == 0
+    (heading,) = (
+        line
+        for line in done.out.splitlines()
+        if "k2_as_loss" in line and "┃" in line and "k3" in line
+    )
+    assert heading.index("k2_as_loss") < heading.index("k3_as_loss")
+    assert "LOC of the forward KL" in done.out and "low_var_kl_as_loss" in done.out
+    values = next(line for line in done.out.splitlines() if line.startswith("│ k3_as_loss"))
+    assert "-53.6" in values  # 1 - exp(4)
+    plot = done.out[done.out.index("c against") :]
+    # k2 is the diagonal: its letter is in the first and the last row; k3 leaves at the bottom.
+    rows = plot.splitlines()[1:18]
+    assert "a" in rows[0] and "b" not in rows[0]
+    assert rows[-1].index("a") < rows[-1].index("b")
+
+
+def test_json_has_the_curve_and_the_registrys_words(klplug_command: Klplug) -> None:
+    (document,) = json.loads(klplug_command("explain", "k3_as_loss,cap=none", "--json").out)
+    assert document["kl_type"] == "k3_as_loss,cap=none"
+    assert document["rows"][0]["target"] == klplug.kl_types()["k3_as_loss"].target
+    assert document["options"][0]["cap"]["value"] == "none"
+    assert len(document["log_ratio"]) == len(document["coefficient"])
+
+
+def test_png(klplug_command: Klplug, tmp_path: Path) -> None:
+    png = tmp_path / "c.png"
+    assert klplug_command("explain", "k2_as_loss", "k3_as_loss", "--png", png).status == 0
+    assert png.read_bytes().startswith(b"\x89PNG\r\n") and png.stat().st_size > 10_000
+
+
+def test_bad_input(klplug_command: Klplug, tmp_path: Path) -> None:
+    for arguments, named in (
+        (["low_var_kl"], "k3_as_loss"),
+        (["k4_as_loss"], "known: k1_in_reward"),
+        (["k1_in_reward,ratio=old"], "refused"),
+        (["k2_as_loss", "--png", tmp_path / "nowhere" / "c.png"], "No such file"),
+        (["k2_as_loss"] * 9, None),
+        ([f"k2_as_loss,cap={n}" for n in range(1, 10)], "8 at most"),
+    ):
+        done = klplug_command("explain", *arguments)
+        if named is None:
+            assert done.status == 0
+            continue
+        assert done.status == 2
+        assert named in done.err and "Traceback" not in done.err
