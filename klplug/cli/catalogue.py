@@ -19,7 +19,7 @@ def list_kl_types(as_json: AsJson = False) -> None:
     table = Table(caption="lr = log pi - log ref of one token, nats")
     table.add_column("kl_type", no_wrap=True)
     for heading in ("coefficient c", "whose gradient, on-policy", "bias as one of KL(pi||ref)"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(row.name, row.coefficient, row.target, row.gradient_bias)
     console().print(table)

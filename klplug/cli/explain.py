@@ -35,6 +35,9 @@ _ROWS = {
     "gradient_bias": "bias as one of KL(pi||ref)",
     "off_policy": "off-policy",
     "source": "source",
+    "test": "held to it by",
+    "verl": "verl",
+    "openrlhf": "OpenRLHF",
 }
 
 
