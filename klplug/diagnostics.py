@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from klplug.totals import count, squarable, total
+
 TOP = 0.01
 """The share of tokens whose part in the gradient is reported."""
 
@@ -26,19 +28,18 @@ def gradient_sums(force: Tensor, principled: Tensor, mask: Tensor) -> dict[str, 
         principled: (B, T), the same with ``c = lr``.
         mask: (B, T) bool.
     """
-    # Products of saturated exponents stay finite.
-    force, principled = (x.double().clamp(-1e100, 1e100) for x in (force, principled))
+    force, principled = squarable(force), squarable(principled)
     size = force.abs()
     most = torch.topk(size.flatten(), max(1, int(TOP * size.numel()))).values
     # The mask's count is on the device, so the cut is made there too.
-    counted = (TOP * mask.sum()).ceil()
+    counted = (TOP * count(mask)).ceil()
     top = most.where(torch.arange(len(most), device=most.device) < counted, 0.0)
     return {
-        "force_square": force.square().sum(),
-        "principled_square": principled.square().sum(),
-        "force_principled": (force * principled).sum(),
-        "force_size": size.sum(),
-        "top_size": top.sum(),
+        "force_square": total(force.square()),
+        "principled_square": total(principled.square()),
+        "force_principled": total(force * principled),
+        "force_size": total(size),
+        "top_size": total(top),
     }
 
 

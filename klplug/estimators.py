@@ -19,12 +19,12 @@ from torch.nn.functional import softplus
 Function = Callable[[Tensor], Tensor]
 
 
-def saturating_exp(x: Tensor) -> Tensor:
+def saturating_exp(x: Tensor, at_most: float = math.inf) -> Tensor:
     """``exp(x)``, held at the dtype's largest finite number where it would overflow.
 
     The only bound in klplug that nobody asked for; ``klplug/overflow_share`` counts where it acted.
     """
-    return x.exp().clamp(max=torch.finfo(x.dtype).max)
+    return x.exp().clamp(max=min(at_most, torch.finfo(x.dtype).max))
 
 
 def saturating_expm1(x: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def finite(x: Tensor) -> Tensor:
 
 def overflows(x: Tensor) -> Tensor:
     """True where ``exp(x)`` would exceed the largest finite number of ``x``'s dtype."""
-    return x.exp().isinf()
+    return x > math.log(torch.finfo(x.dtype).max)
 
 
 def saturated(x: Tensor) -> Tensor:

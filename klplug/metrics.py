@@ -17,11 +17,6 @@ from klplug.diagnostics import gradient_metrics
 PREFIX = "klplug/"
 
 
-def _total(x: Tensor) -> Tensor:
-    # Two saturated exponents would add up to inf in their own dtype.
-    return x.sum(dtype=torch.float64).clamp(max=torch.finfo(torch.float64).max)
-
-
 @dataclass(frozen=True)
 class Tally:
     """Sums and maxima over counted tokens, each a 0-d tensor.
@@ -61,21 +56,21 @@ class Tally:
         """
         tokens = self.sums["tokens"]
         # Not clamp(min=1): a host that averages over ranks hands in sums of less than a token.
-        count = torch.where(tokens > 0, tokens, 1.0)
+        n = torch.where(tokens > 0, tokens, 1.0)
         weight_square = self.sums["weight_square"]
-        ess = self.sums["weight"].square() / (weight_square * count)
+        ess = self.sums["weight"].square() / (weight_square * n)
         values = {
             "active": torch.ones_like(tokens),
-            "k1": self.sums["k1"] / count,
-            "k2": self.sums["k2"] / count,
-            "k3": self.sums["k3"] / count,
-            "abs": self.sums["abs"] / count,
-            "coef_mean": self.sums["coef"] / count,
+            "k1": self.sums["k1"] / n,
+            "k2": self.sums["k2"] / n,
+            "k3": self.sums["k3"] / n,
+            "abs": self.sums["abs"] / n,
+            "coef_mean": self.sums["coef"] / n,
             "coef_max": self.maxima["coef"],
             "ess": torch.where(weight_square > 0, ess, 0.0),
-            "capped_share": self.sums["capped"] / count,
-            "bounded_share": self.sums["bounded"] / count,
-            "overflow_share": self.sums["overflow"] / count,
+            "capped_share": self.sums["capped"] / n,
+            "bounded_share": self.sums["bounded"] / n,
+            "overflow_share": self.sums["overflow"] / n,
             **gradient_metrics(self.sums),
         }
         return {PREFIX + name: value for name, value in values.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import re
 from collections.abc import Iterable
@@ -123,7 +124,7 @@ class KLSpec:
         """The terms of a sum; a single formulation is its own only term."""
         return self.parts or (self,)
 
-    @property
+    @functools.cached_property
     def requires(self) -> tuple[str, ...]:
         """Names of what ``kl_term`` needs from a batch, beside ``log_probs`` and the mask."""
         needed: list[str] = []

@@ -14,8 +14,9 @@ from torch import Tensor
 from klplug.baselines import others_mean
 from klplug.diagnostics import gradient_sums
 from klplug.estimators import finite, k2, k3, overflows, saturated, saturating_exp
-from klplug.metrics import Tally, _total
+from klplug.metrics import Tally
 from klplug.spec import KLSpec, parse
+from klplug.totals import count, squarable, total
 from klplug.weights import ImportanceWeight, clipped_weight, importance_weight
 
 ClipRange: TypeAlias = "float | tuple[float, float]"
@@ -24,16 +25,19 @@ Groups: TypeAlias = "Sequence[Hashable] | Tensor | None"
 
 @dataclass(frozen=True)
 class _Diagnosis:
-    """What the metrics of a term are made of; every tensor is (B, T)."""
+    """What the metrics of a term are made of; every tensor is (B, T).
+
+    Where there is no weight it is 1, and where there is no bound it never acts.
+    """
 
     log_ratio: Tensor
-    weight: Tensor
-    capped: Tensor
-    bounded: Tensor
     overflowed: Tensor
     # What multiplies each token's score, and what would with c = lr.
     force: Tensor
     principled: Tensor
+    weight: Tensor | None = None
+    capped: Tensor | None = None
+    bounded: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,22 +74,30 @@ class KLTerm:
     def tally(self) -> Tally:
         """Sums and maxima over the counted tokens, for merging over micro-batches and ranks."""
         seen = self._diagnose()
+        tokens = count(self._mask)
+        never = torch.zeros_like(tokens)
+        weight = weight_square = tokens
+        if seen.weight is not None:
+            held = squarable(seen.weight)
+            weight, weight_square = total(held), total(held.square())
+
+        def share(where: Tensor | None) -> Tensor:
+            return never if where is None else count(where & self._mask)
+
         size = self.coefficient.abs()
-        # Squares and sums of these stay finite; a weight beyond 1e100 is all there is anyway.
-        weight = seen.weight.double().clamp(max=1e100)
         return Tally(
             sums={
-                "tokens": _total(self._mask),
-                "k1": _total(seen.log_ratio),
-                "k2": _total(k2(seen.log_ratio)),
-                "k3": _total(k3(seen.log_ratio)),
-                "abs": _total(seen.log_ratio.abs()),
-                "coef": _total(size),
-                "weight": _total(weight),
-                "weight_square": _total(weight.square()),
-                "capped": _total(seen.capped & self._mask),
-                "bounded": _total(seen.bounded & self._mask),
-                "overflow": _total(seen.overflowed & self._mask),
+                "tokens": tokens,
+                "k1": total(seen.log_ratio),
+                "k2": total(k2(seen.log_ratio)),
+                "k3": total(k3(seen.log_ratio)),
+                "abs": total(seen.log_ratio.abs()),
+                "coef": total(size),
+                "weight": weight,
+                "weight_square": weight_square,
+                "capped": share(seen.capped),
+                "bounded": share(seen.bounded),
+                "overflow": share(seen.overflowed),
                 **gradient_sums(seen.force, seen.principled, self._mask),
             },
             maxima={"coef": size.amax() if size.numel() else size.new_zeros(())},
@@ -217,7 +229,7 @@ def policy_loss(
     terms = {
         term: kl_term(term, log_probs, ref_log_probs, response_mask, **given) for term in spec.terms
     }
-    mask = response_mask != 0
+    mask = response_mask.bool()
     dtype = next(iter(terms.values())).value.dtype
     force = torch.where(mask, advantages.detach().to(dtype), 0.0)
     for term, kl in terms.items():
@@ -280,7 +292,7 @@ class _Batch:
         dtype = torch.promote_types(log_probs.dtype, torch.float32)
         for tensor in others.values():
             dtype = torch.promote_types(dtype, tensor.dtype)
-        return cls(log_probs.detach().to(dtype), response_mask != 0, others)
+        return cls(log_probs.detach().to(dtype), response_mask.bool(), others)
 
     def log_ratio(self, other: str) -> Tensor:
         """``log_probs`` less another policy's; what is masked may be anything before."""
@@ -288,10 +300,6 @@ class _Batch:
 
     def counted(self, x: Tensor) -> Tensor:
         return torch.where(self.mask, x, 0.0)
-
-    @property
-    def never(self) -> Tensor:
-        return torch.zeros_like(self.mask)
 
     @property
     def ones(self) -> Tensor:
@@ -359,18 +367,21 @@ def _single(
         force = coefficient if weight is None else finite(weight * coefficient)
 
     def diagnose() -> _Diagnosis:
-        bounded = batch.never
+        bounded = None
         assert spec.bound is not None and spec.placement is not None
         if not math.isinf(spec.bound):
             bounded = spec.definition.role(spec.placement).coefficient(log_ratio).abs() > spec.bound
         overflowed = overflows(-log_ratio) | saturated(coefficient)
+        forces = _forces(spec, batch, log_ratio, coefficient, force, importance)
+        if importance is None:
+            return _Diagnosis(log_ratio, overflowed, **forces, bounded=bounded)
         return _Diagnosis(
             log_ratio=log_ratio,
-            weight=batch.ones if importance is None else importance.weight,
-            capped=batch.never if importance is None else importance.capped,
+            overflowed=overflowed | importance.overflowed(),
+            **forces,
+            weight=importance.weight,
+            capped=importance.capped(),
             bounded=bounded,
-            overflowed=overflowed if importance is None else overflowed | importance.overflowed,
-            **_forces(spec, batch, log_ratio, coefficient, force, importance),
         )
 
     return KLTerm(
@@ -422,6 +433,7 @@ def _forces(
             principled = weight * principled
     else:
         principled = log_ratio if weight is None else finite(weight * log_ratio)
+        return {"force": force, "principled": principled}
     return {"force": batch.counted(force), "principled": batch.counted(principled)}
 
 
@@ -481,12 +493,13 @@ def _sum(spec: KLSpec, log_probs: Tensor, terms: list[KLTerm]) -> KLTerm:
     def diagnose() -> _Diagnosis:
         seen = [t._diagnose() for t in terms]
         of_weight = seen[terms.index(weighted)]
+        bounded = [s.bounded for s in seen if s.bounded is not None]
         return _Diagnosis(
             log_ratio=seen[0].log_ratio,
+            overflowed=torch.stack([s.overflowed for s in seen]).any(0),
             weight=of_weight.weight,
             capped=of_weight.capped,
-            bounded=torch.stack([s.bounded for s in seen]).any(0),
-            overflowed=torch.stack([s.overflowed for s in seen]).any(0),
+            bounded=torch.stack(bounded).any(0) if bounded else None,
             force=finite(sum((s.force for s in seen), zero)),
             principled=seen[0].principled,
         )
@@ -500,7 +513,7 @@ def _nothing(log_probs: Tensor, batch: _Batch) -> KLTerm:
     zero = torch.zeros_like(batch.log_probs)
 
     def diagnose() -> _Diagnosis:
-        return _Diagnosis(zero, batch.ones, batch.never, batch.never, batch.never, zero, zero)
+        return _Diagnosis(zero, torch.zeros_like(batch.mask), force=zero, principled=zero)
 
     return KLTerm(_with_gradient(log_probs, zero, zero), zero, zero, batch.mask, None, diagnose)
 

@@ -6,6 +6,8 @@ differentiated (a differentiable ratio times k2 is another, wrong gradient).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +18,15 @@ from klplug.estimators import overflows, saturating_exp
 
 @dataclass(frozen=True)
 class ImportanceWeight:
-    """Weights of shape (B, T), zero where masked, and where their bound or the dtype's acted."""
+    """Weights of shape (B, T), zero where masked, and where their bound or the dtype's acted.
+
+    ``capped`` and ``overflowed`` are for metrics, and computed when called.
+    """
 
     weight: Tensor
-    capped: Tensor
+    capped: Callable[[], Tensor]
     log_weight: Tensor
 
-    @property
     def overflowed(self) -> Tensor:
         return overflows(self.log_weight)
 
@@ -46,10 +50,13 @@ def importance_weight(
         log_weight = log_ratio.cumsum(-1)
     elif level == "sequence":
         log_weight = log_ratio.sum(-1, keepdim=True).expand_as(mask)
-    weight = saturating_exp(log_weight)
-    capped = (weight > cap) & mask
-    weight = weight.clamp(max=cap) if mode == "truncate" else weight.masked_fill(capped, 0.0)
-    return ImportanceWeight(torch.where(mask, weight, 0.0), capped, log_weight)
+    weight = saturating_exp(log_weight, at_most=cap if mode == "truncate" else math.inf)
+    counted = mask if mode == "truncate" else mask & ~(weight > cap)
+    return ImportanceWeight(
+        weight=torch.where(counted, weight, 0.0),
+        capped=lambda: saturating_exp(log_weight) > cap,
+        log_weight=log_weight,
+    )
 
 
 def clipped_weight(
@@ -68,4 +75,4 @@ def clipped_weight(
     low, high = clip_range
     rho = ratio.weight
     dropped = ((slope > 0) & (rho < 1 - low)) | ((slope < 0) & (rho > 1 + high))
-    return ImportanceWeight(rho.masked_fill(dropped, 0.0), dropped, ratio.log_weight)
+    return ImportanceWeight(rho.masked_fill(dropped, 0.0), lambda: dropped, ratio.log_weight)
