@@ -41,6 +41,7 @@ class _Found:
     host: str
     args: tuple[Word, ...]
     through_klplug: bool
+    recipe: bool
     line: int | None
     cut: Cut | None = None
 
@@ -120,6 +121,7 @@ def _launch(words: Sequence[Word], at: Command | None, script: Script | None) ->
             host="verl" if match["verl"] else "openrlhf",
             args=tuple(words[index + 1 :]),
             through_klplug=bool(match["klplug"]),
+            recipe="recipe" in word.text,
             line=None if at is None else at.line,
             cut=cut,
         )
@@ -128,7 +130,7 @@ def _launch(words: Sequence[Word], at: Command | None, script: Script | None) ->
 
 def _setup(found: _Found, folder: Path, version: str | None) -> Setup:
     if found.host == "verl":
-        launched = verl.with_files(verl.launch(found.args, folder))
+        launched = verl.with_files(verl.launch(found.args, folder, found.recipe))
         return _verl(launched, version)
     return _openrlhf(openrlhf.launch(found.args, found.through_klplug), version)
 

@@ -279,25 +279,22 @@ def _never_reaches(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
 
 @rule("no-kl", INFO, "No KL to a reference", aspects.KL, aspects.COEF)
 def _no_kl(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    if not setup.terms and not setup.idle and setup.not_loaded is None:
+    if not setup.terms and not setup.not_enabled and setup.not_loaded is None:
         yield "No KL to a reference: nothing but the clip holds the policy back.", None
 
 
 @rule("kl-not-enabled", WARNING, "A KL is configured and never switched on", aspects.KL)
 def _not_enabled(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    if setup.terms or not setup.idle:
-        return
-    yield (
-        "This setting has no effect: neither use_kl_loss nor use_kl_in_reward is on, so the run "
-        "has no KL at all.",
-        setup.idle[0],
-    )
+    if setup.not_enabled:
+        yield (
+            "This setting has no effect: neither use_kl_loss nor use_kl_in_reward is on, so the "
+            "run has no KL at all.",
+            setup.not_enabled[0],
+        )
 
 
 @rule("setting-ignored", INFO, "A KL setting that nothing reads", aspects.KL)
 def _ignored(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    if not setup.terms:
-        return
     for setting in setup.idle:
         if setup.controller is not None and setting.key == setup.controller.setting.key:
             continue  # adaptive-ignored says it

@@ -87,6 +87,26 @@ class Settings:
         ]
 
 
+def unknown_settings(
+    host: str, table: Table, misses: list[Setting], version_from: str
+) -> list[Rejected]:
+    """What to say of settings that the table lacks: of a guessed release, only once."""
+    if version_from != "guessed":
+        return [
+            Rejected(setting, f"{host} {table.version} has no setting {setting.key}")
+            for setting in misses
+        ]
+    names = ", ".join(setting.key for setting in misses[:4])
+    more = f" and {len(misses) - 4} more" if len(misses) > 4 else ""
+    return [
+        Rejected(
+            misses[0],
+            f"no release of {host} known here has all settings of this command; {table.version}, "
+            f"the nearest, lacks {names}{more}",
+        )
+    ]
+
+
 def scalar(text: str) -> Any:
     """A value as Hydra and OmegaConf read it from a command line."""
     stripped = text.strip()

@@ -208,7 +208,8 @@ class Setup:
     rollout_is_old: bool = False
     stale: Setting | None = None
     controller: Controller | None = None
-    idle: tuple[Setting, ...] = ()  # KL settings that nothing reads
+    idle: tuple[Setting, ...] = ()  # KL settings that nothing reads, another KL being meant
+    not_enabled: tuple[Setting, ...] = ()  # those of a KL that nobody switched on or off
     not_loaded: Setting | None = None  # KL asked for, with a coefficient of zero
     no_effect: tuple[tuple[Setting, str], ...] = ()
     rejected: tuple[Rejected, ...] = ()

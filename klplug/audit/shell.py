@@ -130,6 +130,8 @@ class Script:
     """
 
     def __init__(self, source: str) -> None:
+        # A backslash at the very end continues nothing, and the grammar stumbles over it.
+        source = re.sub(r"\\\s*\Z", "\n", source)
         self._bytes = source.encode()
         self._lines = source.split("\n")
         self.commands: list[Command] = []
@@ -427,6 +429,12 @@ class Script:
 
     def _expansion(self, node: Node, quoted: bool) -> Value:
         line, written = node.start_point.row + 1, _text(node)
+        if rest := re.fullmatch(r"\$\{@:(\d+)\}", written):
+            given = self._scope.positional or []
+            return [
+                replace(piece, splits=not quoted)
+                for piece in _joined(given[max(int(rest[1]) - 1, 0) :])
+            ]
         match = re.match(r"\$\{(\w+|[@*])(?:\[([^\]]*)\])?(:?[-=+?])?", written)
         if match is None or (match[3] is None and match[0] + "}" != written):
             why = f"{written} is an expansion that only a shell computes"
@@ -655,23 +663,20 @@ def _common_prefix(arrays: list[list[Value]]) -> list[Value]:
 
 
 def _refuse_broken(root: Node, lines: list[str]) -> None:
-    """Say where a script is cut short: the first thing that is opened and never closed."""
+    """Say where a shell would stop reading: at what is no syntax, or is opened and never closed."""
     stack = [root]
     while stack:
         node = stack.pop()
         if node.is_missing or node.is_error:
-            line = (
-                (node.parent or node).start_point.row + 1
-                if node.is_missing
-                else (node.start_point.row + 1)
-            )
+            opener = node.parent if node.is_missing and node.parent is not None else node
+            line = opener.start_point.row + 1
             what = (
-                f"no closing {node.type} for what begins on"
+                f"what begins here has no closing {node.type}"
                 if node.is_missing
-                else "quotes or brackets that are never closed, at or after"
+                else ("a placeholder, or a quote or bracket that is never closed")
             )
-            text = lines[line - 1].strip()[:60]
             raise AuditError(
-                f"not a shell script that a shell would read: {what} line {line}: {text}"
+                f"a shell would not read this script past line {line} ({what}): "
+                f"{lines[line - 1].strip()[:60]}"
             )
         stack.extend(reversed([child for child in node.children if child.has_error]))

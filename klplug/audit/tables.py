@@ -155,7 +155,7 @@ class _Parsed(Exception):
     """Stops the host's argument section once its parser is complete."""
 
 
-def _read_openrlhf(package: Path) -> dict[str, Any]:
+def openrlhf_parser(package: Path) -> argparse.ArgumentParser:
     """OpenRLHF's own parser, built by running the argument section of its script and no more."""
     path = package / "cli" / "train_ppo_ray.py"
     tree = ast.parse(path.read_text())
@@ -164,33 +164,34 @@ def _read_openrlhf(package: Path) -> dict[str, Any]:
         for node in tree.body
         if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
     )
-    parser = argparse.ArgumentParser()
+    made: list[argparse.ArgumentParser] = []
 
-    class Recorder(argparse.ArgumentParser):
-        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-            return parser
+    class Parser(argparse.ArgumentParser):
+        def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+            if not made:
+                made.append(self)
+                raise _Parsed
+            return super().parse_args(*args, **kwargs)
 
-    def stop(*args: Any, **kwargs: Any) -> None:
-        raise _Parsed
-
-    parser.parse_args = stop  # type: ignore[method-assign, assignment]
-    module = argparse.Namespace(**vars(argparse))
-    module.ArgumentParser = Recorder
+    module = argparse.Namespace(**{**vars(argparse), "ArgumentParser": Parser})
     code = compile(ast.Module(section, type_ignores=[]), str(path), "exec")
     with contextlib.suppress(_Parsed):
         exec(code, {"argparse": module, "datetime": datetime, "__name__": "__main__"})
+    return made[0]
+
+
+def _read_openrlhf(package: Path) -> dict[str, Any]:
     defaults: dict[str, Any] = {}
     choices: dict[str, list[Any]] = {}
     switches: dict[str, bool] = {}
-    for action in parser._actions:
+    for action in openrlhf_parser(package)._actions:
         for option in action.option_strings:
             if not option.startswith("--") or option == "--help":
                 continue
-            name = option[2:]
-            default = action.default
-            if name.endswith("run_name"):  # holds the time
-                default = None
-            defaults[name] = default if default != float("inf") else None
+            name, default = option[2:], action.default
+            # One holds the time, another has no end.
+            unstable = name.endswith("run_name") or default == float("inf")
+            defaults[name] = None if unstable else default
             if action.choices is not None:
                 choices[name] = list(action.choices)
             if action.nargs == 0:

@@ -25,6 +25,8 @@ SNIPPETS = {
     "splitting": 'A=\'one two\'; run $A "$A" x$A; B=\nrun $B "$B" end',
     "array": 'A=(a "b c" d=$((1 + 2))); A+=(e); run "${A[@]}" ${A[@]} "x${A[0]}" ${A[1]}',
     "comments": "run a=1 # not this\n# nor this\nrun 'b # this' c#d",
+    "continued end": "run a=1 \\\n  b=2 \\\n",
+    "rest": 'f() { run "${@:2}"; }\nf a "b c" d; run "${@:2}" x',
     "continuation": "run a=1 \\\n  b=2 \\\n\tc=3\nrun d=4",
     "heredoc": "read -r -d '' X <<EOF || true\na=1 \\\nb=${B:-2}\nEOF\nrun $X",
     "quoted heredoc": "read -r -d '' X <<'EOF' || true\na=$NOT\nEOF\nrun \"$X\"",
@@ -143,7 +145,14 @@ def test_a_sound_continuation_is_not_cut() -> None:
 
 @pytest.mark.parametrize(
     "script",
-    ["run 'a=1\nb=2\n", 'run "a=1\n', "run a=$(date\n", "A=(1 2\nrun $A\n", "if x; then run a\n"],
+    [
+        "run 'a=1\nb=2\n",
+        'run "a=1\n',
+        "run a=$(date\n",
+        "A=(1 2\nrun $A\n",
+        "if x; then run a\n",
+        "A=<HERE>\nrun\n",
+    ],
 )
 def test_what_is_never_closed_is_named(script: str) -> None:
     with pytest.raises(AuditError, match=r"line \d"):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from klplug.audit import setup as aspects
-from klplug.audit.settings import Rejected, Setting, Settings, scalar
+from klplug.audit.settings import Rejected, Setting, Settings, scalar, unknown_settings
 from klplug.audit.setup import Advantage, Controller, Scale, Setup, Term
 from klplug.audit.shell import Word
 from klplug.audit.tables import Table, flattened
@@ -140,14 +140,14 @@ def _full_name(table: Table, name: str, through_klplug: bool) -> str | None:
     return near[0] if len(near) == 1 else None
 
 
-def read(table: Table, launched: Launch) -> tuple[Settings, list[Rejected]]:
+def read(
+    table: Table, launched: Launch, version_from: str = "installed"
+) -> tuple[Settings, list[Rejected]]:
     """The flags under their dotted names, whichever the release writes."""
     dotted = {flat: name for name, flat in FLAGS.items()}
     written: dict[str, Setting] = {}
-    rejected = [
-        Rejected(setting, f"OpenRLHF {table.version} has no flag --{setting.key}")
-        for setting in unknown_keys(table, launched)
-    ]
+    misses = unknown_keys(table, launched)
+    rejected = unknown_settings("OpenRLHF", table, misses, version_from) if misses else []
     for name, values, word in launched.flags:
         full = _full_name(table, name, launched.through_klplug)
         if full is None:
@@ -185,7 +185,7 @@ def _kl_type(value: Any) -> bool:
 
 def setup(table: Table, launched: Launch, version_from: str) -> Setup:
     """What OpenRLHF does with these flags."""
-    settings, rejected = read(table, launched)
+    settings, rejected = read(table, launched, version_from)
     terms = _terms(settings, launched, rejected)
     gspo = settings.text(POLICY_LOSS) == "gspo"
     by_answer = gspo or settings.text(LOSS_AGG) == "seq-mean-token-mean"

@@ -17,7 +17,7 @@ import yaml
 
 from klplug.audit import setup as aspects
 from klplug.audit.errors import AuditError
-from klplug.audit.settings import Rejected, Setting, Settings, scalar
+from klplug.audit.settings import Rejected, Setting, Settings, scalar, unknown_settings
 from klplug.audit.setup import Advantage, Controller, Scale, Setup, Term
 from klplug.audit.shell import Word
 from klplug.audit.tables import Table, flattened, load_yaml
@@ -97,9 +97,10 @@ class Launch:
     files: tuple[Path, ...]
     unread: tuple[Setting, ...]
     holes: tuple[tuple[Setting, str], ...]  # whole arguments that can't be known
+    own_config: bool = False  # a recipe, whose config has settings beyond verl's
 
 
-def launch(args: Iterable[Word], folder: Path) -> Launch:
+def launch(args: Iterable[Word], folder: Path, own_config: bool = False) -> Launch:
     """Hydra's view of a command line; config files are looked for from ``folder``."""
     written: dict[str, Setting] = {}
     added: set[str] = set()
@@ -143,6 +144,7 @@ def launch(args: Iterable[Word], folder: Path) -> Launch:
         tuple(files),
         tuple(unread),
         tuple(holes),
+        own_config or bool(unread),
     )
 
 
@@ -154,15 +156,21 @@ _MAIN_CONFIG = Word("ppo_trainer")
 _STOCK_CONFIGS = ("ppo_trainer", "ppo_megatron_trainer", "dapo_trainer")
 
 
+# A variable, or the output of a command, in front of a path.
+_UNKNOWN_HEAD = re.compile(r"^(\$\{?\w+\}?|\$\([^)]*\)|`[^`]*`)/?")
+
+
 def _config_file(config: dict[str, Word], folder: Path) -> Path | None:
     name = config.get("name", _MAIN_CONFIG)
     place = config.get("path") or config.get("dir") or Word(".")
     if name.unknown:
         return None
     # "$PROJECT_DIR/examples/config": the unknown head may be the folder of the script.
-    text = re.sub(r"^\$\{?\w+\}?/?", "", place.text) if place.unknown else place.text
+    text = _UNKNOWN_HEAD.sub("", place.text) if place.unknown else place.text
     file = name.text if name.text.endswith((".yaml", ".yml")) else f"{name.text}.yaml"
-    for root in (folder, *folder.parents[:3]) if place.unknown else (folder, Path(".")):
+    for root in (
+        (folder.resolve(), *folder.resolve().parents[:3]) if place.unknown else (folder, Path("."))
+    ):
         if (path := root / text / file).is_file():
             return path
     return None
@@ -194,6 +202,8 @@ def with_files(launched: Launch) -> Launch:
 
 def unknown_keys(table: Table, launched: Launch) -> list[Setting]:
     """Overrides that Hydra would refuse: no such key, and no '+' before it."""
+    if launched.own_config:
+        return []
     return [
         setting
         for key, setting in launched.written.items()
@@ -224,11 +234,11 @@ def setup(settings: Settings, launched: Launch, version_from: str) -> Setup:
     )
     terms, rejected = _terms(settings)
     rejected += _bad_values(settings)
-    rejected += [
-        Rejected(s, f"verl {settings.table.version} has no such setting (a new one needs '+')")
-        for s in unknown_keys(settings.table, launched)
-    ]
+    misses = unknown_keys(settings.table, launched)
+    if misses:
+        rejected += unknown_settings("verl", settings.table, misses, version_from)
     rejected += [Rejected(s, "not a key=value override") for s in launched.bare]
+    idle, never = _idle(settings, terms)
     n = None if settings[N].unknown else max(1, int(settings.number(N, 1)))
     return Setup(
         host="verl",
@@ -250,8 +260,8 @@ def setup(settings: Settings, launched: Launch, version_from: str) -> Setup:
         rollout_is_old=settings.on(BYPASS),
         stale=_stale(settings),
         controller=_controller(settings, terms),
-        idle=tuple(_idle(settings, terms)),
-        not_loaded=None,
+        idle=tuple(idle),
+        not_enabled=tuple(never),
         no_effect=tuple(_no_effect(settings, terms)),
         rejected=tuple(rejected),
         unread=launched.unread,
@@ -469,21 +479,22 @@ def _controller(settings: Settings, terms: list[Term]) -> Controller | None:
     )
 
 
-def _idle(settings: Settings, terms: list[Term]) -> Iterable[Setting]:
-    """Settings of a KL that is not on, written by somebody, and not zero."""
+def _idle(settings: Settings, terms: list[Term]) -> tuple[list[Setting], list[Setting]]:
+    """Written settings of a KL that is not on: (off for a reason, never switched on)."""
+    off: list[Setting] = []
+    never: list[Setting] = []
     if any(term.from_klplug for term in terms):
-        return
+        return off, never
     on = {key for term in terms for key in (term.kind.key, term.amount.key)}
     if any(not term.as_loss for term in terms):
         on |= {CTRL_TYPE, CTRL_TARGET, CTRL_HORIZON}
     for key in _KL_KEYS:
         setting = settings[key]
-        if setting.written and not setting.unknown and key not in on:
-            if key in (LOSS_COEF, CTRL_COEF) and settings.number(key) == 0:
-                continue
-            if setting.value == "fixed":
-                continue
-            yield setting
+        zero = key in (LOSS_COEF, CTRL_COEF) and settings.number(key) == 0
+        if setting.written and not setting.unknown and key not in on and not zero:
+            switch = settings[USE_LOSS if key.startswith(_ACTOR) else USE_REWARD]
+            (off if terms or switch.written else never).append(setting)
+    return [s for s in off if s.value != "fixed"], [s for s in never if s.value != "fixed"]
 
 
 def _no_effect(settings: Settings, terms: list[Term]) -> Iterable[tuple[Setting, str]]:
