@@ -10,6 +10,7 @@ import klplug
 from klplug.cli.audit import audit
 from klplug.cli.catalogue import list_kl_types
 from klplug.cli.explain import explain_command
+from klplug.cli.report import report_command
 
 app = typer.Typer(
     name="klplug",
@@ -39,3 +40,4 @@ def _options(
 app.command("audit")(audit)
 app.command("list")(list_kl_types)
 app.command("explain")(explain_command)
+app.command("report")(report_command)

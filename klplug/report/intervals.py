@@ -1,0 +1,66 @@
+"""What a run ended with, and how sure that is."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from klplug.report.runs import Series
+
+SHARE, LEAST = 0.1, 5  # the end of a run: its last tenth, of at least five logged steps
+
+# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom, then the normal's.
+_T95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Final:
+    """A mean with the half-width of its 95 % interval.
+
+    Attributes:
+        mean: over seeds, of each one's mean over the end of its run.
+        half_width: ``None`` where there is one value alone.
+        over: ``seeds``, or ``steps``: of one seed only the scatter along the run is known, which
+            says nothing of another seed's.
+        count: seeds, or steps.
+    """
+
+    mean: float
+    half_width: float | None
+    over: str
+    count: int
+
+    def __str__(self) -> str:
+        if self.half_width is None:
+            return f"{self.mean:.4g}"
+        return f"{self.mean:.4g} ± {self.half_width:.2g}"
+
+
+def end(series: Series) -> list[float]:
+    """The finite values of the last tenth of a run."""
+    steps = sorted(series)[-max(LEAST, math.ceil(SHARE * len(series))) :]
+    return [series[step] for step in steps if math.isfinite(series[step])]
+
+
+def final(seeds: Sequence[Series]) -> Final | None:
+    """The final value over ``seeds``; ``None`` where nothing finite was logged."""
+    ends = [values for series in seeds if (values := end(series))]
+    if not ends:
+        return None
+    if len(ends) == 1:
+        return _mean(ends[0], "steps")
+    return _mean([statistics.fmean(values) for values in ends], "seeds")
+
+
+def _mean(values: Sequence[float], over: str) -> Final:
+    count, mean = len(values), statistics.fmean(values)
+    if count == 1:
+        return Final(mean, None, over, count)
+    t = _T95[count - 2] if count - 2 < len(_T95) else 1.96
+    return Final(mean, t * statistics.stdev(values) / math.sqrt(count), over, count)
