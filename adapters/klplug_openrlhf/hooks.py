@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +21,8 @@ from klplug import Tally, kl_term
 from klplug.baselines import leave_one_out_mean
 from klplug.host import MeasuredController, announce
 from klplug.patching import Hook, Patch
-from klplug_openrlhf.settings import STOCK_ESTIMATORS, Plan
+from klplug_openrlhf.options import read
+from klplug_openrlhf.settings import RECORDERS, STOCK_ESTIMATORS, Plan
 
 Call = Callable[..., Any]
 Args = tuple[Any, ...]
@@ -42,11 +43,11 @@ class Step:
     """The micro-batch being trained on, for the functions that OpenRLHF calls inside its step."""
 
     plan: Plan
-    mask: Tensor
-    rollout_log_probs: Tensor | None
+    experience: Any
     token_level: bool
     kl: Tensor | None = None
-    tally: Tally | None = field(default=None)
+    aggregated: bool = False
+    tally: Tally | None = None
 
 
 _STEP: ContextVar[Step | None] = ContextVar("klplug_step", default=None)
@@ -60,7 +61,9 @@ def init_actor_trainer(original: Call, trainer: Any, args: Args, kwargs: Kwargs)
         return
     announce("a policy actor", plan.spec, plan.kl_coef)
     if plan.records_for_kl:
-        trainer.actor_loss_fn.is_correction_level = "off"
+        loss_fn = trainer.actor_loss_fn
+        recorder = next(r for r in RECORDERS if hasattr(loss_fn, r.attribute))
+        setattr(loss_fn, recorder.attribute, recorder.off)
 
 
 def training_step(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -73,12 +76,7 @@ def training_step(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> A
             f"kl_type {plan.spec} has a KL in the reward, but klplug was not active in the "
             "process that made this experience, so no KL was joined to it"
         )
-    step = Step(
-        plan=plan,
-        mask=experience.action_mask,
-        rollout_log_probs=experience.rollout_log_probs,
-        token_level=trainer.actor_loss_fn.token_level_loss,
-    )
+    step = Step(plan, experience, trainer.actor_loss_fn.token_level_loss)
     token = _STEP.set(step)
     try:
         status = original(*args, **kwargs)
@@ -87,7 +85,12 @@ def training_step(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> A
     if step.tally is None and plan.spec.estimator != "none":
         raise RuntimeError(
             f"kl_type {plan.spec} is set, but OpenRLHF's training step computed no KL: "
-            "is --algo.kl.use_loss on, and --algo.kl.init_coef above 0?"
+            "is its KL loss on, and its coefficient above 0?"
+        )
+    if step.kl is not None and not step.aggregated:
+        raise RuntimeError(
+            f"OpenRLHF's training step aggregated the KL of {plan.spec} by a function that klplug "
+            "does not know, so it may not be as the policy loss is"
         )
     report = {ACTIVE: 1.0} if step.tally is None else step.tally.metrics()
     status["metrics"].update(report)
@@ -109,6 +112,7 @@ def compute_approx_kl(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any
             f"kl_type {kl_type!r} was asked of OpenRLHF's compute_approx_kl outside of its "
             "ActorPPOTrainer.training_step, where klplug has no mask and no old log-probs"
         )
+    experience = step.experience
     kl = torch.zeros_like(given["log_probs"], dtype=torch.float32)
     for placement in ("in_reward", "as_loss"):
         part = step.plan.spec.placed(placement)
@@ -118,9 +122,9 @@ def compute_approx_kl(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any
             part,
             given["log_probs"],
             given["log_probs_base"],
-            step.mask,
-            old_log_probs=given.get("log_probs_old"),
-            rollout_log_probs=step.rollout_log_probs,
+            experience.action_mask,
+            old_log_probs=experience.action_log_probs,
+            rollout_log_probs=experience.rollout_log_probs,
         )
         # What is in the reward acts through the advantages; here it is only reported.
         kl = kl + (term.loss if placement == "as_loss" else term.value)
@@ -134,9 +138,22 @@ def aggregate_loss(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     given = _bound(original, args, kwargs)
     if step is None or step.kl is None or given["loss"] is not step.kl:
         return original(*args, **kwargs)
+    step.aggregated = True
     # OpenRLHF takes the token mean of its KL whatever the policy loss does.
     given["token_level_loss"] = step.token_level
     return original(**given)
+
+
+def masked_mean(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
+    """What OpenRLHF aggregated by before it had ``aggregate_loss``."""
+    step = _STEP.get()
+    given = _bound(original, args, kwargs)
+    if step is None or step.kl is None or given["tensor"] is not step.kl:
+        return original(*args, **kwargs)
+    step.aggregated = True
+    if step.token_level:
+        return original(*args, **kwargs)
+    return original(**given | {"dim": -1}).mean()
 
 
 def ppo_train_actor(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -207,7 +224,7 @@ def compute_advantages_and_returns(original: Call, maker: Any, args: Args, kwarg
     for experience in experiences:
         experience.kl = torch.zeros_like(experience.kl)
     experiences = original(*args, **kwargs)
-    excess = over_groups(answers, experiences, maker.args.rollout.n_samples_per_prompt)
+    excess = over_groups(answers, experiences, read(maker.args, "rollout.n_samples_per_prompt"))
     beta = maker.kl_ctl.value
     for experience, kl, own in zip(experiences, answers, excess, strict=True):
         penalty = beta * own.unsqueeze(-1) * experience.action_mask
@@ -264,28 +281,29 @@ _TRAINER = "openrlhf.trainer.ppo_trainer"
 
 PATCH = Patch(
     host="openrlhf",
-    tested="0.11.2",
+    tested="0.11.2, 0.10.4 and 0.9.10",
     hooks=(
         Hook(
             "openrlhf.models.utils",
             "compute_approx_kl",
-            ("log_probs", "log_probs_base", "log_probs_old", "kl_estimator"),
+            ("log_probs", "log_probs_base", "kl_estimator"),
             compute_approx_kl,
-            supplies=("log_probs", "ref_log_probs", "old_log_probs"),
+            supplies=("log_probs", "ref_log_probs"),
         ),
         Hook(
-            "openrlhf.models.loss",
+            _ACTOR,
             "aggregate_loss",
             ("loss", "loss_mask", "token_level_loss"),
             aggregate_loss,
+            otherwise=Hook(_ACTOR, "masked_mean", ("tensor", "mask", "dim"), masked_mean),
         ),
         Hook(_ACTOR, "ActorPPOTrainer.__init__", ("strategy",), init_actor_trainer),
         Hook(
             _ACTOR,
             "ActorPPOTrainer.training_step",
-            ("experience", "kl_ctl", "step", "loss_batch_info"),
+            ("experience", "kl_ctl", "step"),
             training_step,
-            supplies=("response_mask", "rollout_log_probs"),
+            supplies=("response_mask", "old_log_probs", "rollout_log_probs"),
         ),
         Hook(_ACTOR, "ActorPPOTrainer.ppo_train", ("kl_ctl",), ppo_train_actor),
         Hook(

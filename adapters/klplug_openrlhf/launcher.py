@@ -50,7 +50,8 @@ def parse_args(
     kwargs: dict[str, Any],
 ) -> Namespace:
     """OpenRLHF's ``parse_args`` with klplug's options; any other parser's goes through."""
-    estimator = parser._option_string_actions.get("--algo.kl.estimator")
+    options = parser._option_string_actions
+    estimator = options.get("--algo.kl.estimator") or options.get("--kl_estimator")
     if estimator is None:
         return original(*args, **kwargs)
     from klplug import parse
@@ -72,7 +73,7 @@ def parse_args(
 
 def add_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "klplug", "KL regularisation by the gradient it has; decides all --algo.kl.* options"
+        "klplug", "KL regularisation by the gradient it has; decides all of the host's KL options"
     )
     group.add_argument(
         "--klplug.kl_type",

@@ -18,6 +18,8 @@ from recipes.quickstart.openrlhf import step_metrics
 from recipes.quickstart.processes import HostProcesses
 from recipes.quickstart.progress import Metrics
 from recipes.quickstart.settings import HERE, TINY, settings
+from tests.openrlhf.command_line import spelled
+from tests.releases import release
 
 pytestmark = pytest.mark.slow
 
@@ -67,11 +69,18 @@ def test_quickstart_of_two_steps(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def trained(tmp_path: Path) -> Callable[..., tuple[list[Metrics], str]]:
+def trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[list[Metrics], str]]:
     """OpenRLHF's command of the quickstart with other words at its end: its steps, and its log."""
 
     def go(
-        kl_type: str, *words: str, steps: int = 2, gpus: int = 1, without: str = ""
+        kl_type: str,
+        *words: str,
+        steps: int = 2,
+        gpus: int = 1,
+        without: str = "",
+        version: str | None = None,
     ) -> tuple[list[Metrics], str]:
         made = settings(steps=steps, kl_type=kl_type)
         prompts, log = tmp_path / "prompts.jsonl", tmp_path / "log.txt"
@@ -79,6 +88,10 @@ def trained(tmp_path: Path) -> Callable[..., tuple[list[Metrics], str]]:
         log.write_text("")
         command = openrlhf.command(made, made.recipe, HERE / "policy", prompts, tmp_path / "policy")
         command = [word for word in command if word != without]
+        if version is not None:
+            folder = release("openrlhf", version)
+            monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+            command = spelled(command, (folder / "openrlhf" / "utils" / "config.py").exists())
         with HostProcesses() as host:
             environment = host.environment(cpu_shim.environment("openrlhf", gpus))
             status = host.start([*command, *words], environment, tmp_path, log).wait(timeout=900)
@@ -125,3 +138,15 @@ def test_asynchronous_training(trained: Callable[..., tuple[list[Metrics], str]]
     assert [m["step"] for m in steps] == [1, 2]
     assert all(m["klplug/active"] == 1 for m in steps)
     assert "TrainingActor" in log and "active in the trainer" in log
+
+
+def test_the_oldest_release_that_is_served(
+    trained: Callable[..., tuple[list[Metrics], str]],
+) -> None:
+    steps, log = trained("k1_in_reward+k3_as_loss,ratio=rollout", steps=3, version="0.9.10")
+    assert [m["step"] for m in steps] == [1, 2, 3]
+    assert all(m["klplug/active"] == 1 for m in steps)
+    assert steps[2]["klplug/k3"] > 0  # the policy has moved; the first step is warm-up
+    assert 0.9 < steps[0]["klplug/ess"] < 1 and "vllm_kl" not in steps[0]
+    for process in ("the trainer", "a policy actor"):
+        assert f"active in {process}" in log

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from klplug_openrlhf.options import read
 from torch import Tensor
 
 from klplug import kl_term, reward_to_go
-from tests.openrlhf.trainer import ANSWER, LENGTH, PROMPT, arguments, change, configure
+from tests.openrlhf.command_line import change
+from tests.openrlhf.trainer import ANSWER, LENGTH, PROMPT, arguments, configure
 
 pytestmark = pytest.mark.usefixtures("patched")
 
@@ -54,17 +56,17 @@ class Samples:
         ]
 
 
-def maker(args: SimpleNamespace, samples: Samples, monkeypatch: pytest.MonkeyPatch) -> Any:
+def maker(args: Any, samples: Samples, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The real maker; what its remote models would answer comes from ``samples``."""
     from openrlhf.trainer.ppo_utils import experience_maker
 
-    has_reference = args.algo.kl.init_coef > 0
+    kl_coef = read(args, "algo.kl.init_coef")
     made = experience_maker.RemoteExperienceMaker(
         actor_model_group="actor",
         critic_model_group=None,
         reward_model_group=None,
-        initial_model_group="reference" if has_reference else None,
-        kl_controller=SimpleNamespace(value=args.algo.kl.init_coef),
+        initial_model_group="reference" if kl_coef > 0 else None,
+        kl_controller=SimpleNamespace(value=kl_coef),
         strategy=SimpleNamespace(args=args),
         tokenizer=SimpleNamespace(pad_token_id=0),
     )

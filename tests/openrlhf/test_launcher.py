@@ -5,60 +5,33 @@ OpenRLHF's own CLI module runs up to the point where it would start Ray.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from klplug_openrlhf import launcher
 
-
-class Reached(Exception):
-    """OpenRLHF's train() asked for Ray: the settings are final."""
+from tests.openrlhf.command_line import settled
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def run(tmp_path: Path) -> Any:
     """Run the launcher with these words; returns OpenRLHF's final args and ray.init's keywords."""
-    import ray
-
     model, data = tmp_path / "model", tmp_path / "train.jsonl"
     model.mkdir()
     data.write_text(json.dumps({"question": "1+1?", "answer": "#### 2"}) + "\n")
 
-    def go(*words: str) -> tuple[SimpleNamespace, dict[str, Any]]:
-        caught: dict[str, Any] = {}
-
-        def init(*args: Any, **kwargs: Any) -> None:
-            caught["init"] = kwargs
-            frame = sys._getframe()
-            while frame is not None and frame.f_code.co_name != "train":
-                frame = frame.f_back  # type: ignore[assignment]
-            caught["args"] = frame.f_locals["args"]
-            raise Reached
-
-        # Set through monkeypatch, so that the launcher's own wrapping is undone afterwards.
-        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", PARSE_ARGS)
-        monkeypatch.setattr(ray, "init", init)
-        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    def go(*words: str) -> tuple[Any, dict[str, Any]]:
         defaults = (
             "--actor.model_name_or_path", str(model), "--data.prompt_dataset", str(data),
             "--data.input_key", "question", "--data.label_key", "answer",
             "--reward.remote_url", "reward.py", "--vllm.num_engines", "1",
             "--algo.advantage.estimator", "group_norm", "--rollout.n_samples_per_prompt", "8",
         )  # fmt: skip
-        monkeypatch.setattr(sys, "argv", ["klplug", *defaults, *words])
-        with pytest.raises(Reached):
-            launcher.main()  # SystemExit goes through to the test
-        return caught["args"], caught["init"]
+        return settled(launcher.main, [*defaults, *words])
 
     return go
-
-
-PARSE_ARGS = argparse.ArgumentParser.parse_args
 
 
 def error_of(run: Any, capsys: pytest.CaptureFixture[str], *words: str) -> str:

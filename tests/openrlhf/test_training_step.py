@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from klplug import kl_term
-from tests.openrlhf.trainer import BATCH, Bench, Recorded, change, tiny_model
+from tests.openrlhf.command_line import change
+from tests.openrlhf.trainer import BATCH, Bench, Recorded, tiny_model
 
 pytestmark = pytest.mark.usefixtures("patched")
 

@@ -1,0 +1,152 @@
+"""Whole runs: the real trainer, DeepSpeed, Ray and vLLM, started as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from recipes import cpu_shim
+from recipes.quickstart import openrlhf, run
+from recipes.quickstart.openrlhf import step_metrics
+from recipes.quickstart.processes import HostProcesses
+from recipes.quickstart.progress import Metrics
+from recipes.quickstart.settings import HERE, TINY, settings
+from tests.openrlhf.command_line import spelled
+from tests.releases import release
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+
+
+def marked(process: psutil.Process, mark: str) -> bool:
+    try:
+        return process.environ().get("KLPLUG_TEST_MARK") == mark
+    except (psutil.Error, OSError):
+        return False
+
+
+def test_quickstart_of_two_steps(tmp_path: Path) -> None:
+    """`make quickstart`, shortened: its files say what happened, and nothing is left running."""
+    out, mark = tmp_path / "run", str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes.quickstart", "--steps", "2", "--out", str(out),
+         "--kl-type", "k2_as_loss,ratio=rollout"],
+        cwd=ROOT,
+        env=os.environ | {"KLPLUG_TEST_MARK": mark},
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["host"] == "openrlhf" and summary["host_version"] == "0.11.2"
+    assert summary["kl_type"] == "k2_as_loss,ratio=rollout"
+    assert summary["steps"] == 2
+    assert summary["klplug_active"] is True
+    for name in ("accuracy_before", "accuracy_after"):
+        assert 0.4 < summary[name] < 1
+    assert 0 < summary["kl_last"] < 5
+    assert summary["seconds"] > 0
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["klplug/active"] == 1 for line in lines)
+    # vLLM's own log-probs were recorded: they differ from the trainer's, a little.
+    assert 0.9 < lines[0]["klplug/ess"] < 1
+    assert "vllm_kl" not in lines[0]  # and the policy loss was not corrected by them
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    log = (out / "log.txt").read_text()
+    for process in ("the trainer", "a policy actor"):
+        assert f"active in {process}" in log
+    assert not [process.name() for process in psutil.process_iter() if marked(process, mark)]
+
+
+@pytest.fixture
+def trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[list[Metrics], str]]:
+    """OpenRLHF's command of the quickstart with other words at its end: its steps, and its log."""
+
+    def go(
+        kl_type: str,
+        *words: str,
+        steps: int = 2,
+        gpus: int = 1,
+        without: str = "",
+        version: str | None = None,
+    ) -> tuple[list[Metrics], str]:
+        made = settings(steps=steps, kl_type=kl_type)
+        prompts, log = tmp_path / "prompts.jsonl", tmp_path / "log.txt"
+        run.write_prompts(made, prompts)
+        log.write_text("")
+        command = openrlhf.command(made, made.recipe, HERE / "policy", prompts, tmp_path / "policy")
+        command = [word for word in command if word != without]
+        if version is not None:
+            folder = release("openrlhf", version)
+            monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+            command = spelled(command, (folder / "openrlhf" / "utils" / "config.py").exists())
+        with HostProcesses() as host:
+            environment = host.environment(cpu_shim.environment("openrlhf", gpus))
+            status = host.start([*command, *words], environment, tmp_path, log).wait(timeout=900)
+        text = log.read_text(errors="replace")
+        assert status == 0, run.last_lines(log)
+        steps_of = [m for line in text.splitlines() if (m := step_metrics(line)) is not None]
+        return steps_of, text
+
+    return go
+
+
+def test_an_adaptive_run_is_saved_and_resumed(
+    trained: Callable[..., tuple[list[Metrics], str]], tmp_path: Path
+) -> None:
+    words = (
+        "--klplug.kl_ctrl", "adaptive", "--klplug.kl_target", "1e-5", "--klplug.kl_horizon", "1000",
+        "--ckpt.save_steps", "2", "--ckpt.path", str(tmp_path / "checkpoints"),
+    )  # fmt: skip
+    half = str(2 * TINY.prompts)
+    first, _ = trained("k1_in_reward", *words, "--data.max_samples", half, steps=4)
+    assert [m["step"] for m in first] == [1, 2]
+    assert first[0]["klplug/kl_coef"] == 0.01
+    # At the reference the coefficient falls by 0.2 of the samples of a step over the horizon.
+    samples = TINY.prompts * TINY.samples / 1000
+    assert first[1]["klplug/kl_coef"] == pytest.approx(0.01 * (1 - 0.2 * samples), rel=1e-6)
+    last = first[1]["klplug/kl_coef"]
+    error = min(max(first[1]["klplug/kl_before_update"] / 1e-5 - 1, -0.2), 0.2)
+
+    resumed, log = trained("k2_as_loss", *words, "--ckpt.load_enable", steps=4)
+    assert [m["step"] for m in resumed] == [3, 4]
+    assert resumed[0]["klplug/kl_coef"] == pytest.approx(last * (1 + error * samples), rel=1e-6)
+    assert "WARNING: resuming with kl_type=k2_as_loss" in log
+    assert "trained with kl_type=k1_in_reward" in log
+
+
+def test_asynchronous_training(trained: Callable[..., tuple[list[Metrics], str]]) -> None:
+    steps, log = trained(
+        "k3_in_reward+k3_as_loss",
+        "--train.async_enable",
+        "--train.colocate_actor_ref",
+        gpus=2,
+        without="--train.colocate_all",
+    )
+    assert [m["step"] for m in steps] == [1, 2]
+    assert all(m["klplug/active"] == 1 for m in steps)
+    assert "TrainingActor" in log and "active in the trainer" in log
+
+
+def test_the_middle_release_that_is_served(
+    trained: Callable[..., tuple[list[Metrics], str]],
+) -> None:
+    steps, log = trained("k1_in_reward+k3_as_loss,ratio=rollout", steps=3, version="0.10.4")
+    assert [m["step"] for m in steps] == [1, 2, 3]
+    assert all(m["klplug/active"] == 1 for m in steps)
+    assert steps[2]["klplug/k3"] > 0  # the policy has moved; the first step is warm-up
+    assert 0.9 < steps[0]["klplug/ess"] < 1 and "vllm_kl" not in steps[0]
+    for process in ("the trainer", "a policy actor"):
+        assert f"active in {process}" in log
