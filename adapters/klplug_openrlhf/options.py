@@ -12,7 +12,9 @@ from typing import Any
 FLAT = {
     "actor.model_name_or_path": "pretrain",
     "actor.policy_loss_type": "policy_loss_type",
+    "actor.dual_clip": "dual_clip",
     "algo.advantage.estimator": "advantage_estimator",
+    "algo.advantage.gamma": "gamma",
     "algo.advantage.is_correction_enable": "enable_vllm_is_correction",
     "algo.kl.estimator": "kl_estimator",
     "algo.kl.horizon": "kl_horizon",
@@ -44,6 +46,15 @@ def read(args: Any, name: str, default: Any = None) -> Any:
             return default
         args = getattr(args, part)
     return args
+
+
+def write(args: Any, name: str, value: Any) -> None:
+    """Set an option that the release has, wherever it lies."""
+    own = spelled(args, name)
+    if own is None:
+        parent, _, own = name.rpartition(".")
+        args = read(args, parent)
+    setattr(args, own, value)
 
 
 def flag(args: Any, name: str) -> str:

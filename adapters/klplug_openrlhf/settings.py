@@ -5,84 +5,23 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import klplug
 from klplug import KLSpec, parse
-from klplug.host import Settings, SettingsError, is_local
+from klplug.host import SettingsError, is_local
 from klplug_openrlhf.options import flag, read, spelled
-
-STOCK_ESTIMATORS = ("k1", "k2", "k3")
-GROUP_ESTIMATORS = ("group_norm", "dr_grpo", "rloo")
-WHITENED_ESTIMATORS = ("gae", "reinforce", "reinforce_baseline")
-
-
-@dataclass(frozen=True)
-class Recorder:
-    """The only switch by which a release records the sampler's log-probs.
-
-    It also corrects the policy loss by them, which ``attribute`` of ``PolicyLoss`` turns off again.
-    """
-
-    option: str
-    on: str | bool
-    off: str | bool
-    attribute: str
-
-
-RECORDERS = (
-    Recorder("algo.advantage.is_correction_level", "token", "off", "is_correction_level"),
-    Recorder("algo.advantage.is_correction_enable", True, False, "enable_vllm_is_correction"),
+from klplug_openrlhf.plan import (
+    RECORDERS,
+    STOCK_ESTIMATORS,
+    Plan,
+    Recorder,
+    dividing_by_length,
+    terms_of,
 )
 
-
-@dataclass(frozen=True)
-class Plan(Settings):
-    """What the hooks do in a run, read from OpenRLHF's own ``args``, which reach every process."""
-
-    records_for_kl: bool = False
-
-    @classmethod
-    def of(cls, args: Any) -> Plan | None:
-        """The plan of a run, or ``None`` where nobody asked for klplug.
-
-        A full ``kl_type`` as OpenRLHF's own estimator asks for it too, for code that drives the
-        trainers itself.
-        """
-        kl_type = read(args, "klplug.kl_type")
-        if kl_type is None:
-            kl_type = read(args, "algo.kl.estimator")
-            if kl_type in STOCK_ESTIMATORS:
-                return None
-        spec = parse(kl_type)
-        coef = read(args, "klplug.kl_coef")
-        if coef is None and spec.estimator != "none":
-            coef = read(args, "algo.kl.init_coef")
-        return cls(
-            spec=spec,
-            kl_coef=klplug.check_kl_coef(spec, coef),
-            kl_ctrl=read(args, "klplug.kl_ctrl") or "fixed",
-            kl_target=read(args, "klplug.kl_target"),
-            kl_horizon=read(args, "klplug.kl_horizon"),
-            records_for_kl=bool(read(args, "klplug.records_for_kl")),
-            divides_by_length=bool(_dividing_by_length(args)),
-        )
-
-
-def _dividing_by_length(args: Any) -> list[str]:
-    """The settings, as written, by which the policy loss divides by the answer's length."""
-    aggregation = read(args, "actor.loss_agg_mode", "token-mean")
-    loss = read(args, "actor.policy_loss_type", "ppo")
-    return [
-        f"{flag(args, name)} {value}"
-        for name, value, divides in (
-            ("actor.loss_agg_mode", aggregation, aggregation != "token-mean"),
-            ("actor.policy_loss_type", loss, loss == "gspo"),
-        )
-        if divides
-    ]
+GROUP_ESTIMATORS = ("group_norm", "dr_grpo", "rloo")
+WHITENED_ESTIMATORS = ("gae", "reinforce", "reinforce_baseline")
 
 
 def derive(args: Namespace, written: Namespace) -> str:
@@ -107,16 +46,21 @@ def derive(args: Namespace, written: Namespace) -> str:
     for option, value, reason in _contradictions(spec, plan.kl_coef, written):
         written_as = f"{flag(args, option)} {value}".strip()
         raise SettingsError(f"{written_as} contradicts --klplug.kl_type {spec}: {reason}")
-    _refuse_unserved(spec, args)
+    for reason in _unserved(plan, args):
+        raise SettingsError(f"kl_type {spec}{reason}")
     check_files(args)
 
-    active = spec.estimator != "none"
-    recorder = next(r for r in RECORDERS if spelled(args, r.option))
-    rollout = "rollout_log_probs" in spec.requires
-    records_for_kl = rollout and read(args, recorder.option) == recorder.off
+    active = plan.is_active
+    recorder = _recorder(args)
+    records_for_kl = (
+        "rollout_log_probs" in spec.requires
+        and recorder is not None
+        and read(args, recorder.option) == recorder.off
+    )
     settings = {
         "algo.kl.use_loss": active,  # also keeps the reference's log-probs up to the update
-        "algo.kl.init_coef": plan.kl_coef,
+        # Above 0 it loads a reference model.
+        "algo.kl.init_coef": plan.kl_coef if plan.needs_reference else 0.0,
         "klplug.kl_type": str(spec),
         "klplug.kl_coef": plan.kl_coef if active else None,
         "klplug.records_for_kl": records_for_kl,
@@ -124,7 +68,7 @@ def derive(args: Namespace, written: Namespace) -> str:
     if active:
         # A process that klplug did not reach stops here: no stock estimator has such a name.
         settings["algo.kl.estimator"] = str(spec)
-    if records_for_kl:
+    if recorder is not None and records_for_kl:
         settings[recorder.option] = recorder.on
     settings = {spelled(args, name) or name: value for name, value in settings.items()}
     vars(args).update(settings)
@@ -132,13 +76,32 @@ def derive(args: Namespace, written: Namespace) -> str:
     text = ", ".join(f"--{k}={v}" for k, v in shown.items())
     coef_text = f" kl_coef={plan.kl_coef:g}" if active else ""
     line = f"klplug {klplug.__version__}: kl_type={spec}{coef_text}; sets {text}"
+    return "\nklplug: note: ".join([line, *_notes(plan, args)])
+
+
+def _recorder(args: Namespace) -> Recorder | None:
+    return next((r for r in RECORDERS if spelled(args, r.option)), None)
+
+
+def _notes(plan: Plan, args: Namespace) -> Iterator[str]:
+    """What is served, and may not be what was expected."""
     estimator = read(args, "algo.advantage.estimator")
-    if spec.placed("in_reward").estimator != "none" and estimator in WHITENED_ESTIMATORS:
-        line += (
-            f"\nklplug: note: {estimator} whitens advantages after the KL has joined them, so its "
+    if plan.in_reward.estimator != "none" and estimator in WHITENED_ESTIMATORS:
+        yield (
+            f"{estimator} whitens advantages after the KL has joined them, so its "
             "strength is kl_coef over their standard deviation in each batch"
         )
-    return line
+    dividing = ", ".join(dividing_by_length(args))
+    if dividing and any(term.horizon == "sequence" for term in terms_of(plan.as_loss)):
+        yield (
+            f"{dividing} divides by the answer's length, and the gradient of whole answers is "
+            "exact for sums over tokens only: it is tilted to long answers"
+        )
+    if plan.combined.estimator != "none" and read(args, "actor.dual_clip") is not None:
+        yield (
+            f"{flag(args, 'actor.dual_clip')} {read(args, 'actor.dual_clip'):g} clips the KL "
+            "with the advantages that it is in"
+        )
 
 
 def _kl(args: Namespace, written: Namespace) -> tuple[KLSpec, float | None]:
@@ -195,26 +158,84 @@ def _agrees(estimator: str, spec: KLSpec) -> bool:
     return parse(estimator) == spec
 
 
-def _refuse_unserved(spec: KLSpec, args: Namespace) -> None:
-    in_reward = spec.placed("in_reward").estimator != "none"
-    if any(term.reward_norm == "group" for term in spec.terms):
-        raise SettingsError(
-            f"kl_type {spec}: reward_norm=group is verl's own order, and OpenRLHF has none like "
-            "it: its KL joins the advantages after group normalisation. Leave the option out"
+def _unserved(plan: Plan, args: Namespace) -> Iterator[str]:
+    """What OpenRLHF can't do, as the rest of a sentence that begins with the kl_type."""
+    if any(term.reward_norm == "group" for term in plan.spec.terms):
+        yield (
+            ": reward_norm=group is verl's own order, and OpenRLHF has none like it: its KL joins "
+            "the advantages after group normalisation. Leave the option out"
         )
-    estimator = read(args, "algo.advantage.estimator")
-    dividing = _dividing_by_length(args)
-    if in_reward and dividing and estimator not in GROUP_ESTIMATORS:
-        raise SettingsError(
-            f"kl_type {spec} with {flag(args, 'algo.advantage.estimator')} {estimator} and a "
-            f"policy loss that divides by the answer's length ({', '.join(dividing)}) would tilt "
-            "the optimum to long answers, and there is no group to take a baseline from. Leave "
-            f"that out, or use one of {', '.join(GROUP_ESTIMATORS)}, or k2_as_loss"
+    if "rollout_log_probs" in plan.spec.requires:
+        instead = "ratio=old" if plan.needs_reference else "reference=ref"
+        if _recorder(args) is None:
+            yield f" needs rollout log-probs, which this OpenRLHF does not record: use {instead}"
+        if not read(args, "vllm.num_engines"):
+            yield (
+                " needs rollout log-probs, which OpenRLHF records with vLLM only: set "
+                f"{flag(args, 'vllm.num_engines')}, or use {instead}"
+            )
+    if plan.is_active and not plan.needs_reference and plan.kl_ctrl != "fixed":
+        yield (
+            f" with --klplug.kl_ctrl {plan.kl_ctrl}: the controller holds a KL that is measured at "
+            "the start of a step, where the policy is the sampler itself. Use fixed"
         )
-    if "rollout_log_probs" in spec.requires and not read(args, "vllm.num_engines"):
-        raise SettingsError(
-            f"kl_type {spec} needs rollout log-probs, which OpenRLHF records with vLLM only: set "
-            f"{flag(args, 'vllm.num_engines')}, or use ratio=old"
+    loss = read(args, "actor.policy_loss_type", "ppo")
+    head = next((t.head for t in terms_of(plan.as_loss) if t.head != "separate"), None)
+    if head is not None and loss != "ppo":
+        yield (
+            f" with {flag(args, 'actor.policy_loss_type')} {loss}: head={head} has the ratio and "
+            f"clip of PPO's policy loss, one per token, and {loss} has others. Use ppo, or "
+            "head=separate"
+        )
+    yield from _unserved_in_reward(plan, args)
+    yield from _unserved_baselines(plan, args)
+
+
+def _unserved_in_reward(plan: Plan, args: Namespace) -> Iterator[str]:
+    name, estimator = flag(args, "algo.advantage.estimator"), read(args, "algo.advantage.estimator")
+    dividing = ", ".join(dividing_by_length(args))
+    if plan.in_reward.estimator == "none":
+        return
+    if dividing and estimator not in GROUP_ESTIMATORS:
+        yield (
+            f" with {name} {estimator} and a policy loss that divides by the answer's length "
+            f"({dividing}) would tilt the optimum to long answers, and there is no group to take "
+            f"a baseline from. Leave that out, or use one of {', '.join(GROUP_ESTIMATORS)}, or "
+            "k2_as_loss"
+        )
+    baseline = next((t.baseline for t in plan.in_reward.terms if t.baseline != "none"), None)
+    if baseline is None:
+        return
+    if dividing and baseline == "batch":
+        yield (
+            f" with {dividing}: baseline=batch is refused, as whole answers are compared with "
+            "the others of their group there already. Leave it out"
+        )
+    gamma = read(args, "algo.advantage.gamma")
+    if estimator == "gae" or (estimator == "reinforce" and gamma != 1):
+        discount = (
+            "" if estimator == "gae" else f" and {flag(args, 'algo.advantage.gamma')} {gamma:g}"
+        )
+        yield (
+            f" with {name} {estimator}{discount}: baseline={baseline} is a baseline on "
+            "undiscounted returns. Leave it out, or use another estimator"
+        )
+
+
+def _unserved_baselines(plan: Plan, args: Namespace) -> Iterator[str]:
+    baselines = [term for term in plan.spec.terms if term.baseline not in (None, "none")]
+    size = read(args, "rollout.n_samples_per_prompt")
+    if any(term.baseline == "group" for term in baselines) and size < 2:
+        yield (
+            f" with {flag(args, 'rollout.n_samples_per_prompt')} {size}: baseline=group compares "
+            "an answer with the others to its prompt. Sample at least 2, or use baseline=batch"
+        )
+    if sum(term.placement == "as_loss" for term in baselines) > 1:
+        yield ": OpenRLHF's samples carry one baseline. Leave it out of all terms but one"
+    if any(term.reference == "rollout" for term in baselines):
+        yield (
+            ": baseline with reference=rollout is refused: it is measured at the start of a step, "
+            "where the policy is the sampler itself. Leave it out"
         )
 
 

@@ -10,6 +10,7 @@ import wrapt
 # The modules of the hook table, which can't be imported here; a test compares them.
 MODULES = (
     "openrlhf.models.utils",
+    "openrlhf.models.loss",
     "openrlhf.trainer.ray.ppo_actor",
     "openrlhf.trainer.ppo_utils.experience_maker",
     "openrlhf.trainer.ppo_trainer",

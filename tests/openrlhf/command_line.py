@@ -20,6 +20,7 @@ from klplug_openrlhf.launcher import HOST_MODULE
 FLAT = options.FLAT | {
     "actor.adam.lr": "actor_learning_rate",
     "actor.entropy_coef": "entropy_loss_coef",
+    "actor.eps_clip_low_high": "eps_clip_low_high",
     "actor.lr_scheduler": "lr_scheduler",
     "actor.num_gpus_per_node": "actor_num_gpus_per_node",
     "actor.num_nodes": "actor_num_nodes",

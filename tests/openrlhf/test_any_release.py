@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from klplug_openrlhf import launcher
 from klplug_openrlhf.options import flag, read
-from klplug_openrlhf.settings import RECORDERS, Plan
+from klplug_openrlhf.plan import RECORDERS, Plan
 
 import klplug
 from tests import one_meaning
@@ -163,3 +164,33 @@ def test_options_are_found_wherever_they_lie() -> None:
     assert flag(flat, "algo.kl.use_loss") == "--use_kl_loss"
     assert flag(parsed, "algo.kl.use_loss") == "--algo.kl.use_loss"
     assert read(arguments(), "rollout.n_samples_per_prompt") == 4
+
+
+@pytest.mark.parametrize(("dtype", "log_ratio"), [(torch.bfloat16, -40.0), (torch.float32, -100.0)])
+def test_one_token_far_below_the_reference_does_not_decide_the_step(
+    dtype: torch.dtype, log_ratio: float, given: Given, patched: None
+) -> None:
+    """Stock k3 does nothing about it, or is nan for the whole batch (before 0.11.2, at -100).
+
+    Without a bound its derivative is all of the gradient; with one it is one token among others.
+    """
+    batch = one_meaning.batch()
+    moved = batch.log_probs.clone()
+    moved[0, 1] = batch.ref_log_probs[0, 1] + log_ratio
+    drifted = replace(batch, log_probs=moved.to(dtype), old_log_probs=moved.to(dtype))
+    without = given.gradient("none", drifted).float()
+
+    def kl_part(kl_type: str) -> torch.Tensor:
+        return given.gradient(kl_type, drifted).float() - without
+
+    stock = kl_part("stock:k3")
+    assert stock[0, 1].isnan() or stock[0, 1].abs() < 1e-6
+    plain, bounded = kl_part("k3_as_loss"), kl_part("k3_as_loss,bound=1")
+    assert plain[0, 1].abs() > 1e6 * plain.where(plain != plain[0, 1], 0.0).abs().max()
+    tokens = batch.response_mask.sum()
+    assert bounded[0, 1].item() == pytest.approx(-one_meaning.BETA / tokens.item(), rel=0.02)
+    rest = torch.ones_like(bounded, dtype=torch.bool)
+    rest[0, 1] = False
+    torch.testing.assert_close(
+        bounded[rest], kl_part("k3_as_loss")[rest].clamp(max=1), rtol=0.05, atol=1e-3
+    )

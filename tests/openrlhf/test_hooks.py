@@ -17,6 +17,7 @@ import pytest
 from klplug_openrlhf import worker
 from klplug_openrlhf.hooks import PATCH
 
+from klplug import parse
 from klplug.patching import Hook, HookError, Patch
 from recipes import cpu_shim
 
@@ -138,9 +139,10 @@ def test_the_launcher_refuses_a_doctored_openrlhf_before_anything_starts(tmp_pat
 
 
 def test_a_tensor_that_no_hook_supplies_is_named() -> None:
-    PATCH.check(["ref_log_probs", "old_log_probs", "rollout_log_probs"])
-    with pytest.raises(HookError, match="nothing supplies advantages"):
-        PATCH.check(["ref_log_probs", "advantages"])
+    every = "k2_as_loss,head=combined+k3_as_loss,ratio=rollout+k1_in_reward,baseline=group"
+    PATCH.check(parse(every).requires)
+    with pytest.raises(HookError, match="nothing supplies entropies"):
+        PATCH.check(["ref_log_probs", "entropies"])
 
 
 def test_a_missing_module_is_named() -> None:

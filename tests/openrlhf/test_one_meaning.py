@@ -38,7 +38,8 @@ def test_the_reward_means_what_the_core_means(
     given = one_meaning.batch()
     args = arguments()
     configure(args, kl_type, one_meaning.BETA)
-    change(args, "rollout.micro_batch_size", 2)
+    change(args, "rollout.micro_batch_size", 3)  # cuts a group
+    change(args, "rollout.n_samples_per_prompt", 2)
     answers = SimpleNamespace(policy=given.old_log_probs, reference=given.ref_log_probs)
     made = maker(args, answers, monkeypatch)  # type: ignore[arg-type]
     experiences = made.make_experience_batch(

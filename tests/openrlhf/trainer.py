@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from klplug import parse
 from tests import one_meaning
 from tests.openrlhf import command_line
 from tests.openrlhf.command_line import change
@@ -47,7 +49,8 @@ def configure(args: Any, kl: str, coef: float = 0.1) -> None:
     args.klplug = SimpleNamespace(kl_type=kl, kl_coef=None if none else coef)
     change(args, "algo.kl.estimator", kl)
     change(args, "algo.kl.unbiased_gradient", False)
-    change(args, "algo.kl.init_coef", 0.0 if none else coef)
+    reference = "ref_log_probs" in parse(kl).requires
+    change(args, "algo.kl.init_coef", coef if reference else 0.0)
 
 
 def tiny_model(folder: Path) -> Path:
@@ -80,14 +83,17 @@ class Recorded:
 
 def strategy_of_one(args: Any) -> Any:
     """OpenRLHF's strategy in a process group of this process alone."""
-    for name, value in {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29517",
-    }.items():
-        os.environ.setdefault(name, value)
+    if not torch.distributed.is_initialized():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(
+            RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_RANK="0",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
     from openrlhf.utils import get_strategy
 
     strategy = get_strategy(args)
@@ -115,7 +121,7 @@ class Given:
     """
 
     def __init__(self) -> None:
-        self.args = arguments()
+        self.args = arguments(actor__eps_clip_low_high=one_meaning.CLIP_RANGE)
         self.strategy = strategy_of_one(self.args)
         self.strategy.backward = lambda loss, *_: loss.backward()
         self.strategy.optimizer_step = lambda *args, **kwargs: None
@@ -142,14 +148,19 @@ class Given:
         configure(self.args, kl_type, one_meaning.BETA)
         log_probs = given.log_probs.clone().requires_grad_()
         shape = (log_probs.shape[0], log_probs.shape[1] + 1)
+        spec = None if kl_type.startswith("stock:") else parse(kl_type)
+        reference = given.ref_log_probs
+        if spec is not None and spec.requires == ("rollout_log_probs",):
+            reference = given.rollout_log_probs  # as the experience maker does it
         experience = Experience(
             sequences=torch.ones(shape, dtype=torch.long),
             attention_mask=torch.ones(shape, dtype=torch.long),
             action_mask=given.response_mask.long(),
             action_log_probs=given.old_log_probs,
-            base_action_log_probs=given.ref_log_probs,
+            base_action_log_probs=reference,
             rollout_log_probs=given.rollout_log_probs,
             advantages=given.advantages,
+            kl=None if spec is None else one_meaning.return_baseline(str(spec), given),
             info={"klplug/active": torch.ones(shape[0])},
         )
         self.trainer(Policy(log_probs)).training_step(experience, one_meaning.BETA, 0)
