@@ -56,11 +56,11 @@ test-core: .venv
 
 test-openrlhf: .venv-openrlhf
 	KLPLUG_TEST_HOSTS=openrlhf .venv-openrlhf/bin/python -m pytest -q -m 'not slow' tests/recipes tests/openrlhf
-	KLPLUG_TEST_HOSTS=openrlhf .venv-openrlhf/bin/python -m pytest -q -m slow tests/openrlhf
+	KLPLUG_TEST_HOSTS=openrlhf .venv-openrlhf/bin/python -m pytest -q -m slow tests/openrlhf tests/cluster
 
 test-verl: .venv-verl
 	KLPLUG_TEST_HOSTS=verl .venv-verl/bin/python -m pytest -q -m 'not slow' tests/verl
-	KLPLUG_TEST_HOSTS=verl .venv-verl/bin/python -m pytest -q -m slow tests/verl
+	KLPLUG_TEST_HOSTS=verl .venv-verl/bin/python -m pytest -q -m slow tests/verl tests/cluster
 
 .PHONY: test-latest
 test-latest: $(TEST_HOSTS:%=.venv-%)

@@ -109,7 +109,14 @@ def written_options(parser: ArgumentParser) -> Namespace:
 def init_ray(
     original: Callable[..., Any], _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """``ray.init`` with klplug's worker hook in the runtime environment, beside the host's own."""
+    """``ray.init`` with klplug's worker hook in the runtime environment, beside the host's own.
+
+    Then every node is asked for klplug: on one that lacks it each worker would die of the hook,
+    with a page of Ray's own.
+    """
+    from klplug.cluster import check_nodes
+    from klplug.host import SettingsError
+
     runtime_env = dict(kwargs.pop("runtime_env", None) or {})
     present = runtime_env.get("worker_process_setup_hook") or _job_setup_hook()
     if present not in (None, SETUP_HOOK):
@@ -119,7 +126,12 @@ def init_ray(
         )
     if present is None:
         runtime_env["worker_process_setup_hook"] = SETUP_HOOK
-    return original(*args, runtime_env=runtime_env, **kwargs)
+    context = original(*args, runtime_env=runtime_env, **kwargs)
+    try:
+        check_nodes("openrlhf", SETUP_HOOK.rpartition(".")[0])
+    except SettingsError as error:
+        fail(str(error))
+    return context
 
 
 def _job_setup_hook() -> str | None:
