@@ -1,20 +1,20 @@
 """Memory and time of a recipe before it has run: estimates, printed with their formulas.
 
 Nothing here was measured. The constants below are what the formulas assume; a run's own log says
-what holds.
+what holds. `python -m recipes.estimates` prints the table of the README.
 """
 
 from dataclasses import dataclass
 
-from recipes.recipe import Recipe, Shape
+from recipes.recipe import Recipe, Shape, load, names
 
 GIB = 2**30
 # An H100's dense bf16 rate and memory bandwidth, by its data sheet, and the shares assumed of them.
 PEAK_FLOPS = 989e12
 BANDWIDTH = 3.35e12
-TRAINING_UTILISATION = 0.35
-BANDWIDTH_UTILISATION = 0.5
-SEQUENCES_AT_ONCE = 256  # that vLLM decodes together, per engine
+TRAINING_UTILISATION = 0.25  # padding included
+BANDWIDTH_UTILISATION = 0.4
+AT_ONCE = 256  # answers that a vLLM engine decodes together
 # Bytes of bf16 working memory of one decoder layer, per token and hidden unit.
 LAYER_BYTES = 34
 # bf16 logits, their fp32 log-probabilities, and the gradient of both.
@@ -141,27 +141,30 @@ def memory(recipe: Recipe, host: str) -> list[Estimate]:
 
 def time(recipe: Recipe) -> list[Estimate]:
     """Of a rollout with its updates, and of the whole run."""
-    size = parameters(recipe.shape)
-    new = recipe.answers * recipe.mean_new_tokens
-    # The prompt is much shorter than it may be.
-    tokens = new + recipe.answers * recipe.max_prompt_tokens // 4
-    engines = recipe.gpus // recipe.rollout_tensor_parallel
-    waves = recipe.answers / engines / SEQUENCES_AT_ONCE
-    per_token = 2 * size / recipe.rollout_tensor_parallel / (BANDWIDTH * BANDWIDTH_UTILISATION)
+    shape, size = recipe.shape, parameters(recipe.shape)
+    prompt = recipe.max_prompt_tokens // 4  # most are far shorter than they may be
+    parts = recipe.rollout_tensor_parallel
+    engines = recipe.gpus // parts
+    waves = recipe.answers / engines / AT_ONCE
+    steps = max(waves - 1, 0) * recipe.mean_new_tokens + recipe.max_new_tokens
+    head = shape.hidden_size // shape.num_attention_heads
+    cache = 4 * shape.num_hidden_layers * shape.num_key_value_heads * head
+    held_tokens = min(waves, 1) * AT_ONCE * (prompt + recipe.mean_new_tokens // 2)
     generating = Estimate(
         "generation",
-        f"{recipe.answers} answers / {engines} engines / {SEQUENCES_AT_ONCE} at once, at least 1, "
-        f"x {recipe.mean_new_tokens} tokens (assumed mean) x 2 P bytes / "
+        f"{steps:.0f} decoding steps ({recipe.answers} answers, {engines} engines, {AT_ONCE} at "
+        f"once, {recipe.mean_new_tokens} tokens each as a guess, one of full length) x (2 P + "
+        f"{held_tokens:.0f} tokens x {cache} bytes of cache) / {parts} / "
         f"({BANDWIDTH_UTILISATION:g} of {BANDWIDTH / 1e12:g} TB/s)",
-        max(waves, 1) * recipe.mean_new_tokens * per_token,
+        steps * (2 * size + held_tokens * cache) / parts / (BANDWIDTH * BANDWIDTH_UTILISATION),
         "s",
     )
-    rate = recipe.gpus * PEAK_FLOPS * TRAINING_UTILISATION
+    tokens = recipe.answers * (prompt + recipe.mean_new_tokens)
     training = Estimate(
         "log-probs and updates",
-        f"(8 + 2 x 2) P x {tokens} tokens (update with recomputation; old policy; reference) / "
+        f"(8 + 2 + 2) P x {tokens} tokens (update with recomputation, old policy, reference) / "
         f"({recipe.gpus} x {TRAINING_UTILISATION:g} of {PEAK_FLOPS / 1e12:g} TFLOP/s)",
-        12 * size * tokens / rate,
+        12 * size * tokens / (recipe.gpus * PEAK_FLOPS * TRAINING_UTILISATION),
         "s",
     )
     step = generating.value + training.value
@@ -172,3 +175,26 @@ def time(recipe: Recipe) -> list[Estimate]:
         "h",
     )
     return [generating, training, whole]
+
+
+def markdown_table() -> str:
+    """Every recipe, a line for each of its hosts; the last column is for whoever has measured."""
+    lines = [
+        "| recipe | host | GPUs | KL | steps | GiB per GPU, estimated: training, generating "
+        "| hours on H100s, estimated | measured |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for recipe in map(load, names()):
+        for host in recipe.hosts:
+            *_, training, rollout = memory(recipe, host)
+            nodes = f"{recipe.nodes} x " if recipe.nodes > 1 else ""
+            lines.append(
+                f"| `{recipe.name}` | {host} | {nodes}{recipe.gpus_per_node} x {recipe.gpu_gib} GB "
+                f"| {recipe.kl_type}, {recipe.kl_coef:g} | {recipe.steps} "
+                f"| {training.value:.0f}, {rollout.value:.0f} | {time(recipe)[-1].value:.1f} | |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown_table())

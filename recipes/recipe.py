@@ -8,6 +8,7 @@ its section, in its own words.
 import difflib
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from recipes.quickstart.settings import SettingsError, canonical_kl_type
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 HOSTS = ("openrlhf", "verl")
+KEPT_CHECKPOINTS = 3
 
 
 class RecipeError(ValueError):
@@ -147,7 +149,8 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(own, dict):
         raise RecipeError(f"{path}: a mapping is needed, not {type(own).__name__}")
     merged: dict[str, Any] = {}
-    for name in own.pop("include", []):
+    included_names = own.pop("include", [])
+    for name in [included_names] if isinstance(included_names, str) else included_names:
         included = CONFIGS / f"{name}.yaml"
         if not included.is_file():
             raise RecipeError(f"{path}: include {name!r}: there is no {included}")
@@ -199,17 +202,29 @@ def check_keys(written: Any, kind: type, path: Path, prefix: str = "") -> None:
                 f"{path}: unknown key {prefix}{key}.{hint} Known: {', '.join(known)}. "
                 "What only one host knows goes into its section, openrlhf or verl"
             )
-        if known[key].type in (int, float) and not is_number(value, known[key].type):
-            kind_name = "a whole number" if known[key].type is int else "a number"
-            raise RecipeError(f"{path}: {prefix}{key}={value!r} must be {kind_name}")
+        written[key] = of_type(value, known[key].type, f"{path}: {prefix}{key}")
     needed = (f for f in known.values() if f.default is f.default_factory is MISSING)
     missing = [f"{prefix}{f.name}" for f in needed if f.name not in written]
     if missing:
         raise RecipeError(f"{path}: missing: {', '.join(missing)}")
 
 
-def is_number(value: Any, kind: type) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int if kind is int else (int, float))
+def of_type(value: Any, kind: Any, place: str) -> Any:
+    """The value; a number that YAML takes for text, as it does 1e-6, made one.
+
+    Raises:
+        RecipeError: It is of another type.
+    """
+    if kind == float | None:
+        return value if value is None else of_type(value, float, place)
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with suppress(ValueError):
+            return float(value)
+    is_right = {float: False, int: type(value) is int, Mapping[str, Any]: isinstance(value, dict)}
+    if is_right.get(kind, True):
+        return value
+    needed = {int: "a whole number", float: "a number"}.get(kind, "a mapping")
+    raise RecipeError(f"{place}={value!r} must be {needed}")
 
 
 def checked(recipe: Recipe) -> Recipe:

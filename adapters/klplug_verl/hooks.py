@@ -25,8 +25,7 @@ from torch import Tensor
 
 import klplug
 from klplug import KLSpec, Tally, kl_term, parse, reward_to_go
-from klplug.cluster import after_ray_init, check_nodes
-from klplug.host import MeasuredController, SettingsError, announce
+from klplug.host import MeasuredController, announce
 from klplug.patching import Hook, HookError, Patch
 from klplug_verl.settings import LOSS_TYPE, Plan, derive, is_stock
 
@@ -57,7 +56,6 @@ def auto_set_device(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
         line = derive(config, written_overrides())
         if line is not None:
             _check(config)
-            after_ray_init(check_cluster)
     except (ValueError, HookError) as error:
         # As argparse does; Hydra would print a page of traceback.
         print(f"klplug: error: {error}", file=sys.stderr, flush=True)
@@ -67,15 +65,6 @@ def auto_set_device(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     )
     print(unused if line is None else line, flush=True)
     return result
-
-
-def check_cluster() -> None:
-    """Stop unless verl finds klplug on every node of the cluster that it has just connected to."""
-    try:
-        check_nodes("verl", __name__)
-    except SettingsError as error:
-        print(f"klplug: error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
 
 
 def written_overrides() -> dict[str, Any]:

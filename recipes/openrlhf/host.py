@@ -13,7 +13,7 @@ from unittest import mock
 
 from recipes.quickstart import reward
 from recipes.quickstart.openrlhf import kl_arguments
-from recipes.recipe import Recipe, RecipeError
+from recipes.recipe import KEPT_CHECKPOINTS, Recipe, RecipeError
 
 NAME = "openrlhf"
 PACKAGES = ("openrlhf", "klplug_openrlhf", "math_verify")
@@ -67,6 +67,7 @@ def command(recipe: Recipe, data: Path, out: Path) -> list[str]:
         "ckpt.output_dir": out / "policy",
         "ckpt.path": out / "checkpoints",
         "ckpt.save_steps": recipe.save_every,
+        "ckpt.max_num": KEPT_CHECKPOINTS,
         "ckpt.load_enable": True,
         "logger.tensorboard_dir": out / "tensorboard",
         **recipe.openrlhf,

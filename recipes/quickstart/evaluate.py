@@ -74,8 +74,9 @@ def answers(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
     rows = [tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
     width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    device = model.device
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
 
     # Spelled out, since a folder's generation_config may hold top_k, top_p or a penalty.
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -92,7 +93,7 @@ def answers(
         model.generation_config = stored
 
     response = sequences[:, width:]
-    is_eos = torch.isin(response, torch.tensor(eos))
+    is_eos = torch.isin(response, torch.tensor(eos, device=device))
     response_mask = (is_eos.cumsum(-1) - is_eos.long() == 0).long()  # pad may be eos
     texts = [
         tokenizer.decode(row[kept.bool()], skip_special_tokens=False)

@@ -9,7 +9,7 @@ from unittest import mock
 
 from recipes.quickstart import reward
 from recipes.quickstart.verl import kl_overrides
-from recipes.recipe import Recipe, RecipeError
+from recipes.recipe import KEPT_CHECKPOINTS, Recipe, RecipeError
 
 NAME = "verl"
 PACKAGES = ("verl", "klplug_verl", "math_verify")
@@ -70,13 +70,17 @@ def command(recipe: Recipe, data: Path, out: Path) -> list[str]:
         "trainer.project_name": "klplug",
         "trainer.experiment_name": recipe.name,
         "trainer.default_local_dir": out / "checkpoints",
+        "trainer.max_actor_ckpt_to_keep": KEPT_CHECKPOINTS,
         "trainer.resume_mode": "auto",
         # Hydra keeps no log of its own beside the run's.
         "hydra.run.dir": ".",
         "hydra.output_subdir": "null",
         "hydra/job_logging": "none",
-        **own,
     }
+    if "model_engine" not in groups:  # Megatron's checkpoints are in that form by themselves
+        options[f"{actor}.checkpoint.save_contents"] = "[model,optimizer,extra,hf_model]"
+        options[f"{actor}.checkpoint.load_contents"] = "[model,optimizer,extra]"
+    options |= own
     written = [f"{key}={value}" for key, value in {**groups, **options}.items()]
     return [MODULE, *kl_overrides(recipe), *written]
 

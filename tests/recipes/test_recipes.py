@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -16,7 +17,7 @@ import torch
 pytest.importorskip("math_verify", reason="the recipes extra is not installed")
 
 from recipes import cpu_shim, launch
-from recipes.estimates import GIB, held, memory, parameters, time
+from recipes.estimates import GIB, held, markdown_table, memory, parameters, time
 from recipes.openrlhf import host
 from recipes.quickstart.reward import compute_score, reward_func
 from recipes.recipe import CONFIGS, RecipeError, load, names
@@ -53,8 +54,10 @@ def test_the_recipes_that_are_promised() -> None:
 def test_a_file_includes_others_and_its_own_keys_win(tmp_path) -> None:
     path = written(
         tmp_path / "mine.yaml",
-        f"include: [{GSM8K}]\nnodes: 2\nprompts: 64\nopenrlhf: {{ds.adam_offload: true}}\n",
+        f"include: {GSM8K}\nnodes: 2\nprompts: 64\nopenrlhf: {{ds.adam_offload: true}}\n"
+        "learning_rate: 2e-6\n",  # text to YAML, which wants 2.0e-6
     )
+    assert load(path).learning_rate == 2e-6
     mine, base = load(path), load(GSM8K)
     assert (mine.name, mine.gpus, mine.prompts) == ("mine", 2, 64)
     assert mine.openrlhf == {**base.openrlhf, "ds.adam_offload": True}
@@ -65,6 +68,9 @@ BAD_FILES = [
     ("promts: 64", r"mine\.yaml: unknown key promts\. Did you mean prompts\?"),
     ("prompts: many", "prompts='many' must be a whole number"),
     ("prompts: 1.5", "prompts=1.5 must be a whole number"),
+    ("prompts: true", "prompts=True must be a whole number"),
+    ("kl_coef: strong", "kl_coef='strong' must be a number"),
+    ("openrlhf: zero", "openrlhf='zero' must be a mapping"),
     ("shape: {hidden: 5}", "unknown key shape.hidden"),
     ("samples: 1", "samples=1: a group needs at least 2"),
     ("updates: 3", "updates=3 does not divide prompts=128"),
@@ -172,7 +178,9 @@ def test_a_variable_that_cannot_be_is_refused(data, started, tmp_path, variables
 
 def test_too_few_gpus_and_missing_data_are_said_first(data, started, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    with pytest.raises(RecipeError, match="needs 8 GPUs of 80 GB, and this machine has 4"):
+    with pytest.raises(
+        RecipeError, match="needs 8 GPUs of 80 GB on each of 1 nodes, and this one has 4"
+    ):
         run(data, tmp_path / "run", name="qwen2.5-math-7b-gsm8k")
     with pytest.raises(RecipeError, match=r"python -m recipes\.data gsm8k --to openrlhf --out"):
         run(tmp_path / "nothing", tmp_path / "run")
@@ -227,8 +235,18 @@ def test_time_is_that_of_the_steps() -> None:
     generating, training, whole = time(recipe)
     step = generating.value + training.value
     assert whole.value == pytest.approx(3 * (7473 // 128) * step / 3600)
-    longer = time(replace(recipe, mean_new_tokens=2 * recipe.mean_new_tokens))
-    assert longer[0].value == pytest.approx(2 * generating.value)
+    # 1024 answers, one engine, 256 at once: four waves, the last as long as the longest answer;
+    # 28 layers, 2 heads of 128 for keys and values, 2 bytes each.
+    per_step = 2 * parameters(recipe.shape) + 256 * (512 // 4 + 150) * 2 * 2 * 28 * 2 * 128
+    expected = (3 * 300 + 1024) * per_step / (0.4 * 3.35e12)
+    assert generating.value == pytest.approx(expected)
+    twice = time(replace(recipe, gpus_per_node=2))
+    assert twice[1].value == pytest.approx(training.value / 2)
+
+
+def test_the_readmes_table_is_the_recipes() -> None:
+    readme = (ROOT / "recipes" / "README.md").read_text("utf-8")
+    assert markdown_table() in readme, "run: python -m recipes.estimates, and paste it"
 
 
 # Both hosts
@@ -246,77 +264,75 @@ def test_both_hosts_have_one_reward() -> None:
         assert reward_func(["q" + response], ["q"], ["0.5"])["rewards"].tolist() == [right]
 
 
-COMPOSE = """
-import json, multiprocessing, sys
-from pathlib import Path
+DRY_RUNS = """
+import contextlib, io, json, multiprocessing, os, sys
 from recipes import launch
 from recipes.openrlhf import host
-from recipes.recipe import RecipeError, load
 import openrlhf.cli.train_ppo_ray, klplug_openrlhf.launcher
 
-def composed(case):
+def dry_run(case):
     name, words, variables = case
-    recipe = launch.chosen(host, load(name), variables)
-    try:
-        return host.common(host.compose([*host.command(recipe, data, data / "run"), *words]))
-    except RecipeError as error:
-        return str(error)
+    os.environ.update(variables, DRY_RUN="1")
+    found, common = [], host.common
+    host.common = lambda args: found.append(common(args)) or found[-1]
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = launch.main(host, [name, *words])
+    return status, said.getvalue(), found
 
-data = Path(sys.argv[1])
 # Each in a process of its own: klplug's launcher patches argparse for good.
 with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-    results = pool.map(composed, json.loads(sys.argv[2]), chunksize=1)
+    results = pool.map(dry_run, json.loads(sys.argv[1]), chunksize=1)
 print("\\n" + json.dumps(results))
 """
 
 
 def test_openrlhf_reads_every_recipe_as_it_is_meant(data) -> None:
-    """Its own CLI, all its assertions, klplug's launcher: up to train(args)."""
+    """Dry runs: its own CLI, all its assertions, klplug's launcher, up to train(args)."""
     recipes = [recipe for recipe in map(load, names()) if "openrlhf" in recipe.hosts]
     cases = [(recipe.name, [], {}) for recipe in recipes]
     others = [{"KL_TYPE": "k1_in_reward", "KL_COEF": "0.05"}, {"KL_TYPE": "none"}]
     others += [{"KL_TYPE": "stock:k3"}]
     cases += [(GSM8K, [], variables) for variables in others]
     expected = [launch.chosen(host, load(name), v).common() for name, _, v in cases]
-    wrong = ["--ds.zero_stge", "3"]
-    group = ["--rollout.n_samples_per_prompt", "1"]
-    cases += [(GSM8K, wrong, {}), (GSM8K, group, {})]
+    cases += [(GSM8K, ["--ds.zero_stge", "3"], {})]
+    cases += [(GSM8K, ["--rollout.n_samples_per_prompt", "1"], {})]
     done = subprocess.run(
-        [sys.executable, "-c", COMPOSE, str(data), json.dumps(cases)],
-        cwd=ROOT,
-        env={**os.environ, **cpu_shim.environment("openrlhf")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    *found, unknown, assertion = json.loads(done.stdout.splitlines()[-1])
-    assert found == json.loads(json.dumps(expected))
-    assert "unrecognized arguments: --ds.zero_stge" in unknown
-    assert "Did you mean --ds.zero_stage?" in unknown
-    assert "group_norm requires n_samples_per_prompt > 1" in assertion
-    assert not (data / "run").exists()
-
-
-def test_a_dry_run_prints_it_all(data) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "recipes.openrlhf", PAPER],
+        [sys.executable, "-c", DRY_RUNS, json.dumps(cases)],
         cwd=ROOT,
         env={
             **os.environ,
             **cpu_shim.environment("openrlhf"),
-            **{"DRY_RUN": "1", "DATA": str(data), "OUT": str(data / "run")},
+            **{"DATA": str(data), "OUT": str(data / "run")},
         },
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    command, *rest = done.stdout.splitlines()
-    assert command.startswith("python -m klplug_openrlhf --klplug.kl_type k2_as_loss")
-    assert "--klplug.kl_coef 0.5 " in command
-    text = "\n".join(rest)
-    assert "memory, estimated, not measured" in text and "16 P" not in text
-    assert "2 P + 2 P / 1 + 12 P / 1 (ZeRO-2" in text and "T = 2 answers" in text
-    assert "kl_type              k2_as_loss" in text
+    *good, unknown, assertion = json.loads(done.stdout.splitlines()[-1])
+    assert [found for _, _, found in good] == json.loads(json.dumps([[e] for e in expected]))
+    assert {status for status, _, _ in good} == {0}
+    assert unknown[0] == assertion[0] == 2
+    assert "unrecognized arguments: --ds.zero_stge 3. Did you mean --ds.zero_stage?" in unknown[1]
+    assert "group_norm requires n_samples_per_prompt > 1" in assertion[1]
     assert not (data / "run").exists()
+
+    said = next(
+        said for (name, *_), (_, said, _) in zip(cases, good, strict=False) if name == PAPER
+    )
+    assert said.startswith("python -m klplug_openrlhf --klplug.kl_type k2_as_loss")
+    assert "--klplug.kl_coef 0.5 " in said
+    assert "memory, estimated, not measured" in said and "time, estimated" in said
+    assert "2 P + 2 P / 1 + 12 P / 1 (ZeRO-2" in said and "T = 2 answers" in said
+    assert "kl_type              k2_as_loss" in said
+
+
+@pytest.mark.parametrize("name", ["openrlhf", "verl"])
+def test_without_a_recipe_they_are_listed(name: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", [f"recipes.{name}"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"recipes.{name}", run_name="__main__")
+    assert ended.value.code == 0
+    listed = capsys.readouterr().out.split()
+    assert (GSM8K in listed) and ("qwen2.5-math-7b-math-megatron" in listed) == (name == "verl")

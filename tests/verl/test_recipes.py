@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from recipes import launch
-from recipes.recipe import RecipeError, load, names
+from recipes.recipe import Recipe, RecipeError, load, names
 from recipes.verl import host
 
 RECIPES = [recipe for recipe in map(load, names()) if "verl" in recipe.hosts]
@@ -28,14 +28,25 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
-def test_verl_reads_a_recipe_as_it_is_meant(recipe, data: Path) -> None:
-    """Hydra's composition, klplug's plugin, validate_config; the same is asked of OpenRLHF."""
-    config = host.compose(host.command(recipe, data, data / "run"))
+def test_verl_reads_a_recipe_as_it_is_meant(
+    recipe: Recipe, data: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Dry runs: Hydra, klplug's plugin, validate_config; the same is asked of OpenRLHF."""
+    found, compose = [], host.compose
+    monkeypatch.setattr(host, "compose", lambda words: found.append(compose(words)) or found[-1])
+    out = data / "run"
+    launch.launch(host, recipe.name, [], {"DRY_RUN": "1", "DATA": str(data), "OUT": str(out)})
+    (config,) = found
     assert host.common(config) == recipe.common()
     engine = recipe.verl.get("model_engine", "dp")
     assert config.actor_rollout_ref.actor.strategy == {"dp": "fsdp2"}.get(engine, engine)
     assert config.actor_rollout_ref.ref.strategy == config.actor_rollout_ref.actor.strategy
-    assert not (data / "run").exists()
+    said = capfd.readouterr().out
+    assert said.startswith("python -m verl.trainer.main_ppo ")
+    assert "memory, estimated, not measured" in said
+    assert {"dp": "(FSDP2:", "megatron": "(Megatron:"}[engine] in said
+    assert f"kl_coef              {recipe.kl_coef}" in said
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -48,7 +59,7 @@ def test_verl_reads_a_recipe_as_it_is_meant(recipe, data: Path) -> None:
     ],
     ids=lambda variables: variables["KL_TYPE"],
 )
-def test_another_kl(variables, data: Path) -> None:
+def test_another_kl(variables: dict[str, str], data: Path) -> None:
     recipe = launch.chosen(host, load(GSM8K), variables)
     found = host.common(host.compose(host.command(recipe, data, data / "run")))
     assert found == recipe.common()
@@ -60,14 +71,6 @@ def test_what_verl_does_not_know_is_refused(data: Path) -> None:
         host.compose([*command, "data.train_batch_sise=3"])
     with pytest.raises(RecipeError, match=r"train_batch_size \(64\) must be >= actor.ppo_mini"):
         host.compose([*command, "data.train_batch_size=64"])
-
-
-def test_a_dry_run_prints_it_all(data: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    launch.launch(host, GSM8K, ["trainer.total_epochs=5"], {"DRY_RUN": "1", "DATA": str(data)})
-    out = capfd.readouterr().out
-    assert out.startswith("python -m verl.trainer.main_ppo +klplug.kl_type=k2_as_loss")
-    assert "16 P / 1 (FSDP2" in out and "memory, estimated, not measured" in out
-    assert "episodes             5" in out
 
 
 def test_the_reward_is_found_by_verl(data: Path) -> None:

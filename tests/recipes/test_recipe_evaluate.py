@@ -1,0 +1,214 @@
+"""`python -m recipes.evaluate`: the metrics by hand, and real policies on a handful of rows."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers", reason="no transformers here: it comes with a host")
+pytest.importorskip("math_verify", reason="the recipes extra is not installed")
+
+from recipes import evaluate as module
+from recipes.data import EVALUATION, INSTRUCTION, Problem
+from recipes.evaluate import final_answer, ks, main, majority, pass_at, record, wilson
+from recipes.quickstart.problems import problems, write_rows
+from recipes.quickstart.settings import CACHE, HERE
+from recipes.quickstart.smollm2 import FOLDER
+
+POLICY = HERE / "policy"
+SMOLLM2 = CACHE / "models" / FOLDER
+FIXTURES = Path(__file__).parent / "fixtures"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+# The metrics
+
+
+@pytest.mark.parametrize(("samples", "right"), [(5, 0), (5, 2), (6, 5), (4, 4)])
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one(samples: int, right: int) -> None:
+    verdicts = [True] * right + [False] * (samples - right)
+    for k in range(1, samples + 1):
+        draws = list(itertools.combinations(verdicts, k))
+        assert pass_at(k, right, samples) == pytest.approx(statistics.mean(map(any, draws)))
+
+
+def test_wilsons_interval() -> None:
+    z = statistics.NormalDist().inv_cdf(0.975)
+    # At p = 1/2 the interval is 1/2 -+ z / (2 sqrt(n + z^2)).
+    half = z / (2 * (4 + z**2) ** 0.5)
+    assert wilson(0.5, 4) == (pytest.approx(0.5 - half), pytest.approx(0.5 + half))
+    assert wilson(0.0, 4)[0] == 0.0 and wilson(1.0, 4)[1] == pytest.approx(1.0)
+    # At p = 0 the upper end is z^2 / (n + z^2).
+    assert wilson(0.0, 500)[1] == pytest.approx(z**2 / (500 + z**2))
+
+
+def test_ks_are_powers_of_two_and_the_number_itself() -> None:
+    assert [ks(n) for n in (1, 4, 6)] == [[1], [1, 2, 4], [1, 2, 4, 6]]
+
+
+VOTES = [
+    ([r"\boxed{3}", r"\boxed{4}", r"so \boxed{4}"], 1),
+    ([r"\boxed{0.5}", r"\boxed{2}", r"\boxed{\frac{1}{2}}"], 0),
+    (["#### 7", "I say 8", "it is 7."], 0),
+    ([r"\boxed{1}", r"\boxed{2}"], 0),
+    (["", "no idea", r"\boxed{2}"], 2),
+    (["", "no idea"], None),
+]
+
+
+@pytest.mark.parametrize(("responses", "place"), VOTES)
+def test_the_majority(responses: list[str], place: int | None) -> None:
+    assert majority(responses) == place
+
+
+def test_final_answers() -> None:
+    assert final_answer(r"\boxed{\frac{1}{2}}, surely<|im_end|> 7") == r"\frac{1}{2}"
+    assert final_answer("2+2=4\n#### 4\nmore") == "4"
+    assert final_answer("it costs 12.50.") == "12.50"
+    assert final_answer("nothing") == ""
+
+
+def test_a_record_has_every_verdict() -> None:
+    texts = [r"\boxed{6}", r"\boxed{5}", r"\boxed{\frac{12}{2}}"]
+    made = record(Problem("q?", "6"), r"\boxed{5}", texts)
+    assert made["greedy"]["right"] is False and made["majority_right"] is True
+    assert [sample["right"] for sample in made["samples"]] == [True, False, True]
+    hopeless = record(Problem("q?", r"\sum_{i=1}^{10^{9}} i!"), r"\boxed{5}", [])
+    assert hopeless["gradable"] is False and "samples" not in hopeless
+
+
+# Whole evaluations
+
+
+def words(tmp_path: Path, count: int) -> str:
+    write_rows(tmp_path / "words.jsonl", problems("test", count, 0))
+    return str(tmp_path / "words.jsonl")
+
+
+def arguments(data: str, out: Path, **own: Any) -> list[str]:
+    """The quickstart's policy, asked as it was trained."""
+    options = {"instruction": "", "max_new_tokens": 48, "samples": 8, "batch_size": 8, **own}
+    flags = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+    engine = ["--engine", "transformers"]
+    return [str(POLICY), "--data", data, "--out", str(out), *engine, *flags]
+
+
+def files(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    records = (out / "records.jsonl").read_text("utf-8").splitlines()
+    return json.loads((out / "summary.json").read_text()), list(map(json.loads, records))
+
+
+def test_the_quickstarts_policy(tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    assert main(arguments(words(tmp_path, 32), out)) == 0
+    summary, records = files(out)
+    means = {name: metric["mean"] for name, metric in summary["metrics"].items()}
+    # Its card: 63.8 % greedy, 53 % sampled.
+    assert 0.4 < means["greedy"] < 0.9 and 0.3 < means["pass@1"] < 0.8
+    assert means["pass@1"] < means["pass@2"] < means["pass@4"] < means["pass@8"]
+    assert means["majority@8"] >= means["pass@1"]
+    assert len(records) == 32
+    assert means["greedy"] == statistics.mean(r["greedy"]["right"] for r in records)
+    for metric in summary["metrics"].values():
+        low, high = metric["interval"]
+        assert 0 <= low < metric["mean"] < high <= 1
+    assert "95 % interval" in capsys.readouterr().out
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_the_same(tmp_path, monkeypatch) -> None:
+    data, out = words(tmp_path, 12), tmp_path / "out"
+    own = {"samples": 2, "batch_size": 4}
+    assert main(arguments(data, tmp_path / "whole", **own)) == 0
+    answers, calls = module.Transformers.answers, []
+
+    def interrupted(self, *args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return answers(self, *args)
+
+    monkeypatch.setattr(module.Transformers, "answers", interrupted)
+    assert main(arguments(data, out, **own)) == 130
+    with (out / "records.jsonl").open("a") as file:
+        file.write('{"question": "torn')
+    calls.clear()
+    assert main(arguments(data, out, **own)) == 0
+    assert len(calls) == 2, "two of three batches were there"
+    assert files(out) == files(tmp_path / "whole")
+    calls.clear()
+    assert main(arguments(data, out, **own)) == 0
+    assert not calls
+    assert main(arguments(data, out, samples=4, batch_size=4)) == 2
+
+
+@pytest.mark.parametrize("name", EVALUATION)
+def test_every_benchmark_in_its_own_schema(name: str, tmp_path) -> None:
+    file = {"gsm8k": "gsm8k_test"}.get(name, name)
+    own = {"file": FIXTURES / f"{file}.jsonl", "samples": 0, "max_new_tokens": 4}
+    assert main(arguments(name, tmp_path / "out", **own)) == 0
+    summary, records = files(tmp_path / "out")
+    assert set(summary["metrics"]) == {"greedy"} and len(records) == 2
+
+
+def test_smollm2_on_real_rows_of_math_500(tmp_path) -> None:
+    if not SMOLLM2.is_dir() or not SHARED.is_dir():
+        pytest.skip("no SmolLM2 in the cache, or no local copy of MATH-500 beside the repository")
+    own = {"file": SHARED / "math500.json", "n": 2, "samples": 2, "max_new_tokens": 16}
+    words = arguments("math500", tmp_path / "out", **own, instruction=INSTRUCTION)
+    assert main([str(SMOLLM2), *words[1:]]) == 0
+    summary, records = files(tmp_path / "out")
+    assert [r["answer"] for r in records] == [r"\left( 3, \frac{\pi}{2} \right)", "p - q"]
+    assert all(len(r["samples"]) == 2 and r["greedy"]["text"] for r in records)
+    assert set(summary["metrics"]) == {"greedy", "pass@1", "pass@2", "majority@2"}
+
+
+# What is refused
+
+
+BAD = [
+    (["--n", "0"], "--n 0: at least 1"),
+    (["--samples", "-1"], "--samples -1: 0"),
+    (["--temperature", "0"], "--temperature 0: above 0"),
+    (["--top-p", "1.5"], "--top-p 1.5: above 0 and at most 1"),
+    (["--top-p", "0.9"], "--top-p 0.9: transformers samples with 1"),
+    (["--data", "math501"], "--data math501: there are math500, gsm8k, aime24, amc23, or a file"),
+    (["--question", "problem", "--data", "math500"], "are for a FILE, not for math500"),
+    (["--file", "x.jsonl"], "--file is for math500"),
+]
+
+
+@pytest.mark.parametrize(("own", "message"), BAD)
+def test_what_cannot_be_is_said(tmp_path, capsys, own: list[str], message: str) -> None:
+    assert main([*arguments(words(tmp_path, 2), tmp_path / "out"), *own]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "records.jsonl").exists() or "top-p" in message
+
+
+def test_a_model_and_a_folder_that_cannot_be_are_said(tmp_path, capsys) -> None:
+    data, out = words(tmp_path, 2), tmp_path / "out"
+    assert main([str(tmp_path / "nowhere"), *arguments(data, out)[1:]]) == 2
+    assert re.search(r"MODEL=.*nowhere: no such folder", capsys.readouterr().err)
+    out.mkdir()
+    (out / "thesis.txt").touch()
+    assert main(arguments(data, out)) == 2
+    assert "not empty, and no evaluation's" in capsys.readouterr().err
+
+
+def test_rows_that_are_no_problems_are_named(tmp_path, capsys) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"question": "1+1?", "answer": "2"}\n{"question": "", "answer": "3"}\n')
+    assert main(arguments(str(path), tmp_path / "out")) == 2
+    assert "1 rows are no problems, the first row 1: no question" in capsys.readouterr().err
