@@ -19,8 +19,11 @@ from typing import Any
 
 import wrapt
 
+Call = Callable[..., Any]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 # (original, instance or None, args, kwargs) -> result, as wrapt's wrappers are called.
-Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
+Wrapper = Callable[[Call, Any, Args, Kwargs], Any]
 
 _MARK = "__klplug__"
 
@@ -171,6 +174,13 @@ class Patch:
     def _set(self, owner: Any, name: str, original: Any, replacement: Any) -> None:
         self._undo.append((owner, name, original))
         setattr(owner, name, replacement)
+
+
+def bound(original: Call, args: Args, kwargs: Kwargs) -> dict[str, Any]:
+    """What a wrapped function was called with, by parameter name, defaults filled in."""
+    found = inspect.signature(original).bind(*args, **kwargs)
+    found.apply_defaults()
+    return found.arguments
 
 
 def _resolved(module: ModuleType, path: str) -> tuple[Any, str, Any]:

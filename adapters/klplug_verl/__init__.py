@@ -6,14 +6,17 @@ verl's own keys take a full ``kl_type`` too: ``actor_rollout_ref.actor.kl_loss_t
 ``kl_loss_coef``) for ``*_as_loss``, ``algorithm.kl_penalty`` (strength ``algorithm.kl_ctrl``) for
 ``*_in_reward``. Stock names there keep their stock meaning, bit for bit.
 
-Served: the v1 trainer of verl 0.9 (``trainer.use_v1``, any ``trainer.v1.trainer_mode``), every
-engine that calls ``ppo_loss`` (FSDP2 tested; FSDP and Megatron have the same call and scaling, and
-were not run), every policy loss, every aggregation. An in-reward KL needs an advantage estimator
-that leaves it as it is (``settings.REWARD_ESTIMATORS``). Refused by name: the v0 trainer, the
-fully asynchronous and one-step-off recipes, an in-reward KL under an estimator that whitens,
-bootstraps or weighs it, a KL in the loss beside a distillation that throws the policy loss away.
-Not touched: verl's ``kl_penalty`` itself, so distillation losses keep theirs; ``kl_cov`` and the
-other policy losses, whose KL is to the old policy.
+Served: ``verl.trainer.main_ppo`` of verl 0.9 (found as a plugin), 0.8 and 0.7 (with
+``VERL_USE_EXTERNAL_MODULES=klplug_verl`` in the environment), with the v1 trainer in any
+``trainer.v1.trainer_mode`` or ``RayPPOTrainer``; every engine that calls ``ppo_loss`` (FSDP2
+tested; FSDP and Megatron have the same call and scaling, and were not run) and 0.7's own FSDP
+worker; every policy loss, every aggregation. An in-reward KL needs an advantage estimator that
+leaves it as it is (``settings.REWARD_ESTIMATORS``). Refused by name: 0.8's ``main_ppo_sync``, 0.7's
+own Megatron worker, the fully asynchronous and one-step-off recipes, an in-reward KL under an
+estimator that whitens, bootstraps or weighs it, a KL in the loss beside a distillation that throws
+the policy loss away. Not touched: what verl's ``kl_penalty`` does with verl's own names, so
+distillation losses keep theirs; ``kl_cov`` and the other policy losses, whose KL is to the old
+policy.
 
 ``apply``, ``restore`` and ``status`` are for code that drives verl's workers itself.
 """

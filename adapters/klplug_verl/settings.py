@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +36,9 @@ REWARD_ESTIMATORS = (
     "opo",
     "remax",
     "gpg",
-    "gdpo",
 )
-"""Advantage estimators whose result a KL can be joined to: one number per answer, on the reward's
-own scale or the group's. The others whiten over the batch, bootstrap, or weigh each token."""
+"""Advantage estimators whose result a KL can be joined to: one number per answer. The others whiten
+over the batch, bootstrap, or weigh each token."""
 
 # They take the token mean of each answer themselves, whatever the aggregation.
 MEAN_OF_ANSWER_LOSSES = ("sapo", "geo_mean")
@@ -283,12 +283,21 @@ def _refuse_unserved(plan: Plan, config: Any, written: Mapping[str, Any]) -> Non
     spec = plan.spec
     if "trainer" not in config or "actor_rollout_ref" not in config:
         raise SettingsError(f"kl_type {spec}: klplug serves verl.trainer.main_ppo, not this one")
-    if "use_v1" not in config["trainer"]:
-        raise SettingsError(f"kl_type {spec} needs verl 0.9 or later, which has the v1 trainer")
-    if not _get(config, "trainer.use_v1", False):
+    main = getattr(sys.modules["__main__"], "__spec__", None)
+    if main is not None and main.name == "verl.trainer.main_ppo_sync":
         raise SettingsError(
-            f"kl_type {spec} with trainer.use_v1=False: klplug serves verl's v1 trainer only; the "
-            "other one is deprecated there"
+            f"kl_type {spec}: klplug does not reach the trainer inside of {main.name}. Use "
+            "verl.trainer.main_ppo"
+        )
+    if (
+        spec.placed("as_loss").estimator != "none"
+        and _get(config, "trainer.use_legacy_worker_impl", "disable") != "disable"
+        and _get(config, "actor_rollout_ref.actor.strategy") not in ("fsdp", "fsdp2")
+    ):
+        raise SettingsError(
+            f"kl_type {spec} with actor_rollout_ref.actor.strategy="
+            f"{_get(config, 'actor_rollout_ref.actor.strategy')}: of verl 0.7's own workers klplug "
+            "serves the FSDP one. Set trainer.use_legacy_worker_impl=disable"
         )
     if "async_training" in config or "rollout" in config:
         raise SettingsError(
@@ -311,10 +320,17 @@ def _refuse_unserved(plan: Plan, config: Any, written: Mapping[str, Any]) -> Non
 
 
 def _refuse_in_reward(plan: Plan, config: Any) -> None:
-    joined_after = [t for t in plan.spec.placed("in_reward").terms if t.reward_norm == "none"]
+    estimator = str(_get(config, "algorithm.adv_estimator"))
+    in_reward = plan.spec.placed("in_reward")
+    if estimator == "gdpo" and in_reward.estimator != "none":
+        raise SettingsError(
+            f"kl_type {plan.spec} with algorithm.adv_estimator=gdpo: it takes its rewards from "
+            "algorithm.gdpo_reward_keys, past any KL in the tokens' rewards, and whitens them. Use "
+            "k2_as_loss"
+        )
+    joined_after = [t for t in in_reward.terms if t.reward_norm == "none"]
     if not joined_after:
         return
-    estimator = str(_get(config, "algorithm.adv_estimator"))
     if estimator not in REWARD_ESTIMATORS:
         raise SettingsError(
             f"kl_type {plan.spec} with algorithm.adv_estimator={estimator}: it whitens, bootstraps "

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -173,6 +175,13 @@ def add_rollout_server(replica: ModuleType) -> None:
     replica.RolloutReplicaRegistry.register(ROLLOUT, load)
 
 
+def is_older() -> bool:
+    """Whether the installed verl is older than its registry of platforms (0.9)."""
+    verl = find_spec("verl")
+    places = (verl and verl.submodule_search_locations) or ()
+    return not any(Path(place, "plugin", "platform").is_dir() for place in places)
+
+
 def use_gloo_alone(distributed: ModuleType) -> None:
     """Symptom: `ValueError: Duplicate device type cpu in backend string`.
 
@@ -187,6 +196,10 @@ def use_gloo_alone(distributed: ModuleType) -> None:
 
 
 def register() -> None:
+    if is_older():
+        from recipes.cpu_shim import verl_older
+
+        verl_older.register()
     for hook, module in (
         (add_cpu_platform, "verl.plugin.platform.platform_manager"),
         (add_cpu_engine, "verl.workers.engine.fsdp.transformer_impl"),

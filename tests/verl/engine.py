@@ -143,7 +143,7 @@ class Bench:
         dynamic: int | None = None,
         **actor: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Gradient of all parameters and the reduced metrics of one mini-batch."""
+        """Gradient of all parameters, summed over mini-batches, and the reduced metrics."""
         from verl.utils import tensordict_utils as tu
         from verl.utils.metric import reduce_metrics
         from verl.workers.config import FSDPActorConfig
@@ -169,5 +169,4 @@ class Bench:
         self.gradients.clear()
         output = self.worker.train_mini_batch(own)
         metrics = reduce_metrics(dict(tu.get(output, "metrics")))
-        (gradient,) = self.gradients
-        return gradient, metrics
+        return torch.stack(self.gradients).sum(0), metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -21,25 +22,52 @@ def rows(padded: Tensor) -> list[Tensor]:
     return [row[:length] for row, length in zip(padded, LENGTHS, strict=True)]
 
 
-def micro_batch(given: Batch, advantages: Tensor, **meta: Any) -> TensorDict:
+IS_LEGACY = find_spec("verl.workers.actor") is not None
+"""Whether verl (0.7) has a worker of its own for FSDP beside the engine's."""
+
+LAYOUTS = ("padded",) if IS_LEGACY else ("jagged", "padded")
+"""What ``ppo_loss`` is given: by the v1 trainer jagged rows, by ``RayPPOTrainer`` padded ones."""
+
+
+def micro_batch(given: Batch, advantages: Tensor, layout: str, **meta: Any) -> TensorDict:
     """What ``ppo_loss`` is called with."""
     from verl.utils import tensordict_utils as tu
+    from verl.workers.utils.padding import left_right_2_no_padding
 
     tensors = {
-        "prompts": nested([torch.zeros(PROMPT, dtype=torch.long) for _ in LENGTHS]),
-        "responses": nested([torch.zeros(n, dtype=torch.long) for n in LENGTHS]),
-        "response_mask": nested(rows(given.response_mask)),
-        "old_log_probs": nested(rows(given.old_log_probs)),
-        "ref_log_prob": nested(rows(given.ref_log_probs)),
-        "rollout_log_probs": nested(rows(given.rollout_log_probs)),
-        "advantages": nested(rows(advantages)),
+        "response_mask": given.response_mask,
+        "old_log_probs": given.old_log_probs,
+        "ref_log_prob": given.ref_log_probs,
+        "rollout_log_probs": given.rollout_log_probs,
+        "advantages": advantages,
     }
     info = {
         "dp_size": 1,
         "batch_num_tokens": int(given.response_mask.sum()),
         "global_batch_size": len(LENGTHS),
     }
-    return tu.get_tensordict(tensors, {**info, **meta})
+    if layout == "jagged":
+        tensors = {name: nested(rows(tensor)) for name, tensor in tensors.items()} | {
+            "prompts": nested([torch.zeros(PROMPT, dtype=torch.long) for _ in LENGTHS]),
+            "responses": nested([torch.zeros(n, dtype=torch.long) for n in LENGTHS]),
+        }
+        return tu.get_tensordict(tensors, {**info, **meta})
+    padded = tu.get_tensordict({**tensors, **tokens(given)}, {**info, **meta})
+    return left_right_2_no_padding(padded)
+
+
+def tokens(given: Batch) -> dict[str, Tensor]:
+    """Prompts and answers padded, as ``RayPPOTrainer`` holds them."""
+    count, width = given.response_mask.shape
+    lengths = torch.tensor(LENGTHS)[:, None]
+    attention = (torch.arange(PROMPT + width)[None, :] < PROMPT + lengths).long()
+    return {
+        "prompts": torch.zeros(count, PROMPT, dtype=torch.long),
+        "responses": torch.zeros(count, width, dtype=torch.long),
+        "input_ids": torch.zeros(count, PROMPT + width, dtype=torch.long),
+        "attention_mask": attention,
+        "position_ids": attention.cumsum(-1) - 1,
+    }
 
 
 def model_output(log_probs: Tensor) -> dict[str, Tensor]:
@@ -54,30 +82,34 @@ def model_output(log_probs: Tensor) -> dict[str, Tensor]:
     }
 
 
+def actor_config(kl_loss_type: str | None, coef: float, **actor: Any) -> Any:
+    from verl.workers.config import FSDPActorConfig
+
+    settings = {"strategy": "fsdp2", "rollout_n": 1, "ppo_micro_batch_size_per_gpu": 4, **actor}
+    return FSDPActorConfig(
+        use_kl_loss=kl_loss_type is not None,
+        kl_loss_coef=coef,
+        kl_loss_type=kl_loss_type or "low_var_kl",
+        **settings,
+    )
+
+
 def loss(
     given: Batch,
     log_probs: Tensor,
     kl_loss_type: str | None,
     coef: float,
     advantages: Tensor | None = None,
+    layout: str = LAYOUTS[0],
     meta: dict[str, Any] | None = None,
     **actor: Any,
 ) -> tuple[Tensor, dict[str, Any]]:
     """verl's actor loss of one micro-batch."""
-    from verl.workers.config import FSDPActorConfig
     from verl.workers.utils.losses import ppo_loss
 
-    config = FSDPActorConfig(
-        strategy="fsdp2",
-        rollout_n=1,
-        ppo_micro_batch_size_per_gpu=4,
-        use_kl_loss=kl_loss_type is not None,
-        kl_loss_coef=coef,
-        kl_loss_type=kl_loss_type or "low_var_kl",
-        **actor,
-    )
+    config = actor_config(kl_loss_type, coef, **actor)
     advantages = torch.zeros_like(log_probs.detach()) if advantages is None else advantages
-    data = micro_batch(given, advantages, **(meta or {}))
+    data = micro_batch(given, advantages, layout, **(meta or {}))
     result: tuple[Tensor, dict[str, Any]] = ppo_loss(config, model_output(log_probs), data)
     return result
 

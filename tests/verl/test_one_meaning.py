@@ -12,6 +12,7 @@ from klplug import parse
 from tests.one_meaning import (
     AS_LOSS,
     BETA,
+    IN_REWARD,
     KL_TYPES,
     SUMS,
     TOLERANCE,
@@ -19,8 +20,8 @@ from tests.one_meaning import (
     loss_gradient,
     reward_advantages,
 )
-from tests.verl.tensors import KEYS, experience, loss
-from tests.verl.trainer import joined, quoted, trainer
+from tests.verl.tensors import KEYS, LAYOUTS, experience, loss
+from tests.verl.trainer import TRAINERS, joined, quoted, trainer
 
 SCORES = torch.tensor([1.0, 0.0, 0.25, 0.5])
 
@@ -34,17 +35,18 @@ def gradient(kl_loss_type: str | None, **keywords: Any) -> Tensor:
     return log_probs.grad
 
 
-def advantages(*overrides: str) -> Tensor:
-    made = trainer(*overrides)
+def advantages(kind: str, *overrides: str) -> Tensor:
+    made = trainer(*overrides, kind=kind)
     data, _ = joined(made, experience(batch(), SCORES), KEYS)
     found: Tensor = data.batch["advantages"]
     return found
 
 
 @pytest.mark.parametrize("kl_type", KL_TYPES)
-def test_the_gradient_of_the_loss_is_the_shared_one(kl_type: str) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_gradient_of_the_loss_is_the_shared_one(kl_type: str, layout: str) -> None:
     as_loss = parse(kl_type).placed("as_loss")
-    found = gradient(str(as_loss) if as_loss.estimator != "none" else None)
+    found = gradient(str(as_loss) if as_loss.estimator != "none" else None, layout=layout)
     torch.testing.assert_close(found, loss_gradient(kl_type), rtol=TOLERANCE, atol=1e-8)
 
 
@@ -56,12 +58,12 @@ def test_it_adds_to_the_policy_losss_gradient(kl_type: str) -> None:
     torch.testing.assert_close(found, loss_gradient(kl_type), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("kl_type", KL_TYPES)
-@pytest.mark.parametrize("estimator", ["grpo", "rloo"])
-def test_the_reward_side_is_the_shared_one(kl_type: str, estimator: str) -> None:
-    algorithm = f"algorithm.adv_estimator={estimator}"
-    stock = advantages(algorithm)
-    found = advantages(algorithm, f"+klplug.kl_type={quoted(kl_type)}", f"+klplug.kl_coef={BETA}")
+@pytest.mark.parametrize("kl_type", [*IN_REWARD, *SUMS, "k2_as_loss"])
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_the_reward_side_is_the_shared_one(kl_type: str, kind: str) -> None:
+    stock = advantages(kind)
+    own = (f"+klplug.kl_type={quoted(kl_type)}", f"+klplug.kl_coef={BETA}")
+    found = advantages(kind, *own)
     torch.testing.assert_close(found - stock, reward_advantages(kl_type), rtol=1e-5, atol=1e-6)
 
 

@@ -6,11 +6,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from pathlib import Path
 
 import pytest
-from klplug_verl.hooks import PATCH
+from klplug_verl.hooks import PATCH, TESTED
 
 from klplug.patching import Hook, HookError, Patch
 from klplug.verl_guard import asked
@@ -85,8 +85,8 @@ def test_a_hook_that_moved_or_changed_is_named(hook: Hook) -> None:
     changed = Hook(hook.module, hook.name, (*hook.parameters, "no_such"), hook.wrapper)
     for broken, word in ((moved, "no such name"), (changed, "without no_such")):
         with pytest.raises(HookError) as error:
-            Patch("verl", "0.9.1", (broken,)).check()
-        for part in ("verl 0.9.1", broken.path, "expects", word):
+            Patch("verl", TESTED, (broken,)).check()
+        for part in (f"verl {version('verl')}", TESTED, broken.path, "expects", word):
             assert part in str(error.value)
 
 

@@ -173,9 +173,12 @@ MEAN = f"{ACTOR}.loss_agg_mode=seq-mean-token-mean"
             ["both placements", "k3_in_reward+k2_as_loss"],
         ),
         # What is not served, by name.
-        (own("k2_as_loss", "trainer.use_v1=False"), ["use_v1=False", "v1"]),
         (own("k2_as_loss", "+async_training.x=1"), ["asynchronous", "separate_async"]),
         (own("k1_in_reward", "algorithm.adv_estimator=gae"), ["gae", "reward_norm=group"]),
+        (
+            own("k1_in_reward,reward_norm=group", "algorithm.adv_estimator=gdpo"),
+            ["gdpo_reward_keys", "k2_as_loss"],
+        ),
         (
             own("k1_in_reward", "algorithm.adv_estimator=reinforce_plus_plus"),
             ["reinforce_plus_plus", "grpo"],

@@ -1,4 +1,4 @@
-"""The trainer's side: advantages, controller, checkpoints, in verl's own v1 trainer class."""
+"""The trainer's side: advantages, controller, checkpoints, in verl's own trainer classes."""
 
 from __future__ import annotations
 
@@ -8,17 +8,34 @@ from typing import Any
 
 import pytest
 import torch
-from klplug_verl.hooks import excess_over_group, to_go_over_answer
+from klplug_verl.settings import REWARD_ESTIMATORS
+from klplug_verl.trainer import excess_over_group, to_go_over_answer
+from klplug_verl.worker import COEF_KEY, numbers
+from omegaconf import open_dict
 from torch import Tensor
 
 from klplug import kl_term
 from tests.one_meaning import BETA, batch, reward_advantages
 from tests.one_meaning import batch as batch_of_one_meaning
 from tests.verl.tensors import KEYS, experience
-from tests.verl.trainer import joined, quoted, trainer
+from tests.verl.trainer import (
+    TRAINERS,
+    config,
+    joined,
+    quoted,
+    ray_trainer,
+    trainer,
+    v1_trainer,
+)
 
 SCORES = torch.tensor([1.0, 0.0, 0.25, 0.5])
 COEF = f"+klplug.kl_coef={BETA}"
+
+
+@pytest.fixture(params=TRAINERS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """Which of verl's trainers."""
+    return str(request.param)
 
 
 def klplug(kl_type: str) -> tuple[str, str]:
@@ -38,6 +55,34 @@ def test_the_force_is_beta_whatever_the_groups_std() -> None:
         ours, _ = staged(*klplug("k1_in_reward"), scores=scores)
         extra = ours.batch["advantages"] - stock.batch["advantages"]
         torch.testing.assert_close(extra, reward_advantages("k1_in_reward"), rtol=1e-4, atol=1e-5)
+
+
+def served() -> list[str]:
+    """Those of klplug's list that the installed verl has."""
+    from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
+
+    return [name for name in REWARD_ESTIMATORS if name in ADV_ESTIMATOR_REGISTRY]
+
+
+@pytest.mark.parametrize("estimator", served())
+def test_the_force_is_beta_under_every_estimator_that_is_served(estimator: str, kind: str) -> None:
+    algorithm = f"algorithm.adv_estimator={estimator}"
+    expected = reward_advantages("k1_in_reward")
+    for scale in (1.0, 10.0):
+        found = []
+        for own in ((), klplug("k1_in_reward")):
+            data = experience(batch(), scale * SCORES)
+            if estimator == "remax":
+                data.batch["reward_baselines"] = scale * torch.tensor([0.5, 0.5, 0.3, 0.3])
+            found.append(joined(trainer(algorithm, *own, kind=kind), data, KEYS)[0].batch)
+        stock, ours = found
+        assert stock["advantages"].norm() > 0.1
+        for name in ("advantages", "returns"):
+            torch.testing.assert_close(ours[name] - stock[name], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_estimators_of_the_list_are_verls() -> None:
+    assert len(served()) >= 8
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "rloo", "gae", "reinforce_plus_plus"])
@@ -130,17 +175,21 @@ class Workers:
         self.computes_kl = computes_kl
 
     def update_actor(self, batch: Any) -> Any:
+        from verl import DataProto
         from verl.utils import tensordict_utils as tu
 
-        self.sent.append(batch.extra_info["klplug_kl_coef"])
         metrics: dict[str, Any] = {"mfu": [0.0]}
         if self.computes_kl:
             given = batch_of_one_meaning()
             tally = kl_term(
                 "k1_in_reward", given.old_log_probs, given.ref_log_probs, given.response_mask
             ).tally
-            metrics |= {f"klplug/sum/{k}": [float(v)] for k, v in tally.sums.items()}
-            metrics |= {f"klplug/max/{k}": [float(v)] for k, v in tally.maxima.items()}
+            metrics |= {name: [number] for name, number in numbers(tally).items()}
+        if isinstance(batch, DataProto):  # verl 0.7's own workers
+            self.sent.append(batch.meta_info[COEF_KEY])
+            return DataProto(meta_info={"metrics": metrics})
+        is_v1 = hasattr(batch, "extra_info")
+        self.sent.append(batch.extra_info[COEF_KEY] if is_v1 else tu.get(batch, COEF_KEY))
         return tu.get_tensordict({}, {"metrics": metrics})
 
 
@@ -149,9 +198,26 @@ class KVBatch:
         self.extra_info: dict[str, Any] = {}
 
 
+def update(made: Any, metrics: dict[str, Any]) -> None:
+    """The trainer's own update, after which ``metrics`` hold what it would log."""
+    from verl.trainer.ppo.ray_trainer import reduce_metrics
+
+    if hasattr(made, "_compute_advantage"):
+        made._update_actor(KVBatch(), metrics)
+        return
+    data = experience(batch(), SCORES)
+    tokens = torch.ones(len(SCORES), 2 + data.batch["response_mask"].shape[1], dtype=torch.long)
+    names = ("input_ids", "attention_mask", "position_ids")
+    data.batch.update({name: tokens.clone() for name in names})
+    data.meta_info["global_token_num"] = [0]
+    metrics.update(reduce_metrics(made._update_actor(data).meta_info["metrics"]))
+
+
 @pytest.mark.parametrize("kl_type", ["k2_as_loss", "k1_in_reward", "k3_in_reward+k3_as_loss"])
-def test_the_coefficient_follows_the_measured_kl_in_every_placement(kl_type: str) -> None:
-    made = trainer(*klplug(kl_type), *ADAPTIVE)
+def test_the_coefficient_follows_the_measured_kl_in_every_placement(
+    kl_type: str, kind: str
+) -> None:
+    made = trainer(*klplug(kl_type), *ADAPTIVE, kind=kind)
     made.actor_rollout_wg = Workers()
     given = batch()
     k3 = kl_term("k3_in_reward", given.old_log_probs, given.ref_log_probs, given.response_mask)
@@ -162,33 +228,37 @@ def test_the_coefficient_follows_the_measured_kl_in_every_placement(kl_type: str
         before = BETA * 1.02**step  # 1 + 0.2 * 4 answers / 40
         assert metrics["klplug/kl_coef"] == pytest.approx(before)
         assert metrics["klplug/kl_before_update"] == pytest.approx(measured, rel=1e-5)
-        made._update_actor(KVBatch(), metrics)
-        assert metrics["klplug/active"] == 1.0
+        logged: dict[str, Any] = dict(metrics)
+        update(made, logged)
+        assert logged["klplug/active"] == 1.0
+        assert logged["klplug/kl_coef"] == pytest.approx(before)
+        assert logged["klplug/k3"] == pytest.approx(measured, rel=1e-5)
+        assert not any("klplug/sum" in name for name in logged)
     assert made.actor_rollout_wg.sent == pytest.approx([BETA, BETA * 1.02, BETA * 1.02**2])
 
 
-def test_a_loss_without_klplugs_kl_stops_the_run() -> None:
-    made = trainer(*klplug("k2_as_loss"))
+def test_a_loss_without_klplugs_kl_stops_the_run(kind: str) -> None:
+    made = trainer(*klplug("k2_as_loss"), kind=kind)
     made.actor_rollout_wg = Workers(computes_kl=False)
     _, metrics = joined(made, experience(batch(), SCORES), KEYS)
     assert "klplug/active" not in metrics
     with pytest.raises(RuntimeError, match="workers computed no KL"):
-        made._update_actor(KVBatch(), metrics)
+        update(made, metrics)
 
 
-def test_an_update_without_a_measured_kl_stops_the_run() -> None:
-    made = trainer(*klplug("k2_as_loss"))
+def test_an_update_without_a_measured_kl_stops_the_run(kind: str) -> None:
+    made = trainer(*klplug("k2_as_loss"), kind=kind)
     made.actor_rollout_wg = Workers()
-    with pytest.raises(RuntimeError, match=r"no KL was measured.*_compute_advantage"):
-        made._update_actor(KVBatch(), {})
+    with pytest.raises(RuntimeError, match=r"no KL was measured.*advantage stage of its own"):
+        update(made, {})
 
 
-def test_a_fixed_coefficient_stays() -> None:
-    made = trainer(*klplug("k2_as_loss"))
+def test_a_fixed_coefficient_stays(kind: str) -> None:
+    made = trainer(*klplug("k2_as_loss"), kind=kind)
     made.actor_rollout_wg = Workers()
     for _ in range(2):
         joined(made, experience(batch(), SCORES), KEYS)
-        made._update_actor(KVBatch(), {})
+        update(made, {})
     assert made.actor_rollout_wg.sent == [BETA, BETA]
 
 
@@ -202,57 +272,62 @@ class Saving:
 
     def load_checkpoint(self, *_: Any, **__: Any) -> None: ...
 
+    def __len__(self) -> int:
+        return 2
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def saving(folder: Path, *overrides: str) -> Any:
-    made = trainer(*overrides, "trainer.resume_mode=auto", folder=folder)
+def saving(kind: str, folder: Path, *overrides: str) -> Any:
+    made = trainer(*overrides, "trainer.resume_mode=auto", kind=kind, folder=folder)
     made.actor_rollout_wg = made.train_dataloader = Saving()
     return made
 
 
-def test_state_is_saved_and_restored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first = saving(tmp_path, *klplug("k2_as_loss"), *ADAPTIVE)
+def test_state_is_saved_and_restored(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = saving(kind, tmp_path, *klplug("k2_as_loss"), *ADAPTIVE)
     first.global_steps = 7
     first.klplug.controller.controller.value = 0.123
     first._save_checkpoint()
     state = json.loads((tmp_path / "global_step_7" / "klplug.json").read_text())
     assert state == {"kl_type": "k2_as_loss", "kl_ctrl": "adaptive", "value": 0.123}
 
-    second = saving(tmp_path, *klplug("k2_as_loss"), *ADAPTIVE)
+    second = saving(kind, tmp_path, *klplug("k2_as_loss"), *ADAPTIVE)
     second._load_checkpoint()
     assert second.global_steps == 7 and second.klplug.controller.value == 0.123
     assert "WARNING" not in capsys.readouterr().out
 
-    fixed = saving(tmp_path, *klplug("k2_as_loss"))
+    fixed = saving(kind, tmp_path, *klplug("k2_as_loss"))
     fixed._load_checkpoint()
     assert fixed.klplug.controller.value == BETA  # what this run's command line says
 
 
 def test_resuming_under_another_kl_type_warns(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = saving(tmp_path, *klplug("k2_as_loss"))
+    first = saving(kind, tmp_path, *klplug("k2_as_loss"))
     first.global_steps = 3
     first._save_checkpoint()
     path = tmp_path / "global_step_3"
     by_path = ("trainer.resume_mode=resume_path", f"trainer.resume_from_path={path}")
-    other = trainer(*klplug("k3_as_loss"), *by_path, folder=tmp_path)
+    other = trainer(*klplug("k3_as_loss"), *by_path, kind=kind, folder=tmp_path)
     other.actor_rollout_wg = other.train_dataloader = Saving()
     other._load_checkpoint()
     said = capsys.readouterr().out
     assert "WARNING" in said and "kl_type=k3_as_loss" in said and "kl_type=k2_as_loss" in said
 
     (path / "klplug.json").unlink()
-    saving(tmp_path, *klplug("k2_as_loss"))._load_checkpoint()
+    saving(kind, tmp_path, *klplug("k2_as_loss"))._load_checkpoint()
     assert "verl's own KL" in capsys.readouterr().out
 
 
-def test_a_stock_run_writes_no_state(tmp_path: Path) -> None:
-    made = saving(tmp_path)
+def test_a_stock_run_writes_no_state(kind: str, tmp_path: Path) -> None:
+    made = saving(kind, tmp_path)
     made.global_steps = 1
     made._save_checkpoint()
     assert not (tmp_path / "global_step_1" / "klplug.json").exists()
@@ -261,30 +336,20 @@ def test_a_stock_run_writes_no_state(tmp_path: Path) -> None:
 # Doors.
 
 
-def test_the_trainer_resolves_a_config_that_no_command_did() -> None:
-    from omegaconf import open_dict
-    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
-
-    from tests.verl.trainer import config
-
+def test_the_trainer_resolves_a_config_that_no_command_did(kind: str) -> None:
     made = config("algorithm.adv_estimator=grpo", *klplug("k2_as_loss"))
     with open_dict(made):
         made.data.train_files = made.data.val_files = "hub/data"
         made.actor_rollout_ref.model.path = "hub/model"
-    subclass = type(
-        "T",
-        (PPOTrainer,),
-        {n: lambda self: None for n in ("_build_replay_buffer", "on_sample_end", "on_step_end")},
-    )
-    built = subclass(made)
+    built = v1_trainer(made) if kind == "v1" else ray_trainer(made)
     assert built.use_reference_policy
     assert built.config.actor_rollout_ref.actor.kl_loss_type == "k2_as_loss"
 
 
-def test_a_kl_type_outside_the_v1_trainer_is_an_error() -> None:
+def test_a_kl_type_outside_of_a_trainer_is_an_error() -> None:
     from verl.trainer.ppo.ray_trainer import apply_kl_penalty
 
-    with pytest.raises(RuntimeError, match=r"k1_in_reward.*outside of the v1 trainer"):
+    with pytest.raises(RuntimeError, match=r"k1_in_reward.*outside of a trainer"):
         apply_kl_penalty(experience(batch(), SCORES), kl_ctrl=None, kl_penalty="k1_in_reward")
 
 
@@ -298,9 +363,11 @@ def test_a_trainer_without_klplug_stops_at_a_kl_in_the_reward(unpatched: None) -
         )
 
 
-def test_each_process_says_once_that_klplug_is_active(capsys: pytest.CaptureFixture[str]) -> None:
-    trainer(*klplug("k2_as_loss"))
+def test_each_process_says_once_that_klplug_is_active(
+    kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer(*klplug("k2_as_loss"), kind=kind)
     said = capsys.readouterr().out
     assert said.count("active in the trainer") == 1 and "kl_type=k2_as_loss" in said
-    trainer()
+    trainer(kind=kind)
     assert "klplug" not in capsys.readouterr().out

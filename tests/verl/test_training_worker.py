@@ -188,6 +188,30 @@ def test_metrics_are_those_of_all_tokens(bench: Bench, data: Any) -> None:
         assert metrics[name] == pytest.approx(float(value), rel=1e-3, abs=1e-6), name
 
 
+@pytest.mark.parametrize(
+    "cut",
+    [{"micro_batch": 4}, {"micro_batch": 1}, {"dynamic": 24}],
+    ids=["one micro-batch", "four", "dynamic"],
+)
+def test_metrics_merge_exactly_over_mini_batches_and_epochs(
+    bench: Bench, data: Any, cut: dict[str, Any]
+) -> None:
+    """Two mini-batches of 18 and 19 tokens: a mean of their means would be another number."""
+    kl_type = "k2_as_loss,cap=1.1,bound=0.4"
+    _, whole = bench.step(data, kl_type)
+    halves = [bench.step(data[rows], kl_type)[1] for rows in (slice(0, 4), slice(4, 8))]
+    mean = sum(half["klplug/ess"] for half in halves) / 2
+    assert mean != pytest.approx(whole["klplug/ess"], rel=1e-3)  # so it is no mean of shares
+    for epochs in (1, 2):
+        meta = {"mini_batch_size": 4, "epochs": epochs}
+        _, metrics = bench.step(data, kl_type, meta=meta, **cut)
+        assert len(bench.gradients) == 2 * epochs
+        names = [name for name in whole if name.startswith("klplug/")]
+        assert len(names) == 10
+        for name in names:
+            assert metrics[name] == pytest.approx(whole[name], rel=1e-3, abs=1e-6), name
+
+
 def test_a_missing_tensor_is_named(bench: Bench, data: Any) -> None:
     with pytest.raises(ValueError, match="rollout_log_probs"):
         bench.step(data.exclude("rollout_log_probs"), "k2_as_loss,ratio=rollout")

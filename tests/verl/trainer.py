@@ -1,4 +1,4 @@
-"""verl's v1 trainer without Ray: its own methods over stand-ins for queue and workers."""
+"""verl's trainers without Ray: their own methods over stand-ins for queue and workers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from klplug_verl.hooks import compute_advantage
+from klplug_verl.hooks import PATCH
 from klplug_verl.settings import derive
+from klplug_verl.trainer import compute_advantage, fit
 from omegaconf import DictConfig, OmegaConf, open_dict
+
+TRAINERS = ("v1", "ray") if any(".v1." in path for path in PATCH.modules) else ("ray",)
+"""Which the installed verl has: its v1 trainer, and ``RayPPOTrainer``."""
 
 
 def config(*overrides: str) -> DictConfig:
@@ -46,34 +50,50 @@ def derived(*overrides: str) -> tuple[DictConfig, str | None]:
     return made, line
 
 
-def trainer(*overrides: str, folder: Path | None = None) -> Any:
+def trainer(*overrides: str, kind: str = TRAINERS[0], folder: Path | None = None) -> Any:
     """A trainer after its ``__init__``; without Ray only the parts that klplug touches."""
-    from verl.trainer.ppo.v1 import trainer_base
-
+    if kind == "ray" and "v1" in TRAINERS:
+        overrides = (*overrides, "trainer.use_v1=False")
     made, _ = derived(*overrides)
-    if folder is not None:
-        made.trainer.default_local_dir = str(folder)
+    with open_dict(made):
+        if folder is not None:
+            made.trainer.default_local_dir = str(folder)
+        OmegaConf.resolve(made)
+    return v1_trainer(made) if kind == "v1" else ray_trainer(made)
 
-    class Trainer(trainer_base.PPOTrainer):  # type: ignore[misc]
+
+def v1_trainer(made: DictConfig) -> Any:
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    class Trainer(PPOTrainer):  # type: ignore[misc]
         def _build_replay_buffer(self) -> None: ...
 
         def on_sample_end(self) -> None: ...
 
         def on_step_end(self) -> None: ...
 
-    with open_dict(made):
-        OmegaConf.resolve(made)
     return Trainer(made)
+
+
+def ray_trainer(made: DictConfig) -> Any:
+    from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+    from verl.trainer.ppo.utils import Role
+
+    class Trainer(RayPPOTrainer):  # type: ignore[misc]
+        def _create_dataloader(self, *_: Any) -> None: ...
+
+    return Trainer(made, None, {Role.ActorRollout: None}, None)
 
 
 def joined(trainer: Any, data: Any, keys: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     """The trainer's advantage stage, from scores to advantages, with the queue left out."""
     from verl.trainer.ppo import ray_trainer
-    from verl.trainer.ppo.v1 import trainer_base
 
     algorithm = trainer.config.algorithm
+    metrics: dict[str, Any] = {}
+    is_v1 = hasattr(trainer, "_compute_advantage")
 
-    def stage(batch: Any, metrics: dict[str, Any]) -> Any:
+    def stage(*_: Any) -> Any:
         found = data
         if algorithm.use_kl_in_reward:
             found, own = ray_trainer.apply_kl_penalty(
@@ -82,17 +102,27 @@ def joined(trainer: Any, data: Any, keys: Sequence[str]) -> tuple[Any, dict[str,
             metrics.update(own)
         else:
             found.batch["token_level_rewards"] = found.batch["token_level_scores"]
-        return trainer_base.compute_advantage_for_multi_trajectories(
-            found,
-            batch_keys=list(keys),
-            adv_estimator=algorithm.adv_estimator,
-            num_repeat=2,
-            norm_adv_by_std_in_grpo=algorithm.norm_adv_by_std_in_grpo,
-            config=algorithm,
-        )
+        settings = {
+            "adv_estimator": algorithm.adv_estimator,
+            "num_repeat": 2,
+            "norm_adv_by_std_in_grpo": algorithm.norm_adv_by_std_in_grpo,
+            "config": algorithm,
+        }
+        if not is_v1:
+            return ray_trainer.compute_advantage(found, **settings)
+        from verl.trainer.ppo.v1.trainer_base import compute_advantage_for_multi_trajectories
 
-    metrics: dict[str, Any] = {}
-    result = compute_advantage(stage, trainer, (None, metrics), {})
+        return compute_advantage_for_multi_trajectories(found, batch_keys=list(keys), **settings)
+
+    if is_v1:
+
+        def whole_stage(batch: Any, metrics: dict[str, Any]) -> Any:
+            return stage()
+
+        return compute_advantage(whole_stage, trainer, (None, metrics), {}), metrics
+    result = fit(stage, trainer, (), {})
+    if hasattr(trainer, "klplug"):
+        metrics.update(trainer.klplug.report())
     return result, metrics
 
 

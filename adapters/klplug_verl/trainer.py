@@ -1,0 +1,294 @@
+"""The trainers: they join an in-reward KL to the advantages, and own controller and checkpoints.
+
+verl has two: the v1 trainer of 0.9, and ``RayPPOTrainer``, whose step is one long ``fit``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from klplug import KLSpec, kl_term, reward_to_go
+from klplug.host import MeasuredController, announce
+from klplug.patching import Args, Call, Kwargs, bound
+from klplug_verl.settings import Plan, is_stock
+from klplug_verl.worker import COEF_KEY, SUMS
+
+ACTIVE = "klplug/active"
+STATE_FILE = "klplug.json"
+
+
+@dataclass
+class Run:
+    """The trainer's plan, its controller, and what it measured at the start of this step."""
+
+    plan: Plan
+    controller: MeasuredController
+    n_samples: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def is_as_loss(self) -> bool:
+        return self.plan.spec.placed("as_loss").estimator != "none"
+
+    def reset(self) -> None:
+        self.metrics, self.controller.measured = {}, None
+
+    def report(self) -> dict[str, float]:
+        """What this step logs; that a KL as loss is active is the workers' to say."""
+        active = {} if self.is_as_loss else {ACTIVE: 1.0}
+        own = {key: value for key, value in self.metrics.items() if key != ACTIVE}
+        return {**own, **active, "klplug/kl_coef": self.controller.value}
+
+
+_RUN: ContextVar[Run | None] = ContextVar("klplug_run", default=None)
+
+
+def _run(trainer: Any) -> Run | None:
+    return getattr(trainer, "klplug", None)
+
+
+def init(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> None:
+    original(*args, **kwargs)
+    plan = Plan.of(bound(original, args, kwargs)["config"])
+    if plan is None:
+        return
+    announce("the trainer", plan.spec, plan.kl_coef)
+    trainer.klplug = Run(plan, MeasuredController(plan.controller()))
+    trainer.kl_ctrl_in_reward = trainer.klplug.controller
+
+
+def compute_advantage(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
+    """The advantage stage of a step of the v1 trainer."""
+    run = _run(trainer)
+    if run is None:
+        return original(*args, **kwargs)
+    run.reset()
+    token = _RUN.set(run)
+    try:
+        batch = original(*args, **kwargs)
+    finally:
+        _RUN.reset(token)
+    bound(original, args, kwargs)["metrics"].update(run.report())
+    return batch
+
+
+def fit(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
+    """All steps of ``RayPPOTrainer``."""
+    token = _RUN.set(_run(trainer))
+    try:
+        return original(*args, **kwargs)
+    finally:
+        _RUN.reset(token)
+
+
+def apply_kl_penalty(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
+    given = bound(original, args, kwargs)
+    kl_type = given["kl_penalty"]
+    if is_stock(kl_type):
+        return original(*args, **kwargs)
+    run = _RUN.get()
+    if run is None:
+        raise RuntimeError(
+            f"kl_type {kl_type!r} was asked of verl's apply_kl_penalty outside of a trainer that "
+            "klplug serves, so it can't join it to the advantages"
+        )
+    data, beta = given["data"], run.controller.value
+    tensors = data.batch
+    rewards = tensors["token_level_scores"]
+    in_reward = run.plan.spec.placed("in_reward")
+    for part in _joined(in_reward, "group"):
+        rewards = rewards - beta * _coefficient(part, tensors)
+    tensors["token_level_rewards"] = rewards
+    value = kl_term(
+        in_reward, tensors["old_log_probs"], tensors["ref_log_prob"], tensors["response_mask"]
+    ).value
+    lengths = tensors["response_mask"].sum(-1).clamp(min=1)
+    metrics = {
+        "actor/reward_kl_penalty": float((value.sum(-1) / lengths).mean()),
+        "actor/reward_kl_penalty_coeff": beta,
+    }
+    return data, metrics
+
+
+def compute_advantage_for_trajectories(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
+    """The v1 trainer's advantages, of answers that may be cut into several rows."""
+    run = _RUN.get()
+    token = _RUN.set(None)  # it calls verl's compute_advantage, with less than the whole batch
+    try:
+        data = original(*args, **kwargs)
+    finally:
+        _RUN.reset(token)
+    if run is not None:
+        _join(run, data, bound(original, args, kwargs)["batch_keys"])
+    return data
+
+
+def compute_advantage_of_rows(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
+    """The advantages in ``RayPPOTrainer.fit``, where a row is an answer."""
+    data = original(*args, **kwargs)
+    run = _RUN.get()
+    if run is not None:
+        run.reset()
+        _join(run, data, [f"{row}_0" for row in range(len(data))])
+    return data
+
+
+def _join(run: Run, data: Any, keys: Sequence[str]) -> None:
+    """Measure the KL of the whole batch, and join one in the reward to the advantages."""
+    if run.plan.spec.estimator == "none":
+        return
+    tensors = data.batch
+    # Samples of the policy itself: the plain means of k1 and k3 are unbiased here.
+    policy, reference, mask = (
+        tensors[name] for name in ("old_log_probs", "ref_log_prob", "response_mask")
+    )
+    in_reward = run.plan.spec.placed("in_reward")
+    shown = in_reward if in_reward.estimator != "none" else "k1_in_reward"
+    tally = kl_term(shown, policy, reference, mask).tally
+    run.metrics = {key: float(value) for key, value in tally.metrics().items()}
+    run.controller.measured = run.metrics["klplug/k3"]
+    run.metrics["klplug/kl_before_update"] = run.controller.measured
+    run.n_samples = len(data)
+    beta = run.controller.value
+    for part in _joined(in_reward, "none"):
+        coefficient = _coefficient(part, tensors)
+        if run.plan.divides_by_length:
+            force = excess_over_group(coefficient, keys, data.non_tensor_batch["uid"])
+        else:
+            force = to_go_over_answer(coefficient, keys)
+        penalty = beta * force * mask
+        tensors["advantages"] = tensors["advantages"] - penalty
+        tensors["returns"] = tensors["returns"] - penalty
+
+
+def _joined(in_reward: KLSpec, reward_norm: str) -> list[KLSpec]:
+    return [term for term in in_reward.terms if term.reward_norm == reward_norm]
+
+
+def _coefficient(part: KLSpec, tensors: Any) -> Tensor:
+    return kl_term(
+        part, tensors["old_log_probs"], tensors["ref_log_prob"], tensors["response_mask"]
+    ).coefficient
+
+
+def _answers(keys: Sequence[str]) -> list[list[int]]:
+    """Rows by answer, in order: an agent loop may cut one answer into several rows.
+
+    verl's keys are ``{uid}_{session}_{index}``; the rows of one session are one answer.
+    """
+    answers: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for row, key in enumerate(keys):
+        session, _, index = key.rpartition("_")
+        answers[session].append((int(index), row))
+    return [[row for _, row in sorted(rows)] for rows in answers.values()]
+
+
+def to_go_over_answer(coefficient: Tensor, keys: Sequence[str]) -> Tensor:
+    """Each token's coefficient and all later ones of its answer, (B, T)."""
+    to_go = reward_to_go(coefficient)
+    for rows in _answers(keys):
+        for earlier, later in zip(rows[-2::-1], rows[:0:-1], strict=True):
+            to_go[earlier] += to_go[later, 0]
+    return to_go
+
+
+def excess_over_group(coefficient: Tensor, keys: Sequence[str], groups: Sequence[Any]) -> Tensor:
+    """Each answer's whole KL less the mean of its group's other answers, (B, 1).
+
+    Where tokens weigh 1/length, a reward-to-go tilts the optimum to long answers; one number per
+    answer keeps pi* = ref exp(r/beta)/Z as fixed point. An answer alone in its group gets 0.
+    """
+    totals = coefficient.sum(-1)
+    answers = _answers(keys)
+    kl = torch.stack([totals[rows].sum() for rows in answers])
+    members: dict[Any, list[int]] = defaultdict(list)
+    for answer, rows in enumerate(answers):
+        members[groups[rows[0]]].append(answer)
+    excess = torch.zeros_like(totals)
+    for group in members.values():
+        for answer in group:
+            others = [other for other in group if other != answer]
+            if others:
+                excess[answers[answer]] = kl[answer] - kl[others].mean()
+    return excess.unsqueeze(-1)
+
+
+def update_actor(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
+    """The update of the v1 trainer, which puts its metrics among those it is given."""
+    run = _run(trainer)
+    if run is None:
+        return original(*args, **kwargs)
+    given = bound(original, args, kwargs)
+    given["batch"].extra_info[COEF_KEY] = _coefficient_for_workers(run, trainer)
+    batch = original(*args, **kwargs)
+    _updated(run, ACTIVE in given["metrics"])
+    return batch
+
+
+def update_actor_in_fit(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
+    """The update of ``RayPPOTrainer``, whose metrics are reduced by ``fit``."""
+    run = _run(trainer)
+    if run is None:
+        return original(*args, **kwargs)
+    batch = bound(original, args, kwargs)["batch"]
+    batch.meta_info[COEF_KEY] = _coefficient_for_workers(run, trainer)
+    output = original(*args, **kwargs)
+    metrics = output.meta_info["metrics"]
+    metrics.update(run.report())
+    _updated(run, any(SUMS in name for name in metrics))
+    return output
+
+
+def _coefficient_for_workers(run: Run, trainer: Any) -> float:
+    if run.controller.measured is None and run.plan.spec.estimator != "none":
+        raise RuntimeError(
+            f"kl_type {run.plan.spec} is set, but no KL was measured before this update: does "
+            f"{type(trainer).__name__} have an advantage stage of its own?"
+        )
+    return run.controller.value
+
+
+def _updated(run: Run, workers_report: bool) -> None:
+    if run.is_as_loss and not workers_report:
+        raise RuntimeError(
+            f"kl_type {run.plan.spec} is set, but the workers computed no KL of klplug's: was "
+            "their loss replaced?"
+        )
+    if run.controller.measured is not None:
+        run.controller.update(run.controller.measured, run.n_samples)
+
+
+def save_checkpoint(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
+    run = _run(trainer)
+    if run is not None:
+        # First, for verl ends by declaring the folder complete.
+        folder = Path(trainer.config.trainer.default_local_dir)
+        folder = folder / f"global_step_{trainer.global_steps}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / STATE_FILE).write_text(json.dumps(run.controller.saved(run.plan.spec)) + "\n")
+    return original(*args, **kwargs)
+
+
+def load_checkpoint(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
+    result = original(*args, **kwargs)
+    run = _run(trainer)
+    if run is None or not trainer.global_steps:
+        return result
+    settings = trainer.config.trainer
+    if settings.resume_mode == "resume_path":
+        folder = Path(settings.resume_from_path)
+    else:
+        folder = Path(settings.default_local_dir) / f"global_step_{trainer.global_steps}"
+    path = folder / STATE_FILE
+    saved = json.loads(path.read_text()) if path.exists() else None
+    run.controller.resume(saved, run.plan.spec, run.plan.kl_ctrl, "verl")
+    return result

@@ -1,0 +1,86 @@
+"""Releases of verl before 0.9, from their real wheels: the same tests, in processes of their own.
+
+The environment is the tested release's; those wheels import in it. They know no entry points, so
+klplug comes as it comes to their users, through ``VERL_USE_EXTERNAL_MODULES``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from recipes import cpu_shim
+from tests.releases import release
+from tests.verl.test_plugin import files
+
+ROOT = Path(__file__).resolve().parents[2]
+SAME = (
+    "test_plugin.py::test_every_hook_is_there",
+    "test_plugin.py::test_a_hook_that_moved_or_changed_is_named",
+    "test_one_meaning.py",
+    "test_trainer.py",
+)
+ONLY = {
+    "0.8.0": (
+        "test_training_worker.py::test_the_gradient_is_stock_verls",
+        "test_training_worker.py::test_distillation_keeps_its_own_kl",
+    ),
+    "0.7.1": ("test_legacy_worker.py",),
+}
+
+
+def run(
+    version: str, folder: Path, arguments: Sequence[str], **environment: str
+) -> subprocess.CompletedProcess[str]:
+    own = {k: v for k, v in os.environ.items() if k not in ("KLPLUG_DISABLE", "PYTEST_ADDOPTS")}
+    own |= cpu_shim.environment("verl")
+    first = [str(release("verl", version)), str(ROOT), str(ROOT / "adapters"), own["PYTHONPATH"]]
+    own |= {
+        "PYTHONPATH": os.pathsep.join(first),
+        "VERL_USE_EXTERNAL_MODULES": "klplug_verl",
+        "KLPLUG_TEST_HOSTS": "verl",
+        **environment,
+    }
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *arguments],
+        cwd=folder,
+        env=own,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.mark.parametrize("version", ONLY)
+def test_the_same_tests_hold(version: str, tmp_path: Path) -> None:
+    names = [f"tests/verl/{name}" for name in (*SAME, *ONLY[version])]
+    # The version first: a release that is not the one on the path would prove nothing.
+    code = (
+        f"import sys, verl, pytest; assert verl.__version__ == {version!r}, verl.__file__;"
+        "sys.exit(pytest.main(sys.argv[1:]))"
+    )
+    done = run(version, ROOT, ["-c", code, "-q", "-p", "no:cacheprovider", *names])
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " skipped" not in done.stdout and " passed" in done.stdout
+
+
+def test_main_ppo_sync_is_refused_by_name(tmp_path: Path) -> None:
+    asks = ("+klplug.kl_type=k2_as_loss", "+klplug.kl_coef=1")
+    main = ["-m", "verl.trainer.main_ppo_sync", *files(tmp_path), *asks]
+    done = run("0.8.0", tmp_path, main)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "main_ppo_sync" in done.stderr and "Use verl.trainer.main_ppo" in done.stderr
+
+
+def test_the_megatron_worker_of_0_7_is_refused_by_name(tmp_path: Path) -> None:
+    asks = ("+klplug.kl_type=k2_as_loss", "+klplug.kl_coef=1")
+    megatron = "actor_rollout_ref.actor.strategy=megatron"
+    main = ["-m", "verl.trainer.main_ppo", *files(tmp_path), *asks, megatron]
+    done = run("0.7.1", tmp_path, main)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "strategy=megatron" in done.stderr and "use_legacy_worker_impl=disable" in done.stderr
