@@ -15,6 +15,7 @@ from torch import Tensor
 import klplug
 
 BETA = 0.25
+CLIP_RANGE = (0.08, 0.1)  # of the policy loss; narrow, so that it acts on this batch
 TOLERANCE = 1e-6
 
 AS_LOSS = (
@@ -44,7 +45,43 @@ IN_REWARD = (
     "k1_in_reward,bound=1",
 )
 SUMS = ("k3_in_reward+k3_as_loss", "k2_as_loss+k3_as_loss,ratio=none")
-KL_TYPES = (*AS_LOSS, *IN_REWARD, *SUMS)
+DIVERGENCES = (
+    "forward_as_loss",
+    "js_as_loss",
+    "jeffreys_as_loss",
+    "chi2_as_loss,ratio=rollout",
+    "hellinger_as_loss",
+    "tv_as_loss",
+    "alpha_as_loss,alpha=2",
+    "forward_as_loss,horizon=sequence",
+    "js_as_loss,horizon=sequence",
+    "alpha_as_loss,alpha=-1,level=sequence,horizon=sequence",
+    "js_in_reward",
+    "chi2_in_reward",
+)
+HEADS = (
+    "k2_as_loss,head=clipped",
+    "k2_as_loss,head=clipped,horizon=sequence",
+    "k3_as_loss,head=combined",
+    "k2_as_loss,head=combined",
+    "k1_in_reward,head=combined",
+    "js_as_loss,head=combined,horizon=sequence",
+    "k2_as_loss,head=combined+k3_as_loss",
+    "k2_as_loss,head=combined+k3_in_reward",
+)
+BASELINES = (
+    "k2_as_loss,horizon=sequence,baseline=group",
+    "k2_as_loss,horizon=sequence,baseline=batch",
+    "js_as_loss,ratio=rollout,horizon=sequence,baseline=group",
+    "k1_in_reward,baseline=group",
+    "k1_in_reward,baseline=batch",
+)
+SAMPLER = (
+    "k2_as_loss,reference=rollout",
+    "k2_as_loss,reference=rollout,horizon=sequence",
+    "k2_as_loss+k3_as_loss,reference=rollout",
+)
+KL_TYPES = (*AS_LOSS, *IN_REWARD, *SUMS, *DIVERGENCES, *HEADS, *BASELINES, *SAMPLER)
 
 
 @dataclass(frozen=True)
@@ -57,6 +94,7 @@ class Batch:
     rollout_log_probs: Tensor
     response_mask: Tensor
     advantages: Tensor
+    group_ids: tuple[int, ...] = (0, 0, 1, 1)
 
 
 def batch() -> Batch:
@@ -76,24 +114,51 @@ def batch() -> Batch:
     )
 
 
-def loss_gradient(kl_type: str, given: Batch | None = None) -> Tensor:
-    """What ``BETA`` times the term's part in the loss adds to the gradient of ``log_probs``.
+def return_baseline(kl_type: str, given: Batch | None = None) -> Tensor | None:
+    """What the samples carry for a term as_loss with a baseline, (4, 6): measured on ``old``."""
+    given = batch() if given is None else given
+    for term in klplug.parse(kl_type).placed("as_loss").terms:
+        if term.baseline in ("batch", "group"):
+            return klplug.kl_return_baseline(
+                term,
+                given.old_log_probs,
+                given.ref_log_probs,
+                given.response_mask,
+                given.group_ids,
+            )
+    return None
 
-    (4, 6), under ``token-mean`` aggregation; zero for a kl_type that is in the reward only.
+
+def step_gradient(kl_type: str, given: Batch | None = None) -> Tensor:
+    """The gradient of ``log_probs`` in a whole step, (4, 6), under ``token-mean`` aggregation.
+
+    Of the policy loss with ``BETA`` times what of the kl_type is in the loss.
     """
     given = batch() if given is None else given
     log_probs = given.log_probs.clone().requires_grad_(True)
-    term = klplug.kl_term(
+    loss = klplug.policy_loss(
         klplug.parse(kl_type).placed("as_loss"),
         log_probs,
         given.ref_log_probs,
         given.response_mask,
         old_log_probs=given.old_log_probs,
         rollout_log_probs=given.rollout_log_probs,
+        advantages=given.advantages,
+        kl_coef=BETA,
+        clip_range=CLIP_RANGE,
+        return_baseline=return_baseline(kl_type, given),
     )
-    (BETA * klplug.aggregate(term.loss, given.response_mask, "token-mean")).backward()
+    klplug.aggregate(loss, given.response_mask, "token-mean").backward()
     assert log_probs.grad is not None
     return log_probs.grad
+
+
+def loss_gradient(kl_type: str, given: Batch | None = None) -> Tensor:
+    """What the kl_type's part in the loss adds to the gradient of ``log_probs``.
+
+    (4, 6), under ``token-mean`` aggregation; zero for a kl_type that is in the reward only.
+    """
+    return step_gradient(kl_type, given) - step_gradient("none", given)
 
 
 def reward_advantages(kl_type: str, given: Batch | None = None) -> Tensor:
@@ -108,5 +173,6 @@ def reward_advantages(kl_type: str, given: Batch | None = None) -> Tensor:
         given.old_log_probs,
         given.ref_log_probs,
         given.response_mask,
+        group_ids=given.group_ids,
     )
     return -BETA * klplug.reward_to_go(term.coefficient) * given.response_mask

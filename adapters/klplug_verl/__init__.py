@@ -13,8 +13,9 @@ tested; FSDP and Megatron have the same call and scaling, and were not run) and 
 worker; every policy loss, every aggregation. An in-reward KL needs an advantage estimator that
 leaves it as it is (``settings.REWARD_ESTIMATORS``). Refused by name: 0.8's ``main_ppo_sync``, 0.7's
 own Megatron worker, the fully asynchronous and one-step-off recipes, an in-reward KL under an
-estimator that whitens, bootstraps or weighs it, a KL in the loss beside a distillation that throws
-the policy loss away. Not touched: what verl's ``kl_penalty`` does with verl's own names, so
+estimator that whitens, bootstraps or weighs it, ``head=combined`` and ``clipped`` with another
+policy loss than ``vanilla``, a KL in the loss beside a distillation that throws the policy loss
+away. Not touched: what verl's ``kl_penalty`` does with verl's own names, so
 distillation losses keep theirs; ``kl_cov`` and the other policy losses, whose KL is to the old
 policy.
 

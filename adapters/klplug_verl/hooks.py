@@ -18,7 +18,7 @@ import klplug
 from klplug import parse
 from klplug.patching import Args, Call, Hook, HookError, Kwargs, Patch, bound
 from klplug_verl import trainer, worker
-from klplug_verl.settings import derive
+from klplug_verl.settings import Plan, derive
 
 TESTED = "0.9.1, 0.8.0 and 0.7.1"
 
@@ -64,6 +64,14 @@ def resolve(config: Any, written: Mapping[str, Any]) -> str | None:
     return line
 
 
+def need_reference_policy(original: Call, _: Any, args: Args, kwargs: Kwargs) -> bool:
+    """Whether verl loads a reference model: not for a KL to the sampler."""
+    if not original(*args, **kwargs):
+        return False
+    plan = Plan.of(bound(original, args, kwargs)["config"])
+    return plan is None or plan.needs_reference
+
+
 def init_trainer(original: Call, own: Any, args: Args, kwargs: Kwargs) -> None:
     resolve(bound(original, args, kwargs)["config"], {})  # others than main may have made it
     trainer.init(original, own, args, kwargs)
@@ -71,19 +79,28 @@ def init_trainer(original: Call, own: Any, args: Args, kwargs: Kwargs) -> None:
 
 # ── The table ───────────────────────────────────────────────────────────────────────────────────
 
+_IN_TRAINER = ("log_probs", "ref_log_probs", "response_mask", "group_ids")
+_IN_WORKER = (
+    "log_probs",
+    "ref_log_probs",
+    "old_log_probs",
+    "rollout_log_probs",
+    "response_mask",
+    "advantages",
+)
+
 _ANY = (
     Hook("verl.utils.device", "auto_set_device", ("config",), auto_set_device),
+    Hook("verl.trainer.ppo.utils", "need_reference_policy", ("config",), need_reference_policy),
     Hook("verl.utils.metric.utils", "reduce_metrics", ("metrics",), worker.reduce_metrics),
     Hook(
         "verl.trainer.ppo.ray_trainer",
         "apply_kl_penalty",
         ("data", "kl_ctrl", "kl_penalty"),
         trainer.apply_kl_penalty,
-        supplies=("log_probs", "ref_log_probs", "response_mask"),
+        supplies=_IN_TRAINER,
     ),
 )
-
-_SUPPLIED = ("log_probs", "ref_log_probs", "old_log_probs", "rollout_log_probs", "response_mask")
 
 # How workers compute a loss: through one function for all engines, since 0.8 the only way; in 0.7
 # by default in a method of the FSDP worker.
@@ -93,7 +110,7 @@ _ENGINE_WORKER = (
         "ppo_loss",
         ("config", "model_output", "data", "dp_group"),
         worker.ppo_loss,
-        supplies=_SUPPLIED,
+        supplies=_IN_WORKER,
     ),
     Hook(
         "verl.workers.engine_workers",
@@ -115,7 +132,7 @@ _LEGACY_WORKER = (
         "DataParallelPPOActor._forward_micro_batch",
         ("micro_batch",),
         worker.forward_micro_batch,
-        supplies=_SUPPLIED,
+        supplies=_IN_WORKER,
     ),
     # A decorator hides its parameters.
     Hook(_ACTOR, "DataParallelPPOActor.update_policy", (), worker.update_policy),
@@ -135,7 +152,7 @@ _V1_TRAINER = (
         "compute_advantage_for_multi_trajectories",
         ("data", "batch_keys", "adv_estimator", "config"),
         trainer.compute_advantage_for_trajectories,
-        supplies=("log_probs", "ref_log_probs", "response_mask"),
+        supplies=_IN_TRAINER,
     ),
     Hook(_V1, "PPOTrainer.__init__", ("config",), init_trainer),
     Hook(_V1, "PPOTrainer._compute_advantage", ("batch", "metrics"), trainer.compute_advantage),
@@ -150,7 +167,7 @@ _RAY_TRAINER = (
         "compute_advantage",
         ("data", "adv_estimator", "config"),
         trainer.compute_advantage_of_rows,
-        supplies=("log_probs", "ref_log_probs", "response_mask"),
+        supplies=_IN_TRAINER,
     ),
     Hook(_RAY, "RayPPOTrainer.__init__", ("config",), init_trainer),
     Hook(_RAY, "RayPPOTrainer.fit", ("self",), trainer.fit),

@@ -52,6 +52,11 @@ def is_stock(name: str) -> bool:
 class Plan(Settings):
     """What the trainer does in a run, read from the ``klplug`` node of its resolved config."""
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any term is to the reference model, and not to the sampler."""
+        return "ref_log_probs" in self.spec.requires
+
     @classmethod
     def of(cls, config: Any) -> Plan | None:
         """The plan of a run, or ``None`` where nobody asked for klplug."""
@@ -289,16 +294,6 @@ def _refuse_unserved(plan: Plan, config: Any, written: Mapping[str, Any]) -> Non
             f"kl_type {spec}: klplug does not reach the trainer inside of {main.name}. Use "
             "verl.trainer.main_ppo"
         )
-    if (
-        spec.placed("as_loss").estimator != "none"
-        and _get(config, "trainer.use_legacy_worker_impl", "disable") != "disable"
-        and _get(config, "actor_rollout_ref.actor.strategy") not in ("fsdp", "fsdp2")
-    ):
-        raise SettingsError(
-            f"kl_type {spec} with actor_rollout_ref.actor.strategy="
-            f"{_get(config, 'actor_rollout_ref.actor.strategy')}: of verl 0.7's own workers klplug "
-            "serves the FSDP one. Set trainer.use_legacy_worker_impl=disable"
-        )
     if "async_training" in config or "rollout" in config:
         raise SettingsError(
             f"kl_type {spec}: verl's fully asynchronous and one-step-off recipes have trainers of "
@@ -306,6 +301,14 @@ def _refuse_unserved(plan: Plan, config: Any, written: Mapping[str, Any]) -> Non
             "trainer.v1.trainer_mode=separate_async if need be"
         )
     _refuse_in_reward(plan, config)
+    _refuse_head(plan, config)
+    _refuse_baseline(plan, config)
+    _refuse_on_legacy_worker(plan, config)
+    if plan.kl_ctrl != "fixed" and spec.estimator != "none" and not plan.needs_reference:
+        raise SettingsError(
+            f"klplug.kl_ctrl={plan.kl_ctrl} with kl_type {spec}: it is fed the KL at the start of "
+            "a step, where the policy is the sampler and their KL 0. Leave klplug.kl_ctrl out"
+        )
     if (
         spec.placed("as_loss").estimator != "none"
         and _get(config, "distillation.enabled", False)
@@ -317,6 +320,65 @@ def _refuse_unserved(plan: Plan, config: Any, written: Mapping[str, Any]) -> Non
         )
     if "rollout_log_probs" in spec.requires and written.get(RECORDS) is False:
         raise SettingsError(f"kl_type {spec} needs rollout log-probs, and {RECORDS}=False")
+
+
+def _is_legacy(config: Any) -> bool:
+    """Whether verl 0.7 runs its own workers, and not the engine's."""
+    return bool(_get(config, "trainer.use_legacy_worker_impl", "disable") != "disable")
+
+
+def _refuse_on_legacy_worker(plan: Plan, config: Any) -> None:
+    as_loss = plan.spec.placed("as_loss")
+    if as_loss.estimator == "none" or not _is_legacy(config):
+        return
+    strategy = str(_get(config, "actor_rollout_ref.actor.strategy"))
+    unserved = [
+        *([f"strategy={strategy}"] if strategy not in ("fsdp", "fsdp2") else ()),
+        *(["head=combined"] if any(t.head == "combined" for t in as_loss.terms) else ()),
+        *([f"baseline={t.baseline}" for t in as_loss.terms if t.baseline != "none"]),
+        *(["reference=rollout"] if not plan.needs_reference else ()),
+    ]
+    if unserved:
+        raise SettingsError(
+            f"kl_type {plan.spec} with {unserved[0]} is not served on verl 0.7's own workers. Set "
+            "trainer.use_legacy_worker_impl=disable"
+        )
+
+
+def _refuse_head(plan: Plan, config: Any) -> None:
+    heads = [term.head for term in plan.spec.terms if term.head in ("combined", "clipped")]
+    mode = str(_get(config, "actor_rollout_ref.actor.policy_loss.loss_mode", "vanilla"))
+    if heads and mode != "vanilla":
+        raise SettingsError(
+            f"kl_type {plan.spec} with actor_rollout_ref.actor.policy_loss.loss_mode={mode}: "
+            f"head={heads[0]} has the token ratio and the clip of PPO's loss, and {mode} has "
+            "others. Use loss_mode=vanilla, or head=separate"
+        )
+
+
+def _refuse_baseline(plan: Plan, config: Any) -> None:
+    compared = [term for term in plan.spec.terms if term.baseline not in (None, "none")]
+    if not compared:
+        return
+    as_loss = [term for term in compared if term.placement == "as_loss"]
+    if len(as_loss) > 1:
+        raise SettingsError(
+            f"kl_type {plan.spec}: one term as loss may have a baseline on verl, not {len(as_loss)}"
+        )
+    if any(term.reference == "rollout" for term in as_loss):
+        raise SettingsError(
+            f"kl_type {plan.spec}: a baseline with reference=rollout does nothing: it is measured "
+            "at the start of a step, where the KL to the sampler is 0. Leave baseline out"
+        )
+    n = int(_get(config, "actor_rollout_ref.rollout.n", 1))
+    answers = n if any(t.baseline == "group" for t in compared) else None
+    if answers is None:
+        answers = n * int(_get(config, "data.train_batch_size", 2))
+    if answers < 2:
+        raise SettingsError(
+            f"kl_type {plan.spec} with actor_rollout_ref.rollout.n={n}: there are no other answers "
+            "to compare with. Use n > 1, or baseline=none"
+        )
 
 
 def _refuse_in_reward(plan: Plan, config: Any) -> None:

@@ -5,6 +5,7 @@ verl has two: the v1 trainer of 0.9, and ``RayPPOTrainer``, whose step is one lo
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from klplug import KLSpec, kl_term, reward_to_go
+from klplug import KLSpec, KLTerm, kl_return_baseline, kl_term, parse, reward_to_go
 from klplug.host import MeasuredController, announce
 from klplug.patching import Args, Call, Kwargs, bound
 from klplug_verl.settings import Plan, is_stock
-from klplug_verl.worker import COEF_KEY, SUMS
+from klplug_verl.worker import BASELINE, COEF_KEY, SUMS
 
 ACTIVE = "klplug/active"
 STATE_FILE = "klplug.json"
@@ -33,6 +34,7 @@ class Run:
     plan: Plan
     controller: MeasuredController
     n_samples: int = 0
+    baseline: Tensor | None = None  # of the KL returns, for the workers
     metrics: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -40,7 +42,7 @@ class Run:
         return self.plan.spec.placed("as_loss").estimator != "none"
 
     def reset(self) -> None:
-        self.metrics, self.controller.measured = {}, None
+        self.metrics, self.controller.measured, self.baseline = {}, None, None
 
     def report(self) -> dict[str, float]:
         """What this step logs; that a KL as loss is active is the workers' to say."""
@@ -77,8 +79,21 @@ def compute_advantage(original: Call, trainer: Any, args: Args, kwargs: Kwargs) 
         batch = original(*args, **kwargs)
     finally:
         _RUN.reset(token)
+    if run.baseline is not None:
+        batch = _with_baseline(batch, run.baseline)
     bound(original, args, kwargs)["metrics"].update(run.report())
     return batch
+
+
+def _with_baseline(batch: Any, baseline: Tensor) -> Any:
+    """The v1 trainer's batch, with one more tensor where its tensors are."""
+    from verl.trainer.ppo.v1.trainer_base import response_to_nested, tq
+    from verl.utils import tensordict_utils as tu
+
+    place = {"keys": batch.keys, "partition_id": batch.partition_id}
+    mask = tq.kv_batch_get(**place, select_fields=["response_mask"])["response_mask"]
+    fields = tu.get_tensordict({BASELINE: response_to_nested(baseline, mask)})
+    return tq.kv_batch_put(**place, fields=fields)
 
 
 def fit(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -102,15 +117,13 @@ def apply_kl_penalty(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
             "klplug serves, so it can't join it to the advantages"
         )
     data, beta = given["data"], run.controller.value
-    tensors = data.batch
+    tensors, groups = data.batch, data.non_tensor_batch["uid"]
     rewards = tensors["token_level_scores"]
     in_reward = run.plan.spec.placed("in_reward")
     for part in _joined(in_reward, "group"):
-        rewards = rewards - beta * _coefficient(part, tensors)
+        rewards = rewards - beta * _term(part, tensors, groups).coefficient
     tensors["token_level_rewards"] = rewards
-    value = kl_term(
-        in_reward, tensors["old_log_probs"], tensors["ref_log_prob"], tensors["response_mask"]
-    ).value
+    value = _term(in_reward, tensors, groups).value
     lengths = tensors["response_mask"].sum(-1).clamp(min=1)
     metrics = {
         "actor/reward_kl_penalty": float((value.sum(-1) / lengths).mean()),
@@ -139,6 +152,8 @@ def compute_advantage_of_rows(original: Call, _: Any, args: Args, kwargs: Kwargs
     if run is not None:
         run.reset()
         _join(run, data, [f"{row}_0" for row in range(len(data))])
+        if run.baseline is not None:
+            data.batch[BASELINE] = run.baseline
     return data
 
 
@@ -146,25 +161,33 @@ def _join(run: Run, data: Any, keys: Sequence[str]) -> None:
     """Measure the KL of the whole batch, and join one in the reward to the advantages."""
     if run.plan.spec.estimator == "none":
         return
-    tensors = data.batch
+    tensors, groups = data.batch, data.non_tensor_batch["uid"]
+    as_loss, in_reward = (run.plan.spec.placed(p) for p in ("as_loss", "in_reward"))
     # Samples of the policy itself: the plain means of k1 and k3 are unbiased here.
-    policy, reference, mask = (
-        tensors[name] for name in ("old_log_probs", "ref_log_prob", "response_mask")
-    )
-    in_reward = run.plan.spec.placed("in_reward")
-    shown = in_reward if in_reward.estimator != "none" else "k1_in_reward"
-    tally = kl_term(shown, policy, reference, mask).tally
+    policy, mask = tensors["old_log_probs"], tensors["response_mask"]
+    reference = tensors["ref_log_prob" if run.plan.needs_reference else "rollout_log_probs"]
+    shown = in_reward if in_reward.estimator != "none" else parse("k1_in_reward")
+    tally = kl_term(shown, policy, reference, mask, group_ids=groups).tally
     run.metrics = {key: float(value) for key, value in tally.metrics().items()}
     run.controller.measured = run.metrics["klplug/k3"]
     run.metrics["klplug/kl_before_update"] = run.controller.measured
     run.n_samples = len(data)
+    compared = [term for term in run.plan.spec.terms if term.baseline not in (None, "none")]
+    if compared and len(_answers(keys)) < len(keys):
+        raise RuntimeError(
+            f"kl_type {run.plan.spec}: baseline={compared[0].baseline} compares answers, and this "
+            "agent loop cut them into several rows. Use baseline=none"
+        )
+    for term in as_loss.terms:
+        if term in compared:
+            run.baseline = kl_return_baseline(term, policy, reference, mask, groups)
     beta = run.controller.value
     for part in _joined(in_reward, "none"):
-        coefficient = _coefficient(part, tensors)
         if run.plan.divides_by_length:
-            force = excess_over_group(coefficient, keys, data.non_tensor_batch["uid"])
+            alone = dataclasses.replace(part, baseline="none")  # compared with its group anyway
+            force = excess_over_group(_term(alone, tensors, groups).coefficient, keys, groups)
         else:
-            force = to_go_over_answer(coefficient, keys)
+            force = to_go_over_answer(_term(part, tensors, groups).coefficient, keys)
         penalty = beta * force * mask
         tensors["advantages"] = tensors["advantages"] - penalty
         tensors["returns"] = tensors["returns"] - penalty
@@ -174,10 +197,15 @@ def _joined(in_reward: KLSpec, reward_norm: str) -> list[KLSpec]:
     return [term for term in in_reward.terms if term.reward_norm == reward_norm]
 
 
-def _coefficient(part: KLSpec, tensors: Any) -> Tensor:
+def _term(spec: KLSpec, tensors: Any, groups: Sequence[Any]) -> KLTerm:
+    """At the policy that sampled, which no update has moved yet."""
     return kl_term(
-        part, tensors["old_log_probs"], tensors["ref_log_prob"], tensors["response_mask"]
-    ).coefficient
+        spec,
+        tensors["old_log_probs"],
+        tensors["ref_log_prob"],
+        tensors["response_mask"],
+        group_ids=groups,
+    )
 
 
 def _answers(keys: Sequence[str]) -> list[list[int]]:

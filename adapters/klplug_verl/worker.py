@@ -19,6 +19,7 @@ from klplug.patching import Args, Call, Kwargs, bound
 from klplug_verl.settings import LOSS_TYPE, is_stock
 
 COEF_KEY = "klplug_kl_coef"  # the controller's value, in the batch's meta information
+BASELINE = "klplug_return_baseline"  # of the whole batch, one of its tensors
 SUMS, MAXIMA = "klplug/sum/", "klplug/max/"
 
 
@@ -43,8 +44,15 @@ def init_model(original: Call, worker: Any, args: Args, kwargs: Kwargs) -> Any:
     return result
 
 
-def term_of(spec: KLSpec, log_probs: Tensor, tensors: Mapping[str, Tensor]) -> KLTerm:
+def term_of(
+    spec: KLSpec, log_probs: Tensor, tensors: Mapping[str, Tensor], config: Any, coef: float
+) -> KLTerm:
     """The term of one micro-batch, from verl's names for its tensors."""
+    if BASELINE not in tensors and any(term.baseline != "none" for term in spec.terms):
+        raise RuntimeError(
+            f"kl_type {spec}: the micro-batch has no {BASELINE}, which the trainer computes from "
+            "the whole batch: did another advantage stage than verl's own run?"
+        )
     return kl_term(
         spec,
         log_probs,
@@ -52,6 +60,19 @@ def term_of(spec: KLSpec, log_probs: Tensor, tensors: Mapping[str, Tensor]) -> K
         tensors["response_mask"],
         old_log_probs=tensors.get("old_log_probs"),
         rollout_log_probs=tensors.get("rollout_log_probs"),
+        advantages=tensors.get("advantages"),
+        kl_coef=coef,
+        clip_range=clip_range(config),
+        return_baseline=tensors.get(BASELINE),
+    )
+
+
+def clip_range(config: Any) -> tuple[float, float]:
+    """Of verl's own policy loss."""
+    low, high = config.clip_ratio_low, config.clip_ratio_high
+    return (
+        config.clip_ratio if low is None else low,
+        config.clip_ratio if high is None else high,
     )
 
 
@@ -72,47 +93,75 @@ def ppo_loss(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     spec = loss_spec(config.kl_loss_type) if config.use_kl_loss else None
     if spec is None:
         return original(*args, **kwargs)
+    from verl.utils import tensordict_utils as tu
+    from verl.workers.utils.padding import no_padding_2_padding
+
+    log_probs = no_padding_2_padding(given["model_output"]["log_probs"], data)
+    tensors = dict(data.select(*(name for name in _TENSORS if name in data)).to_padded_tensor())
+    tensors["response_mask"] = tensors["response_mask"].to(bool)
+    coef = tu.get_non_tensor_data(data=data, key=COEF_KEY, default=None)
+    coef = config.kl_loss_coef if coef is None else coef
+    terms = [term_of(part, log_probs, tensors, config, coef) for part in spec.terms]
+    inside = [term for term, part in zip(terms, spec.terms, strict=True) if part.head == "combined"]
+    if inside:
+        force = tensors["advantages"] - coef * sum(term.coefficient for term in inside)
+        given["data"] = _with_advantages(data, force)
     # verl's own loss without its KL; the config is frozen, and global_batch_info stays shared.
     given["config"] = without_kl = copy.copy(config)
     object.__setattr__(without_kl, "use_kl_loss", False)
     policy_loss, metrics = original(**given)
-    return _with_kl(spec, config, given["model_output"], data, policy_loss, metrics)
+    whole = terms[0] if len(terms) == 1 else term_of(spec, log_probs, tensors, config, coef)
+    beside = [term for term in terms if term not in inside]
+    for term in beside:
+        policy_loss = policy_loss + coef * _aggregated(term.loss, tensors, config)
+    _report(metrics, whole.tally, _aggregated(whole.value, tensors, config), coef)
+    return policy_loss, metrics
 
 
-def _with_kl(
-    spec: KLSpec,
-    config: Any,
-    model_output: Any,
-    data: Any,
-    policy_loss: Tensor,
-    metrics: dict[str, Any],
-) -> tuple[Tensor, dict[str, Any]]:
+_TENSORS = (
+    "response_mask",
+    "ref_log_prob",
+    "old_log_probs",
+    "rollout_log_probs",
+    "advantages",
+    BASELINE,
+)
+
+
+def _with_advantages(data: Any, advantages: Tensor) -> Any:
+    """The micro-batch with other advantages, padded or jagged as its own are."""
+    changed = data.copy()
+    if data["advantages"].is_nested:
+        from verl.workers.utils.padding import response_to_nested
+
+        advantages = response_to_nested(advantages, data["advantages"])
+    changed["advantages"] = advantages
+    return changed
+
+
+def _aggregated(loss: Tensor, tensors: Mapping[str, Tensor], config: Any) -> Tensor:
     from verl.trainer.ppo.core_algos import agg_loss
-    from verl.utils import tensordict_utils as tu
-    from verl.utils.metric import AggregationType, Metric
-    from verl.workers.utils.padding import no_padding_2_padding
 
-    names = ("response_mask", "ref_log_prob", "old_log_probs", "rollout_log_probs")
-    tensors = dict(data.select(*(name for name in names if name in data)).to_padded_tensor())
-    mask = tensors["response_mask"] = tensors["response_mask"].to(bool)
-    term = term_of(spec, no_padding_2_padding(model_output["log_probs"], data), tensors)
-    kl_loss = agg_loss(
-        loss_mat=term.loss,
-        loss_mask=mask,
+    result: Tensor = agg_loss(
+        loss_mat=loss,
+        loss_mask=tensors["response_mask"],
         loss_agg_mode=config.loss_agg_mode,
         **config.global_batch_info,
     )
-    coef = tu.get_non_tensor_data(data=data, key=COEF_KEY, default=None)
-    coef = config.kl_loss_coef if coef is None else coef
+    return result
+
+
+def _report(metrics: dict[str, Any], tally: Tally, kl_loss: Tensor, coef: float) -> None:
+    from verl.utils.metric import AggregationType, Metric
+
     # Added up as verl's own loss of the same micro-batch is.
     metrics["kl_loss"] = Metric(metrics["actor/pg_loss"].aggregation, kl_loss)
     metrics["kl_coef"] = coef
     # verl adds up a SUM over micro-batches, then takes means over ranks and mini-batches: one
     # common factor, which reduce_metrics below divides out again.
-    for name, number in numbers(term.tally).items():
+    for name, number in numbers(tally).items():
         kind = AggregationType.SUM if name.startswith(SUMS) else AggregationType.MAX
         metrics[name] = Metric(kind, number)
-    return policy_loss + coef * kl_loss, metrics
 
 
 def reduce_metrics(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -136,6 +185,7 @@ def reduce_metrics(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
 class _Update:
     """One call of ``DataParallelPPOActor.update_policy``: its micro-batch, and all tallies."""
 
+    actor: Any
     micro_batch: Mapping[str, Any] = field(default_factory=dict)
     tallies: list[Tally] = field(default_factory=list)
 
@@ -148,7 +198,7 @@ def update_policy(original: Call, actor: Any, args: Args, kwargs: Kwargs) -> Any
     if not config.use_kl_loss or loss_spec(config.kl_loss_type) is None:
         return original(*args, **kwargs)
     (data,) = (*args, *kwargs.values())
-    update = _Update()
+    update = _Update(actor)
     token = _UPDATE.set(update)
     try:
         with _coefficient_of(data, actor):
@@ -192,6 +242,7 @@ def kl_penalty(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
             f"kl_type {given['kl_penalty']} was asked of verl's kl_penalty outside of the worker "
             "that klplug serves there, DataParallelPPOActor"
         )
-    term = term_of(spec, given["logprob"], update.micro_batch)
+    config = update.actor.config
+    term = term_of(spec, given["logprob"], update.micro_batch, config, config.kl_loss_coef)
     update.tallies.append(term.tally)
     return term.loss

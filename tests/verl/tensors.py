@@ -7,14 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from klplug_verl.worker import BASELINE
 from tensordict import TensorDict
 from torch import Tensor
 
+from klplug import kl_term
 from tests.one_meaning import Batch
 from tests.verl.engine import nested
 
 LENGTHS = (6, 4, 1, 5)
 PROMPT = 2
+# What must not depend on the cut; the top tokens are those of each micro-batch.
+MERGED = kl_term("none", *[torch.zeros(1, 1)] * 3).metrics.keys() - {"klplug/top_share"}
 KEYS = ("a_0_0", "a_1_0", "b_0_0", "b_1_0")
 
 
@@ -29,7 +33,9 @@ LAYOUTS = ("padded",) if IS_LEGACY else ("jagged", "padded")
 """What ``ppo_loss`` is given: by the v1 trainer jagged rows, by ``RayPPOTrainer`` padded ones."""
 
 
-def micro_batch(given: Batch, advantages: Tensor, layout: str, **meta: Any) -> TensorDict:
+def micro_batch(
+    given: Batch, advantages: Tensor, layout: str, baseline: Tensor | None, **meta: Any
+) -> TensorDict:
     """What ``ppo_loss`` is called with."""
     from verl.utils import tensordict_utils as tu
     from verl.workers.utils.padding import left_right_2_no_padding
@@ -41,6 +47,8 @@ def micro_batch(given: Batch, advantages: Tensor, layout: str, **meta: Any) -> T
         "rollout_log_probs": given.rollout_log_probs,
         "advantages": advantages,
     }
+    if baseline is not None:
+        tensors[BASELINE] = baseline
     info = {
         "dp_size": 1,
         "batch_num_tokens": int(given.response_mask.sum()),
@@ -101,6 +109,7 @@ def loss(
     coef: float,
     advantages: Tensor | None = None,
     layout: str = LAYOUTS[0],
+    baseline: Tensor | None = None,
     meta: dict[str, Any] | None = None,
     **actor: Any,
 ) -> tuple[Tensor, dict[str, Any]]:
@@ -109,7 +118,7 @@ def loss(
 
     config = actor_config(kl_loss_type, coef, **actor)
     advantages = torch.zeros_like(log_probs.detach()) if advantages is None else advantages
-    data = micro_batch(given, advantages, layout, **(meta or {}))
+    data = micro_batch(given, advantages, layout, baseline, **(meta or {}))
     result: tuple[Tensor, dict[str, Any]] = ppo_loss(config, model_output(log_probs), data)
     return result
 
@@ -125,6 +134,7 @@ def experience(given: Batch, scores: Tensor, groups: tuple[str, ...] = ("a", "a"
             "response_mask": given.response_mask.clone(),
             "old_log_probs": given.old_log_probs.clone(),
             "ref_log_prob": given.ref_log_probs.clone(),
+            "rollout_log_probs": given.rollout_log_probs.clone(),
             "token_level_scores": token_scores,
         }
     )

@@ -10,14 +10,25 @@ from typing import Any
 
 import pytest
 import torch
+from klplug_verl.settings import derive
 from klplug_verl.worker import COEF_KEY, MAXIMA, SUMS
 from torch import Tensor, nn
 
 from klplug import Tally, kl_term, parse
-from tests.one_meaning import AS_LOSS, BETA, TOLERANCE, batch, loss_gradient
+from klplug.host import SettingsError
+from tests.one_meaning import (
+    AS_LOSS,
+    BETA,
+    CLIP_RANGE,
+    DIVERGENCES,
+    HEADS,
+    TOLERANCE,
+    batch,
+    loss_gradient,
+)
 from tests.one_meaning import SUMS as SUMS_OF_TERMS
 from tests.verl.engine import free_port
-from tests.verl.tensors import PROMPT, actor_config, tokens
+from tests.verl.tensors import MERGED, PROMPT, actor_config, tokens
 
 
 class Policy(nn.Module):
@@ -88,11 +99,38 @@ def group() -> Any:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("kl_type", [*AS_LOSS, *SUMS_OF_TERMS])
+SERVED = [
+    *AS_LOSS,
+    *SUMS_OF_TERMS,
+    *(kl_type for kl_type in DIVERGENCES if "as_loss" in kl_type),
+    *(kl_type for kl_type in HEADS if "clipped" in kl_type),
+]
+
+
+@pytest.mark.parametrize("kl_type", SERVED)
 def test_the_gradient_is_the_shared_one(kl_type: str) -> None:
-    as_loss = parse(kl_type).placed("as_loss")
-    found, _ = Bench(str(as_loss)).step()
+    low, high = CLIP_RANGE
+    bench = Bench(str(parse(kl_type).placed("as_loss")), clip_ratio_low=low, clip_ratio_high=high)
+    found, _ = bench.step()
     torch.testing.assert_close(found, loss_gradient(kl_type), rtol=10 * TOLERANCE, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "kl_type",
+    [
+        "k2_as_loss,head=combined",
+        "k2_as_loss,horizon=sequence,baseline=group",
+        "k2_as_loss,reference=rollout",
+    ],
+)
+def test_what_only_the_engine_serves_is_refused_by_name(kl_type: str) -> None:
+    from tests.verl.trainer import config, quoted, written
+
+    given = (f"+klplug.kl_type={quoted(kl_type)}", "+klplug.kl_coef=1")
+    made = config("algorithm.adv_estimator=grpo", "actor_rollout_ref.rollout.n=2", *given)
+    made.actor_rollout_ref.model.path = "hub/model"
+    with pytest.raises(SettingsError, match="use_legacy_worker_impl=disable"):
+        derive(made, written(given))
 
 
 def test_it_adds_to_the_policy_losss_gradient() -> None:
@@ -113,8 +151,9 @@ def test_the_metrics_are_those_of_all_micro_batches() -> None:
     for cut in ({}, {"ppo_micro_batch_size_per_gpu": 1}, {"ppo_mini_batch_size": 2}):
         bench = Bench("k2_as_loss", **({"ppo_micro_batch_size_per_gpu": 2} | cut))
         _, metrics = bench.step()
-        for name, value in term.metrics.items():
-            assert metrics[name] == pytest.approx(float(value), rel=1e-5, abs=1e-7), (cut, name)
+        for name in MERGED:
+            value = float(term.metrics[name])
+            assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-7), (cut, name)
         assert not any(SUMS in name or MAXIMA in name for name in metrics)
 
 
@@ -133,7 +172,8 @@ def test_ranks_are_joined_as_sums() -> None:
     ranks = [numbers(tally(rows)) for rows in (slice(0, 1), slice(1, 4))]
     found = reduce_metrics({name: [rank[name] for rank in ranks] for name in ranks[0]})
     for name, value in tally(slice(0, 4)).metrics().items():
-        assert found[name] == pytest.approx(float(value), rel=1e-6), name
+        if name in MERGED:
+            assert found[name] == pytest.approx(float(value), rel=1e-6), name
 
 
 def test_the_trainers_coefficient_comes_with_the_batch() -> None:

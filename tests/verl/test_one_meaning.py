@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
 from klplug import parse
 from tests.one_meaning import (
-    AS_LOSS,
+    BASELINES,
     BETA,
+    CLIP_RANGE,
     IN_REWARD,
     KL_TYPES,
     SUMS,
     TOLERANCE,
     batch,
-    loss_gradient,
+    return_baseline,
     reward_advantages,
+    step_gradient,
 )
 from tests.verl.tensors import KEYS, LAYOUTS, experience, loss
 from tests.verl.trainer import TRAINERS, joined, quoted, trainer
@@ -26,13 +26,25 @@ from tests.verl.trainer import TRAINERS, joined, quoted, trainer
 SCORES = torch.tensor([1.0, 0.0, 0.25, 0.5])
 
 
-def gradient(kl_loss_type: str | None, **keywords: Any) -> Tensor:
-    given = batch()
+@pytest.mark.parametrize("kl_type", KL_TYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_gradient_of_the_loss_is_the_shared_one(kl_type: str, layout: str) -> None:
+    given, as_loss = batch(), parse(kl_type).placed("as_loss")
     log_probs = given.log_probs.clone().requires_grad_(True)
-    value, _ = loss(given, log_probs, kl_loss_type, BETA, **keywords)
+    low, high = CLIP_RANGE
+    value, _ = loss(
+        given,
+        log_probs,
+        str(as_loss) if as_loss.estimator != "none" else None,
+        BETA,
+        advantages=given.advantages,
+        layout=layout,
+        baseline=return_baseline(kl_type),
+        clip_ratio_low=low,
+        clip_ratio_high=high,
+    )
     value.backward()
-    assert log_probs.grad is not None
-    return log_probs.grad
+    torch.testing.assert_close(log_probs.grad, step_gradient(kl_type), rtol=TOLERANCE, atol=1e-7)
 
 
 def advantages(kind: str, *overrides: str) -> Tensor:
@@ -42,23 +54,17 @@ def advantages(kind: str, *overrides: str) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("kl_type", KL_TYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_gradient_of_the_loss_is_the_shared_one(kl_type: str, layout: str) -> None:
-    as_loss = parse(kl_type).placed("as_loss")
-    found = gradient(str(as_loss) if as_loss.estimator != "none" else None, layout=layout)
-    torch.testing.assert_close(found, loss_gradient(kl_type), rtol=TOLERANCE, atol=1e-8)
+REWARD_SIDES = (
+    *IN_REWARD,
+    *SUMS,
+    *(kl_type for kl_type in BASELINES if "in_reward" in kl_type),
+    "js_in_reward",
+    "k2_as_loss,head=combined+k3_in_reward",
+    "k1_in_reward,head=combined",
+)
 
 
-@pytest.mark.parametrize("kl_type", [*AS_LOSS, *SUMS])
-def test_it_adds_to_the_policy_losss_gradient(kl_type: str) -> None:
-    as_loss = parse(kl_type).placed("as_loss")
-    own = batch().advantages
-    found = gradient(str(as_loss), advantages=own) - gradient(None, advantages=own)
-    torch.testing.assert_close(found, loss_gradient(kl_type), rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("kl_type", [*IN_REWARD, *SUMS, "k2_as_loss"])
+@pytest.mark.parametrize("kl_type", REWARD_SIDES)
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_the_reward_side_is_the_shared_one(kl_type: str, kind: str) -> None:
     stock = advantages(kind)

@@ -120,6 +120,27 @@ def test_two_ranks_with_a_kl_in_loss_and_reward(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_head_and_a_baseline_over_several_updates(tmp_path: Path) -> None:
+    kl_type = "k2_as_loss,horizon=sequence,baseline=group+js_as_loss,head=combined"
+    summary, steps, log = quickstart(tmp_path / "run", kl_type=kl_type, steps=2, updates=2)
+    assert summary["klplug_active"] is True and summary["kl_type"] == kl_type
+    assert f"kl_type={kl_type}" in log and log.count("active in a worker") == 1
+    # Of the second update only: the first meets the policy that sampled.
+    assert 0 < steps[1]["klplug/ess"] < 1
+    assert steps[1]["klplug/k3"] > 0 and math.isfinite(steps[1]["actor/grad_norm"])
+
+
+@pytest.mark.slow
+def test_the_sampler_as_the_reference_runs_without_a_reference_model(tmp_path: Path) -> None:
+    kl_type = "k2_as_loss,level=prefix,cap=5,mode=mask,bound=0.5,reference=rollout"
+    summary, steps, log = quickstart(tmp_path / "run", kl_type=kl_type, steps=2, updates=2)
+    assert summary["klplug_active"] is True and summary["kl_type"] == kl_type
+    assert log.count("active in a worker") == 1 and "timing_s/ref" not in log
+    # The sampler is the policy up to rounding; the second update of a step leaves it.
+    assert steps[0]["klplug/k3"] > 0 and steps[0]["klplug/kl_before_update"] < 1e-6
+
+
+@pytest.mark.slow
 def test_a_stock_run_is_a_stock_run(tmp_path: Path) -> None:
     summary, steps, log = quickstart(tmp_path / "run", kl_type="stock:k3", steps=2)
     assert summary["klplug_active"] is False and len(steps) == 2

@@ -23,7 +23,12 @@ SAME = (
     "test_plugin.py::test_every_hook_is_there",
     "test_plugin.py::test_a_hook_that_moved_or_changed_is_named",
     "test_one_meaning.py",
-    "test_trainer.py",
+    "test_trainer.py::test_the_force_is_beta_whatever_the_groups_std",
+    "test_trainer.py::test_the_coefficient_follows_the_measured_kl_in_every_placement",
+    "test_trainer.py::test_a_loss_without_klplugs_kl_stops_the_run",
+    "test_trainer.py::test_state_is_saved_and_restored",
+    "test_trainer.py::test_the_baseline_of_the_whole_batch_goes_with_the_samples",
+    "test_trainer.py::test_the_sampler_as_the_reference_loads_no_model",
 )
 ONLY = {
     "0.8.0": (

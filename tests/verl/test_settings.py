@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 from klplug_verl.settings import Plan
+from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
 from tests.verl.trainer import derived, quoted
 
 COEF = "+klplug.kl_coef=0.01"
 ACTOR = "actor_rollout_ref.actor"
+OTHER_LOSSES = sorted(set(POLICY_LOSS_REGISTRY) - {"vanilla"})
 
 
 def own(kl_type: str, *more: str) -> list[str]:
@@ -171,6 +173,54 @@ MEAN = f"{ACTOR}.loss_agg_mode=seq-mean-token-mean"
         (
             [f"{ACTOR}.kl_loss_type=k2_as_loss", "algorithm.kl_penalty=k3_in_reward"],
             ["both placements", "k3_in_reward+k2_as_loss"],
+        ),
+        *(
+            (
+                own(
+                    f"k2_as_loss,head={head}",
+                    f"actor_rollout_ref.actor.policy_loss.loss_mode={mode}",
+                ),
+                [f"loss_mode={mode}", f"head={head}", "vanilla"],
+            )
+            for head, mode in [("clipped", "gspo"), *(("combined", m) for m in OTHER_LOSSES)]
+        ),
+        (
+            own("k2_as_loss,reference=rollout", "+klplug.kl_ctrl=adaptive", "+klplug.kl_target=1"),
+            ["kl_ctrl=adaptive", "sampler"],
+        ),
+        (
+            own("k2_as_loss,horizon=sequence,baseline=group", "actor_rollout_ref.rollout.n=1"),
+            ["rollout.n=1", "baseline=none"],
+        ),
+        (
+            own("k1_in_reward,baseline=group", "actor_rollout_ref.rollout.n=1"),
+            ["rollout.n=1", "baseline=none"],
+        ),
+        (
+            own(
+                "k1_in_reward,baseline=batch",
+                "actor_rollout_ref.rollout.n=1",
+                "data.train_batch_size=1",
+            ),
+            ["no other answers"],
+        ),
+        (
+            own("k2_as_loss,reference=rollout,horizon=sequence,baseline=group"),
+            ["baseline with reference=rollout"],
+        ),
+        (
+            own(
+                "k2_as_loss,horizon=sequence,baseline=group"
+                "+js_as_loss,horizon=sequence,baseline=batch"
+            ),
+            ["one term as loss"],
+        ),
+        (
+            own(
+                "k2_as_loss,reference=rollout",
+                "actor_rollout_ref.rollout.calculate_log_probs=False",
+            ),
+            ["rollout log-probs", "calculate_log_probs=False"],
         ),
         # What is not served, by name.
         (own("k2_as_loss", "+async_training.x=1"), ["asynchronous", "separate_async"]),

@@ -10,12 +10,12 @@ import pytest
 import torch
 from klplug_verl.settings import REWARD_ESTIMATORS
 from klplug_verl.trainer import excess_over_group, to_go_over_answer
-from klplug_verl.worker import COEF_KEY, numbers
+from klplug_verl.worker import BASELINE, COEF_KEY, numbers
 from omegaconf import open_dict
 from torch import Tensor
 
 from klplug import kl_term
-from tests.one_meaning import BETA, batch, reward_advantages
+from tests.one_meaning import BASELINES, BETA, batch, return_baseline, reward_advantages
 from tests.one_meaning import batch as batch_of_one_meaning
 from tests.verl.tensors import KEYS, experience
 from tests.verl.trainer import (
@@ -65,7 +65,9 @@ def served() -> list[str]:
 
 
 @pytest.mark.parametrize("estimator", served())
-def test_the_force_is_beta_under_every_estimator_that_is_served(estimator: str, kind: str) -> None:
+def test_the_force_is_beta_under_every_estimator_that_is_served(estimator: str) -> None:
+    # The v1 trainer makes the same call, but hands ReMax no baselines.
+    kind = "ray" if estimator == "remax" else TRAINERS[0]
     algorithm = f"algorithm.adv_estimator={estimator}"
     expected = reward_advantages("k1_in_reward")
     for scale in (1.0, 10.0):
@@ -140,6 +142,65 @@ def test_where_the_loss_divides_by_length_each_answer_is_compared_with_its_group
     expected = -BETA * (answers - others)[:, None] * given.response_mask
     found = ours.batch["advantages"] - stock.batch["advantages"]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# What is measured on the whole batch, and what needs no reference model.
+
+
+@pytest.mark.parametrize("kl_type", [k for k in BASELINES if "as_loss" in k])
+def test_the_baseline_of_the_whole_batch_goes_with_the_samples(kl_type: str, kind: str) -> None:
+    data, _ = joined(trainer(*klplug(kl_type), kind=kind), experience(batch(), SCORES), KEYS)
+    expected = return_baseline(kl_type)
+    assert expected is not None
+    found = data.batch[BASELINE] * batch().response_mask
+    torch.testing.assert_close(found, expected * batch().response_mask)
+
+
+def test_without_a_baseline_nothing_goes_with_them(kind: str) -> None:
+    data, _ = joined(trainer(*klplug("k2_as_loss"), kind=kind), experience(batch(), SCORES), KEYS)
+    assert BASELINE not in data.batch
+
+
+def test_a_baseline_compares_answers_not_rows() -> None:
+    made = trainer(*klplug("k1_in_reward,baseline=group"))
+    if not hasattr(made, "_compute_advantage"):
+        return  # a row is an answer there
+    with pytest.raises(RuntimeError, match=r"baseline=group compares answers.*several rows"):
+        joined(made, experience(batch(), SCORES), ("a_0_0", "a_0_1", "b_0_0", "b_1_0"))
+
+
+@pytest.mark.parametrize(
+    ("kl_type", "is_needed"),
+    [
+        ("k2_as_loss,reference=rollout", False),
+        ("k2_as_loss,reference=rollout+k3_as_loss", True),
+        ("k2_as_loss", True),
+        ("none", False),
+    ],
+)
+def test_the_sampler_as_the_reference_loads_no_model(
+    kl_type: str, is_needed: bool, kind: str
+) -> None:
+    from verl.trainer.ppo import ray_trainer
+
+    own = klplug(kl_type) if kl_type != "none" else ("+klplug.kl_type=none",)
+    made = trainer(*own, kind=kind)
+    assert made.use_reference_policy is is_needed
+    assert ray_trainer.need_reference_policy(made.config) is is_needed
+    assert made.config.actor_rollout_ref.actor.use_kl_loss is (kl_type != "none")
+    data = experience(batch(), SCORES)
+    if not is_needed:
+        del data.batch["ref_log_prob"]
+    _, metrics = joined(made, data, KEYS)
+    if kl_type != "none":
+        made.actor_rollout_wg = Workers()
+        update(made, metrics)
+        assert metrics["klplug/kl_before_update"] > 0
+
+
+def test_stock_kls_need_their_reference_model(kind: str) -> None:
+    assert trainer("actor_rollout_ref.actor.use_kl_loss=True", kind=kind).use_reference_policy
+    assert not trainer(kind=kind).use_reference_policy
 
 
 # Answers that an agent loop cut into several rows.

@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from klplug_verl.worker import BASELINE
 from torch import Tensor
 
+from klplug import kl_term
 from tests.verl.engine import ANSWERS, Bench, free_port, nested
+from tests.verl.tensors import MERGED
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -110,8 +113,8 @@ AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
 
 
 def approximately(metrics: dict[str, Any], others: dict[str, Any]) -> None:
-    keys = [key for key in metrics if key.startswith("klplug/") or key == "kl_loss"]
-    assert len(keys) == 11
+    keys = [key for key in metrics if key in MERGED or key == "kl_loss"]
+    assert len(keys) == 1 + len(MERGED)
     for key in keys:
         # Padding to another width moves the model's log-probs by float32's last digits.
         assert others[key] == pytest.approx(metrics[key], rel=1e-3, abs=1e-6), key
@@ -127,6 +130,48 @@ def test_the_cut_into_micro_batches_changes_nothing(
         found, own = bench.step(data, kl_type, loss_agg_mode=loss_agg_mode, **cut)
         same(whole, found, rtol=1e-4)
         approximately(metrics, own)
+
+
+OPTIONS = (
+    "js_as_loss",
+    "alpha_as_loss,alpha=2,horizon=sequence",
+    "k2_as_loss,level=sequence,cap=2,mode=mask",
+    "k2_as_loss,bound=0.3",
+    "k2_as_loss,head=clipped",
+    "k2_as_loss,head=combined",
+    "k1_in_reward,head=combined",
+    "k2_as_loss,head=combined+k3_as_loss,reference=rollout",
+    "k2_as_loss,horizon=sequence,baseline=group",
+    "k2_as_loss,reference=rollout",
+)
+
+
+@pytest.mark.parametrize("kl_type", OPTIONS)
+def test_each_option_acts_and_does_not_depend_on_the_cut(
+    bench: Bench, data: Any, kl_type: str
+) -> None:
+    given = data.clone()
+    if "baseline" in kl_type:
+        generator = torch.Generator().manual_seed(1)
+        given[BASELINE] = nested([torch.randn(n, generator=generator) for n in ANSWERS])
+    whole, metrics = bench.step(given, kl_type)
+    found, own = bench.step(given, kl_type, micro_batch=2)
+    same(whole, found, rtol=1e-4)
+    approximately(metrics, own)
+    plain, _ = bench.step(given, "k2_as_loss")
+    assert (whole - plain).norm() > 1e-3 * plain.norm()
+
+
+def test_the_papers_two_names_are_one_program(bench: Bench, data: Any) -> None:
+    one, metrics = bench.step(data, "k1_in_reward,head=combined")
+    other, own = bench.step(data, "k2_as_loss,head=combined,horizon=sequence")
+    assert torch.equal(one, other)
+    assert all(own[name] == metrics[name] for name in metrics if "klplug" in name)
+
+
+def test_a_baseline_that_did_not_come_is_an_error(bench: Bench, data: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"baseline=batch.*klplug_return_baseline"):
+        bench.step(data, "k2_as_loss,horizon=sequence,baseline=batch")
 
 
 def test_two_ranks_give_the_gradient_of_one(bench: Bench, data: Any, tmp_path: Path) -> None:
@@ -168,8 +213,6 @@ def test_the_trainers_coefficient_comes_with_the_batch(bench: Bench, data: Any) 
 
 
 def test_metrics_are_those_of_all_tokens(bench: Bench, data: Any) -> None:
-    from klplug import kl_term
-
     _, metrics = bench.step(data, "k2_as_loss", micro_batch=2)
     padded = {
         name: data[name].to_padded_tensor(0.0)
@@ -184,8 +227,9 @@ def test_metrics_are_those_of_all_tokens(bench: Bench, data: Any) -> None:
         old_log_probs=padded["old_log_probs"],
     )
     assert int(padded["response_mask"].sum()) == sum(ANSWERS)
-    for name, value in term.metrics.items():
-        assert metrics[name] == pytest.approx(float(value), rel=1e-3, abs=1e-6), name
+    for name in MERGED:
+        value = float(term.metrics[name])
+        assert metrics[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
 
 
 @pytest.mark.parametrize(
@@ -197,18 +241,19 @@ def test_metrics_merge_exactly_over_mini_batches_and_epochs(
     bench: Bench, data: Any, cut: dict[str, Any]
 ) -> None:
     """Two mini-batches of 18 and 19 tokens: a mean of their means would be another number."""
-    kl_type = "k2_as_loss,cap=1.1,bound=0.4"
+    from verl.utils import tensordict_utils as tu
+
+    kl_type = "k2_as_loss,level=sequence,cap=3,bound=0.4"
     _, whole = bench.step(data, kl_type)
-    halves = [bench.step(data[rows], kl_type)[1] for rows in (slice(0, 4), slice(4, 8))]
-    mean = sum(half["klplug/ess"] for half in halves) / 2
-    assert mean != pytest.approx(whole["klplug/ess"], rel=1e-3)  # so it is no mean of shares
+    half = {"mini_batch_size": 4}
+    halves = [bench.step(d, kl_type, meta=half)[1] for d in tu.chunk_tensordict(data, 2)]
+    mean = sum(own["klplug/ess"] for own in halves) / 2
+    assert mean != pytest.approx(whole["klplug/ess"], rel=0.01)  # so it is no mean of shares
     for epochs in (1, 2):
         meta = {"mini_batch_size": 4, "epochs": epochs}
         _, metrics = bench.step(data, kl_type, meta=meta, **cut)
         assert len(bench.gradients) == 2 * epochs
-        names = [name for name in whole if name.startswith("klplug/")]
-        assert len(names) == 10
-        for name in names:
+        for name in MERGED:
             assert metrics[name] == pytest.approx(whole[name], rel=1e-3, abs=1e-6), name
 
 

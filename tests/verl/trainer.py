@@ -8,11 +8,16 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import torch
 from klplug_verl.hooks import PATCH
 from klplug_verl.settings import derive
-from klplug_verl.trainer import compute_advantage, fit
+from klplug_verl.trainer import fit
 from omegaconf import DictConfig, OmegaConf, open_dict
+
+from tests.verl.engine import nested
+from tests.verl.tensors import IS_LEGACY, LENGTHS
 
 TRAINERS = ("v1", "ray") if any(".v1." in path for path in PATCH.modules) else ("ray",)
 """Which the installed verl has: its v1 trainer, and ``RayPPOTrainer``."""
@@ -42,6 +47,9 @@ def written(overrides: Sequence[str]) -> dict[str, Any]:
 
 def derived(*overrides: str) -> tuple[DictConfig, str | None]:
     """The config as the command's own process resolves it, and the line it prints."""
+    engine = "trainer.use_legacy_worker_impl=disable"
+    if IS_LEGACY and any(w in o for o in overrides for w in ("combined", "baseline=", "=rollout")):
+        overrides = (*overrides, engine)  # as the refusal says
     made = config("algorithm.adv_estimator=grpo", "actor_rollout_ref.rollout.n=2", *overrides)
     with open_dict(made):
         made.data.train_files = made.data.val_files = "hub/data"
@@ -85,15 +93,57 @@ def ray_trainer(made: DictConfig) -> Any:
     return Trainer(made, None, {Role.ActorRollout: None}, None)
 
 
+class Queue:
+    """In place of the v1 trainer's queue, by the two calls that its advantage stage makes."""
+
+    def __init__(self, data: Any, keys: Sequence[str]) -> None:
+        self.keys, self.partition_id, self.extra_info = list(keys), "train", dict[str, Any]()
+        lengths = torch.tensor(LENGTHS)
+        tensors = {
+            "rm_scores" if name == "token_level_scores" else name: nested(
+                [row[:length] for row, length in zip(tensor, lengths, strict=True)]
+            )
+            for name, tensor in data.batch.items()
+        }
+        self.fields = {**tensors, "uid": data.non_tensor_batch["uid"].tolist()}
+
+    def kv_batch_get(
+        self, keys: Sequence[str], partition_id: str, select_fields: Sequence[str]
+    ) -> Any:
+        from verl.utils import tensordict_utils as tu
+
+        assert (list(keys), partition_id) == (self.keys, self.partition_id)
+        return tu.get_tensordict({k: v for k, v in self.fields.items() if k in select_fields})
+
+    def kv_batch_put(self, keys: Sequence[str], partition_id: str, fields: Any) -> Queue:
+        assert (list(keys), partition_id) == (self.keys, self.partition_id)
+        assert fields.batch_size == (len(self.keys),)
+        self.fields |= dict(fields)
+        return self
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
 def joined(trainer: Any, data: Any, keys: Sequence[str]) -> tuple[Any, dict[str, Any]]:
-    """The trainer's advantage stage, from scores to advantages, with the queue left out."""
+    """The trainer's advantage stage, from scores to advantages."""
+    metrics: dict[str, Any] = {}
+    if hasattr(trainer, "_compute_advantage"):
+        from verl.trainer.ppo.v1 import trainer_base
+
+        queue = Queue(data, keys)
+        with mock.patch.object(trainer_base, "tq", queue):
+            assert trainer._compute_advantage(queue, metrics) is queue
+        for name, tensor in queue.fields.items():
+            if isinstance(tensor, torch.Tensor):
+                data.batch[name] = tensor.to_padded_tensor(0.0)
+        return data, metrics
+
     from verl.trainer.ppo import ray_trainer
 
     algorithm = trainer.config.algorithm
-    metrics: dict[str, Any] = {}
-    is_v1 = hasattr(trainer, "_compute_advantage")
 
-    def stage(*_: Any) -> Any:
+    def stage() -> Any:  # as it stands in the middle of RayPPOTrainer.fit
         found = data
         if algorithm.use_kl_in_reward:
             found, own = ray_trainer.apply_kl_penalty(
@@ -102,24 +152,16 @@ def joined(trainer: Any, data: Any, keys: Sequence[str]) -> tuple[Any, dict[str,
             metrics.update(own)
         else:
             found.batch["token_level_rewards"] = found.batch["token_level_scores"]
-        settings = {
-            "adv_estimator": algorithm.adv_estimator,
-            "num_repeat": 2,
-            "norm_adv_by_std_in_grpo": algorithm.norm_adv_by_std_in_grpo,
-            "config": algorithm,
-        }
-        if not is_v1:
-            return ray_trainer.compute_advantage(found, **settings)
-        from verl.trainer.ppo.v1.trainer_base import compute_advantage_for_multi_trajectories
+        return ray_trainer.compute_advantage(
+            found,
+            adv_estimator=algorithm.adv_estimator,
+            gamma=algorithm.gamma,
+            lam=algorithm.lam,
+            num_repeat=2,
+            norm_adv_by_std_in_grpo=algorithm.norm_adv_by_std_in_grpo,
+            config=algorithm,
+        )
 
-        return compute_advantage_for_multi_trajectories(found, batch_keys=list(keys), **settings)
-
-    if is_v1:
-
-        def whole_stage(batch: Any, metrics: dict[str, Any]) -> Any:
-            return stage()
-
-        return compute_advantage(whole_stage, trainer, (None, metrics), {}), metrics
     result = fit(stage, trainer, (), {})
     if hasattr(trainer, "klplug"):
         metrics.update(trainer.klplug.report())
