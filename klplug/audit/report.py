@@ -20,6 +20,7 @@ _NEEDS = {
     "scope": (aspects.KL, aspects.ADVANTAGE),
     "updates_per_rollout": (aspects.UPDATES,),
     "corrected": (aspects.KL, aspects.POLICY_LOSS),
+    "rollout_corrected": (aspects.KL, aspects.CORRECTION),
     "beta": (aspects.KL, aspects.COEF),
     "beta_absolute": (aspects.KL, aspects.COEF, aspects.ADVANTAGE),
     "beta_relative": (aspects.KL, aspects.COEF, aspects.ADVANTAGE),
@@ -45,6 +46,8 @@ class Report:
         scope: ``token`` (each token's own KL) or ``sequence`` (whole answers).
         updates_per_rollout: optimizer steps on one rollout.
         corrected: every KL term has an importance weight for samples of an older policy.
+        rollout_corrected: every KL term is weighted for what the rollout engine's probabilities
+            differ by from the trainer's.
         beta: as written; ``None``, as the two below, where two terms differ.
         beta_absolute: its factor in the update, in which the policy loss has factor 1: a number,
             or a formula in ``sigma`` (the group's standard deviation) and ``sigma_batch``.
@@ -68,6 +71,7 @@ class Report:
     scope: str | None
     updates_per_rollout: float | None
     corrected: bool | None
+    rollout_corrected: bool | None
     beta: float | None
     beta_absolute: float | str | None
     beta_relative: float | str | None
@@ -102,6 +106,7 @@ class Report:
             "scope": self.scope,
             "updates_per_rollout": self.updates_per_rollout,
             "corrected": self.corrected,
+            "rollout_corrected": self.rollout_corrected,
             "beta": self.beta,
             "beta_absolute": self.beta_absolute,
             "beta_relative": self.beta_relative,
@@ -144,6 +149,7 @@ def report(setup: Setup) -> Report:
         "scope": _scope(verdicts),
         "updates_per_rollout": setup.updates,
         "corrected": bool(verdicts) and all(v.corrected for v in verdicts),
+        "rollout_corrected": bool(verdicts) and all(v.rollout_corrected for v in verdicts),
         "beta": beta,
         "beta_absolute": absolute,
         "beta_relative": relative,

@@ -242,6 +242,12 @@ class Setup:
     def corrected(self, term: Term) -> bool:
         return self.ratio_of(term) in ("old", "rollout")
 
+    def rollout_corrected(self, term: Term) -> bool:
+        """Samples are weighted from the rollout engine's own probabilities, for this term."""
+        if term.as_loss:
+            return self.ratio_of(term) == "rollout"
+        return self.corrects_rollout or self.rollout_is_old
+
     def absolute(self, term: Term) -> float | str:
         """The factor on the KL's gradient, as the policy loss has factor 1."""
         if term.as_loss or term.joins_after:

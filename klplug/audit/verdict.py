@@ -31,6 +31,7 @@ class Verdict:
         scope: ``token`` or ``sequence``; ``None`` where there is no gradient.
         corrected: samples of an older policy are weighted to the current one.
         ratio: by which ratio: to ``old``, to ``rollout``, ``gspo``'s, or ``none``.
+        rollout_corrected: they are weighted from the rollout engine's own probabilities.
         beta: as written; ``None``, like the two below, where only a run could tell.
         beta_absolute: its factor in the update, in which the policy loss has factor 1.
         beta_relative: its factor against the raw reward.
@@ -43,6 +44,7 @@ class Verdict:
     scope: str | None
     corrected: bool
     ratio: str
+    rollout_corrected: bool
     beta: float | None
     beta_absolute: float | str | None
     beta_relative: float | str | None
@@ -65,6 +67,7 @@ def verdict(setup: Setup, term: Term) -> Verdict:
         scope="token" if own_token else "sequence",
         corrected=setup.corrected(term),
         ratio=setup.ratio_of(term),
+        rollout_corrected=setup.rollout_corrected(term),
         beta=term.coef if setup.known(COEF) else None,
         beta_absolute=setup.absolute(term) if scaled else None,
         beta_relative=setup.relative(term) if scaled else None,

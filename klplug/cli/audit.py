@@ -138,6 +138,7 @@ def _facts(report: Report) -> Table:
         )
     _add_updates(table, report)
     table.add_row("corrected", _corrected(report))
+    table.add_row("rollout", _rollout(report))
     if len(report.terms) < 2:
         table.add_row("beta", _beta(report))
     table.add_row("dead zone", _dead_zone(report))
@@ -171,6 +172,14 @@ def _corrected(report: Report) -> Text | str:
         return "no: the KL has no weight for samples of an older policy"
     ratios = sorted({f"pi/{term.ratio}" for term in report.terms})
     return f"yes, by the ratio {' and '.join(ratios)}"
+
+
+def _rollout(report: Report) -> Text | str:
+    if report.rollout_corrected is None:
+        return _unknown(report, "rollout_corrected")
+    if report.rollout_corrected:
+        return "the KL is weighted for the rollout engine's own probabilities"
+    return "the KL has no weight for the rollout engine's own probabilities"
 
 
 def _beta(report: Report) -> Text | str:

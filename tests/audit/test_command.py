@@ -181,6 +181,21 @@ def test_what_hangs_on_the_unknown_is_marked(tmp_path: Path) -> None:
     assert anything.gradient is None and anything.updates_per_rollout is None
 
 
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        ("actor_rollout_ref.actor.use_kl_loss=True", False),
+        ("algorithm.use_kl_in_reward=True", True),
+        ("+klplug.kl_type='k2_as_loss,ratio=rollout'", True),
+    ],
+)
+def test_whether_the_rollout_engine_is_corrected_for(kl: str, expected: bool) -> None:
+    words = [*_VERL, "algorithm.rollout_correction.rollout_is=token", "+klplug.kl_coef=1", kl]
+    assert audit(words).rollout_corrected is expected
+    bare = audit([w for w in words if "correction" not in w])
+    assert bare.rollout_corrected is ("rollout'" in kl)
+
+
 # Bad input.
 
 
