@@ -1,7 +1,7 @@
 # make quickstart              corrected GRPO on a CPU, end to end; options as in KL_TYPE=k3_as_loss
 # make test                    everything, cheap checks first; KLPLUG_TEST_HOSTS=openrlhf,verl (empty: the core)
 # make lint                    ruff and mypy
-# make bench                   the KL term beside the host's own, as ratios
+# make bench                   the KL term beside each host's own: time and memory, as ratios
 # make clean                   what can be made again: caches and builds (never runs/)
 # make clean-all               the environments too
 
@@ -39,7 +39,7 @@ TEST_HOSTS = $(subst $(comma), ,$(KLPLUG_TEST_HOSTS))
 
 .PHONY: test lint test-core test-openrlhf test-verl bench
 # Small tensors, and runs of many processes: a second thread each would only contend.
-test-core test-openrlhf test-verl: export OMP_NUM_THREADS := 1
+test-core test-openrlhf test-verl bench: export OMP_NUM_THREADS := 1
 
 # One after the other, also under -j: each fills the machine.
 test: lint test-core
@@ -61,8 +61,10 @@ test-verl: .venv-verl
 	KLPLUG_TEST_HOSTS=verl .venv-verl/bin/python -m pytest -q -m 'not slow' tests/verl
 	KLPLUG_TEST_HOSTS=verl .venv-verl/bin/python -m pytest -q -m slow tests/verl
 
-bench: .venv-openrlhf
-	KLPLUG_TEST_HOSTS=openrlhf .venv-openrlhf/bin/python -m pytest -q -s benchmarks
+bench: $(addprefix .venv-,$(TEST_HOSTS))
+	@for host in $(TEST_HOSTS); do \
+		KLPLUG_TEST_HOSTS=$$host .venv-$$host/bin/python -m pytest -q -s benchmarks || exit 1; \
+	done
 
 # Environments: each from its lock, then klplug itself as it lies here. A lock's torch is a CPU
 # build; PyTorch's own index is asked only where the configured registries lack it.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import statistics
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +24,15 @@ def seconds(function: Callable[[], object]) -> float:
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
+
+
+def interleaved(
+    stock: Callable[[], object], klplug: Callable[[], object], rounds: int
+) -> tuple[list[float], list[float]]:
+    """Seconds of each, taking turns: what else the machine does falls on both alike."""
+    stock(), klplug()
+    pairs = [(seconds(stock), seconds(klplug)) for _ in range(rounds)]
+    return [a for a, _ in pairs], [b for _, b in pairs]
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
@@ -77,3 +89,51 @@ def _is_tensor(leaf: object) -> bool:
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison, over rounds that took turns."""
+
+    case: str
+    stock_seconds: Sequence[float]
+    klplug_seconds: Sequence[float]
+    stock_bytes: int
+    klplug_bytes: int
+
+    @property
+    def ratios(self) -> list[float]:
+        pairs = zip(self.stock_seconds, self.klplug_seconds, strict=True)
+        return sorted(mine / theirs for theirs, mine in pairs)
+
+    def __str__(self) -> str:
+        low, middle, high = statistics.quantiles(self.ratios, n=4)
+        microseconds = statistics.median(self.stock_seconds) * 1e6
+        return (
+            f"| {self.case} | {microseconds:.0f} | {middle:.2f} ({low:.2f} to {high:.2f}) | "
+            f"{self.stock_bytes / 2**20:.2f} | {self.klplug_bytes / self.stock_bytes:.2f} |"
+        )
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows in Markdown, with the machine in words."""
+    if DEVICE == "cuda":
+        machine = f"one {torch.cuda.get_device_name()}"
+    else:
+        machine = f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} of them used"
+    return "\n".join(
+        [
+            "# The KL term beside the host's own",
+            "",
+            f"`make bench`, on {machine}, torch {torch.__version__.partition('+')[0]}: "
+            "forward, the host's own aggregation, backward (in the reward: forward). Time",
+            "and peak extra memory of klplug over the host's; the median of rounds that took "
+            "turns, and its quartiles.",
+            "",
+            "| host, formulation, metrics, shape, dtype | stock, us | time, ratio | stock, MiB | "
+            "memory, ratio |",
+            "| --- | --- | --- | --- | --- |",
+            *map(str, rows),
+            "",
+        ]
+    )

@@ -1,82 +1,114 @@
-"""The KL term, forward and backward, beside OpenRLHF's own function: same process, same tensors.
+"""The KL term beside the host's own function: same process, same tensors, the host's aggregation.
 
 `make bench`. Timings on a noisy machine mean little; the ratio of two that take turns does.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from klplug import aggregate, kl_term
+from benchmarks.measure import DEVICE, Row, interleaved, peak_bytes
+from klplug import kl_term, parse
+from tests.conftest import NAMED
 
-SHAPES = [(8, 512), (16, 2048), (64, 4096)]
+SHAPES = [(8, 512), (16, 2048), (64, 4096), (64, 16384)]
 DTYPES = [torch.float32, torch.bfloat16]
-ROUNDS = 15
+TOKENS = 2**22  # in all rounds of one side together
 
-
-def tensors(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def draw() -> Tensor:
-        return -torch.rand(shape, generator=generator).to(device, dtype)
-
-    log_probs = draw().requires_grad_()
-    mask = (torch.rand(shape, generator=generator) > 0.2).to(device)
-    return {"log_probs": log_probs, "ref": draw(), "old": draw(), "mask": mask}
-
-
-def seconds(function: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def stock(t: dict[str, Tensor], **kwargs: object) -> None:
-    from openrlhf.models.utils import compute_approx_kl
-
-    kl = compute_approx_kl(t["log_probs"], t["ref"], **kwargs)
-    ((kl * t["mask"]).sum() / t["mask"].sum()).backward()
-
-
-def ours(t: dict[str, Tensor], kl_type: str, metrics: bool = False) -> None:
-    term = kl_term(kl_type, t["log_probs"], t["ref"], t["mask"], old_log_probs=t["old"])
-    if metrics:
-        _ = term.metrics
-    aggregate(term.loss, t["mask"]).backward()
-
-
-PAIRS = {
-    "k2": ("k2_as_loss,ratio=none", {"kl_estimator": "k2"}),
-    "k3": ("k3_as_loss,ratio=none", {"kl_estimator": "k3"}),
-    "k2 with ratio": ("k2_as_loss", {"kl_estimator": "k2", "unbiased_gradient": True}),
+# klplug's name, and what each host calls the same; None where it has no such thing.
+FORMULATIONS = {
+    "k1_in_reward": {"openrlhf": {"kl_estimator": "k1"}, "verl": {"kl_penalty": "k1"}},
+    "k2_as_loss,ratio=none": {"openrlhf": {"kl_estimator": "k2"}, "verl": {"kl_penalty": "k2"}},
+    "k3_as_loss,ratio=none": {"openrlhf": {"kl_estimator": "k3"}, "verl": {"kl_penalty": "k3"}},
+    "k2_as_loss": {"openrlhf": {"kl_estimator": "k2", "unbiased_gradient": True}},
 }
+Tensors = dict[str, Tensor]
+CASES = [(host, name) for host in NAMED for name, known in FORMULATIONS.items() if host in known]
 
 
-@pytest.mark.parametrize("metrics", [False, True], ids=["plain", "metrics"])
-@pytest.mark.parametrize("name", PAIRS)
+def tensors(host: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensors:
+    """Log-probs, and a mask of answers of random lengths, in the host's own dtype of a mask."""
+    draw = torch.Generator().manual_seed(0)
+    size, length = shape
+    lengths = torch.randint(length // 4, length, (size, 1), generator=draw)
+    mask = torch.arange(length) < lengths
+    made = {
+        name: -torch.rand(shape, generator=draw).to(dtype)
+        for name in ("log_probs", "ref_log_probs", "old_log_probs")
+    }
+    made["response_mask"] = mask if host == "verl" else mask.long()
+    made = {name: tensor.to(DEVICE) for name, tensor in made.items()}
+    made["log_probs"].requires_grad_()
+    return made
+
+
+def aggregation(host: str) -> Callable[[Tensor, Tensor], Tensor]:
+    if host == "openrlhf":
+        from openrlhf.models.loss import aggregate_loss
+
+        return aggregate_loss
+    from verl.trainer.ppo.core_algos import agg_loss
+
+    return lambda loss, mask: agg_loss(loss, mask, "token-mean")
+
+
+def stock(host: str, words: dict[str, Any], t: Tensors) -> Tensor:
+    if host == "openrlhf":
+        from openrlhf.models.utils import compute_approx_kl
+
+        old = {"log_probs_old": t["old_log_probs"]} if "unbiased_gradient" in words else {}
+        return compute_approx_kl(t["log_probs"], t["ref_log_probs"], **old, **words)
+    from verl.trainer.ppo.core_algos import kl_penalty
+
+    return kl_penalty(t["log_probs"], t["ref_log_probs"], **words)
+
+
+@pytest.mark.parametrize("metrics", [False, True], ids=["", "metrics"])
+@pytest.mark.parametrize(("host", "kl_type"), CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", SHAPES, ids=["8x512", "16x2048", "64x4096"])
-def test_ratio_to_openrlhf(
-    benchmark: object, shape: tuple[int, int], dtype: torch.dtype, name: str, metrics: bool
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
+def test_kl_term(
+    benchmark: Any,
+    rows: list[Row],
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    host: str,
+    kl_type: str,
+    metrics: bool,
 ) -> None:
-    kl_type, kwargs = PAIRS[name]
-    t = tensors(shape, dtype)
-    if "unbiased_gradient" in kwargs:
-        kwargs = {**kwargs, "log_probs_old": t["old"]}
-    ratios = []
-    for _ in range(ROUNDS):
-        theirs = seconds(lambda: stock(t, **kwargs))
-        mine = seconds(lambda: ours(t, kl_type, metrics))
-        ratios.append(mine / theirs)
-    benchmark.extra_info["klplug / stock"] = round(statistics.median(ratios), 2)  # type: ignore[attr-defined]
-    benchmark.pedantic(lambda: ours(t, kl_type, metrics), rounds=5)  # type: ignore[attr-defined]
-    print(f"  klplug / stock: {statistics.median(ratios):.2f}")
+    t, spec, aggregate = tensors(host, shape, dtype), parse(kl_type), aggregation(host)
+    words = FORMULATIONS[kl_type][host]
+    in_reward = spec.placement == "in_reward"
+
+    def step(kl: Callable[[], Tensor]) -> None:
+        t["log_probs"].grad = None
+        if not in_reward:
+            aggregate(kl(), t["response_mask"]).backward()
+            return
+        with torch.no_grad():
+            kl()
+
+    def ours() -> Tensor:
+        term = kl_term(spec, **t)
+        if metrics:
+            assert term.tally.sums
+        return term.coefficient if in_reward else term.loss
+
+    def theirs() -> Tensor:
+        return stock(host, words, t)
+
+    rounds = min(201, max(9, TOKENS // (shape[0] * shape[1])))
+    timed = interleaved(lambda: step(theirs), lambda: step(ours), rounds)
+    t["log_probs"].grad = None
+    peaks = peak_bytes(lambda: step(theirs)), peak_bytes(lambda: step(ours))
+    case = f"{host}, {kl_type}{', metrics' if metrics else ''}"
+    size = f"{shape[0]}x{shape[1]}, {str(dtype).removeprefix('torch.')}"
+    row = Row(f"{case}, {size}", *timed, *peaks)
+    rows.append(row)
+    benchmark.extra_info["klplug / stock"] = row.ratios[len(row.ratios) // 2]
+    benchmark.pedantic(lambda: step(ours), rounds=3)
