@@ -1,5 +1,6 @@
 # make quickstart              corrected GRPO on a CPU, end to end; options as in KL_TYPE=k3_as_loss
 # make test                    everything, cheap checks first; KLPLUG_TEST_HOSTS=openrlhf,verl (empty: the core)
+# make test-latest             the newest release of each host that the registry has: a line each
 # make lint                    ruff and mypy
 # make bench                   the KL term beside each host's own: time and memory, as ratios
 # make clean                   what can be made again: caches and builds (never runs/)
@@ -55,11 +56,16 @@ test-core: .venv
 
 test-openrlhf: .venv-openrlhf
 	KLPLUG_TEST_HOSTS=openrlhf .venv-openrlhf/bin/python -m pytest -q -m 'not slow' tests/recipes tests/openrlhf
-	KLPLUG_TEST_HOSTS=openrlhf .venv-openrlhf/bin/python -m pytest -q -m slow tests/openrlhf
+	KLPLUG_TEST_HOSTS=openrlhf .venv-openrlhf/bin/python -m pytest -q -m slow tests/openrlhf tests/cluster
 
 test-verl: .venv-verl
 	KLPLUG_TEST_HOSTS=verl .venv-verl/bin/python -m pytest -q -m 'not slow' tests/verl
-	KLPLUG_TEST_HOSTS=verl .venv-verl/bin/python -m pytest -q -m slow tests/verl
+	KLPLUG_TEST_HOSTS=verl .venv-verl/bin/python -m pytest -q -m slow tests/verl tests/cluster
+
+.PHONY: test-latest
+test-latest: $(TEST_HOSTS:%=.venv-%)
+	@status=0; for host in $(TEST_HOSTS); do \
+		.venv-$$host/bin/python -m tests.latest $$host || status=1; done; exit $$status
 
 bench: $(addprefix .venv-,$(TEST_HOSTS))
 	@for host in $(TEST_HOSTS); do \

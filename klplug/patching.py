@@ -38,6 +38,7 @@ class Hook:
         parameters: names that its signature must have.
         wrapper: called in its place with the original.
         supplies: tensors that reach klplug through it.
+        otherwise: what to replace in its module where a release does not have this one.
     """
 
     module: str
@@ -45,6 +46,7 @@ class Hook:
     parameters: tuple[str, ...]
     wrapper: Wrapper
     supplies: tuple[str, ...] = ()
+    otherwise: Hook | None = None
 
     @property
     def path(self) -> str:
@@ -90,7 +92,7 @@ class Patch:
                 if error.name and not name.startswith(error.name):
                     raise  # a dependency of the host is missing, which is another story
                 raise self._error(name, "a module", "no such module") from error
-            self._check_module(module)
+            self._fitting(module)
 
     def apply(self) -> None:
         """Check and replace in the modules loaded so far, and in the others as they load."""
@@ -101,11 +103,8 @@ class Patch:
         """Replace all hooked functions of one module, or none and raise ``HookError``."""
         if module.__name__ in self.applied:
             return
-        self._check_module(module)
-        self.applied[module.__name__] = 0
-        for hook in self.hooks:
-            if hook.module == module.__name__:
-                self.applied[module.__name__] += 1 + self._replace(module, hook)
+        hooks = self._fitting(module)
+        self.applied[module.__name__] = sum(1 + self._replace(module, hook) for hook in hooks)
 
     def restore(self) -> None:
         """Put every original back."""
@@ -117,29 +116,28 @@ class Patch:
     def status(self) -> dict[str, bool]:
         """For every hooked path, whether the function that runs there is klplug's."""
         report = {}
-        for hook in self.hooks:
-            module = sys.modules.get(hook.module)
-            found = None if module is None else _resolved(module, hook.name)[2]
-            report[hook.path] = hasattr(found, _MARK)
+        for name in self.modules:
+            module = sys.modules.get(name)
+            if module is None:
+                report.update({h.path: False for h in self.hooks if h.module == name})
+                continue
+            for hook in self._fitting(module):
+                report[hook.path] = hasattr(_resolved(module, hook.name)[2], _MARK)
         return report
 
-    def _check_module(self, module: ModuleType) -> None:
-        for hook in self.hooks:
-            if hook.module != module.__name__:
-                continue
-            expected = f"a function with parameters {', '.join(hook.parameters)}"
-            try:
-                found = _resolved(module, hook.name)[2]
-            except AttributeError as error:
-                raise self._error(hook.path, expected, "no such name") from error
-            if not callable(found):
-                raise self._error(hook.path, expected, f"a {type(found).__name__}")
-            have = tuple(inspect.signature(found).parameters)
-            missing = [p for p in hook.parameters if p not in have]
-            if missing:
-                raise self._error(
-                    hook.path, expected, f"one without {', '.join(missing)}: ({', '.join(have)})"
-                )
+    def _fitting(self, module: ModuleType) -> list[Hook]:
+        """The rows of one module, each in the form that this release has."""
+        return [self._fit(module, hook) for hook in self.hooks if hook.module == module.__name__]
+
+    def _fit(self, module: ModuleType, hook: Hook) -> Hook:
+        fault = _fault(module, hook)
+        if fault is None:
+            return hook
+        if hook.otherwise is not None:
+            return self._fit(module, hook.otherwise)
+        raise self._error(
+            hook.path, f"a function with parameters {', '.join(hook.parameters)}", fault
+        )
 
     def _error(self, path: str, expected: str, found: str) -> HookError:
         try:
@@ -181,6 +179,19 @@ def bound(original: Call, args: Args, kwargs: Kwargs) -> dict[str, Any]:
     found = inspect.signature(original).bind(*args, **kwargs)
     found.apply_defaults()
     return found.arguments
+
+
+def _fault(module: ModuleType, hook: Hook) -> str | None:
+    """What is found in place of the hooked function, where it is not what is expected."""
+    try:
+        found = _resolved(module, hook.name)[2]
+    except AttributeError:
+        return "no such name"
+    if not callable(found):
+        return f"a {type(found).__name__}"
+    have = tuple(inspect.signature(found).parameters)
+    missing = [name for name in hook.parameters if name not in have]
+    return f"one without {', '.join(missing)}: ({', '.join(have)})" if missing else None
 
 
 def _resolved(module: ModuleType, path: str) -> tuple[Any, str, Any]:

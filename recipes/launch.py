@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from recipes import estimates
+from recipes import cluster, estimates
 from recipes.recipe import Recipe, RecipeError, Shape, load, names, with_kl
 
 RECORD = "recipe.json"
@@ -126,14 +126,17 @@ def check_data(host: ModuleType, recipe: Recipe, data: Path) -> None:
 
 
 def check_gpus(recipe: Recipe) -> None:
-    """Each node must have the recipe's GPUs; this one is looked at, before anything is loaded."""
+    """The GPUs must be there, said before anything is loaded: this node's, or the cluster's."""
+    if recipe.nodes > 1:
+        cluster.check(recipe)
+        return
     import torch
 
     found = torch.cuda.device_count()
     if found < recipe.gpus_per_node:
         raise RecipeError(
-            f"recipe {recipe.name} needs {recipe.gpus_per_node} GPUs of {recipe.gpu_gib} GB on "
-            f"each of {recipe.nodes} nodes, and this one has {found}"
+            f"recipe {recipe.name} needs {recipe.gpus_per_node} GPUs of {recipe.gpu_gib} GB, and "
+            f"this machine has {found}"
         )
 
 

@@ -50,7 +50,8 @@ def parse_args(
     kwargs: dict[str, Any],
 ) -> Namespace:
     """OpenRLHF's ``parse_args`` with klplug's options; any other parser's goes through."""
-    estimator = parser._option_string_actions.get("--algo.kl.estimator")
+    options = parser._option_string_actions
+    estimator = options.get("--algo.kl.estimator") or options.get("--kl_estimator")
     if estimator is None:
         return original(*args, **kwargs)
     from klplug import parse
@@ -72,7 +73,7 @@ def parse_args(
 
 def add_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "klplug", "KL regularisation by the gradient it has; decides all --algo.kl.* options"
+        "klplug", "KL regularisation by the gradient it has; decides all of the host's KL options"
     )
     group.add_argument(
         "--klplug.kl_type",
@@ -108,7 +109,14 @@ def written_options(parser: ArgumentParser) -> Namespace:
 def init_ray(
     original: Callable[..., Any], _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """``ray.init`` with klplug's worker hook in the runtime environment, beside the host's own."""
+    """``ray.init`` with klplug's worker hook in the runtime environment, beside the host's own.
+
+    Then every node is asked for klplug: on one that lacks it each worker would die of the hook,
+    with a page of Ray's own.
+    """
+    from klplug.cluster import check_nodes
+    from klplug.host import SettingsError
+
     runtime_env = dict(kwargs.pop("runtime_env", None) or {})
     present = runtime_env.get("worker_process_setup_hook") or _job_setup_hook()
     if present not in (None, SETUP_HOOK):
@@ -118,7 +126,12 @@ def init_ray(
         )
     if present is None:
         runtime_env["worker_process_setup_hook"] = SETUP_HOOK
-    return original(*args, runtime_env=runtime_env, **kwargs)
+    context = original(*args, runtime_env=runtime_env, **kwargs)
+    try:
+        check_nodes("openrlhf", SETUP_HOOK.rpartition(".")[0])
+    except SettingsError as error:
+        fail(str(error))
+    return context
 
 
 def _job_setup_hook() -> str | None:

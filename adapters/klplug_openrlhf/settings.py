@@ -5,53 +5,23 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import klplug
 from klplug import KLSpec, parse
-from klplug.host import Settings, SettingsError, is_local
+from klplug.host import SettingsError, is_local
+from klplug_openrlhf.options import flag, read, spelled
+from klplug_openrlhf.plan import (
+    RECORDERS,
+    STOCK_ESTIMATORS,
+    Plan,
+    Recorder,
+    dividing_by_length,
+    terms_of,
+)
 
-STOCK_ESTIMATORS = ("k1", "k2", "k3")
 GROUP_ESTIMATORS = ("group_norm", "dr_grpo", "rloo")
 WHITENED_ESTIMATORS = ("gae", "reinforce", "reinforce_baseline")
-
-
-@dataclass(frozen=True)
-class Plan(Settings):
-    """What the hooks do in a run, read from OpenRLHF's own ``args``, which reach every process."""
-
-    records_for_kl: bool = False
-
-    @classmethod
-    def of(cls, args: Any) -> Plan | None:
-        """The plan of a run, or ``None`` where nobody asked for klplug.
-
-        A full ``kl_type`` as OpenRLHF's own estimator asks for it too, for code that drives the
-        trainers itself.
-        """
-        own = getattr(args, "klplug", None)
-        kl_type = getattr(own, "kl_type", None)
-        if kl_type is None:
-            kl_type = args.algo.kl.estimator
-            if kl_type in STOCK_ESTIMATORS:
-                return None
-        spec = parse(kl_type)
-        coef = getattr(own, "kl_coef", None)
-        if coef is None and spec.estimator != "none":
-            coef = args.algo.kl.init_coef
-        actor = getattr(args, "actor", None)
-        return cls(
-            spec=spec,
-            kl_coef=klplug.check_kl_coef(spec, coef),
-            kl_ctrl=getattr(own, "kl_ctrl", None) or "fixed",
-            kl_target=getattr(own, "kl_target", None),
-            kl_horizon=getattr(own, "kl_horizon", None),
-            records_for_kl=bool(getattr(own, "records_for_kl", False)),
-            divides_by_length=getattr(actor, "loss_agg_mode", "token-mean") != "token-mean"
-            or getattr(actor, "policy_loss_type", "ppo") == "gspo",
-        )
 
 
 def derive(args: Namespace, written: Namespace) -> str:
@@ -68,22 +38,29 @@ def derive(args: Namespace, written: Namespace) -> str:
     plan = Plan(
         spec=spec,
         kl_coef=klplug.check_kl_coef(spec, coef),
-        kl_ctrl=_get(args, "klplug.kl_ctrl"),
-        kl_target=_get(args, "klplug.kl_target"),
-        kl_horizon=_get(args, "klplug.kl_horizon"),
+        kl_ctrl=read(args, "klplug.kl_ctrl"),
+        kl_target=read(args, "klplug.kl_target"),
+        kl_horizon=read(args, "klplug.kl_horizon"),
     )
     plan.controller()
-    for flag, reason in _contradictions(spec, plan.kl_coef, written):
-        raise SettingsError(f"--{flag} contradicts --klplug.kl_type {spec}: {reason}")
-    _refuse_unserved(spec, args)
+    for option, value, reason in _contradictions(spec, plan.kl_coef, written):
+        written_as = f"{flag(args, option)} {value}".strip()
+        raise SettingsError(f"{written_as} contradicts --klplug.kl_type {spec}: {reason}")
+    for reason in _unserved(plan, args):
+        raise SettingsError(f"kl_type {spec}{reason}")
     check_files(args)
 
-    active = spec.estimator != "none"
-    rollout = "rollout_log_probs" in spec.requires
-    records_for_kl = rollout and _get(args, "algo.advantage.is_correction_level") == "off"
+    active = plan.is_active
+    recorder = _recorder(args)
+    records_for_kl = (
+        "rollout_log_probs" in spec.requires
+        and recorder is not None
+        and read(args, recorder.option) == recorder.off
+    )
     settings = {
         "algo.kl.use_loss": active,  # also keeps the reference's log-probs up to the update
-        "algo.kl.init_coef": plan.kl_coef,
+        # Above 0 it loads a reference model.
+        "algo.kl.init_coef": plan.kl_coef if plan.needs_reference else 0.0,
         "klplug.kl_type": str(spec),
         "klplug.kl_coef": plan.kl_coef if active else None,
         "klplug.records_for_kl": records_for_kl,
@@ -91,31 +68,45 @@ def derive(args: Namespace, written: Namespace) -> str:
     if active:
         # A process that klplug did not reach stops here: no stock estimator has such a name.
         settings["algo.kl.estimator"] = str(spec)
-    if records_for_kl:
-        # The only switch that makes OpenRLHF record rollout log-probs. It also corrects the policy
-        # loss, which klplug turns off again where that loss is built.
-        settings["algo.advantage.is_correction_level"] = "token"
+    if recorder is not None and records_for_kl:
+        settings[recorder.option] = recorder.on
+    settings = {spelled(args, name) or name: value for name, value in settings.items()}
     vars(args).update(settings)
     shown = {k: v for k, v in settings.items() if not k.startswith("klplug.")}
     text = ", ".join(f"--{k}={v}" for k, v in shown.items())
     coef_text = f" kl_coef={plan.kl_coef:g}" if active else ""
     line = f"klplug {klplug.__version__}: kl_type={spec}{coef_text}; sets {text}"
-    estimator = _get(args, "algo.advantage.estimator")
-    if spec.placed("in_reward").estimator != "none" and estimator in WHITENED_ESTIMATORS:
-        line += (
-            f"\nklplug: note: {estimator} whitens advantages after the KL has joined them, so its "
+    return "\nklplug: note: ".join([line, *_notes(plan, args)])
+
+
+def _recorder(args: Namespace) -> Recorder | None:
+    return next((r for r in RECORDERS if spelled(args, r.option)), None)
+
+
+def _notes(plan: Plan, args: Namespace) -> Iterator[str]:
+    """What is served, and may not be what was expected."""
+    estimator = read(args, "algo.advantage.estimator")
+    if plan.in_reward.estimator != "none" and estimator in WHITENED_ESTIMATORS:
+        yield (
+            f"{estimator} whitens advantages after the KL has joined them, so its "
             "strength is kl_coef over their standard deviation in each batch"
         )
-    return line
-
-
-def _get(args: Namespace, name: str) -> Any:
-    return vars(args).get(name)
+    dividing = ", ".join(dividing_by_length(args))
+    if dividing and any(term.horizon == "sequence" for term in terms_of(plan.as_loss)):
+        yield (
+            f"{dividing} divides by the answer's length, and the gradient of whole answers is "
+            "exact for sums over tokens only: it is tilted to long answers"
+        )
+    if plan.combined.estimator != "none" and read(args, "actor.dual_clip") is not None:
+        yield (
+            f"{flag(args, 'actor.dual_clip')} {read(args, 'actor.dual_clip'):g} clips the KL "
+            "with the advantages that it is in"
+        )
 
 
 def _kl(args: Namespace, written: Namespace) -> tuple[KLSpec, float | None]:
-    kl_type = _get(args, "klplug.kl_type")
-    estimator = _get(written, "algo.kl.estimator")
+    kl_type = read(args, "klplug.kl_type")
+    estimator = read(written, "algo.kl.estimator")
     if kl_type is None and estimator is not None and estimator not in STOCK_ESTIMATORS:
         kl_type = estimator
     if kl_type is None:
@@ -124,38 +115,41 @@ def _kl(args: Namespace, written: Namespace) -> tuple[KLSpec, float | None]:
             f"Known: {', '.join(klplug.kl_types())}. For OpenRLHF's own KL run "
             "python -m openrlhf.cli.train_ppo_ray"
         )
-    coef = _get(args, "klplug.kl_coef")
+    coef = read(args, "klplug.kl_coef")
     if coef is None:
-        coef = _get(written, "algo.kl.init_coef")
+        coef = read(written, "algo.kl.init_coef")
     return parse(kl_type), coef
 
 
-def _contradictions(spec: KLSpec, kl_coef: float, written: Namespace) -> Iterator[tuple[str, str]]:
-    """Flags that the user wrote and ``kl_type`` decides; host defaults contradict nothing."""
-    own = vars(written)
+def _contradictions(
+    spec: KLSpec, kl_coef: float, written: Namespace
+) -> Iterator[tuple[str, str, str]]:
+    """Options that the user wrote and ``kl_type`` decides; host defaults contradict nothing.
+
+    Each as its name, its value (empty for a switch), and the reason.
+    """
     as_loss = spec.placed("as_loss").estimator != "none"
-    if own.get("algo.kl.use_loss") and not as_loss:
-        yield "algo.kl.use_loss", f"{spec} puts no KL in the loss. Leave the flag out"
-    estimator = own.get("algo.kl.estimator")
+    if read(written, "algo.kl.use_loss") and not as_loss:
+        yield "algo.kl.use_loss", "", f"{spec} puts no KL in the loss. Leave the flag out"
+    estimator = read(written, "algo.kl.estimator")
     if estimator is not None and not _agrees(estimator, spec):
-        yield (
-            f"algo.kl.estimator {estimator}",
-            "two formulations are named. Leave the flag out",
-        )
-    if own.get("algo.kl.unbiased_gradient") and spec != parse("k2_as_loss"):
+        yield "algo.kl.estimator", estimator, "two formulations are named. Leave the flag out"
+    if read(written, "algo.kl.unbiased_gradient") and spec != parse("k2_as_loss"):
         yield (
             "algo.kl.unbiased_gradient",
+            "",
             "it has the gradient of kl_type k2_as_loss. Leave the flag out, or choose that",
         )
-    coef = own.get("algo.kl.init_coef")
+    coef = read(written, "algo.kl.init_coef")
     if coef is not None and coef != kl_coef:
-        yield f"algo.kl.init_coef {coef:g}", f"--klplug.kl_coef is {kl_coef:g}. Leave one out"
-    for flag, ours in (
+        yield "algo.kl.init_coef", f"{coef:g}", f"--klplug.kl_coef is {kl_coef:g}. Leave one out"
+    for option, ours in (
         ("algo.kl.target", "--klplug.kl_ctrl adaptive --klplug.kl_target"),
         ("algo.kl.horizon", "--klplug.kl_horizon"),
     ):
-        if flag in own:
-            yield f"{flag} {own[flag]}", f"klplug has its own controller: write {ours}"
+        value = read(written, option)
+        if value is not None:
+            yield option, str(value), f"klplug has its own controller: write {ours}"
 
 
 def _agrees(estimator: str, spec: KLSpec) -> bool:
@@ -164,61 +158,117 @@ def _agrees(estimator: str, spec: KLSpec) -> bool:
     return parse(estimator) == spec
 
 
-def _refuse_unserved(spec: KLSpec, args: Namespace) -> None:
-    in_reward = spec.placed("in_reward").estimator != "none"
-    if any(term.reward_norm == "group" for term in spec.terms):
-        raise SettingsError(
-            f"kl_type {spec}: reward_norm=group is verl's own order, and OpenRLHF has none like "
-            "it: its KL joins the advantages after group normalisation. Leave the option out"
+def _unserved(plan: Plan, args: Namespace) -> Iterator[str]:
+    """What OpenRLHF can't do, as the rest of a sentence that begins with the kl_type."""
+    if any(term.reward_norm == "group" for term in plan.spec.terms):
+        yield (
+            ": reward_norm=group is verl's own order, and OpenRLHF has none like it: its KL joins "
+            "the advantages after group normalisation. Leave the option out"
         )
-    estimator = _get(args, "algo.advantage.estimator")
-    aggregation = _get(args, "actor.loss_agg_mode")
-    by_length = aggregation != "token-mean" or _get(args, "actor.policy_loss_type") == "gspo"
-    if in_reward and by_length and estimator not in GROUP_ESTIMATORS:
-        raise SettingsError(
-            f"kl_type {spec} with --algo.advantage.estimator {estimator} and a policy loss that "
-            f"divides by the answer's length (--actor.loss_agg_mode {aggregation}, "
-            f"--actor.policy_loss_type {_get(args, 'actor.policy_loss_type')}) would tilt the "
-            "optimum to long answers, and there is no group to take a baseline from. Use "
-            f"--actor.loss_agg_mode token-mean, one of {', '.join(GROUP_ESTIMATORS)}, or k2_as_loss"
+    if "rollout_log_probs" in plan.spec.requires:
+        instead = "ratio=old" if plan.needs_reference else "reference=ref"
+        if _recorder(args) is None:
+            yield f" needs rollout log-probs, which this OpenRLHF does not record: use {instead}"
+        if not read(args, "vllm.num_engines"):
+            yield (
+                " needs rollout log-probs, which OpenRLHF records with vLLM only: set "
+                f"{flag(args, 'vllm.num_engines')}, or use {instead}"
+            )
+    if plan.is_active and not plan.needs_reference and plan.kl_ctrl != "fixed":
+        yield (
+            f" with --klplug.kl_ctrl {plan.kl_ctrl}: the controller holds a KL that is measured at "
+            "the start of a step, where the policy is the sampler itself. Use fixed"
         )
-    if "rollout_log_probs" in spec.requires and not _get(args, "vllm.num_engines"):
-        raise SettingsError(
-            f"kl_type {spec} needs rollout log-probs, which OpenRLHF records with vLLM only: set "
-            "--vllm.num_engines, or use ratio=old"
+    loss = read(args, "actor.policy_loss_type", "ppo")
+    head = next((t.head for t in terms_of(plan.as_loss) if t.head != "separate"), None)
+    if head is not None and loss != "ppo":
+        yield (
+            f" with {flag(args, 'actor.policy_loss_type')} {loss}: head={head} has the ratio and "
+            f"clip of PPO's policy loss, one per token, and {loss} has others. Use ppo, or "
+            "head=separate"
+        )
+    yield from _unserved_in_reward(plan, args)
+    yield from _unserved_baselines(plan, args)
+
+
+def _unserved_in_reward(plan: Plan, args: Namespace) -> Iterator[str]:
+    name, estimator = flag(args, "algo.advantage.estimator"), read(args, "algo.advantage.estimator")
+    dividing = ", ".join(dividing_by_length(args))
+    if plan.in_reward.estimator == "none":
+        return
+    if dividing and estimator not in GROUP_ESTIMATORS:
+        yield (
+            f" with {name} {estimator} and a policy loss that divides by the answer's length "
+            f"({dividing}) would tilt the optimum to long answers, and there is no group to take "
+            f"a baseline from. Leave that out, or use one of {', '.join(GROUP_ESTIMATORS)}, or "
+            "k2_as_loss"
+        )
+    baseline = next((t.baseline for t in plan.in_reward.terms if t.baseline != "none"), None)
+    if baseline is None:
+        return
+    if dividing and baseline == "batch":
+        yield (
+            f" with {dividing}: baseline=batch is refused, as whole answers are compared with "
+            "the others of their group there already. Leave it out"
+        )
+    gamma = read(args, "algo.advantage.gamma")
+    if estimator == "gae" or (estimator == "reinforce" and gamma != 1):
+        discount = (
+            "" if estimator == "gae" else f" and {flag(args, 'algo.advantage.gamma')} {gamma:g}"
+        )
+        yield (
+            f" with {name} {estimator}{discount}: baseline={baseline} is a baseline on "
+            "undiscounted returns. Leave it out, or use another estimator"
+        )
+
+
+def _unserved_baselines(plan: Plan, args: Namespace) -> Iterator[str]:
+    baselines = [term for term in plan.spec.terms if term.baseline not in (None, "none")]
+    size = read(args, "rollout.n_samples_per_prompt")
+    if any(term.baseline == "group" for term in baselines) and size < 2:
+        yield (
+            f" with {flag(args, 'rollout.n_samples_per_prompt')} {size}: baseline=group compares "
+            "an answer with the others to its prompt. Sample at least 2, or use baseline=batch"
+        )
+    if sum(term.placement == "as_loss" for term in baselines) > 1:
+        yield ": OpenRLHF's samples carry one baseline. Leave it out of all terms but one"
+    if any(term.reference == "rollout" for term in baselines):
+        yield (
+            ": baseline with reference=rollout is refused: it is measured at the start of a step, "
+            "where the policy is the sampler itself. Leave it out"
         )
 
 
 def check_files(args: Namespace) -> None:
     """Local models and JSON-lines data that the command names must be there and have the keys."""
     for name in ("actor.model_name_or_path", "reward.model_name_or_path"):
-        model = _get(args, name)
+        model = read(args, name)
         if model and is_local(model) and not Path(model).expanduser().exists():
-            raise SettingsError(f"--{name} {model}: there is no such path")
-    keys = [_get(args, "data.input_key"), _get(args, "data.label_key")]
+            raise SettingsError(f"{flag(args, name)} {model}: there is no such path")
+    columns = {flag(args, name): read(args, name) for name in ("data.input_key", "data.label_key")}
     for name in ("data.prompt_dataset", "eval.dataset"):
-        for source in (_get(args, name) or "").split(","):
+        for source in (read(args, name) or "").split(","):
             path = Path(source.strip().partition("@")[0]).expanduser()
             if not source or not (is_local(source) or path.suffix in (".json", ".jsonl")):
                 continue
             if not path.exists():
-                raise SettingsError(f"--{name} {source}: there is no such path")
+                raise SettingsError(f"{flag(args, name)} {source}: there is no such path")
             if path.suffix == ".jsonl":
-                _check_columns(name, path, [key for key in keys if key])
+                _check_columns(f"{flag(args, name)} {path}", path, columns)
 
 
-def _check_columns(flag: str, path: Path, keys: list[str]) -> None:
+def _check_columns(where: str, path: Path, columns: dict[str, str | None]) -> None:
     with path.open(encoding="utf-8") as lines:
         line = lines.readline()
     if not line.strip():
-        raise SettingsError(f"--{flag} {path}: the file is empty")
+        raise SettingsError(f"{where}: the file is empty")
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise SettingsError(f"--{flag} {path}: line 1 is not JSON ({error})") from None
-    for key in keys:
-        if key not in row:
+        raise SettingsError(f"{where}: line 1 is not JSON ({error})") from None
+    for key in columns.values():
+        if key and key not in row:
             raise SettingsError(
-                f"--{flag} {path}: no column {key!r}; the file has {', '.join(row)}. "
-                "Set --data.input_key and --data.label_key"
+                f"{where}: no column {key!r}; the file has {', '.join(row)}. "
+                f"Set {' and '.join(columns)}"
             )

@@ -16,6 +16,8 @@ from typing import Any
 
 import klplug
 from klplug import parse
+from klplug.cluster import after_ray_init, check_nodes
+from klplug.host import SettingsError
 from klplug.patching import Args, Call, Hook, HookError, Kwargs, Patch, bound
 from klplug_verl import trainer, worker
 from klplug_verl.settings import Plan, derive
@@ -31,6 +33,8 @@ def auto_set_device(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     result = original(*args, **kwargs)
     try:
         line = resolve(config, written_overrides())
+        if line is not None:
+            after_ray_init(check_cluster)
     except (ValueError, HookError) as error:
         # As argparse does; Hydra would print a page of traceback.
         print(f"klplug: error: {error}", file=sys.stderr, flush=True)
@@ -40,6 +44,15 @@ def auto_set_device(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     )
     print(unused if line is None else line, flush=True)
     return result
+
+
+def check_cluster() -> None:
+    """Stop unless verl finds klplug on every node of the cluster that it has just connected to."""
+    try:
+        check_nodes("verl", __name__)
+    except SettingsError as error:
+        print(f"klplug: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
 
 
 def written_overrides() -> dict[str, Any]:

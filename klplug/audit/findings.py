@@ -24,6 +24,7 @@ class Finding:
         message: one sentence.
         setting: ``key=value`` that it comes from; ``None`` where it is no single one.
         line: line of the script; ``None`` for a default or a command line.
+        default: nobody wrote the setting.
         docs: the page that derives it.
     """
 
@@ -32,6 +33,7 @@ class Finding:
     message: str
     setting: str | None
     line: int | None
+    default: bool
     docs: str
 
     def to_json(self) -> dict[str, Any]:
@@ -77,6 +79,7 @@ def findings(setup: Setup, verdicts: Sequence[Verdict]) -> tuple[Finding, ...]:
             message=message,
             setting=None if setting is None or not setting.key else str(setting),
             line=None if setting is None else setting.line,
+            default=setting is not None and bool(setting.key) and not setting.written,
             docs=row.docs,
         )
         for row in RULES.values()

@@ -37,6 +37,11 @@ _SCOPES = {
     "token": "each token on its own; what it does to later tokens is left out",
     "sequence": "whole answers; a token answers for the KL of those after it",
 }
+_REASONS = {
+    "k2_as_loss": "the reverse KL of each token, with a weight for reused samples and no clamp",
+    "k1_in_reward": "the reverse KL of whole answers, with force beta whatever the group",
+    "k1_in_reward,reward_norm=group": "the reverse KL of whole answers, in the host's own order",
+}
 
 
 def audit(
@@ -144,8 +149,11 @@ def _facts(report: Report) -> Table:
     table.add_row("dead zone", _dead_zone(report))
     table.add_row("as a kl_type", _or_unknown(report, "kl_type", report.kl_type or "no single one"))
     recommended = report.recommended or ""
-    same = " (what you have)" if report.recommended == report.kl_type else ""
-    table.add_row("recommended", _or_unknown(report, "recommended", recommended + same))
+    if report.recommended == report.kl_type:
+        recommended += ": what you have"
+    elif report.recommended in _REASONS:
+        recommended += f": {_REASONS[report.recommended]}"
+    table.add_row("recommended", _or_unknown(report, "recommended", recommended))
     return table
 
 
@@ -230,7 +238,7 @@ def _findings(findings: tuple[Finding, ...]) -> Table:
         if finding.line is not None:
             where.append(f"line {finding.line}: ")
         if finding.setting is not None:
-            where.append(f"{finding.setting}  ")
+            where.append(f"{'the default ' if finding.default else ''}{finding.setting}  ")
         where.append(f"-> {finding.docs}")
         table.add_row(
             Text(f"{finding.severity}", style=_STYLES[finding.severity]),

@@ -52,6 +52,12 @@ def test_every_report_can_be_shown(klplug_command: Klplug, name: str) -> None:
     assert not any(word in out for word in ("None", "nan", "{"))
 
 
+def test_a_default_is_called_one(klplug_command: Klplug) -> None:
+    out = klplug_command("audit", "--", *COMMAND).out
+    assert "the default actor_rollout_ref.actor.kl_loss_type=low_var_kl" in out
+    assert "the default actor_rollout_ref.actor.use_kl_loss" not in out
+
+
 def test_what_is_unknown_is_shown(klplug_command: Klplug, tmp_path: Path) -> None:
     script = tmp_path / "run.sh"
     script.write_text(" ".join(COMMAND) + " actor_rollout_ref.actor.kl_loss_type=$KL\n")

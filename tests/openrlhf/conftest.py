@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 
 import pytest
 
@@ -11,6 +13,13 @@ from recipes import cpu_shim
 
 os.environ.update({k: v for k, v in cpu_shim.environment("openrlhf").items() if k != "PYTHONPATH"})
 cpu_shim.install("openrlhf")
+
+
+def pytest_report_header() -> str:
+    """Which release is tested: another than the installed one may be first on the path."""
+    spec = importlib.util.find_spec("openrlhf")
+    assert spec is not None
+    return f"openrlhf {version('openrlhf')} in {spec.origin}"
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ from recipes.quickstart.openrlhf import step_metrics
 from recipes.quickstart.processes import HostProcesses
 from recipes.quickstart.progress import Metrics
 from recipes.quickstart.settings import HERE, TINY, settings
+from tests.openrlhf.command_line import spelled
+from tests.releases import release
 
 pytestmark = pytest.mark.slow
 
@@ -67,11 +69,18 @@ def test_quickstart_of_two_steps(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def trained(tmp_path: Path) -> Callable[..., tuple[list[Metrics], str]]:
+def trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[list[Metrics], str]]:
     """OpenRLHF's command of the quickstart with other words at its end: its steps, and its log."""
 
     def go(
-        kl_type: str, *words: str, steps: int = 2, gpus: int = 1, without: str = ""
+        kl_type: str,
+        *words: str,
+        steps: int = 2,
+        gpus: int = 1,
+        without: str = "",
+        version: str | None = None,
     ) -> tuple[list[Metrics], str]:
         made = settings(steps=steps, kl_type=kl_type)
         prompts, log = tmp_path / "prompts.jsonl", tmp_path / "log.txt"
@@ -79,6 +88,10 @@ def trained(tmp_path: Path) -> Callable[..., tuple[list[Metrics], str]]:
         log.write_text("")
         command = openrlhf.command(made, made.recipe, HERE / "policy", prompts, tmp_path / "policy")
         command = [word for word in command if word != without]
+        if version is not None:
+            folder = release("openrlhf", version)
+            monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+            command = spelled(command, (folder / "openrlhf" / "utils" / "config.py").exists())
         with HostProcesses() as host:
             environment = host.environment(cpu_shim.environment("openrlhf", gpus))
             status = host.start([*command, *words], environment, tmp_path, log).wait(timeout=900)
@@ -98,7 +111,7 @@ def test_an_adaptive_run_is_saved_and_resumed(
         "--ckpt.save_steps", "2", "--ckpt.path", str(tmp_path / "checkpoints"),
     )  # fmt: skip
     half = str(2 * TINY.prompts)
-    first, _ = trained("k1_in_reward", *words, "--data.max_samples", half, steps=4)
+    first, _ = trained("k1_in_reward,baseline=group", *words, "--data.max_samples", half, steps=4)
     assert [m["step"] for m in first] == [1, 2]
     assert first[0]["klplug/kl_coef"] == 0.01
     # At the reference the coefficient falls by 0.2 of the samples of a step over the horizon.
@@ -107,16 +120,18 @@ def test_an_adaptive_run_is_saved_and_resumed(
     last = first[1]["klplug/kl_coef"]
     error = min(max(first[1]["klplug/kl_before_update"] / 1e-5 - 1, -0.2), 0.2)
 
-    resumed, log = trained("k2_as_loss", *words, "--ckpt.load_enable", steps=4)
+    compared = "k2_as_loss,horizon=sequence,baseline=group"
+    resumed, log = trained(compared, *words, "--ckpt.load_enable", steps=4)
     assert [m["step"] for m in resumed] == [3, 4]
     assert resumed[0]["klplug/kl_coef"] == pytest.approx(last * (1 + error * samples), rel=1e-6)
-    assert "WARNING: resuming with kl_type=k2_as_loss" in log
-    assert "trained with kl_type=k1_in_reward" in log
+    assert "active in a policy actor (pid" in log and f"kl_type={compared} kl_coef" in log
+    assert f"WARNING: resuming with kl_type={compared} a run" in log
+    assert "trained with kl_type=k1_in_reward,baseline=group:" in log
 
 
 def test_asynchronous_training(trained: Callable[..., tuple[list[Metrics], str]]) -> None:
     steps, log = trained(
-        "k3_in_reward+k3_as_loss",
+        "k3_in_reward+k2_as_loss,head=combined",
         "--train.async_enable",
         "--train.colocate_actor_ref",
         gpus=2,
@@ -125,3 +140,29 @@ def test_asynchronous_training(trained: Callable[..., tuple[list[Metrics], str]]
     assert [m["step"] for m in steps] == [1, 2]
     assert all(m["klplug/active"] == 1 for m in steps)
     assert "TrainingActor" in log and "active in the trainer" in log
+
+
+def test_the_sampler_as_the_trust_region(
+    trained: Callable[..., tuple[list[Metrics], str]],
+) -> None:
+    """No reference model is loaded, and the policy is held to the engine's own log-probs."""
+    steps, log = trained("k2_as_loss,reference=rollout,bound=1", "--actor.adam.lr", "1e-3", steps=3)
+    assert [m["step"] for m in steps] == [1, 2, 3]
+    assert all(m["klplug/active"] == 1 for m in steps)
+    assert "kl_type=k2_as_loss,bound=1,reference=rollout kl_coef=0.01" in log
+    assert "ReferenceModelActor" not in log and "PolicyModelActor" in log
+    # What is left is between engine and trainer: float32 and bfloat16.
+    assert all(0 < m["klplug/k3"] < 0.01 for m in steps)
+    assert "vllm_kl" not in steps[0]
+
+
+def test_the_oldest_release_that_is_served(
+    trained: Callable[..., tuple[list[Metrics], str]],
+) -> None:
+    steps, log = trained("k1_in_reward+k3_as_loss,ratio=rollout", steps=3, version="0.9.10")
+    assert [m["step"] for m in steps] == [1, 2, 3]
+    assert all(m["klplug/active"] == 1 for m in steps)
+    assert steps[2]["klplug/k3"] > 0  # the policy has moved; the first step is warm-up
+    assert 0.9 < steps[0]["klplug/ess"] < 1 and "vllm_kl" not in steps[0]
+    for process in ("the trainer", "a policy actor"):
+        assert f"active in {process}" in log

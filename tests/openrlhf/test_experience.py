@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from klplug_openrlhf.options import read
+from klplug_openrlhf.trainer import over_groups
 from torch import Tensor
 
-from klplug import kl_term, reward_to_go
-from tests.openrlhf.trainer import ANSWER, LENGTH, PROMPT, arguments, change, configure
+from klplug import AdaptiveKL, FixedKL, kl_return_baseline, kl_term, reward_to_go
+from klplug.host import MeasuredController
+from tests.openrlhf.command_line import change
+from tests.openrlhf.trainer import ANSWER, LENGTH, PROMPT, arguments, configure
 
 pytestmark = pytest.mark.usefixtures("patched")
 
@@ -54,17 +58,17 @@ class Samples:
         ]
 
 
-def maker(args: SimpleNamespace, samples: Samples, monkeypatch: pytest.MonkeyPatch) -> Any:
+def maker(args: Any, samples: Samples, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The real maker; what its remote models would answer comes from ``samples``."""
     from openrlhf.trainer.ppo_utils import experience_maker
 
-    has_reference = args.algo.kl.init_coef > 0
+    kl_coef = read(args, "algo.kl.init_coef")
     made = experience_maker.RemoteExperienceMaker(
         actor_model_group="actor",
         critic_model_group=None,
         reward_model_group=None,
-        initial_model_group="reference" if has_reference else None,
-        kl_controller=SimpleNamespace(value=args.algo.kl.init_coef),
+        initial_model_group="reference" if kl_coef > 0 else None,
+        kl_controller=SimpleNamespace(value=kl_coef),
         strategy=SimpleNamespace(args=args),
         tokenizer=SimpleNamespace(pad_token_id=0),
     )
@@ -191,8 +195,6 @@ def test_where_tokens_weigh_one_over_length_the_optimum_has_no_advantage(
 
 def test_micro_batches_in_any_order_have_the_same_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamic batching hands answers over in another order than they were sampled in."""
-    from klplug_openrlhf.hooks import over_groups
-
     kl = torch.tensor([1.0, 2.0, 3.0, 6.0, 0.0, 1.0, 2.0, 5.0])
     plain = over_groups(
         [kl[:4], kl[4:]],
@@ -210,10 +212,6 @@ def test_micro_batches_in_any_order_have_the_same_groups(monkeypatch: pytest.Mon
 
 
 def test_the_controller_is_fed_an_unbiased_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
-    from klplug_openrlhf.hooks import MeasuredController
-
-    from klplug import AdaptiveKL
-
     samples = Samples()
     args = arguments()
     configure(args, "k2_as_loss", BETA)
@@ -228,3 +226,63 @@ def test_the_controller_is_fed_an_unbiased_estimate(monkeypatch: pytest.MonkeyPa
     made.kl_ctl.update(1e9, 10)  # what OpenRLHF hands over, k2's value, is not what counts
     error = min(max(k3 / 0.1 - 1, -0.2), 0.2)
     assert made.kl_ctl.value == pytest.approx(BETA * (1 + error * 10 / 100))
+
+
+@pytest.mark.parametrize("baseline", ["group", "batch"])
+def test_a_baseline_travels_with_its_answers(
+    baseline: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the replay buffer, whose micro-batches cut groups and change the order."""
+    from openrlhf.trainer.ppo_utils.replay_buffer import NaiveReplayBuffer
+
+    kl_type = f"k2_as_loss,horizon=sequence,baseline={baseline}"
+    samples = Samples()
+    found, experiences = advantages(
+        kl_type, samples, monkeypatch, rollout__micro_batch_size=GROUP - 1
+    )
+    without, _ = advantages("none", samples, monkeypatch)
+    torch.testing.assert_close(found, without, rtol=0, atol=0)  # it is the loss that has it
+    expected = kl_return_baseline(
+        kl_type,
+        samples.policy,
+        samples.reference,
+        torch.cat([samples.mask(i) for i in range(GROUPS * GROUP)]),
+        [i // GROUP for i in range(GROUPS * GROUP)],
+    )
+    assert expected.abs().max() > 0.1
+    buffer = NaiveReplayBuffer(sample_batch_size=5)
+    for experience in experiences:
+        buffer.append(experience)
+    order = [7, 0, 10, 3, 4]
+    batch = buffer.collate_fn([buffer[i] for i in order])
+    torch.testing.assert_close(batch.kl, expected[order])
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
+def test_whole_answers_are_compared_with_their_group_once(
+    aggregation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the policy loss divides by length klplug does so anyway."""
+    samples, changes = Samples(), {"actor__loss_agg_mode": aggregation}
+    plain, _ = advantages("k1_in_reward", samples, monkeypatch, **changes)
+    compared, _ = advantages("k1_in_reward,baseline=group", samples, monkeypatch, **changes)
+    same = torch.allclose(plain, compared, rtol=1e-5, atol=1e-6)
+    assert same == (aggregation == "seq-mean-token-mean")
+
+
+def test_the_sampler_as_reference_needs_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = Samples()
+    args = arguments()
+    configure(args, "k2_as_loss,reference=rollout", BETA)
+    made = maker(args, samples, monkeypatch)
+    assert made.initial_model_group is None
+    made.kl_ctl = MeasuredController(FixedKL(BETA))
+    rollouts = samples.experiences()
+    for i, experience in enumerate(rollouts):
+        experience.rollout_log_probs = samples.reference[i : i + 1] * experience.action_mask
+    for experience in made.make_experience_batch(rollouts):
+        torch.testing.assert_close(
+            experience.base_action_log_probs, experience.rollout_log_probs, rtol=0, atol=0
+        )
+        assert (experience.info["klplug/active"] == 1).all()
+    assert made.kl_ctl.measured is None and made.kl_ctl.value == BETA

@@ -17,12 +17,13 @@ import pytest
 from klplug_openrlhf import worker
 from klplug_openrlhf.hooks import PATCH
 
+from klplug import parse
 from klplug.patching import Hook, HookError, Patch
 from recipes import cpu_shim
 
 
 def test_the_wheel_in_this_environment_has_every_hook() -> None:
-    assert version("openrlhf") == PATCH.tested
+    assert version("openrlhf") in PATCH.tested
     klplug_openrlhf.check()
 
 
@@ -76,7 +77,7 @@ DOCTORED = {
     "moved": ("def elsewhere(log_probs): ...", "no such name"),
     "changed": (
         "def compute_approx_kl(log_probs, reference, kl_estimator): ...",
-        "without log_probs_base, log_probs_old",
+        "without log_probs_base",
     ),
     "not a function": ("compute_approx_kl = 3", "a int"),
 }
@@ -121,7 +122,7 @@ def test_the_launcher_refuses_a_doctored_openrlhf_before_anything_starts(tmp_pat
 
     shutil.copytree(Path(openrlhf.__file__).parent, tmp_path / "openrlhf")
     utils = tmp_path / "openrlhf" / "models" / "utils.py"
-    utils.write_text(utils.read_text().replace("log_probs_old", "log_probs_before"))
+    utils.write_text(utils.read_text().replace("log_probs_base", "log_probs_reference"))
     done = subprocess.run(
         [sys.executable, "-m", "klplug_openrlhf", "--klplug.kl_type", "k2_as_loss",
          "--klplug.kl_coef", "0.1"],
@@ -134,13 +135,14 @@ def test_the_launcher_refuses_a_doctored_openrlhf_before_anything_starts(tmp_pat
     assert done.returncode == 2, done.stderr
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("klplug: error: klplug can't hook into openrlhf")
-    assert "openrlhf.models.utils.compute_approx_kl" in line and "log_probs_old" in line
+    assert "openrlhf.models.utils.compute_approx_kl" in line and "log_probs_base" in line
 
 
 def test_a_tensor_that_no_hook_supplies_is_named() -> None:
-    PATCH.check(["ref_log_probs", "old_log_probs", "rollout_log_probs"])
-    with pytest.raises(HookError, match="nothing supplies advantages"):
-        PATCH.check(["ref_log_probs", "advantages"])
+    every = "k2_as_loss,head=combined+k3_as_loss,ratio=rollout+k1_in_reward,baseline=group"
+    PATCH.check(parse(every).requires)
+    with pytest.raises(HookError, match="nothing supplies entropies"):
+        PATCH.check(["ref_log_probs", "entropies"])
 
 
 def test_a_missing_module_is_named() -> None:
@@ -152,11 +154,19 @@ def test_a_missing_module_is_named() -> None:
 def test_a_worker_is_patched_as_it_imports_and_stops_where_it_cannot_be(tmp_path: Path) -> None:
     """In a process of its own, as in a Ray worker: install first, then the host's module."""
     package = tmp_path / "openrlhf"
-    (package / "models").mkdir(parents=True)
-    (package / "__init__.py").write_text("")
-    (package / "models" / "__init__.py").write_text("")
-    (package / "models" / "loss.py").write_text(
-        "def aggregate_loss(loss, loss_mask, token_level_loss=True): return loss\n"
+    for folder in (package, package / "models", package / "trainer", package / "trainer" / "ray"):
+        folder.mkdir()
+        (folder / "__init__.py").write_text("")
+    (package / "trainer" / "ray" / "ppo_actor.py").write_text(
+        textwrap.dedent(
+            """
+            def masked_mean(tensor, mask, dim=None): return tensor
+            class ActorPPOTrainer:
+                def __init__(self, strategy): ...
+                def training_step(self, experience, kl_ctl, step): ...
+                def ppo_train(self, kl_ctl): ...
+            """
+        )
     )
     (package / "models" / "utils.py").write_text("def compute_approx_kl(log_probs): ...\n")
     script = textwrap.dedent(
@@ -165,8 +175,9 @@ def test_a_worker_is_patched_as_it_imports_and_stops_where_it_cannot_be(tmp_path
         from klplug_openrlhf.worker import install
         install()
         assert "torch" not in sys.modules
-        from openrlhf.models.loss import aggregate_loss
-        assert hasattr(aggregate_loss, "__klplug__")
+        from openrlhf.trainer.ray.ppo_actor import ActorPPOTrainer, masked_mean
+        assert hasattr(ActorPPOTrainer.training_step, "__klplug__")
+        assert hasattr(masked_mean, "__klplug__")  # in place of aggregate_loss, which is not there
         import openrlhf.models.utils
         """
     )

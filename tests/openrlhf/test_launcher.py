@@ -5,60 +5,34 @@ OpenRLHF's own CLI module runs up to the point where it would start Ray.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from klplug_openrlhf import launcher
 
-
-class Reached(Exception):
-    """OpenRLHF's train() asked for Ray: the settings are final."""
+from klplug import parse
+from tests.openrlhf.command_line import settled
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def run(tmp_path: Path) -> Any:
     """Run the launcher with these words; returns OpenRLHF's final args and ray.init's keywords."""
-    import ray
-
     model, data = tmp_path / "model", tmp_path / "train.jsonl"
     model.mkdir()
     data.write_text(json.dumps({"question": "1+1?", "answer": "#### 2"}) + "\n")
 
-    def go(*words: str) -> tuple[SimpleNamespace, dict[str, Any]]:
-        caught: dict[str, Any] = {}
-
-        def init(*args: Any, **kwargs: Any) -> None:
-            caught["init"] = kwargs
-            frame = sys._getframe()
-            while frame is not None and frame.f_code.co_name != "train":
-                frame = frame.f_back  # type: ignore[assignment]
-            caught["args"] = frame.f_locals["args"]
-            raise Reached
-
-        # Set through monkeypatch, so that the launcher's own wrapping is undone afterwards.
-        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", PARSE_ARGS)
-        monkeypatch.setattr(ray, "init", init)
-        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    def go(*words: str) -> tuple[Any, dict[str, Any]]:
         defaults = (
             "--actor.model_name_or_path", str(model), "--data.prompt_dataset", str(data),
             "--data.input_key", "question", "--data.label_key", "answer",
             "--reward.remote_url", "reward.py", "--vllm.num_engines", "1",
             "--algo.advantage.estimator", "group_norm", "--rollout.n_samples_per_prompt", "8",
         )  # fmt: skip
-        monkeypatch.setattr(sys, "argv", ["klplug", *defaults, *words])
-        with pytest.raises(Reached):
-            launcher.main()  # SystemExit goes through to the test
-        return caught["args"], caught["init"]
+        return settled(launcher.main, [*defaults, *words])
 
     return go
-
-
-PARSE_ARGS = argparse.ArgumentParser.parse_args
 
 
 def error_of(run: Any, capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -105,6 +79,89 @@ def test_ratio_rollout_turns_the_recording_on(run: Any) -> None:
     assert args.klplug.records_for_kl is True
     args, _ = run(*kl, "--algo.advantage.is_correction_level", "token")
     assert args.klplug.records_for_kl is False  # the user wants the correction
+
+
+def test_the_sampler_as_reference_loads_no_reference_model(run: Any) -> None:
+    args, _ = run("--klplug.kl_type", "k2_as_loss,reference=rollout", "--klplug.kl_coef", "0.1")
+    assert args.algo.kl.init_coef == 0  # which is what OpenRLHF loads one by
+    assert args.algo.kl.use_loss is True and args.klplug.kl_coef == 0.1
+    assert args.algo.advantage.is_correction_level == "token"
+    both = "k3_as_loss+k2_as_loss,reference=rollout"
+    args, _ = run("--klplug.kl_type", both, "--klplug.kl_coef", "0.1")
+    assert args.algo.kl.init_coef == 0.1
+
+
+@pytest.mark.parametrize(
+    ("kl_type", "words", "told"),
+    [
+        (
+            "k2_as_loss,horizon=sequence",
+            ("--actor.loss_agg_mode", "seq-mean-token-mean"),
+            "tilted to long answers",
+        ),
+        ("k2_as_loss,head=combined", ("--actor.dual_clip", "3"), "--actor.dual_clip 3 clips"),
+    ],
+)
+def test_what_may_not_be_expected_is_said(
+    kl_type: str,
+    words: tuple[str, ...],
+    told: str,
+    run: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run("--klplug.kl_type", kl_type, "--klplug.kl_coef", "0.1", *words)
+    assert told in capsys.readouterr().out
+    run("--klplug.kl_type", kl_type, "--klplug.kl_coef", "0.1")
+    assert "note:" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kl_type", "words", "told"),
+    [
+        ("k2_as_loss,head=combined", ("--actor.policy_loss_type", "gspo"),
+         ["--actor.policy_loss_type gspo", "head=separate"]),
+        ("k2_as_loss,head=clipped", ("--actor.policy_loss_type", "gspo"), ["head=clipped"]),
+        ("k2_as_loss,reference=rollout", ("--vllm.num_engines", "0"), ["reference=ref"]),
+        (
+            "k2_as_loss,reference=rollout",
+            ("--klplug.kl_ctrl", "adaptive", "--klplug.kl_target", "0.1"),
+            ["--klplug.kl_ctrl adaptive", "fixed"],
+        ),
+        (
+            "k2_as_loss,horizon=sequence,baseline=group",
+            ("--rollout.n_samples_per_prompt", "1", "--algo.advantage.estimator", "reinforce"),
+            ["--rollout.n_samples_per_prompt 1", "at least 2"],
+        ),
+        (
+            "k2_as_loss,horizon=sequence,baseline=group+js_as_loss,horizon=sequence,baseline=batch",
+            (),
+            ["one baseline"],
+        ),
+        (
+            "k2_as_loss,horizon=sequence,reference=rollout,baseline=group",
+            (),
+            ["reference=rollout", "Leave it out"],
+        ),
+        ("k1_in_reward,baseline=batch", ("--actor.policy_loss_type", "gspo"), ["baseline=batch"]),
+        (
+            "k1_in_reward,baseline=batch",
+            ("--algo.advantage.estimator", "reinforce", "--algo.advantage.gamma", "0.9"),
+            ["--algo.advantage.gamma 0.9", "undiscounted"],
+        ),
+        ("k1_in_reward,baseline=group", ("--algo.advantage.estimator", "gae"), ["gae"]),
+        ("k1_in_reward,reward_norm=group", (), ["verl"]),
+    ],
+)  # fmt: skip
+def test_what_openrlhf_cannot_serve_is_refused_by_name(
+    kl_type: str,
+    words: tuple[str, ...],
+    told: list[str],
+    run: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    error = error_of(run, capsys, "--klplug.kl_type", kl_type, "--klplug.kl_coef", "0.1", *words)
+    for word in (f"kl_type {parse(kl_type)}", *told):
+        assert word in error
 
 
 def test_a_kl_type_as_the_hosts_own_estimator(run: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from klplug import AdaptiveKL
+from tests.openrlhf.command_line import change
 from tests.openrlhf.trainer import arguments, configure
 
 pytestmark = pytest.mark.usefixtures("patched")
@@ -40,10 +41,8 @@ def trainer(
     configure(args, kl_type)
     if hasattr(args, "klplug"):
         vars(args.klplug).update(own)
-    args.logger = SimpleNamespace(
-        wandb=SimpleNamespace(key=None), tensorboard_dir=None, logging_steps=1
-    )
-    args.ckpt = SimpleNamespace(best_metric_key="", save_steps=1, path=".", load_enable=True)
+    change(args, "ckpt.save_steps", 1)
+    change(args, "ckpt.load_enable", True)
     monkeypatch.setattr(ppo_trainer.ray, "get", lambda refs: refs)
     monkeypatch.setattr(ppo_trainer.os.path, "exists", lambda path: True)
     return ppo_trainer.BasePPOTrainer(

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from klplug import kl_term
-from tests.openrlhf.trainer import BATCH, Bench, Recorded, change, tiny_model
+from klplug import aggregate, kl_term, policy_loss
+from tests.openrlhf.command_line import change
+from tests.openrlhf.trainer import BATCH, Bench, Recorded, tiny_model
 
 pytestmark = pytest.mark.usefixtures("patched")
 
@@ -114,6 +115,59 @@ def test_the_hosts_gradient_is_the_cores(bench: Bench, kl_type: str) -> None:
     torch.testing.assert_close(ours, expected(experience, log_probs, kl_type), rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    "kl_type",
+    [
+        "k2_as_loss,head=combined",
+        "k1_in_reward,head=combined",
+        "k3_as_loss,head=combined+js_as_loss",
+        "k2_as_loss,head=clipped,horizon=sequence",
+        "k2_as_loss,reference=rollout",
+    ],
+)
+def test_the_whole_step_is_the_cores_policy_loss(bench: Bench, kl_type: str) -> None:
+    """Under PPO's own ratio and clip, which act here."""
+    experience = bench.experience(off_policy=0.3)
+    recorded = bench.step(experience, kl_type)
+    log_probs = recorded.log_probs.clone().requires_grad_()
+    loss = policy_loss(
+        kl_type,
+        log_probs,
+        experience.base_action_log_probs,
+        experience.action_mask,
+        old_log_probs=experience.action_log_probs,
+        rollout_log_probs=experience.rollout_log_probs,
+        advantages=experience.advantages,
+        kl_coef=0.1,
+        clip_range=(0.2, 0.2),
+    )
+    aggregate(loss, experience.action_mask).backward()
+    assert log_probs.grad is not None
+    torch.testing.assert_close(recorded.at_log_probs, log_probs.grad, rtol=1e-4, atol=1e-8)
+    if "head=" in kl_type:
+        assert 0 < recorded.metrics["klplug/capped_share"] < 1
+
+
+def test_the_three_heads_are_one_on_policy(bench: Bench) -> None:
+    experience = bench.experience(off_policy=0.0)
+    separate = bench.step(experience, "k2_as_loss")
+    for head in ("combined", "clipped"):
+        assert_same(separate, bench.step(experience, f"k2_as_loss,head={head}"))
+    other = bench.experience(off_policy=0.3)
+    steps = [
+        bench.step(other, f"k2_as_loss,head={h}").at_log_probs for h in ("combined", "clipped")
+    ]
+    assert (steps[0] - steps[1]).norm() > 0.01 * steps[0].norm()
+
+
+def test_a_head_is_logged_as_a_kl_and_leaves_the_policy_losss_own_metrics(bench: Bench) -> None:
+    experience = bench.experience()
+    combined = bench.step(experience, "k2_as_loss,head=combined").metrics
+    separate = bench.step(experience, "k2_as_loss").metrics
+    for name in ("kl", "logprobs_diff", "ppo_kl", "klplug/k1", "klplug/k3"):
+        assert combined[name] == pytest.approx(float(separate[name]), rel=1e-5), name
+
+
 @pytest.mark.parametrize("kl_type", ["k1_in_reward", "k3_in_reward"])
 def test_a_kl_in_the_reward_leaves_the_loss_alone(bench: Bench, kl_type: str) -> None:
     experience = bench.experience()
@@ -212,11 +266,31 @@ def test_without_rollout_log_probs_ratio_rollout_stops(bench: Bench) -> None:
         bench.step(experience, "k2_as_loss,ratio=rollout")
 
 
-def test_experience_that_klplug_did_not_make_stops_a_kl_in_the_reward(bench: Bench) -> None:
+@pytest.mark.parametrize(
+    "kl_type",
+    [
+        "k1_in_reward",
+        "k2_as_loss,horizon=sequence,baseline=group",
+        "k2_as_loss,reference=rollout",
+    ],
+)
+def test_experience_that_klplug_did_not_make_stops_what_acts_on_it(
+    bench: Bench, kl_type: str
+) -> None:
     experience = bench.experience()
     experience.info = {}
-    with pytest.raises(RuntimeError, match="not active in the process that made this experience"):
-        bench.step(experience, "k1_in_reward")
+    with pytest.raises(RuntimeError, match="not active in the process that made this one"):
+        bench.step(experience, kl_type)
+
+
+def test_a_policy_loss_from_elsewhere_stops_a_combined_head(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from openrlhf.models.loss import PolicyLoss
+
+    monkeypatch.setattr(PolicyLoss, "forward", PolicyLoss.forward.__wrapped__)
+    with pytest.raises(RuntimeError, match="belongs inside the policy loss"):
+        bench.step(bench.experience(), "k2_as_loss,head=combined")
 
 
 def test_use_loss_switched_off_behind_klplugs_back_stops(bench: Bench) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,95 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from klplug import parse
+from tests import one_meaning
+from tests.openrlhf import command_line
+from tests.openrlhf.command_line import change
+
 LENGTH, PROMPT, ANSWER, BATCH, VOCABULARY = 24, 8, 16, 4, 64
 
 
-def namespace(values: dict[str, Any]) -> SimpleNamespace:
-    return SimpleNamespace(
-        **{k: namespace(v) if isinstance(v, dict) else v for k, v in values.items()}
-    )
-
-
-def arguments(zero_stage: int = 2, **changes: Any) -> SimpleNamespace:
-    """OpenRLHF's nested ``args``, as its command line makes them; ``changes`` by dotted name."""
-    args = namespace(
+def arguments(zero_stage: int = 2, **changes: Any) -> Any:
+    """OpenRLHF's own ``args`` for small steps; ``changes`` by name, dots as two underscores."""
+    return command_line.arguments(
         {
-            "local_rank": -1,
-            "ds": {
-                "param_dtype": "bf16",
-                "zero_stage": zero_stage,
-                "adam_offload": False,
-                "zpg": 1,
-                "use_universal_ckpt": False,
-                "grad_accum_dtype": None,
-                "overlap_comm": False,
-                "deepcompile": False,
-                "tensor_parallel_size": 1,
-                "ring_attn_size": 1,
-                "packing_samples": False,
-                "enable_sleep": False,
-            },
-            "train": {
-                "seed": 42,
-                "full_determinism_enable": False,
-                "micro_batch_size": BATCH,
-                "batch_size": BATCH,
-                "dynamic_batch_enable": False,
-                "max_epochs": 1,
-                "colocate_all": True,
-                "colocate_actor_ref": False,
-                "async_enable": False,
-            },
-            "actor": {
-                "eps_clip_low_high": (0.2, 0.2),
-                "dual_clip": None,
-                "loss_agg_mode": "token-mean",
-                "policy_loss_type": "ppo",
-                "aux_loss_coef": 0,
-                "entropy_coef": None,
-            },
-            "algo": {
-                "kl": {
-                    "use_loss": True,
-                    "init_coef": 0.1,
-                    "estimator": "k1",
-                    "unbiased_gradient": False,
-                    "target": None,
-                    "horizon": 10000,
-                },
-                "advantage": {
-                    "estimator": "group_norm",
-                    "gamma": 1.0,
-                    "lambd": 1.0,
-                    "no_std_norm": False,
-                    "is_correction_level": "off",
-                    "is_correction_mode": "mask",
-                    "is_correction_gating": "ratio",
-                    "is_correction_threshold": [0.5, 5.0],
-                },
-            },
-            "reward": {
-                "clip_range": (-10, 10),
-                "overlong_buffer_len": None,
-                "stop_properly_penalty_coef": None,
-            },
-            "rollout": {"temperature": 1.0, "n_samples_per_prompt": 4, "micro_batch_size": 4},
-            "vllm": {"sync_backend": "gloo"},
+            "ds.zero_stage": zero_stage,
+            "train.micro_batch_size": BATCH,
+            "train.batch_size": BATCH,
+            "train.colocate_all": True,
+            "rollout.micro_batch_size": BATCH,
+            "vllm.sync_backend": "gloo",
+            "algo.kl.use_loss": True,
+            **{name.replace("__", "."): value for name, value in changes.items()},
         }
     )
-    for name, value in changes.items():
-        change(args, name.replace("__", "."), value)
-    return args
 
 
-def change(args: SimpleNamespace, name: str, value: Any) -> None:
-    *parents, last = name.split(".")
-    for parent in parents:
-        args = vars(args).setdefault(parent, SimpleNamespace())
-    setattr(args, last, value)
-
-
-def configure(args: SimpleNamespace, kl: str, coef: float = 0.1) -> None:
+def configure(args: Any, kl: str, coef: float = 0.1) -> None:
     """The KL of the next step: ``stock:k2``, ``stock:unbiased``, or a kl_type."""
     if kl.startswith("stock:"):
         name = kl.removeprefix("stock:")
@@ -112,7 +49,8 @@ def configure(args: SimpleNamespace, kl: str, coef: float = 0.1) -> None:
     args.klplug = SimpleNamespace(kl_type=kl, kl_coef=None if none else coef)
     change(args, "algo.kl.estimator", kl)
     change(args, "algo.kl.unbiased_gradient", False)
-    change(args, "algo.kl.init_coef", 0.0 if none else coef)
+    reference = "ref_log_probs" in parse(kl).requires
+    change(args, "algo.kl.init_coef", coef if reference else 0.0)
 
 
 def tiny_model(folder: Path) -> Path:
@@ -143,25 +81,102 @@ class Recorded:
     log_probs: Tensor
 
 
+def strategy_of_one(args: Any) -> Any:
+    """OpenRLHF's strategy in a process group of this process alone."""
+    if not torch.distributed.is_initialized():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(
+            RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_RANK="0",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+    from openrlhf.utils import get_strategy
+
+    strategy = get_strategy(args)
+    strategy.setup_distributed()
+    return strategy
+
+
+class Policy:
+    """An actor whose log-probs of the answers are given."""
+
+    def __init__(self, log_probs: Tensor) -> None:
+        self.log_probs = log_probs
+
+    def train(self) -> None:
+        pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return self.log_probs, None
+
+
+class Given:
+    """An ActorPPOTrainer without a model: whole training steps at given log-probs.
+
+    Nothing of DeepSpeed's engine is in it, whose arguments differ between releases.
+    """
+
+    def __init__(self) -> None:
+        self.args = arguments(actor__eps_clip_low_high=one_meaning.CLIP_RANGE)
+        self.strategy = strategy_of_one(self.args)
+        self.strategy.backward = lambda loss, *_: loss.backward()
+        self.strategy.optimizer_step = lambda *args, **kwargs: None
+        self.strategy.get_grad_norm = lambda model: 0.0
+
+    def trainer(self, actor: Any = None) -> Any:
+        from openrlhf.trainer.ray.ppo_actor import ActorPPOTrainer
+
+        scheduler = SimpleNamespace(get_last_lr=lambda: [0.0])
+        return ActorPPOTrainer(
+            self.strategy,
+            actor,
+            None,
+            None,
+            scheduler,
+            micro_train_batch_size=BATCH,
+            vllm_engines=None,
+        )
+
+    def gradient(self, kl_type: str, given: one_meaning.Batch) -> Tensor:
+        """Of the whole training step, policy loss included, at ``given.log_probs``."""
+        from openrlhf.trainer.ppo_utils.experience import Experience
+
+        configure(self.args, kl_type, one_meaning.BETA)
+        log_probs = given.log_probs.clone().requires_grad_()
+        shape = (log_probs.shape[0], log_probs.shape[1] + 1)
+        spec = None if kl_type.startswith("stock:") else parse(kl_type)
+        reference = given.ref_log_probs
+        if spec is not None and spec.requires == ("rollout_log_probs",):
+            reference = given.rollout_log_probs  # as the experience maker does it
+        experience = Experience(
+            sequences=torch.ones(shape, dtype=torch.long),
+            attention_mask=torch.ones(shape, dtype=torch.long),
+            action_mask=given.response_mask.long(),
+            action_log_probs=given.old_log_probs,
+            base_action_log_probs=reference,
+            rollout_log_probs=given.rollout_log_probs,
+            advantages=given.advantages,
+            kl=None if spec is None else one_meaning.return_baseline(str(spec), given),
+            info={"klplug/active": torch.ones(shape[0])},
+        )
+        self.trainer(Policy(log_probs)).training_step(experience, one_meaning.BETA, 0)
+        assert log_probs.grad is not None
+        return log_probs.grad
+
+
 class Bench:
     """An ActorPPOTrainer whose optimiser never steps, so that every call sees the same policy."""
 
     def __init__(self, model: Path, zero_stage: int, lora_rank: int = 0) -> None:
-        for name, value in {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "29517",
-        }.items():
-            os.environ.setdefault(name, value)
         from openrlhf.models import Actor
         from openrlhf.trainer.ray.ppo_actor import ActorPPOTrainer
-        from openrlhf.utils import get_strategy
 
         self.args = arguments(zero_stage)
-        self.strategy = get_strategy(self.args)
-        self.strategy.setup_distributed()
+        self.strategy = strategy_of_one(self.args)
         actor = Actor(
             str(model),
             attn_implementation="eager",

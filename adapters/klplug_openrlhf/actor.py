@@ -1,0 +1,195 @@
+"""In the policy actors: the KL of one micro-batch, inside OpenRLHF's training step."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from klplug import KLSpec, KLTerm, Tally, kl_term
+from klplug.host import announce
+from klplug.patching import Args, Call, Kwargs, bound
+from klplug_openrlhf.options import write
+from klplug_openrlhf.plan import ACTIVE, RECORDERS, STOCK_ESTIMATORS, Plan
+
+
+@dataclass
+class Step:
+    """The micro-batch being trained on, for the functions that OpenRLHF calls inside its step."""
+
+    plan: Plan
+    experience: Any
+    kl_coef: float
+    loss_fn: Any
+    kl: Tensor | None = None
+    tally: Tally | None = None
+    joined: bool = False
+    aggregated: bool = False
+
+    def term(self, spec: KLSpec, log_probs: Tensor) -> KLTerm:
+        given = self.experience
+        return kl_term(
+            spec,
+            log_probs,
+            given.base_action_log_probs,
+            given.action_mask,
+            old_log_probs=given.action_log_probs,
+            rollout_log_probs=given.rollout_log_probs,
+            advantages=given.advantages,
+            kl_coef=self.kl_coef,
+            clip_range=(self.loss_fn.clip_eps_low, self.loss_fn.clip_eps_high),
+            return_baseline=given.kl,  # see trainer.carry_baseline
+        )
+
+
+_STEP: ContextVar[Step | None] = ContextVar("klplug_step", default=None)
+
+
+def init(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> None:
+    original(*args, **kwargs)
+    plan = Plan.of(trainer.args)
+    trainer.klplug_tallies = []
+    if plan is None:
+        return
+    announce("a policy actor", plan.spec, plan.kl_coef)
+    if plan.is_active and not plan.needs_reference:
+        # It is 0 so that no reference model is loaded; here it is what turns the KL loss on.
+        write(trainer.args, "algo.kl.init_coef", plan.kl_coef)
+    if plan.records_for_kl:
+        loss_fn = trainer.actor_loss_fn
+        recorder = next(r for r in RECORDERS if hasattr(loss_fn, r.attribute))
+        setattr(loss_fn, recorder.attribute, recorder.off)
+
+
+def training_step(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
+    plan = Plan.of(trainer.args)
+    if plan is None:
+        return original(*args, **kwargs)
+    given = bound(original, args, kwargs)
+    experience = given["experience"]
+    if plan.acts_on_experience and ACTIVE not in experience.info:
+        raise RuntimeError(
+            f"kl_type {plan.spec} acts where experience is made, but klplug was not active in the "
+            "process that made this one"
+        )
+    step = Step(plan, experience, given["kl_ctl"], trainer.actor_loss_fn)
+    token = _STEP.set(step)
+    try:
+        status = original(*args, **kwargs)
+    finally:
+        _STEP.reset(token)
+    _check(step)
+    report = {ACTIVE: 1.0} if step.tally is None else step.tally.metrics()
+    status["metrics"].update(report)
+    # Weight None: OpenRLHF takes no mean of them; ppo_train below puts the exact ones in place.
+    status["weights"].update(dict.fromkeys(report))
+    if step.tally is not None:
+        trainer.klplug_tallies.append(step.tally)
+    return status
+
+
+def _check(step: Step) -> None:
+    """Everything that the formulation is made of has happened, and not half of it."""
+    spec = step.plan.spec
+    if not step.plan.is_active:
+        return
+    if step.kl is None:
+        raise RuntimeError(
+            f"kl_type {spec} is set, but OpenRLHF's training step computed no KL: "
+            "is its KL loss on, and its coefficient above 0?"
+        )
+    if not step.aggregated:
+        raise RuntimeError(
+            f"OpenRLHF's training step aggregated the KL of {spec} by a function that klplug "
+            "does not know, so it may not be as the policy loss is"
+        )
+    if step.plan.combined.estimator != "none" and not step.joined:
+        raise RuntimeError(
+            f"kl_type {spec} belongs inside the policy loss, but OpenRLHF's training step took "
+            "that from somewhere else than openrlhf.models.loss.PolicyLoss"
+        )
+
+
+def policy_loss(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
+    """OpenRLHF's own, of advantages that have the KL in them (``klplug.policy_loss``)."""
+    step = _STEP.get()
+    combined = KLSpec("none") if step is None else step.plan.combined
+    if step is None or combined.estimator == "none":
+        return original(*args, **kwargs)
+    given = bound(original, args, kwargs)
+    for part in combined.terms:
+        coefficient = step.term(part, given["log_probs"]).coefficient
+        given["advantages"] = given["advantages"] - step.kl_coef * coefficient
+    step.joined = True
+    return original(**given)
+
+
+def compute_approx_kl(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
+    given = bound(original, args, kwargs)
+    kl_type = given["kl_estimator"]
+    if kl_type in STOCK_ESTIMATORS:
+        return original(*args, **kwargs)
+    step = _STEP.get()
+    if step is None:
+        raise RuntimeError(
+            f"kl_type {kl_type!r} was asked of OpenRLHF's compute_approx_kl outside of its "
+            "ActorPPOTrainer.training_step, where klplug has no mask and no old log-probs"
+        )
+    plan, log_probs = step.plan, given["log_probs"]
+    step.kl = torch.zeros_like(log_probs, dtype=torch.float32)
+    if plan.in_reward.estimator != "none":
+        # It acts through the advantages; here it is only reported.
+        term = step.term(plan.in_reward_plain, log_probs)
+        step.kl, step.tally = step.kl + term.value, term.tally
+    if plan.as_loss.estimator != "none":
+        term = step.term(plan.as_loss, log_probs)
+        step.kl, step.tally = step.kl + term.value, term.tally
+        # The gradient of what is combined comes from the policy loss.
+        if plan.separate != plan.as_loss:
+            term = step.term(plan.separate, log_probs)
+        step.kl = step.kl + (term.loss - term.value)
+    return step.kl
+
+
+def aggregate_loss(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
+    step = _STEP.get()
+    given = bound(original, args, kwargs)
+    if step is None or step.kl is None or given["loss"] is not step.kl:
+        return original(*args, **kwargs)
+    step.aggregated = True
+    # OpenRLHF takes the token mean of its KL whatever the policy loss does.
+    given["token_level_loss"] = step.loss_fn.token_level_loss
+    return original(**given)
+
+
+def masked_mean(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
+    """What OpenRLHF aggregated by before it had ``aggregate_loss``."""
+    step = _STEP.get()
+    given = bound(original, args, kwargs)
+    if step is None or step.kl is None or given["tensor"] is not step.kl:
+        return original(*args, **kwargs)
+    step.aggregated = True
+    if step.loss_fn.token_level_loss:
+        return original(*args, **kwargs)
+    return original(**given | {"dim": -1}).mean()
+
+
+def ppo_train(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
+    trainer.klplug_tallies = []
+    status = original(*args, **kwargs)
+    if trainer.klplug_tallies:
+        tally = _over_ranks(Tally.merged(trainer.klplug_tallies), trainer.strategy)
+        status.update({name: float(value) for name, value in tally.metrics().items()})
+    trainer.klplug_tallies = []
+    return status
+
+
+def _over_ranks(tally: Tally, strategy: Any) -> Tally:
+    sums = strategy.all_reduce(torch.stack(list(tally.sums.values())), op="sum")
+    maxima = strategy.all_reduce(torch.stack(list(tally.maxima.values())), op="max")
+    return Tally(
+        dict(zip(tally.sums, sums, strict=True)), dict(zip(tally.maxima, maxima, strict=True))
+    )

@@ -1,0 +1,129 @@
+"""What the hooks do in a run, read from OpenRLHF's own ``args``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import klplug
+from klplug import KLSpec, parse
+from klplug.host import Settings
+from klplug_openrlhf.options import flag, read
+
+ACTIVE = "klplug/active"
+STOCK_ESTIMATORS = ("k1", "k2", "k3")
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """The only switch by which a release records the sampler's log-probs.
+
+    It also corrects the policy loss by them, which ``attribute`` of ``PolicyLoss`` turns off again.
+    """
+
+    option: str
+    on: str | bool
+    off: str | bool
+    attribute: str
+
+
+RECORDERS = (
+    Recorder("algo.advantage.is_correction_level", "token", "off", "is_correction_level"),
+    Recorder("algo.advantage.is_correction_enable", True, False, "enable_vllm_is_correction"),
+)
+
+
+@dataclass(frozen=True)
+class Plan(Settings):
+    """What the hooks do in a run, read from OpenRLHF's own ``args``, which reach every process."""
+
+    records_for_kl: bool = False
+
+    @property
+    def is_active(self) -> bool:
+        return self.spec.estimator != "none"
+
+    @property
+    def needs_reference(self) -> bool:
+        return "ref_log_probs" in self.spec.requires
+
+    @property
+    def in_reward(self) -> KLSpec:
+        return self.spec.placed("in_reward")
+
+    @property
+    def in_reward_plain(self) -> KLSpec:
+        """What is in the reward without its baseline."""
+        terms = (replace(term, baseline="none") for term in terms_of(self.in_reward))
+        return _joined(tuple(terms))
+
+    @property
+    def as_loss(self) -> KLSpec:
+        return self.spec.placed("as_loss")
+
+    @property
+    def combined(self) -> KLSpec:
+        """The part of the loss that is inside the policy loss."""
+        return _joined(tuple(t for t in terms_of(self.as_loss) if t.head == "combined"))
+
+    @property
+    def separate(self) -> KLSpec:
+        """The part of the loss that is added to the policy loss."""
+        return _joined(tuple(t for t in terms_of(self.as_loss) if t.head != "combined"))
+
+    @property
+    def acts_on_experience(self) -> bool:
+        """Whether a part of it happens where experience is made, before any training step."""
+        with_baseline = any(term.baseline != "none" for term in terms_of(self.as_loss))
+        sampler = self.is_active and not self.needs_reference
+        return self.in_reward.estimator != "none" or with_baseline or sampler
+
+    @classmethod
+    def of(cls, args: Any) -> Plan | None:
+        """The plan of a run, or ``None`` where nobody asked for klplug.
+
+        A full ``kl_type`` as OpenRLHF's own estimator asks for it too, for code that drives the
+        trainers itself.
+        """
+        kl_type = read(args, "klplug.kl_type")
+        if kl_type is None:
+            kl_type = read(args, "algo.kl.estimator")
+            if kl_type in STOCK_ESTIMATORS:
+                return None
+        spec = parse(kl_type)
+        coef = read(args, "klplug.kl_coef")
+        if coef is None and spec.estimator != "none":
+            coef = read(args, "algo.kl.init_coef")
+        return cls(
+            spec=spec,
+            kl_coef=klplug.check_kl_coef(spec, coef),
+            kl_ctrl=read(args, "klplug.kl_ctrl") or "fixed",
+            kl_target=read(args, "klplug.kl_target"),
+            kl_horizon=read(args, "klplug.kl_horizon"),
+            records_for_kl=bool(read(args, "klplug.records_for_kl")),
+            divides_by_length=bool(dividing_by_length(args)),
+        )
+
+
+def terms_of(spec: KLSpec) -> tuple[KLSpec, ...]:
+    return () if spec.estimator == "none" else spec.terms
+
+
+def _joined(terms: tuple[KLSpec, ...]) -> KLSpec:
+    if not terms:
+        return KLSpec("none")
+    return terms[0] if len(terms) == 1 else KLSpec(parts=terms)
+
+
+def dividing_by_length(args: Any) -> list[str]:
+    """The settings, as written, by which the policy loss divides by the answer's length."""
+    aggregation = read(args, "actor.loss_agg_mode", "token-mean")
+    loss = read(args, "actor.policy_loss_type", "ppo")
+    return [
+        f"{flag(args, name)} {value}"
+        for name, value, divides in (
+            ("actor.loss_agg_mode", aggregation, aggregation != "token-mean"),
+            ("actor.policy_loss_type", loss, loss == "gspo"),
+        )
+        if divides
+    ]

@@ -1,0 +1,178 @@
+"""In the trainer, a CPU actor: experience, advantages, controller, checkpoints."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from klplug import Tally, kl_return_baseline, kl_term
+from klplug.baselines import leave_one_out_mean
+from klplug.host import MeasuredController, announce
+from klplug.patching import Args, Call, Kwargs, bound
+from klplug_openrlhf.options import read
+from klplug_openrlhf.plan import ACTIVE, Plan
+
+
+def init(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> None:
+    original(*args, **kwargs)
+    plan = Plan.of(trainer.args)
+    if plan is None:
+        return
+    announce("the trainer", plan.spec, plan.kl_coef)
+    trainer.kl_ctl = MeasuredController(plan.controller())
+    trainer.experience_maker.kl_ctl = trainer.kl_ctl
+
+
+def make_experience(original: Call, maker: Any, args: Args, kwargs: Kwargs) -> Any:
+    experiences = original(*args, **kwargs)
+    plan = Plan.of(maker.args)
+    if plan is None:
+        return experiences
+    for experience in experiences:
+        experience.info[ACTIVE] = torch.ones(experience.action_mask.shape[0])
+        if plan.is_active and not plan.needs_reference:
+            experience.base_action_log_probs = experience.rollout_log_probs
+    if not plan.needs_reference:
+        return experiences
+    # Samples of the policy itself: the plain means of k1 and k3 are unbiased here.
+    tallies = [kl_term("k1_in_reward", *_tensors(e)).tally for e in experiences]
+    if isinstance(maker.kl_ctl, MeasuredController):
+        maker.kl_ctl.measured = float(Tally.merged(tallies).metrics()["klplug/k3"])
+    if plan.in_reward.estimator == "none":
+        return experiences
+    if plan.in_reward != plan.in_reward_plain and not plan.divides_by_length:
+        coefficients = over_rollout(
+            lambda *tensors, group_ids: (
+                kl_term(plan.in_reward, *tensors, group_ids=group_ids).coefficient
+            ),
+            experiences,
+            maker.args,
+        )
+    else:
+        coefficients = [
+            kl_term(plan.in_reward_plain, *_tensors(e)).coefficient for e in experiences
+        ]
+    for experience, coefficient in zip(experiences, coefficients, strict=True):
+        experience.kl = coefficient
+    return experiences
+
+
+def _tensors(experience: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        experience.action_log_probs,
+        experience.base_action_log_probs,
+        experience.action_mask,
+    )
+
+
+def over_rollout(
+    function: Callable[..., Tensor], experiences: list[Any], args: Any
+) -> list[Tensor]:
+    """A (B, T) function of policy, reference, mask and ``group_ids``, of all answers at once.
+
+    The result by experience. Micro-batches differ in width, and cut groups.
+    """
+    width = max(e.action_mask.shape[1] for e in experiences)
+    rows = [
+        [pad(tensor, (0, width - tensor.shape[1])) for tensor in _tensors(e)] for e in experiences
+    ]
+    size = read(args, "rollout.n_samples_per_prompt")
+    ids = [i // size for e in experiences for i in e.index]
+    whole = function(*(torch.cat(tensors) for tensors in zip(*rows, strict=True)), group_ids=ids)
+    parts = torch.split(whole, [len(e.index) for e in experiences])
+    return [x[:, : e.action_mask.shape[1]] for x, e in zip(parts, experiences, strict=True)]
+
+
+def compute_advantages_and_returns(original: Call, maker: Any, args: Args, kwargs: Kwargs) -> Any:
+    plan = Plan.of(maker.args)
+    if plan is None:
+        return original(*args, **kwargs)
+    if plan.divides_by_length and plan.in_reward.estimator != "none":
+        experiences = bound(original, args, kwargs)["experiences"]
+        experiences = _whole_answers(original, maker, experiences)
+    else:
+        experiences = original(*args, **kwargs)
+    carry_baseline(plan, experiences, maker.args)
+    return experiences
+
+
+def _whole_answers(original: Call, maker: Any, experiences: list[Any]) -> list[Any]:
+    # Where tokens weigh 1/length, a reward-to-go tilts the optimum to long answers. One number
+    # per answer, compared with its group's others, keeps pi* = ref exp(r/beta)/Z as fixed point.
+    answers = [(e.kl * e.action_mask).sum(-1) for e in experiences]
+    for experience in experiences:
+        experience.kl = torch.zeros_like(experience.kl)
+    experiences = original(experiences)
+    excess = over_groups(answers, experiences, read(maker.args, "rollout.n_samples_per_prompt"))
+    beta = maker.kl_ctl.value
+    for experience, kl, own in zip(experiences, answers, excess, strict=True):
+        penalty = beta * own.unsqueeze(-1) * experience.action_mask
+        experience.advantages = experience.advantages - penalty
+        experience.returns = experience.returns - penalty
+        experience.info["return"] = experience.info["return"] - beta * kl
+    return experiences
+
+
+def over_groups(answers: list[Tensor], experiences: list[Any], group: int) -> list[Tensor]:
+    """Each answer's KL less the mean of its group's others, in the order of ``experiences``."""
+    index = torch.tensor([i for e in experiences for i in e.index])
+    flat = torch.cat(answers)
+    ordered = torch.empty_like(flat)
+    ordered[index] = flat
+    groups = ordered.reshape(-1, group)
+    excess = (groups - leave_one_out_mean(groups)).reshape(-1)[index]
+    return list(torch.split(excess, [len(e.index) for e in experiences]))
+
+
+def carry_baseline(plan: Plan, experiences: list[Any], args: Any) -> None:
+    """The baseline of a KL loss travels with the samples: their micro-batches cut groups.
+
+    In OpenRLHF's own field for a KL per token, which is empty from here on.
+    """
+    for part in plan.as_loss.terms:
+        if part.baseline in (None, "none"):
+            continue
+        baselines = over_rollout(
+            functools.partial(kl_return_baseline, part),
+            experiences,
+            args,
+        )
+        for experience, baseline in zip(experiences, baselines, strict=True):
+            experience.kl = baseline
+
+
+def ppo_train(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
+    status = original(*args, **kwargs)
+    if isinstance(trainer.kl_ctl, MeasuredController):
+        status["klplug/kl_coef"] = trainer.kl_ctl.value
+        if trainer.kl_ctl.measured is not None:
+            status["klplug/kl_before_update"] = trainer.kl_ctl.measured
+    return status
+
+
+def save(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
+    plan = Plan.of(trainer.args)
+    if plan is None:
+        return original(*args, **kwargs)
+    # Without defaults: Ray shows a parameter on an actor's methods that they do not take.
+    call = inspect.signature(original).bind(*args, **kwargs)
+    call.arguments["client_states"] = {
+        **(call.arguments.get("client_states") or {}),
+        "klplug": trainer.kl_ctl.saved(plan.spec),
+    }
+    return original(*call.args, **call.kwargs)
+
+
+def init_checkpoint_states(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
+    states = original(*args, **kwargs)
+    plan = Plan.of(trainer.args)
+    if plan is None or not states.get("global_step"):
+        return states
+    trainer.kl_ctl.resume(states.get("klplug"), plan.spec, plan.kl_ctrl, "OpenRLHF")
+    return states
