@@ -118,6 +118,26 @@ def test_ratio_rollout_records_and_leaves_the_policy_loss_alone(
     assert corrects == recorder.on and records == recorder.off
 
 
+def test_the_sampler_as_reference_loads_no_model(launch: Any) -> None:
+    args = launch("--klplug.kl_type", "k2_as_loss,reference=rollout", "--klplug.kl_coef", "0.1")
+    assert read(args, "algo.kl.init_coef") == 0 and read(args, "algo.kl.use_loss") is True
+    assert read(args, "klplug.records_for_kl") is True
+    plan = Plan.of(args)
+    assert plan is not None and plan.kl_coef == 0.1 and not plan.needs_reference
+
+
+def test_a_head_under_another_ratio_is_refused(
+    launch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        launch(
+            *("--klplug.kl_type", "k2_as_loss,head=combined", "--klplug.kl_coef", "0.1"),
+            *("--actor.policy_loss_type", "gspo"),
+        )
+    error = capsys.readouterr().err
+    assert f"{spelled(['--actor.policy_loss_type'])[0]} gspo" in error and "head=separate" in error
+
+
 def test_the_kl_is_aggregated_as_gspos_policy_loss_is(given: Given, patched: None) -> None:
     batch = one_meaning.batch()
     change(given.args, "actor.policy_loss_type", "gspo")

@@ -261,9 +261,11 @@ def test_recording_for_the_kl_does_not_correct_the_policy_loss(bench: Bench) -> 
 
 def test_without_rollout_log_probs_ratio_rollout_stops(bench: Bench) -> None:
     experience = bench.experience()
-    experience.rollout_log_probs = None
-    with pytest.raises(ValueError, match="rollout_log_probs"):
-        bench.step(experience, "k2_as_loss,ratio=rollout")
+    rollout = experience.rollout_log_probs
+    for absent in (None, rollout[:, :-1]):  # or of another length
+        experience.rollout_log_probs = absent
+        with pytest.raises(ValueError, match="rollout_log_probs"):
+            bench.step(experience, "k2_as_loss,ratio=rollout")
 
 
 @pytest.mark.parametrize(
