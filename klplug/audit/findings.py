@@ -323,6 +323,13 @@ def _zero_coefficient(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit
         )
 
 
+@rule("negative-coefficient", ERROR, "A coefficient below zero", aspects.KL, aspects.COEF)
+def _negative(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    for term in setup.terms:
+        if term.coef < 0:
+            yield "A negative coefficient rewards distance from the reference.", term.amount
+
+
 @rule("no-effect", WARNING, "A KL flag that does nothing where it stands", aspects.KL)
 def _no_effect(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for setting, reason in setup.no_effect:

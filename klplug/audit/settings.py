@@ -68,23 +68,31 @@ class Settings:
         """The value as a number; ``default`` for what is none, or is not known."""
         value = self[key].value
         try:
-            return default if value is None else float(value)
+            number = default if value is None else float(value)
         except (TypeError, ValueError):
             return default
+        return number if math.isfinite(number) else default
 
     def coefficient(self, key: str) -> float:
         """The value as a coefficient: nan, and so not zero, where it is not known."""
         return math.nan if self[key].unknown else self.number(key)
 
-    def not_numbers(self, keys: Iterable[str]) -> list[Rejected]:
-        """Settings that must be numbers, and were written as something else."""
-        return [
-            Rejected(setting, f"{setting.key} takes a number, not {setting.value!r}")
-            for key in keys
-            if (setting := self[key]).written
-            and not setting.unknown
-            and (isinstance(setting.value, bool) or not isinstance(setting.value, (int, float)))
-        ]
+    def not_numbers(self, amounts: Iterable[str], counts: Iterable[str]) -> list[Rejected]:
+        """Settings that must be numbers, or whole positive ones, and were written as others."""
+        rejected = []
+        for key in (*amounts, *counts):
+            setting = self[key]
+            if not setting.written or setting.unknown:
+                continue
+            value = setting.value
+            if key in counts and not (type(value) is int and value > 0):
+                reason = f"{setting.key} takes a whole number of at least 1, not {value!r}"
+            elif type(value) not in (int, float):
+                reason = f"{setting.key} takes a number, not {value!r}"
+            else:
+                continue
+            rejected.append(Rejected(setting, reason))
+        return rejected
 
 
 def unknown_settings(

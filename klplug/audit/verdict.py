@@ -133,7 +133,9 @@ def recommended(setup: Setup, verdicts: Sequence[Verdict]) -> str:
     if not verdicts:
         return "none"
     terms = setup.active
-    if all(t.from_klplug for t in terms) and together(verdicts) == REVERSE:
+    # Somebody who names js or forward to klplug means it; k1, k3 and abs have findings.
+    chosen = all(t.as_loss and t.estimator not in ("k1", "k3", "abs") for t in terms)
+    if all(t.from_klplug for t in terms) and (chosen or together(verdicts) == REVERSE):
         return "+".join(v.kl_type for v in verdicts)
     if any(term.as_loss for term in terms):
         return "k2_as_loss"

@@ -116,6 +116,19 @@ def test_settings_that_refer_to_others() -> None:
     assert audit([*_VERL, *own]).updates_per_rollout == 1
 
 
+def test_a_mapping_sets_its_keys() -> None:
+    report = audit([*_VERL, "+klplug={kl_type: js_as_loss, kl_coef: 0.5}"])
+    assert (report.kl_type, report.recommended, report.beta) == ("js_as_loss", "js_as_loss", 0.5)
+    assert not [f for f in report.findings if f.id == "rejected-setting"]
+
+
+def test_an_advantage_of_somebodys_own_is_unknown() -> None:
+    words = [*_VERL[:-1], "algorithm.adv_estimator=mine", "algorithm.use_kl_in_reward=True"]
+    report = audit(words)
+    assert (report.gradient, report.beta, report.beta_relative) == (None, 0.001, None)
+    assert "mine" in report.unknown["gradient"][0]
+
+
 @pytest.mark.parametrize("name", ["low_var_kl", "kl"])
 def test_the_last_of_two_settings_counts(name: str) -> None:
     words = [*_VERL, *_LOSS, "actor_rollout_ref.actor.kl_loss_type=k2"]
@@ -248,6 +261,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ([*_VERL, *_LOSS, "actor_rollout_ref.actor.kl_loss_type=full"], "NotImplementedError"),
         ([*_VERL, *_LOSS, "actor_rollout_ref.actor.kl_loss_type=k4"], "kl_penalty knows kl, k1"),
         ([*_VERL, *_LOSS, "actor_rollout_ref.actor.kl_loss_coef=much"], "takes a number"),
+        ([*_VERL, "actor_rollout_ref.rollout.n=0"], "a whole number of at least 1"),
+        ([*_VERL, "+klplug.kl_type=k2_as_loss,ratio=none"], "Hydra takes a comma"),
+        ([*_ORL, "k2", "--algo.kl.use_loss"], "belongs to no flag"),
+        ([*_ORL, "--train.batch_size", "0"], "a whole number of at least 1"),
         ([*_VERL, "actor_rollout_ref.actor.loss_agg_mode=mean"], "takes token-mean"),
         ([*_VERL, "data.train_batch_size=8"], "must not exceed"),
         ([*_VERL, "+klplug.kl_type=k4_as_loss", "+klplug.kl_coef=1"], "k4_as_loss"),

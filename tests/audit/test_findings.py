@@ -73,6 +73,10 @@ CASES = {
         _openrlhf("--algo.kl.use_loss --algo.kl.init_coef 0"),
         _openrlhf("--algo.kl.init_coef 0"),
     ),
+    "negative-coefficient": (
+        _verl(f"{_LOSS}k2 {_A}.kl_loss_coef=-0.1"),
+        _verl(f"{_LOSS}k2 {_A}.kl_loss_coef=0.1"),
+    ),
     "no-effect": (
         _openrlhf(f"{_ORL_K1} --algo.kl.unbiased_gradient"),
         _openrlhf(f"{_ORL_K1} --algo.kl.unbiased_gradient --algo.kl.use_loss"),

@@ -95,6 +95,9 @@ def test_settings_are_those_of_hydra(path: Path) -> None:
         "+algorithm.own=1",
         "++data.train_batch_size=2048",
         "trainer.total_epochs=3",
+        "trainer.project_name=a,b",
+        "+klplug.kl_type=k2_as_loss,ratio=none",
+        "+klplug={kl_type: k2_as_loss, kl_coef: 1}",
         "+ray_kwargs.ray_init.num_gpus=1",
     ],
 )

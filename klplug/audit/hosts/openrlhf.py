@@ -82,11 +82,12 @@ class Launch:
     flags: tuple[tuple[str, tuple[Word, ...], Word], ...]
     holes: tuple[tuple[Setting, str], ...]
     through_klplug: bool
+    bare: tuple[Setting, ...] = ()  # words that belong to no flag
 
 
 def launch(args: Iterable[Word], through_klplug: bool) -> Launch:
     flags: list[tuple[str, list[Word], Word]] = []
-    holes = []
+    holes, bare = [], []
     for word in args:
         if match := re.match(r"--([\w.-]+)(?:=(.*))?$", word.text, re.DOTALL):
             values = [] if match[2] is None else [_part(word, match[2])]
@@ -98,10 +99,13 @@ def launch(args: Iterable[Word], through_klplug: bool) -> Launch:
                 holes.append((Setting(word.text, None, word.line, True), word.unknown[0]))
         elif flags:
             flags[-1][1].append(word)
+        else:
+            bare.append(Setting(word.text, None, word.line, True))
     return Launch(
         tuple((name, tuple(values), word) for name, values, word in flags),
         tuple(holes),
         through_klplug,
+        tuple(bare),
     )
 
 
@@ -148,6 +152,7 @@ def read(
     written: dict[str, Setting] = {}
     misses = unknown_keys(table, launched)
     rejected = unknown_settings("OpenRLHF", table, misses, version_from) if misses else []
+    rejected += [Rejected(setting, "a word that belongs to no flag") for setting in launched.bare]
     for name, values, word in launched.flags:
         full = _full_name(table, name, launched.through_klplug)
         if full is None:
@@ -192,7 +197,7 @@ def setup(table: Table, launched: Launch, version_from: str) -> Setup:
     n = None if settings[N].unknown else max(1, int(settings.number(N, 1)))
     level = settings[IS_LEVEL] if settings[IS_LEVEL].value is not None else settings[IS_ENABLE]
     corrects = settings.text(IS_LEVEL) not in ("", "off") or settings.on(IS_ENABLE)
-    rejected += settings.not_numbers((COEF, N, ROLLOUT_BATCH, TRAIN_BATCH, EPOCHS, GAMMA))
+    rejected += settings.not_numbers((COEF, GAMMA), (N, ROLLOUT_BATCH, TRAIN_BATCH, EPOCHS))
     estimator = settings[ESTIMATOR]
     if not (estimator.unknown or settings[N].unknown) and estimator.value in _NEED_GROUP and n == 1:
         reason = f"{estimator.value} needs more than one answer per prompt"

@@ -6,6 +6,7 @@ Sources, in verl 0.9.1: ``trainer/ppo/core_algos.py`` (``kl_penalty``, the advan
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -82,7 +83,7 @@ _NAMES = {
     **{"low_var_kl": "k3", "k3": "k3"},
 }
 _KL_KEYS = (LOSS_TYPE, LOSS_COEF, PENALTY, CTRL_COEF, CTRL_TYPE, CTRL_TARGET, CTRL_HORIZON)
-_NUMBERS = (TRAIN_BATCH, MINI_BATCH, EPOCHS, N, LOSS_COEF, CTRL_COEF, GAMMA)
+_COUNTS = (TRAIN_BATCH, MINI_BATCH, EPOCHS)
 _OPENED = ("ray_kwargs", "hydra", "klplug")
 
 
@@ -120,10 +121,12 @@ def launch(args: Iterable[Word], folder: Path, own_config: bool = False) -> Laun
         elif re.match(r"~[\w@.]+", text):
             deleted.append(Setting(text[1:].partition("=")[0], None, word.line, True))
         elif match := re.match(r"(\+{0,2})([\w@./-]+)=(.*)$", text, re.DOTALL):
-            setting = Setting(match[2], scalar(match[3]), word.line, True, word.unknown)
-            written[match[2]] = setting
+            settings = _values(match[2], match[3], word)
+            written |= settings
             if match[1]:
-                added.add(match[2])
+                added |= settings.keys()
+            if _sweeps(match[3]):
+                bare.append(Setting(match[2], match[3], word.line, True))
         elif word.unknown:
             holes.append((Setting(text, None, word.line, True), word.unknown[0]))
         else:
@@ -146,6 +149,24 @@ def launch(args: Iterable[Word], folder: Path, own_config: bool = False) -> Laun
         tuple(holes),
         own_config or bool(unread),
     )
+
+
+def _values(key: str, text: str, word: Word) -> dict[str, Setting]:
+    """What one override sets: a mapping sets each of its keys."""
+    if text.startswith("{") and not word.unknown:
+        with contextlib.suppress(yaml.YAMLError):
+            content = load_yaml(text.replace(":", ": "))
+            if isinstance(content, dict) and content:
+                return {
+                    name: Setting(name, value, word.line, True)
+                    for name, value in flattened(content, key).items()
+                }
+    return {key: Setting(key, scalar(text), word.line, True, word.unknown)}
+
+
+def _sweeps(text: str) -> bool:
+    """True for a value that Hydra takes for several: a comma outside of quotes and brackets."""
+    return "," in text and not re.match(r"\s*['\"\[{]", text)
 
 
 _HYDRA_FLAGS = {
@@ -237,7 +258,15 @@ def setup(settings: Settings, launched: Launch, version_from: str) -> Setup:
     misses = unknown_keys(settings.table, launched)
     if misses:
         rejected += unknown_settings("verl", settings.table, misses, version_from)
-    rejected += [Rejected(s, "not a key=value override") for s in launched.bare]
+    rejected += [
+        Rejected(
+            s,
+            "not a key=value override"
+            if s.value is None
+            else "Hydra takes a comma for several values, unless the value is quoted",
+        )
+        for s in launched.bare
+    ]
     idle, never = _idle(settings, terms)
     n = None if settings[N].unknown else max(1, int(settings.number(N, 1)))
     return Setup(
@@ -270,6 +299,10 @@ def setup(settings: Settings, launched: Launch, version_from: str) -> Setup:
 
 
 _ALWAYS_BY_ANSWER = ("sapo", "geo_mean")
+_LOSS_MODES = (
+    *("vanilla", "gspo", "gpg", "clip_cov", "kl_cov", "dppo_tv", "dppo_kl", "dro", "cispo"),
+    *("bypass_mode", *_ALWAYS_BY_ANSWER),
+)
 
 
 def _before(table: Table, release: tuple[int, int]) -> bool:
@@ -323,6 +356,7 @@ def _advantage(settings: Settings) -> Advantage:
     )
 
 
+_WITHOUT_GROUP = ("gae", "reinforce_plus_plus", "remax")
 _GROUPS = (
     *("grpo", "grpo_vectorized", "gdpo", "grpo_passk", "opo", "gpg", "rloo", "rloo_vectorized"),
     *("reinforce_plus_plus_baseline", "optimal_token_baseline", "tir_optimal_token_baseline"),
@@ -444,7 +478,7 @@ def _bad_values(settings: Settings) -> list[Rejected]:
     agg = settings[LOSS_AGG]
     if not agg.unknown and agg.value not in modes:
         rejected.append(Rejected(agg, f"loss_agg_mode takes {', '.join(modes)}"))
-    rejected += settings.not_numbers(_NUMBERS)
+    rejected += settings.not_numbers((LOSS_COEF, CTRL_COEF, GAMMA), (*_COUNTS, N))
     ctrl = settings[CTRL_TYPE]
     if not ctrl.unknown and ctrl.value not in ("fixed", "adaptive"):
         rejected.append(Rejected(ctrl, "kl_ctrl.type takes fixed, adaptive"))
@@ -512,6 +546,14 @@ def _unknown(settings: Settings, launched: Launch) -> dict[str, tuple[tuple[Sett
     for key, aspect in ASPECTS.items():
         setting = settings[key]
         for reason in setting.unknown[:1]:
+            unknown.setdefault(aspect, []).append((setting, reason))
+    for key, known, aspect in (
+        (ESTIMATOR, (*_GROUPS, *_WITHOUT_GROUP), aspects.ADVANTAGE),
+        (LOSS_MODE, _LOSS_MODES, aspects.POLICY_LOSS),
+    ):
+        setting = settings[key]
+        if setting.written and not setting.unknown and setting.value not in known:
+            reason = f"{setting} is not one of verl's own"
             unknown.setdefault(aspect, []).append((setting, reason))
     for setting, reason in launched.holes:
         for aspect in set(ASPECTS.values()):
