@@ -207,7 +207,12 @@ def _instead(setup: Setup, kl_type: str, verdicts: Sequence[Verdict]) -> list[tu
         value = (
             f"\"+klplug.kl_type='{kl_type}'\"" if "," in kl_type else f"+klplug.kl_type={kl_type}"
         )
-        ways.append(("with klplug beside verl 0.9", f"{value} +klplug.kl_coef={beta}"))
+        loaded = (
+            "with klplug"
+            if _release(setup.version) >= (0, 9)
+            else "with klplug, and VERL_USE_EXTERNAL_MODULES=klplug_verl in the environment"
+        )
+        ways.append((loaded, f"{value} +klplug.kl_coef={beta}"))
         if kl_type == "k2_as_loss" and _release(setup.version) >= (0, 8):
             ways.append(
                 (
@@ -220,7 +225,7 @@ def _instead(setup: Setup, kl_type: str, verdicts: Sequence[Verdict]) -> list[tu
     else:
         ways.append(
             (
-                "with klplug beside OpenRLHF 0.11.2",
+                "with klplug",
                 f"python -m klplug_openrlhf --klplug.kl_type {kl_type} --klplug.kl_coef {beta}",
             )
         )
