@@ -72,7 +72,7 @@ def resolve(config: Any, written: Mapping[str, Any]) -> str | None:
     if line is not None:
         if _FAILURES:
             raise _FAILURES[0]
-        hooks = _of_run(config)
+        hooks = of_run(config)
         Patch("verl", TESTED, hooks).check(parse(config.klplug.kl_type).requires)
     return line
 
@@ -198,7 +198,7 @@ def _is_there(module: str) -> bool:
     return any(Path(place, path).exists() for place in places)
 
 
-def _of_run(config: Any) -> tuple[Hook, ...]:
+def of_run(config: Any) -> tuple[Hook, ...]:
     """The rows that a run passes through."""
     settings = config.trainer
     is_legacy = settings.get("use_legacy_worker_impl", "disable") != "disable"

@@ -188,8 +188,9 @@ class Replica(RolloutReplica):
 
     async def launch_servers(self) -> None:
         path = self.model_config.get("local_path", None) or self.model_config.path
+        seed = getattr(self.config, "seed", 0) + self.replica_rank  # verl 0.8 has none
         server = Server.options(name=server_name(self.replica_rank), max_concurrency=1000).remote(
-            path, self.config.response_length, self.config.seed + self.replica_rank
+            path, self.config.response_length, seed
         )
         self.servers = [server]
         self._server_handle = server

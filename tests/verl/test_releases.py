@@ -6,6 +6,7 @@ klplug comes as it comes to their users, through ``VERL_USE_EXTERNAL_MODULES``.
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -13,7 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from klplug_verl.hooks import of_run
+from omegaconf import OmegaConf
 
+from klplug.patching import Hook
 from recipes import cpu_shim
 from tests.releases import release
 from tests.verl.test_plugin import files
@@ -72,6 +76,30 @@ def test_the_same_tests_hold(version: str, tmp_path: Path) -> None:
     done = run(version, ROOT, ["-c", code, "-q", "-p", "no:cacheprovider", *names])
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " skipped" not in done.stdout and " passed" in done.stdout
+
+
+def parameters(folder: Path, hook: Hook) -> tuple[str, ...] | None:
+    """Of a hooked function in a release that can't be imported here; ``None`` if it isn't there."""
+    path = folder / f"{hook.module.replace('.', '/')}.py"
+    body = ast.parse(path.read_text()).body if path.exists() else []
+    found: ast.stmt | None = None
+    for name in hook.name.split("."):
+        found = next((node for node in body if getattr(node, "name", None) == name), None)
+        body = getattr(found, "body", [])
+    if not isinstance(found, ast.FunctionDef):
+        return None
+    return tuple(argument.arg for argument in found.args.args)
+
+
+def test_what_keeps_0_7_0_from_running_is_known() -> None:
+    """It needs transformers 4. Its first difference stops a run before anything starts."""
+    folder = release("verl", "0.7.0")
+    different = []
+    for hook in of_run(OmegaConf.create({"trainer": {"use_legacy_worker_impl": "auto"}})):
+        found = parameters(folder, hook)
+        if found is None or not set(hook.parameters) <= set(found):
+            different.append((hook.name, found))
+    assert different == [("need_reference_policy", ("role_worker_mapping",))]
 
 
 def test_main_ppo_sync_is_refused_by_name(tmp_path: Path) -> None:
