@@ -115,6 +115,11 @@ class Watch:
     rules: tuple[Rule, ...] = RULES
     _streak: dict[str, int] = field(default_factory=dict)
 
+    def tell(self, metrics: Mapping[str, float]) -> None:
+        """Print the warnings that are due."""
+        for line in self.see(metrics):
+            print(line, flush=True)
+
     def see(self, metrics: Mapping[str, float]) -> list[str]:
         """The warnings that are due after one more step's metrics; each is given once."""
         due = []

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from klplug import Tally, kl_return_baseline, kl_term
 from klplug.baselines import leave_one_out_mean
+from klplug.diagnostics import Watch
 from klplug.host import MeasuredController, announce
 from klplug.patching import Args, Call, Kwargs, bound
 from klplug_openrlhf.options import read
@@ -25,6 +26,7 @@ def init(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> None:
     if plan is None:
         return
     announce("the trainer", plan.spec, plan.kl_coef)
+    trainer.klplug_watch = Watch()
     trainer.kl_ctl = MeasuredController(plan.controller())
     trainer.experience_maker.kl_ctl = trainer.kl_ctl
 
@@ -150,6 +152,7 @@ def carry_baseline(plan: Plan, experiences: list[Any], args: Any) -> None:
 def ppo_train(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
     status = original(*args, **kwargs)
     if isinstance(trainer.kl_ctl, MeasuredController):
+        trainer.klplug_watch.tell(status)
         status["klplug/kl_coef"] = trainer.kl_ctl.value
         if trainer.kl_ctl.measured is not None:
             status["klplug/kl_before_update"] = trainer.kl_ctl.measured

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from klplug import KLSpec, KLTerm, kl_return_baseline, kl_term, parse, reward_to_go
+from klplug.diagnostics import Watch
 from klplug.host import MeasuredController, announce
 from klplug.patching import Args, Call, Kwargs, bound
 from klplug_verl.settings import Plan, is_stock
@@ -36,6 +37,7 @@ class Run:
     n_samples: int = 0
     baseline: Tensor | None = None  # of the KL returns, for the workers
     metrics: dict[str, float] = field(default_factory=dict)
+    watch: Watch = field(default_factory=Watch)
 
     @property
     def is_as_loss(self) -> bool:
@@ -169,6 +171,8 @@ def _join(run: Run, data: Any, keys: Sequence[str]) -> None:
     shown = in_reward if in_reward.estimator != "none" else parse("k1_in_reward")
     tally = kl_term(shown, policy, reference, mask, group_ids=groups).tally
     run.metrics = {key: float(value) for key, value in tally.metrics().items()}
+    if not run.is_as_loss:  # else the workers' metrics are watched
+        run.watch.tell(run.metrics)
     run.controller.measured = run.metrics["klplug/k3"]
     run.metrics["klplug/kl_before_update"] = run.controller.measured
     run.n_samples = len(data)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from klplug import KLSpec, KLTerm, Tally, kl_term, parse
+from klplug.diagnostics import Watch
 from klplug.host import announce
 from klplug.patching import Args, Call, Kwargs, bound
 from klplug_verl.settings import LOSS_TYPE, is_stock
@@ -164,6 +165,9 @@ def _report(metrics: dict[str, Any], tally: Tally, kl_loss: Tensor, coef: float)
         metrics[name] = Metric(kind, number)
 
 
+_WATCH = Watch()
+
+
 def reduce_metrics(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     """verl's reduction, then klplug's metrics from the reduced sums and maxima."""
     metrics = original(*args, **kwargs)
@@ -174,7 +178,9 @@ def reduce_metrics(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
         parts[prefix][name] = torch.tensor(float(metrics.pop(key)), dtype=torch.float64)
     if parts[SUMS]:
         tally = Tally(parts[SUMS], parts[MAXIMA])
-        metrics.update({key: float(value) for key, value in tally.metrics().items()})
+        own = {key: float(value) for key, value in tally.metrics().items()}
+        _WATCH.tell(own)
+        metrics.update(own)
     return metrics
 
 

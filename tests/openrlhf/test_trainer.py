@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from klplug_openrlhf import trainer as of_trainer
 
 from klplug import AdaptiveKL
 from tests.openrlhf.command_line import change
@@ -123,3 +124,13 @@ def test_stock_runs_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(made.kl_ctl) is FixedKLController
     made.save_logs_and_checkpoints(3, {}, {"global_step": 3})
     assert "klplug" not in group.saved
+
+
+def test_a_gradient_that_stays_away_from_the_principled_one_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = trainer(monkeypatch, "k3_as_loss")
+    for _ in range(50):
+        of_trainer.ppo_train(lambda: {"klplug/gradient_cosine": 0.5}, made, (), {})
+    said = capsys.readouterr().out
+    assert said.count("klplug/gradient_cosine is 0.5, below 0.9 for 20 steps") == 1

@@ -15,6 +15,7 @@ from klplug_verl.worker import COEF_KEY, MAXIMA, SUMS
 from torch import Tensor, nn
 
 from klplug import Tally, kl_term, parse
+from klplug.diagnostics import Watch
 from klplug.host import SettingsError
 from tests.one_meaning import (
     AS_LOSS,
@@ -209,3 +210,20 @@ def test_a_kl_type_outside_of_that_worker_is_an_error() -> None:
     one = torch.zeros(1, 1)
     with pytest.raises(NotImplementedError, match=r"k2_as_loss.*outside of the worker"):
         core_algos.kl_penalty(one, one, "k2_as_loss")
+
+
+def test_a_gradient_that_stays_away_from_the_principled_one_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from klplug_verl import worker
+    from verl.trainer.ppo.ray_trainer import reduce_metrics
+
+    monkeypatch.setattr(worker, "_WATCH", Watch())
+    given = batch()
+    away = kl_term(
+        "k1_as_loss,ratio=none", given.log_probs, given.ref_log_probs, given.response_mask
+    )
+    for _ in range(50):
+        reduce_metrics({name: [value] for name, value in worker.numbers(away.tally).items()})
+    said = capsys.readouterr().out
+    assert said.count("klplug/gradient_cosine is") == 1 and "for 20 steps" in said
