@@ -161,9 +161,9 @@ def test_what_is_never_closed_is_named(script: str) -> None:
 
 def test_thousands_of_lines_are_quick() -> None:
     lines = [f'V{i}=${{V{i - 1}:-x}}\nif [ -n "$V{i}" ]; then W{i}=1; fi' for i in range(2000)]
-    started = time.perf_counter()
+    started = time.process_time()  # the machine may be busy with other things
     words = _read(
         "\n".join(lines) + "\nrun " + " \\\n  ".join(f"a.b{i}=$V{i}" for i in range(2000))
     )
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     assert len(words[0]) == 2001

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor
 import klplug
 from klplug.audit import audit
 from klplug.audit.hosts import openrlhf as model
+from klplug.audit.setup import dead_zone
 from klplug.audit.shell import Script, Word
-from klplug.audit.tables import installed, openrlhf_parser, read, stored
+from klplug.audit.tables import installed, openrlhf_parser, read, stored, versions
 from tests.audit.verdicts import SCRIPTS
 from tests.one_meaning import BETA, TOLERANCE, batch, loss_gradient
 from tests.openrlhf.test_experience import Samples, advantages
+from tests.releases import release
 
 NAMES = ("k1", "k2", "k3")
 UNBIASED = "--algo.kl.unbiased_gradient"
@@ -46,12 +49,21 @@ def as_loss(name: str, *more: str) -> Any:
 # Defaults and flags.
 
 
-def test_the_table_of_the_installed_release_is_what_the_release_says() -> None:
+def content(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps(read("openrlhf", folder)))
+    return found
+
+
+def test_the_installed_release_is_read_from_its_own_script() -> None:
     here = installed("openrlhf")
     assert here is not None and here.installed
-    content = json.loads(json.dumps(read("openrlhf", package())))
-    table = stored("openrlhf", here.version)
-    assert content == {
+    assert content(package())["defaults"] == stored("openrlhf", here.version).defaults
+
+
+@pytest.mark.parametrize("version", versions("openrlhf"))
+def test_every_table_is_what_its_release_says(version: str) -> None:
+    table = stored("openrlhf", version)
+    assert content(release("openrlhf", version) / "openrlhf") == {
         "defaults": table.defaults,
         "choices": table.choices,
         "switches": table.switches,
@@ -179,6 +191,25 @@ def test_the_dead_zone_is_where_the_gradient_is_zero(name: str, unbiased: bool) 
     assert log_probs.grad is not None
     assert torch.equal(log_probs.grad == 0, dead)
     assert bool(zone) == (not unbiased)
+
+
+@pytest.mark.parametrize("version", versions("openrlhf"))
+@pytest.mark.parametrize("name", NAMES)
+def test_the_dead_zone_is_that_of_every_release(name: str, version: str) -> None:
+    # The function alone: a whole older release would not import beside this one.
+    source = (release("openrlhf", version) / "openrlhf" / "models" / "utils.py").read_text()
+    function = next(
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef) and node.name == "compute_approx_kl"
+    )
+    scope: dict[str, Any] = {"torch": torch, "Optional": Optional, "KL_IS_WEIGHT_CLIP": 10.0}
+    exec(compile(ast.Module([function], type_ignores=[]), version, "exec"), scope)
+    log_probs = torch.linspace(-19.9, 19.9, 20_000).requires_grad_(True)
+    zeros = torch.zeros(20_000)
+    scope["compute_approx_kl"](log_probs, zeros, kl_estimator=name).sum().backward()
+    dead = sum((log_probs > low) & (log_probs < high) for low, high in dead_zone(name))
+    assert torch.equal(log_probs.grad == 0, dead)
 
 
 # Strength, through OpenRLHF's own experience maker.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import math
@@ -20,9 +21,10 @@ from klplug.audit.hosts import verl as model
 from klplug.audit.settings import Settings
 from klplug.audit.setup import dead_zone
 from klplug.audit.shell import Script, Word
-from klplug.audit.tables import installed, read, stored
+from klplug.audit.tables import installed, read, stored, versions
 from tests.audit.verdicts import SCRIPTS
 from tests.one_meaning import BETA, TOLERANCE, batch, loss_gradient
+from tests.releases import release
 from tests.verl.tensors import experience, loss
 from tests.verl.trainer import config
 
@@ -49,15 +51,18 @@ def in_reward(name: str, *more: str) -> Any:
 # Defaults and settings.
 
 
-def test_the_table_of_the_installed_release_is_what_the_release_says() -> None:
+def test_the_installed_release_is_read_from_its_own_config() -> None:
     here = installed("verl")
     assert here is not None and here.installed
     import verl
 
-    content = read("verl", Path(verl.__file__).parent)
-    table = stored("verl", here.version)
-    assert json.loads(json.dumps(content["defaults"])) == table.defaults
-    assert here.defaults == content["defaults"]
+    assert here.defaults == read("verl", Path(verl.__file__).parent)["defaults"]
+
+
+@pytest.mark.parametrize("version", versions("verl"))
+def test_every_table_is_what_its_release_says(version: str) -> None:
+    content = read("verl", release("verl", version) / "verl")
+    assert json.loads(json.dumps(content["defaults"])) == stored("verl", version).defaults
 
 
 def test_the_installed_release_is_the_one_used() -> None:
@@ -193,6 +198,37 @@ def test_the_dead_zone_is_where_the_gradient_is_zero(name: str) -> None:
     assert log_probs.grad is not None
     assert torch.equal(log_probs.grad == 0, dead)
     assert bool(zone) == (name in ("k3", "low_var_kl"))
+
+
+@pytest.mark.parametrize("version", versions("verl"))
+def test_the_clamp_of_k3_is_that_of_every_release(version: str) -> None:
+    # The functions alone: a whole older release would not import beside this one.
+    folder = release("verl", version) / "verl" / "trainer" / "ppo"
+    functions = [
+        node
+        for node in ast.parse((folder / "core_algos.py").read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("kl_penalty")
+    ]
+    scope: dict[str, Any] = {"torch": torch}
+    exec(compile(ast.Module(functions, type_ignores=[]), version, "exec"), scope)
+    log_probs = torch.linspace(-19.9, 19.9, 20_000).requires_grad_(True)
+    zeros = torch.zeros(20_000)
+    scope["kl_penalty"](log_probs, zeros, "low_var_kl").sum().backward()
+    dead = sum((log_probs > low) & (log_probs < high) for low, high in dead_zone("k3"))
+    assert torch.equal(log_probs.grad == 0, dead)
+    # The straight-through names came with 0.8.0, whatever the documentation of 0.7 said.
+    if _rejects_plus(version):
+        with pytest.raises(NotImplementedError):
+            scope["kl_penalty"](log_probs, zeros, "k3+")
+    else:
+        scope["kl_penalty"](log_probs, zeros, "k3+")
+
+
+def _rejects_plus(version: str) -> bool:
+    actor = "actor_rollout_ref.actor"
+    words = [f"{actor}.use_kl_loss=True", f"{actor}.kl_loss_type=k3+"]
+    said = audit(["python", "-m", "verl.trainer.main_ppo", *words], host_version=version)
+    return any("NotImplementedError" in finding.message for finding in said.findings)
 
 
 def test_the_edges_of_k3_are_roots() -> None:
