@@ -110,7 +110,6 @@ def _launch(words: Sequence[Word], at: Command | None, script: Script | None) ->
         match = _MAINS.match(word.text)
         if match is None:
             continue
-        # A module is started by -m or --module, or stands for it in front of its flags.
         if match["other"]:
             raise AuditError(
                 f"{word.text} is not audited: it has a trainer of its own; klplug audits "
@@ -181,7 +180,7 @@ def _from_yaml(path: Path, text: str, host: str | None, version: str | None) -> 
     if host == "openrlhf":
         return _openrlhf(openrlhf.from_yaml(content, lines), version)
     written = verl.from_yaml(content, lines)
-    launched = verl.Launch(written, frozenset(written), (), (), (), (), ())
+    launched = verl.Launch(written, frozenset(written), (), (), (), ())
     return _verl(launched, version)
 
 

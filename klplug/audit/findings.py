@@ -356,6 +356,7 @@ def _double_kl(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     "Reused samples, and no weight on the KL",
     aspects.KL,
     aspects.UPDATES,
+    aspects.POLICY_LOSS,
 )
 def _off_policy_uncorrected(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     if not _off_policy(setup):
@@ -366,6 +367,13 @@ def _off_policy_uncorrected(setup: Setup, verdicts: Sequence[Verdict]) -> Iterat
                 f"Each rollout is used for {setup.updates:g} updates; the policy loss is corrected "
                 "for that by its ratio, the KL loss is not.",
                 _written_or_first(setup),
+            )
+    if setup.ratio == "none":
+        for _ in _rewards(setup):
+            yield (
+                f"Each rollout is used for {setup.updates:g} updates, and this policy loss has no "
+                "ratio to correct the reward and the KL in it by.",
+                setup.policy_loss,
             )
 
 

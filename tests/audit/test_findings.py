@@ -161,6 +161,19 @@ def test_pages_are_of_findings_that_there_are() -> None:
     assert pages == set(RULES)
 
 
+def test_a_policy_loss_without_a_ratio_corrects_no_reward(tmp_path: Path) -> None:
+    gpg = f"{_A}.policy_loss.loss_mode=gpg "
+    for batches, expected in ((_TWICE, True), (_ONCE, False)):
+        found = _audit(tmp_path, _verl(f"{batches}{gpg}{_REWARD}k1")).findings
+        assert ("off-policy-uncorrected" in [f.id for f in found]) == expected
+
+
+def test_rejected_samples_are_masked_in_the_kl_too(tmp_path: Path) -> None:
+    rejects = "algorithm.rollout_correction.rollout_rs=token_k1 "
+    found = _audit(tmp_path, _verl(f"{rejects}{_LOSS}k2")).findings
+    assert "rollout-mismatch" not in [f.id for f in found]
+
+
 def test_the_gravest_finding_comes_first(tmp_path: Path) -> None:
     severities = [f.severity for f in _audit(tmp_path, CASES["k3-in-reward"][0]).findings]
     ranks = [SEVERITIES.index(s) for s in severities]

@@ -45,7 +45,6 @@ NORM_BY_STD = "algorithm.norm_adv_by_std_in_grpo"
 GAMMA = "algorithm.gamma"
 GDPO_KEYS = "algorithm.gdpo_reward_keys"
 ROLLOUT_IS = "algorithm.rollout_correction.rollout_is"
-ROLLOUT_RS = "algorithm.rollout_correction.rollout_rs"
 BYPASS = "algorithm.rollout_correction.bypass_mode"
 TRAINER_MODE = "trainer.v1.trainer_mode"
 KL_TYPE = "klplug.kl_type"
@@ -72,7 +71,6 @@ ASPECTS = {
     LOSS_AGG: aspects.POLICY_LOSS,
     LOSS_MODE: aspects.POLICY_LOSS,
     ROLLOUT_IS: aspects.CORRECTION,
-    ROLLOUT_RS: aspects.CORRECTION,
     BYPASS: aspects.CORRECTION,
     CTRL_TYPE: aspects.CONTROLLER,
     CTRL_TARGET: aspects.CONTROLLER,
@@ -93,7 +91,6 @@ class Launch:
 
     written: dict[str, Setting]
     added: frozenset[str]  # written with '+': they need not exist
-    deleted: tuple[Setting, ...]
     bare: tuple[Setting, ...]  # arguments that Hydra would not take
     files: tuple[Path, ...]
     unread: tuple[Setting, ...]
@@ -105,9 +102,11 @@ def launch(args: Iterable[Word], folder: Path, own_config: bool = False) -> Laun
     """Hydra's view of a command line; config files are looked for from ``folder``."""
     written: dict[str, Setting] = {}
     added: set[str] = set()
-    deleted, bare, unread, holes = [], [], [], []
+    bare, unread, holes = [], [], []
     files: list[Path] = []
     config: dict[str, Word] = {}
+    args = tuple(args)
+    multirun = any(word.text in ("-m", "--multirun") for word in args)
     words = iter(args)
     for word in words:
         text = word.text
@@ -116,16 +115,14 @@ def launch(args: Iterable[Word], folder: Path, own_config: bool = False) -> Laun
             value = word if flag[2] is not None else next(words, Word(""))
             given = flag[2] if flag[2] is not None else value.text
             config[_HYDRA_FLAGS[flag[1]]] = replace(value, text=given.strip("'\""))
-        elif re.match(r"--?[a-zA-Z]", text):
-            continue  # other flags of Hydra's
-        elif re.match(r"~[\w@.]+", text):
-            deleted.append(Setting(text[1:].partition("=")[0], None, word.line, True))
+        elif re.match(r"--?[a-zA-Z]|~", text):
+            continue  # other flags of Hydra's, and settings that it takes out
         elif match := re.match(r"(\+{0,2})([\w@./-]+)=(.*)$", text, re.DOTALL):
             settings = _values(match[2], match[3], word)
             written |= settings
             if match[1]:
                 added |= settings.keys()
-            if _sweeps(match[3]):
+            if _sweeps(match[3]) and not multirun:
                 bare.append(Setting(match[2], match[3], word.line, True))
         elif word.unknown:
             holes.append((Setting(text, None, word.line, True), word.unknown[0]))
@@ -142,7 +139,6 @@ def launch(args: Iterable[Word], folder: Path, own_config: bool = False) -> Laun
     return Launch(
         written,
         frozenset(added),
-        tuple(deleted),
         tuple(bare),
         tuple(files),
         tuple(unread),
@@ -175,8 +171,6 @@ _HYDRA_FLAGS = {
 }
 _MAIN_CONFIG = Word("ppo_trainer")
 _STOCK_CONFIGS = ("ppo_trainer", "ppo_megatron_trainer", "dapo_trainer")
-
-
 # A variable, or the output of a command, in front of a path.
 _UNKNOWN_HEAD = re.compile(r"^(\$\{?\w+\}?|\$\([^)]*\)|`[^`]*`)/?")
 
@@ -189,9 +183,8 @@ def _config_file(config: dict[str, Word], folder: Path) -> Path | None:
     # "$PROJECT_DIR/examples/config": the unknown head may be the folder of the script.
     text = _UNKNOWN_HEAD.sub("", place.text) if place.unknown else place.text
     file = name.text if name.text.endswith((".yaml", ".yml")) else f"{name.text}.yaml"
-    for root in (
-        (folder.resolve(), *folder.resolve().parents[:3]) if place.unknown else (folder, Path("."))
-    ):
+    above = (folder.resolve(), *folder.resolve().parents[:3])
+    for root in above if place.unknown else (folder, Path(".")):
         if (path := root / text / file).is_file():
             return path
     return None
@@ -255,8 +248,7 @@ def setup(settings: Settings, launched: Launch, version_from: str) -> Setup:
     )
     terms, rejected = _terms(settings)
     rejected += _bad_values(settings)
-    misses = unknown_keys(settings.table, launched)
-    if misses:
+    if misses := unknown_keys(settings.table, launched):
         rejected += unknown_settings("verl", settings.table, misses, version_from)
     rejected += [
         Rejected(
@@ -284,7 +276,8 @@ def setup(settings: Settings, launched: Launch, version_from: str) -> Setup:
         policy_by_answer=policy_by_answer,
         kl_by_answer=by_answer,
         loss_agg=settings[LOSS_AGG],
-        corrects_rollout=bool(settings[ROLLOUT_IS].value or settings[ROLLOUT_RS].value),
+        # rollout_rs drops samples by the mask, which the KL loss shares.
+        corrects_rollout=bool(settings[ROLLOUT_IS].value),
         correction=settings[ROLLOUT_IS],
         rollout_is_old=settings.on(BYPASS),
         stale=_stale(settings),
