@@ -9,6 +9,7 @@ import typer
 import klplug
 from klplug.cli.audit import audit
 from klplug.cli.catalogue import list_kl_types
+from klplug.cli.doctor import doctor_command
 from klplug.cli.explain import explain_command
 from klplug.cli.report import report_command
 
@@ -41,3 +42,4 @@ app.command("audit")(audit)
 app.command("list")(list_kl_types)
 app.command("explain")(explain_command)
 app.command("report")(report_command)
+app.command("doctor")(doctor_command)

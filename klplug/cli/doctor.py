@@ -1,0 +1,244 @@
+"""``klplug doctor``: what is installed, what is hooked, and what stands in the way."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import klplug
+from klplug.cli.output import AsJson, print_json
+from klplug.cli.status import Status
+
+HOSTS = ("openrlhf", "verl")
+PACKAGES = (
+    "torch", "wrapt", "ray", "vllm", "deepspeed", "transformers", "flash-attn", "hydra-core",
+)  # fmt: skip
+VARIABLES = (
+    "KLPLUG_DISABLE",
+    "VERL_USE_EXTERNAL_PLUGINS",
+    "VERL_USE_EXTERNAL_MODULES",
+    "RAY_ADDRESS",
+    "RAY_JOB_CONFIG_JSON_ENV_VAR",
+    "PYTHONPATH",
+    "CUDA_VISIBLE_DEVICES",
+)
+NAMES = ("klplug", "klplug_openrlhf", "klplug_verl", *HOSTS)
+TIMEOUT = 300  # seconds; a host's first import on a cold disk is slow
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The hooks of one kind of process: by path whether active, and the error if there was one."""
+
+    hooks: dict[str, bool] = field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def text(self) -> str:
+        if self.error is not None:
+            return self.error
+        return f"{sum(self.hooks.values())} of {len(self.hooks)} hooks active"
+
+
+@dataclass(frozen=True)
+class HostReport:
+    """One host: its version here (``None``: not installed), those tested, and its hooks."""
+
+    version: str | None
+    tested: str
+    probes: dict[str, Probe]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What ``doctor`` found; ``problems`` are sentences, empty where all is well."""
+
+    klplug: str
+    klplug_path: str
+    python: str
+    platform: str
+    packages: dict[str, str | None]
+    hosts: dict[str, HostReport]
+    environment: dict[str, str]
+    problems: list[str]
+
+
+def doctor(ray: bool = True, timeout: float = TIMEOUT) -> Diagnosis:
+    """Look at this environment; starts a process per installed host, and in it a Ray.
+
+    Args:
+        ray: also ask a Ray worker.
+        timeout: seconds for each host's process.
+    """
+    hosts = {host: _host(host, ray, timeout) for host in HOSTS}
+    environment = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    problems = [
+        *_environment_problems(environment, hosts),
+        *shadowed_names(Path.cwd(), sys.path),
+        *(problem for host, report in hosts.items() for problem in _host_problems(host, report)),
+    ]
+    return Diagnosis(
+        klplug=klplug.__version__,
+        klplug_path=str(Path(klplug.__file__).parent),
+        python=platform.python_version(),
+        platform=platform.platform(),
+        packages={name: _version(name) for name in PACKAGES},
+        hosts=hosts,
+        environment=environment,
+        problems=problems,
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _host(host: str, ray: bool, timeout: float) -> HostReport:
+    tested: str = importlib.import_module(f"klplug_{host}.hooks").PATCH.tested
+    version = _version(host)
+    probes = {} if version is None else _probes(host, ray, timeout)
+    return HostReport(version, tested, probes)
+
+
+def _probes(host: str, ray: bool, timeout: float) -> dict[str, Probe]:
+    with tempfile.TemporaryDirectory(prefix="klplug-doctor-") as folder:
+        answer, said = Path(folder) / "answer.json", Path(folder) / "said.txt"
+        # As hosts are started: python -m puts the working directory first on the path.
+        command = [sys.executable, "-m", "klplug.cli.probe", host, str(answer)]
+        end = ""
+        with said.open("w") as output:
+            try:
+                done = subprocess.run(
+                    [*command, *(["--ray"] if ray else [])],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    timeout=timeout,
+                )
+                end = f"the process ended with status {done.returncode}"
+            except subprocess.TimeoutExpired:
+                end = f"no answer in {timeout:g} s"
+        answers: dict[str, Any] = json.loads(answer.read_text()) if answer.exists() else {}
+        last = said.read_text(errors="replace").strip().splitlines()[-1:]
+    missing = Probe(error=": ".join([end, *last]))
+    kinds = ("process", "ray_worker") if ray else ("process",)
+    return {kind: Probe(**answers[kind]) if kind in answers else missing for kind in kinds}
+
+
+def _host_problems(host: str, report: HostReport) -> list[str]:
+    problems = []
+    if report.version is not None and report.version not in report.tested:
+        problems.append(f"{host} {report.version} is not one that was tested ({report.tested})")
+    for kind, probe in report.probes.items():
+        where = f"{host}, {kind.replace('_', ' ')}"
+        inactive = [path for path, active in probe.hooks.items() if not active]
+        if probe.error is not None:
+            problems.append(f"{where}: {probe.error}")
+        elif inactive:
+            problems.append(f"{where}: not active at {', '.join(inactive)}")
+    return problems
+
+
+def _environment_problems(environment: dict[str, str], hosts: dict[str, HostReport]) -> list[str]:
+    problems = []
+    if environment.get("KLPLUG_DISABLE") == "1":
+        problems.append("KLPLUG_DISABLE=1 keeps klplug out: unset it")
+    plugins = environment.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
+    if plugins != "auto" and "klplug" not in plugins.split(","):
+        problems.append(
+            f"VERL_USE_EXTERNAL_PLUGINS={plugins} keeps klplug out of verl: unset it, or name "
+            "klplug and klplug_guard in it"
+        )
+    job = environment.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    try:
+        hook = (json.loads(job).get("runtime_env") or {}).get("worker_process_setup_hook")
+    except (ValueError, AttributeError):
+        hook = None
+        problems.append("RAY_JOB_CONFIG_JSON_ENV_VAR is no JSON object")
+    if hook not in (None, "klplug_openrlhf.worker.install"):
+        problems.append(
+            f"the Ray job has worker_process_setup_hook={hook!r}, whose place klplug needs on "
+            "OpenRLHF: call klplug_openrlhf.worker.install() from it"
+        )
+    if hosts["verl"].version is not None:
+        found = {entry.name for entry in importlib.metadata.entry_points(group="verl.plugins")}
+        if missing := {"klplug", "klplug_guard"} - found:
+            problems.append(
+                f"verl can't find klplug: the entry points {', '.join(sorted(missing))} of group "
+                "verl.plugins are not installed. Install klplug, rather than putting it on a path"
+            )
+    return problems
+
+
+def shadowed_names(folder: Path, path: Sequence[str]) -> list[str]:
+    """What ``folder`` hides of klplug and its hosts from a ``python -m`` started in it."""
+    here = str(folder)
+    elsewhere = [place for place in path if place and os.path.abspath(place) != here]
+    problems = []
+    for name in NAMES:
+        installed = PathFinder.find_spec(name, elsewhere)
+        found = PathFinder.find_spec(name, [here, *elsewhere])
+        if installed is None or found is None or found.origin == installed.origin:
+            continue
+        problems.append(
+            f"{name} in the working directory hides the installed one from python -m: "
+            f"{found.origin or name} is found, not {installed.origin}. Run from elsewhere"
+        )
+    return problems
+
+
+def doctor_command(
+    ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Also ask a Ray worker.")] = True,
+    timeout: Annotated[float, typer.Option(help="Seconds for each host.")] = TIMEOUT,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is installed and hooked, here and in a Ray worker: paste it into an issue."""
+    found = doctor(ray, timeout)
+    if as_json:
+        print_json(asdict(found))
+    else:
+        print(text(found))
+    raise typer.Exit(Status.FINDINGS if found.problems else Status.CLEAN)
+
+
+def text(found: Diagnosis) -> str:
+    """A diagnosis as lines of plain text."""
+    lines = [
+        f"klplug     {found.klplug} ({found.klplug_path})",
+        f"python     {found.python}, {found.platform}",
+        "packages   " + ", ".join(f"{n} {v}" for n, v in found.packages.items() if v is not None),
+    ]
+    for host, report in found.hosts.items():
+        version = report.version or "not installed"
+        lines.append(f"{host:<10} {version} (tested: {report.tested})")
+        for kind, probe in report.probes.items():
+            lines.append(f"  {kind.replace('_', ' ')}: {probe.text}")
+            if probe.error is not None or not all(probe.hooks.values()):
+                lines += [
+                    f"    {'active  ' if active else 'INACTIVE'} {path}"
+                    for path, active in probe.hooks.items()
+                ]
+    if found.environment:
+        lines.append("variables")
+        lines += [f"  {name}={value}" for name, value in found.environment.items()]
+    if not any(report.version for report in found.hosts.values()):
+        lines.append("no host is installed in this environment: the core works alone")
+    lines.append(f"problems   {len(found.problems) or 'none'}")
+    lines += [f"  - {problem}" for problem in found.problems]
+    return "\n".join(lines)

@@ -1,0 +1,123 @@
+"""doctor where no host is, and what it says of variables and names; with a host: tests/<host>."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from klplug.cli import doctor as module
+from klplug.cli.doctor import HostReport, Probe, doctor, shadowed_names, text
+from tests.cli.conftest import Klplug
+
+NO_HOST = not any(importlib.util.find_spec(host) for host in module.HOSTS)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither this checkout nor a developer's shell is what is looked at."""
+    monkeypatch.chdir(tmp_path)
+    for name in module.VARIABLES:
+        if name != "PYTHONPATH":
+            monkeypatch.delenv(name, raising=False)
+
+
+def without_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_host", lambda *_: HostReport(None, "0.0", {}))
+
+
+@pytest.mark.skipif(not NO_HOST, reason="a host is installed")
+def test_without_a_host_it_says_so_and_is_clean(klplug_command: Klplug) -> None:
+    done = klplug_command("doctor")
+    assert done.status == 0
+    assert "openrlhf   not installed (tested: 0.11.2)" in done.out
+    assert "no host is installed" in done.out and "problems   none" in done.out
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "named"),
+    [
+        ("KLPLUG_DISABLE", "1", "keeps klplug out: unset it"),
+        ("VERL_USE_EXTERNAL_PLUGINS", "none", "keeps klplug out of verl"),
+        ("VERL_USE_EXTERNAL_PLUGINS", "other,more", "keeps klplug out of verl"),
+        (
+            "RAY_JOB_CONFIG_JSON_ENV_VAR",
+            json.dumps({"runtime_env": {"worker_process_setup_hook": "mine.hook"}}),
+            "worker_process_setup_hook='mine.hook'",
+        ),
+        ("RAY_JOB_CONFIG_JSON_ENV_VAR", "{", "no JSON object"),
+        ("RAY_JOB_CONFIG_JSON_ENV_VAR", "[]", "no JSON object"),
+    ],
+)
+def test_variables_that_keep_klplug_out(
+    klplug_command: Klplug, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, named: str
+) -> None:
+    without_hosts(monkeypatch)
+    monkeypatch.setenv(variable, value)
+    done = klplug_command("doctor", "--json")
+    assert done.status == 1
+    document = json.loads(done.out)
+    assert document["environment"][variable] == value
+    (problem,) = document["problems"]
+    assert named in problem
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("KLPLUG_DISABLE", "0"),
+        ("VERL_USE_EXTERNAL_PLUGINS", "klplug,klplug_guard"),
+        ("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": null}'),
+    ],
+)
+def test_variables_that_do_no_harm(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    without_hosts(monkeypatch)
+    monkeypatch.setenv(variable, value)
+    assert doctor().problems == []
+
+
+def test_a_shadowed_name(tmp_path: Path) -> None:
+    installed, here = tmp_path / "site", tmp_path / "here"
+    for folder in (installed, here):
+        (folder / "verl").mkdir(parents=True)
+        (folder / "verl" / "__init__.py").touch()
+    (problem,) = shadowed_names(here, [str(here), str(installed)])
+    assert "verl in the working directory hides" in problem and str(here) in problem
+    # A folder without an __init__.py hides no package.
+    (here / "verl" / "__init__.py").unlink()
+    assert shadowed_names(here, [str(here), str(installed)]) == []
+    assert shadowed_names(tmp_path, [str(installed)]) == []
+
+
+def test_a_host_that_cannot_be_imported_is_a_problem() -> None:
+    if not NO_HOST:
+        pytest.skip("a host is installed")
+    probes = module._probes("verl", ray=False, timeout=120)
+    (error,) = [probe.error for probe in probes.values()]
+    assert error is not None and "No module named 'verl'" in error
+    assert any(
+        "No module named 'verl'" in problem
+        for problem in module._host_problems("verl", HostReport("0.9.1", "0.9.1", probes))
+    )
+
+
+def test_a_process_that_gives_no_answer() -> None:
+    probes = module._probes("verl", ray=True, timeout=0.05)
+    assert {p.error for p in probes.values()} == {"no answer in 0.05 s"}
+    assert set(probes) == {"process", "ray_worker"}
+
+
+def test_an_inactive_hook_and_an_unknown_version_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    probes = {"process": Probe({"verl.a": True, "verl.b": False})}
+    report = HostReport("0.7.0", "0.9.1", probes)
+    monkeypatch.setattr(module, "_host", lambda *_: report)
+    found = doctor()
+    assert "verl 0.7.0 is not one that was tested (0.9.1)" in found.problems
+    assert "verl, process: not active at verl.b" in found.problems
+    assert "INACTIVE verl.b" in text(found) and "1 of 2 hooks active" in text(found)
