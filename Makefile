@@ -2,6 +2,7 @@
 # make test                    everything, cheap checks first; KLPLUG_TEST_HOSTS=openrlhf,verl (empty: the core)
 # make test-latest             the newest release of each host that the registry has: a line each
 # make lint                    ruff and mypy
+# make docs                    the documentation into site/, strictly
 # make bench                   the KL term beside each host's own: time and memory, as ratios
 # make clean                   what can be made again: caches and builds (never runs/)
 # make clean-all               the environments too
@@ -38,7 +39,7 @@ KLPLUG_TEST_HOSTS ?= openrlhf,verl
 comma := ,
 TEST_HOSTS = $(subst $(comma), ,$(KLPLUG_TEST_HOSTS))
 
-.PHONY: test lint test-core test-openrlhf test-verl bench
+.PHONY: test lint docs test-core test-openrlhf test-verl bench
 # Small tensors, and runs of many processes: a second thread each would only contend.
 test-core test-openrlhf test-verl bench: export OMP_NUM_THREADS := 1
 
@@ -50,6 +51,9 @@ lint: .venv
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+docs: .venv
+	.venv/bin/mkdocs build --strict --quiet
 
 test-core: .venv
 	KLPLUG_TEST_HOSTS= .venv/bin/python -m pytest -q tests/core tests/packaging tests/cli tests/audit
