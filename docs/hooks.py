@@ -29,6 +29,14 @@ FAMILY = re.compile(r"^<!-- kl_types: (.+) -->$", re.MULTILINE)
 REFUSED = re.compile(r"^<!-- refused -->\n+((?:- `.+`\n)+)", re.MULTILINE)
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """List the audit's findings, a page each, in the navigation."""
+    assert config.nav is not None
+    pages = sorted(page.name for page in (Path(config.docs_dir) / "findings").glob("*.md"))
+    config.nav.append({"Findings of the audit": [f"findings/{name}" for name in pages]})
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Draw the curves that pages ask for."""
     for page in list(files.documentation_pages()):

@@ -36,6 +36,7 @@ VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
 )
 NAMES = ("klplug", "klplug_openrlhf", "klplug_verl", *HOSTS)
+_WITHOUT_PLUGINS = ("0.7.", "0.8.")
 TIMEOUT = 300  # seconds; a host's first import on a cold disk is slow
 
 
@@ -176,7 +177,14 @@ def _environment_problems(environment: dict[str, str], hosts: dict[str, HostRepo
             f"the Ray job has worker_process_setup_hook={hook!r}, whose place klplug needs on "
             "OpenRLHF: call klplug_openrlhf.worker.install() from it"
         )
-    if hosts["verl"].version is not None:
+    verl = hosts["verl"].version
+    if verl is not None and verl.startswith(_WITHOUT_PLUGINS):
+        if "klplug_verl" not in environment.get("VERL_USE_EXTERNAL_MODULES", "").split(","):
+            problems.append(
+                f"verl {verl} knows no plugins: set VERL_USE_EXTERNAL_MODULES=klplug_verl in every "
+                "process"
+            )
+    elif verl is not None:
         found = {entry.name for entry in importlib.metadata.entry_points(group="verl.plugins")}
         if missing := {"klplug", "klplug_guard"} - found:
             problems.append(

@@ -121,3 +121,14 @@ def test_an_inactive_hook_and_an_unknown_version_are_named(
     assert "verl 0.7.0 is not one that was tested (0.9.1)" in found.problems
     assert "verl, process: not active at verl.b" in found.problems
     assert "INACTIVE verl.b" in text(found) and "1 of 2 hooks active" in text(found)
+
+
+@pytest.mark.parametrize(("modules", "problems"), [("", 1), ("klplug_verl", 0)])
+def test_a_verl_that_knows_no_plugins(
+    monkeypatch: pytest.MonkeyPatch, modules: str, problems: int
+) -> None:
+    monkeypatch.setattr(module, "_host", lambda *_: HostReport("0.8.0", "0.9.1 and 0.8.0", {}))
+    monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", modules)
+    found = doctor().problems
+    assert len(found) == problems
+    assert all("set VERL_USE_EXTERNAL_MODULES=klplug_verl" in problem for problem in found)
