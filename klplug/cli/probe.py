@@ -24,15 +24,14 @@ def probe(host: str, install: bool) -> Answer:
         install: install klplug first, as the launcher does; else only look.
     """
     adapter = importlib.import_module(f"klplug_{host}")
-    error = None
     try:
         if install and host == "openrlhf":
             importlib.import_module("klplug_openrlhf.worker").install()
         importlib.import_module(host)  # verl finds its plugins here
         adapter.check()
+        return {"hooks": adapter.status(), "error": None}
     except (Exception, SystemExit) as problem:
-        error = f"{type(problem).__name__}: {problem}"
-    return {"hooks": adapter.status(), "error": error}
+        return {"hooks": {}, "error": f"{type(problem).__name__}: {problem}"}
 
 
 def probe_in_ray(host: str) -> Answer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -32,7 +33,9 @@ def without_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_host_it_says_so_and_is_clean(klplug_command: Klplug) -> None:
     done = klplug_command("doctor")
     assert done.status == 0
-    assert "openrlhf   not installed (tested: 0.11.2)" in done.out
+    for host in module.HOSTS:
+        tested = importlib.import_module(f"klplug_{host}.hooks").PATCH.tested
+        assert f"{host:<10} not installed (tested: {tested})" in done.out
     assert "no host is installed" in done.out and "problems   none" in done.out
 
 
