@@ -37,3 +37,8 @@ def test_verdict(name: str) -> None:
 def test_docs_hold_the_tables(table: str) -> None:
     # python -m tests.audit.verdicts prints them.
     assert table in (DOCS / "audit.md").read_text()
+
+
+def test_docs_name_every_key_of_the_json() -> None:
+    document, page = audit(SCRIPTS / "verl-grpo.sh").to_json(), (DOCS / "audit.md").read_text()
+    assert not [key for key in (*document, *document["findings"][0]) if f"`{key}`" not in page]
