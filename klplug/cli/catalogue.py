@@ -9,6 +9,8 @@ from rich.table import Table
 import klplug
 from klplug.cli.output import AsJson, console, print_json
 
+WORDS = "lr = log pi - log ref of one token, nats; u = exp(lr)"
+
 
 def list_kl_types(as_json: AsJson = False) -> None:
     """List every kl_type: its coefficient, whose gradient it follows, and its bias."""
@@ -16,7 +18,7 @@ def list_kl_types(as_json: AsJson = False) -> None:
     if as_json:
         print_json([asdict(row) for row in rows])
         return
-    table = Table(caption="lr = log pi - log ref of one token, nats")
+    table = Table(caption=WORDS)
     table.add_column("kl_type", no_wrap=True)
     for heading in ("coefficient c", "whose gradient, on-policy", "bias as one of KL(pi||ref)"):
         table.add_column(heading, overflow="fold")

@@ -15,6 +15,7 @@ import typer
 from rich.table import Table
 
 import klplug
+from klplug.cli.catalogue import WORDS
 from klplug.cli.output import AsJson, console, print_json
 from klplug.cli.plot import COLOURS, LETTERS, text_plot
 from klplug.cli.status import Unreadable
@@ -203,7 +204,7 @@ def explain_command(
 
 def text_table(explained: Sequence[Explanation]) -> Table:
     """A row per property, a column per kl_type."""
-    table = Table(show_lines=True)
+    table = Table(show_lines=True, caption=WORDS)
     table.add_column("kl_type", style="bold")
     for explanation in explained:
         table.add_column(explanation.kl_type, overflow="fold")

@@ -40,9 +40,12 @@ HEADINGS = {
     "kl_k1": "KL to the reference, nats per token: k1",
     "kl_k2": "KL to the reference, nats per token: k2",
     "kl_k3": "KL to the reference, nats per token: k3",
+    "kl_abs": "KL to the reference, nats per token: abs",
     "kl_host": "the host's own KL",
     "ess": "effective sample size of the weights",
     "capped_share": "share of weights at the cap",
+    "cosine": "cosine of the KL's coefficients to the principled ones",
+    "top_share": "share of the KL's gradient from the top 1 % of tokens",
     "frontier": "reward against KL",
 }
 PANELS = tuple(dict.fromkeys(metric.panel for metric in METRICS))
@@ -191,8 +194,8 @@ def _frontier(found: Sequence[Group], finals: dict[str, dict[str, Final]]) -> by
 # ── HTML ────────────────────────────────────────────────────────────────────────────────────────
 
 NOTES = {
-    "kl": "k1 and k3 are unbiased under samples of the policy, k2 is not; the host's own is the "
-    "value of whatever estimator its settings chose.",
+    "kl": "k1 and k3 are unbiased under samples of the policy, k2 and abs are not; the host's own is "
+    "the value of whatever estimator its settings chose.",
     "ess": "Of the importance weights, as a share of the tokens: 1 where all count the same.",
     "frontier": "A line is a run on its way, a dot with bars where it ended. Higher at the same "
     "KL is better. The KL is k3's estimate, or the host's own where there is no k3.",

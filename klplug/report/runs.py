@@ -32,12 +32,15 @@ METRICS = (
     Metric("kl_k1", "KL, k1", "kl", ("klplug/k1",)),
     Metric("kl_k2", "KL, k2", "kl", ("klplug/k2",)),
     Metric("kl_k3", "KL, k3", "kl", ("klplug/k3",)),
+    Metric("kl_abs", "KL, abs", "kl", ("klplug/abs",)),
     Metric("kl_host", "KL, the host's", "kl", _HOST_KL),
     Metric("entropy", "entropy", "entropy", ("actor/entropy", "entropy", "entropy_loss")),
     Metric("length", "tokens per answer", "length", ("response_length", "response_length/mean")),
     Metric("grad_norm", "gradient norm", "grad_norm", ("actor_grad_norm", "actor/grad_norm")),
     Metric("ess", "ESS", "ess", ("klplug/ess",)),
     Metric("capped_share", "capped share", "capped_share", ("klplug/capped_share",)),
+    Metric("cosine", "gradient cosine", "cosine", ("klplug/gradient_cosine",)),
+    Metric("top_share", "top 1 %", "top_share", ("klplug/top_share",)),
 )
 TITLES = {metric.name: metric.title for metric in METRICS}
 KL_ORDER = ("kl_k3", "kl_k1", "kl_k2", "kl_host")  # for one number: the unbiased and steady first

@@ -41,6 +41,8 @@ def quickstart(
             "actor_grad_norm": 0.3,
             "klplug/ess": 0.9,
             "klplug/capped_share": 0.0,
+            "klplug/gradient_cosine": 0.99,
+            "klplug/top_share": 0.2,
         }
         for step in range(1, STEPS + 1)
     ]
@@ -160,6 +162,7 @@ def test_the_page_needs_no_other_file(klplug_command: Klplug, tmp_path: Path) ->
     page = Page(text)
     assert page.open == []
     panels = ["frontier", "reward", "kl", "entropy", "length", "grad_norm", "ess", "capped_share"]
+    panels += ["cosine", "top_share"]
     assert set(document["pictures"]) == set(panels)
     for name, source in zip(panels, page.pictures, strict=True):
         inside = base64.b64decode(source.removeprefix("data:image/png;base64,"))
