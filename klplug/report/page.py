@@ -194,8 +194,8 @@ def _frontier(found: Sequence[Group], finals: dict[str, dict[str, Final]]) -> by
 # ── HTML ────────────────────────────────────────────────────────────────────────────────────────
 
 NOTES = {
-    "kl": "k1 and k3 are unbiased under samples of the policy, k2 and abs are not; the host's own is "
-    "the value of whatever estimator its settings chose.",
+    "kl": "k1 and k3 are unbiased under samples of the policy, k2 and abs are not; the host's own "
+    "is the value of whatever estimator its settings chose.",
     "ess": "Of the importance weights, as a share of the tokens: 1 where all count the same.",
     "frontier": "A line is a run on its way, a dot with bars where it ended. Higher at the same "
     "KL is better. The KL is k3's estimate, or the host's own where there is no k3.",
