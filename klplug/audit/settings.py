@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from klplug.audit.tables import Table
+from klplug.spec import KLSpec, check_kl_coef
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,17 @@ def unknown_settings(
             f"the nearest, lacks {names}{more}",
         )
     ]
+
+
+def refused_coefficient(spec: KLSpec, own: Setting, amount: Setting) -> list[Rejected]:
+    """What klplug says to the coefficient of a kl_type, if it refuses it."""
+    if amount.unknown:
+        return []
+    try:
+        check_kl_coef(spec, amount.value)
+    except ValueError as error:
+        return [Rejected(amount if amount.written else own, f"klplug refuses it: {error}")]
+    return []
 
 
 def scalar(text: str) -> Any:

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from klplug.audit import setup as aspects
-from klplug.audit.settings import Rejected, Setting, Settings, scalar, unknown_settings
+from klplug.audit.settings import (
+    Rejected,
+    Setting,
+    Settings,
+    refused_coefficient,
+    scalar,
+    unknown_settings,
+)
 from klplug.audit.setup import Advantage, Controller, Scale, Setup, Term
 from klplug.audit.shell import Word
 from klplug.audit.tables import Table, flattened
@@ -306,11 +313,14 @@ def _klplug_terms(settings: Settings, own: Setting, rejected: list[Rejected]) ->
     except ValueError as error:
         rejected.append(Rejected(own, str(error)))
         return []
+    # The flag's default is not a coefficient that anybody chose.
+    amount = settings[COEF if settings[COEF].written and not settings[KL_COEF].written else KL_COEF]
+    rejected += refused_coefficient(spec, own, amount)
+    if settings.on(USE_LOSS) and spec.placed("as_loss").estimator == "none":
+        reason = f"klplug refuses it beside kl_type {spec}, which puts no KL in the loss"
+        rejected.append(Rejected(settings[USE_LOSS], reason))
     if spec.estimator == "none":
         return []
-    amount = settings[KL_COEF] if settings[KL_COEF].written else settings[COEF]
-    if not amount.written:
-        rejected.append(Rejected(own, f"kl_type {spec} needs a kl_coef"))
     coef = settings.coefficient(amount.key)
     return [Term(term, coef, own, own, amount, from_klplug=True) for term in spec.terms]
 

@@ -18,7 +18,14 @@ import yaml
 
 from klplug.audit import setup as aspects
 from klplug.audit.errors import AuditError
-from klplug.audit.settings import Rejected, Setting, Settings, scalar, unknown_settings
+from klplug.audit.settings import (
+    Rejected,
+    Setting,
+    Settings,
+    refused_coefficient,
+    scalar,
+    unknown_settings,
+)
 from klplug.audit.setup import Advantage, Controller, Scale, Setup, Term
 from klplug.audit.shell import Word
 from klplug.audit.tables import Table, flattened, load_yaml
@@ -415,10 +422,14 @@ def _klplug_terms(
     amount = settings[KL_COEF]
     if amount.value is None:
         amount = next((settings[k] for k in (LOSS_COEF, CTRL_COEF) if settings[k].written), amount)
+    rejected += refused_coefficient(spec, own, amount)
+    for placement, switch in (("as_loss", USE_LOSS), ("in_reward", USE_REWARD)):
+        setting, present = settings[switch], spec.placed(placement).estimator != "none"
+        if setting.written and not setting.unknown and settings.on(switch) != present:
+            reason = f"klplug refuses it beside kl_type {spec}, which sets it itself"
+            rejected.append(Rejected(setting, reason))
     if spec.estimator == "none":
         return [], rejected
-    if amount.value is None:
-        rejected.append(Rejected(own, f"kl_type {spec} needs a kl_coef"))
     coef = settings.coefficient(amount.key)
     terms = [
         Term(
