@@ -187,7 +187,7 @@ def test_two_ranks_give_the_gradient_of_one(bench: Bench, data: Any, tmp_path: P
             cwd=tmp_path,
             env={
                 **os.environ,
-                "PYTHONPATH": str(ROOT),
+                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "adapters")]),
                 "RANK": str(rank),
                 "WORLD_SIZE": "2",
                 "MASTER_PORT": port,
