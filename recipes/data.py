@@ -137,7 +137,7 @@ class Table:
 # Reading
 
 
-def hub_table(source: Source) -> Table:
+def hub_table(source: Source, option: str) -> Table:
     """A split from the hub, through the datasets library, which caches what it downloads.
 
     Raises:
@@ -151,7 +151,7 @@ def hub_table(source: Source) -> Table:
         reason = str(error).strip().splitlines()[0]
         raise DataError(
             f"{source.hub} cannot be had from the hub: {reason}. A local copy does too: "
-            "--train FILE ... --test FILE ... (.jsonl, .json, .parquet or .csv)"
+            f"{option} FILE ... ({', '.join(READERS)})"
         ) from error
     rows = concatenate_datasets(parts)
     return table(source.hub, rows, source.question, source.answer, source.form, source.hub)
@@ -216,10 +216,10 @@ def table(
     return Table(name, rows, question, answer, form, fingerprint)
 
 
-def source_table(source: Source, paths: list[Path] | None) -> Table:
-    """A public split, from the hub or from local files in its schema."""
+def source_table(source: Source, paths: list[Path] | None, option: str) -> Table:
+    """A public split, from the hub, or from the local files of an option, in the same schema."""
     if paths is None:
-        return hub_table(source)
+        return hub_table(source, option)
     return file_table(paths, source.question, source.answer, source.form)
 
 
@@ -497,7 +497,10 @@ def tables(arguments: argparse.Namespace) -> tuple[Table, Table | None]:
                 f"--question and --answer are for a FILE; {name} has columns of its own"
             )
         train, test = TRAINING[name]
-        return source_table(train, arguments.train), source_table(test, arguments.test)
+        return (
+            source_table(train, arguments.train, "--train"),
+            source_table(test, arguments.test, "--test"),
+        )
     if Path(name).suffix not in READERS and not Path(name).exists():
         near = difflib.get_close_matches(name, TRAINING, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""

@@ -358,7 +358,7 @@ def table_of(data: str, files: list[Path] | None, columns: tuple[str | None, str
     if data in EVALUATION:
         if any(columns):
             raise EvaluationError(f"--question and --answer are for a FILE, not for {data}")
-        return source_table(EVALUATION[data], files)
+        return source_table(EVALUATION[data], files, "--file")
     if Path(data).suffix not in READERS and not Path(data).exists():
         raise EvaluationError(
             f"--data {data}: there are {', '.join(EVALUATION)}, or a file of {', '.join(READERS)}"

@@ -228,12 +228,12 @@ def test_the_hubs_sets_are_asked_for_by_name(tmp_path, monkeypatch, capsys) -> N
     assert main(["openr1-math", "--to", "verl", "--out", str(tmp_path / "other")]) == 2
     error = capsys.readouterr().err
     assert "open-r1/OpenR1-Math-220k cannot be had from the hub: no route." in error
-    assert "--train FILE" in error
+    assert "A local copy does too: --train FILE ... (.jsonl, .json, .parquet, .csv)" in error
 
 
 @pytest.mark.parametrize("name", ["aime24", "amc23"])
 def test_benchmarks_in_their_own_schema(name: str) -> None:
-    table = data.source_table(EVALUATION[name], [FIXTURES / f"{name}.jsonl"])
+    table = data.source_table(EVALUATION[name], [FIXTURES / f"{name}.jsonl"], "--file")
     found = [data.prepared(r[table.question], r[table.answer], table.form) for r in table.rows]
     assert [problem.answer for problem in found] == {
         "aime24": ["204", "025"],
