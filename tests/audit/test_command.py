@@ -209,6 +209,11 @@ def test_whether_the_rollout_engine_is_corrected_for(kl: str, expected: bool) ->
     assert bare.rollout_corrected is ("rollout'" in kl)
 
 
+def test_the_text_of_an_unknown_value_is_not_judged(tmp_path: Path) -> None:
+    script = f'{" ".join(_VERL)} trainer.experiment_name=$(basename "${{M,,}}")-x\n'
+    assert "rejected-setting" not in [f.id for f in audit(_write(tmp_path, script)).findings]
+
+
 # Bad input.
 
 

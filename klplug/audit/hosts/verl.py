@@ -129,7 +129,7 @@ def launch(args: Iterable[Word], folder: Path, own_config: bool = False) -> Laun
             written |= settings
             if match[1]:
                 added |= settings.keys()
-            if _sweeps(match[3]) and not multirun:
+            if _sweeps(match[3]) and not (multirun or word.unknown):
                 bare.append(Setting(match[2], match[3], word.line, True))
         elif word.unknown:
             holes.append((Setting(text, None, word.line, True), word.unknown[0]))
