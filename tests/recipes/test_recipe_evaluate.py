@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 pytest.importorskip("transformers", reason="no transformers here: it comes with a host")
 pytest.importorskip("math_verify", reason="the recipes extra is not installed")
 
+from recipes import cpu_shim
 from recipes import evaluate as module
 from recipes.data import EVALUATION, INSTRUCTION, Problem
 from recipes.evaluate import final_answer, ks, main, majority, pass_at, record, wilson
@@ -21,6 +25,7 @@ from recipes.quickstart.problems import problems, write_rows
 from recipes.quickstart.settings import CACHE, HERE
 from recipes.quickstart.smollm2 import FOLDER
 
+ROOT = Path(__file__).resolve().parents[2]
 POLICY = HERE / "policy"
 SMOLLM2 = CACHE / "models" / FOLDER
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -212,3 +217,30 @@ def test_rows_that_are_no_problems_are_named(tmp_path, capsys) -> None:
     path.write_text('{"question": "1+1?", "answer": "2"}\n{"question": "", "answer": "3"}\n')
     assert main(arguments(str(path), tmp_path / "out")) == 2
     assert "1 rows are no problems, the first row 1: no question" in capsys.readouterr().err
+
+
+def test_vllm_agrees_with_transformers(tmp_path) -> None:
+    """Its real engine, on a CPU: the same greedy answers but for rounding, samples that vary."""
+    pytest.importorskip("vllm", reason="vLLM comes with OpenRLHF's environment")
+    data = words(tmp_path, 16)
+    assert main(arguments(data, tmp_path / "ours", samples=0)) == 0
+    own = arguments(data, tmp_path / "theirs", samples=4)
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes.evaluate", *own, "--engine", "vllm"],
+        cwd=ROOT,
+        env={**os.environ, **cpu_shim.environment("openrlhf")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (files(tmp_path / out)[1] for out in ("ours", "theirs"))
+
+    def texts(records: list[dict[str, Any]]) -> list[str]:
+        # vLLM leaves out the token that ended an answer.
+        return [r["greedy"]["text"].removesuffix("<|im_end|>") for r in records]
+
+    same = [a == b for a, b in zip(texts(ours), texts(theirs), strict=True)]
+    assert sum(same) >= 14, list(zip(texts(ours), texts(theirs), strict=True))
+    assert any(len({sample["text"] for sample in row["samples"]}) > 1 for row in theirs)
+    assert all(len(row["samples"]) == 4 for row in theirs)
