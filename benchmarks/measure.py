@@ -35,6 +35,13 @@ def interleaved(
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
+def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The median, between the ends of its 95 % confidence interval by order statistics."""
+    ordered, n = sorted(values), len(values)
+    rank = max(0, int(n / 2 - 1.96 * n**0.5 / 2))
+    return ordered[rank], statistics.median(ordered), ordered[n - 1 - rank]
+
+
 def peak_bytes(function: Callable[[], object]) -> int:
     """The most memory that ``function`` holds at once beyond what was there before it."""
     if DEVICE == "cpu":
