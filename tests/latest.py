@@ -74,8 +74,9 @@ def report(host: str, version: str) -> tuple[str, bool]:
         return f"{host} {version}: not served. {reason} Missing in its sources: {lacking}", False
     done = behaviour(host, version)
     *_, summary = done.stdout.strip().splitlines()
-    found = f"all {len(hooks)} hooks found"
-    return f"{host} {version}: {found}; its behaviour: {summary.strip('= ')}", done.returncode == 0
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR "))]
+    line = f"{host} {version}: all {len(hooks)} hooks found; its behaviour: {summary.strip('= ')}"
+    return "\n".join([line, *failed]), done.returncode == 0
 
 
 if __name__ == "__main__":
