@@ -263,8 +263,9 @@ def kl_return_baseline(
     spec = parse(spec)
     if spec.baseline in (None, "none"):
         raise ValueError(f"kl_type {str(spec)!r} has no baseline")
-    batch = _Batch.of(spec, log_probs, response_mask, {"ref_log_probs": ref_log_probs})
-    own, later = _coefficients(spec, batch, batch.log_ratio("ref_log_probs"))
+    reference = f"{spec.reference}_log_probs"
+    batch = _Batch.of(spec, log_probs, response_mask, {reference: ref_log_probs})
+    own, later = _coefficients(spec, batch, batch.log_ratio(reference))
     return others_mean(_returns(own, later, None), _groups(spec, group_ids))
 
 

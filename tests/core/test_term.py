@@ -453,6 +453,19 @@ def test_an_answer_alone_has_no_baseline() -> None:
         kl_term("k1_in_reward,baseline=batch", **single)
 
 
+def test_the_baseline_of_a_step_is_the_batch_s_own_where_the_policy_is_the_sampler() -> None:
+    tensors = batch()
+    current, mask, ids = (tensors[k] for k in ("log_probs", "response_mask", "group_ids"))
+    for options, reference in (("", "ref_log_probs"), (",reference=rollout", "rollout_log_probs")):
+        kl_type = f"k2_as_loss,horizon=sequence,baseline=group{options}"
+        given = klplug.kl_return_baseline(kl_type, current, tensors[reference], mask, ids)
+        against = tensors | {"ref_log_probs": tensors[reference]}
+        plain = kl_term("k2_as_loss,ratio=none,horizon=sequence", **against)
+        own = kl_term("k2_as_loss,ratio=none,horizon=sequence,baseline=group", **against)
+        expected = (plain.coefficient - given) * mask
+        torch.testing.assert_close(own.coefficient, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("clip_range", [-0.1, (0.2, -1.0), (math.nan, 0.2)])
 def test_a_clip_range_that_is_none(clip_range: float) -> None:
     with pytest.raises(ValueError, match="clip_range"):
