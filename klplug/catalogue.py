@@ -25,7 +25,7 @@ class KLType:
         requires: what ``kl_term`` needs from a batch beside ``log_probs`` and the mask.
         source: where it comes from.
         test: the test in ``tests/core/test_oracle.py`` that holds it to its target.
-        verl, openrlhf: whether the adapter serves it.
+        verl, openrlhf: whether the adapter serves it, or under what setting of the host.
     """
 
     name: str
@@ -86,7 +86,12 @@ def _over_answers(estimator: Estimator) -> KLType:
 
 def _head(options: str, **changed: Any) -> KLType:
     return _row(
-        f"k2_as_loss,{options}", source="arXiv 2510.01555, section 5", test=_HEAD_TEST, **changed
+        f"k2_as_loss,{options}",
+        source="arXiv 2510.01555, section 5",
+        test=_HEAD_TEST,
+        verl="with loss_mode=vanilla",
+        openrlhf="with policy_loss_type=ppo",
+        **changed,
     )
 
 
