@@ -8,27 +8,11 @@ import torch
 from torch import Tensor
 
 
-def leave_one_out_mean(x: Tensor) -> Tensor:
-    """For each entry of a group, the mean of the others: an unbiased baseline.
-
-    (The mean that includes the entry itself shrinks the gradient by ``1 - 1/N``.)
-
-    Args:
-        x: (groups, N), one number per answer, N > 1.
-
-    Raises:
-        ValueError: groups of one have no others.
-    """
-    size = x.shape[-1]
-    if size < 2:
-        raise ValueError(f"a group baseline needs groups of at least 2 answers, got {size}")
-    return (x.sum(-1, keepdim=True) - x) / (size - 1)
-
-
 def others_mean(returns: Tensor, group_ids: Sequence[Hashable] | Tensor | None) -> Tensor:
     """For each answer and position, the mean return of the other answers of its group.
 
-    An answer that has ended has a return of 0 there and counts: leaving it out would bias.
+    An unbiased baseline; the mean that includes the answer itself would shrink the gradient by
+    ``1 - 1/N``. An answer that has ended has a return of 0 and counts: leaving it out would bias.
 
     Args:
         returns: (B, T), at each position the sum over this and later ones.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from klplug import Tally, kl_return_baseline, kl_term
-from klplug.baselines import leave_one_out_mean
+from klplug.baselines import others_mean
 from klplug.diagnostics import Watch
 from klplug.host import MeasuredController, announce
 from klplug.patching import Args, Call, Kwargs, bound
@@ -84,8 +84,7 @@ def over_rollout(
     rows = [
         [pad(tensor, (0, width - tensor.shape[1])) for tensor in _tensors(e)] for e in experiences
     ]
-    size = read(args, "rollout.n_samples_per_prompt")
-    ids = [i // size for e in experiences for i in e.index]
+    ids = _groups(experiences, read(args, "rollout.n_samples_per_prompt"))
     whole = function(*(torch.cat(tensors) for tensors in zip(*rows, strict=True)), group_ids=ids)
     parts = torch.split(whole, [len(e.index) for e in experiences])
     return [x[:, : e.action_mask.shape[1]] for x, e in zip(parts, experiences, strict=True)]
@@ -123,13 +122,14 @@ def _whole_answers(original: Call, maker: Any, experiences: list[Any]) -> list[A
 
 def over_groups(answers: list[Tensor], experiences: list[Any], group: int) -> list[Tensor]:
     """Each answer's KL less the mean of its group's others, in the order of ``experiences``."""
-    index = torch.tensor([i for e in experiences for i in e.index])
-    flat = torch.cat(answers)
-    ordered = torch.empty_like(flat)
-    ordered[index] = flat
-    groups = ordered.reshape(-1, group)
-    excess = (groups - leave_one_out_mean(groups)).reshape(-1)[index]
+    kl = torch.cat(answers).unsqueeze(-1)
+    excess = (kl - others_mean(kl, _groups(experiences, group))).squeeze(-1)
     return list(torch.split(excess, [len(e.index) for e in experiences]))
+
+
+def _groups(experiences: list[Any], size: int) -> list[int]:
+    """The prompt of each answer, in the order of ``experiences``."""
+    return [i // size for e in experiences for i in e.index]
 
 
 def carry_baseline(plan: Plan, experiences: list[Any], args: Any) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from klplug import aggregate
-from klplug.baselines import leave_one_out_mean
+from klplug.baselines import others_mean
 
 X = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, torch.nan], [torch.inf, 0.0, 0.0]])
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]])
@@ -31,7 +31,7 @@ def test_mistakes_are_named() -> None:
 
 
 def test_leave_one_out_mean_is_the_others() -> None:
-    groups = torch.tensor([[1.0, 2.0, 6.0]])
-    assert leave_one_out_mean(groups).tolist() == [[4.0, 3.5, 1.5]]
+    returns = torch.tensor([[1.0], [2.0], [6.0]])
+    assert others_mean(returns, None).tolist() == [[4.0], [3.5], [1.5]]
     with pytest.raises(ValueError, match="at least 2"):
-        leave_one_out_mean(torch.ones(3, 1))
+        others_mean(torch.ones(3, 1), [0, 1, 2])
