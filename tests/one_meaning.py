@@ -81,6 +81,30 @@ SAMPLER = (
     "k2_as_loss,reference=rollout,horizon=sequence",
     "k2_as_loss+k3_as_loss,reference=rollout",
 )
+STEPS = (
+    "k1_as_loss",
+    "k3_as_loss,ratio=none",
+    "abs_as_loss,ratio=rollout,cap=none",
+    "forward_as_loss,horizon=sequence",
+    "js_as_loss,cap=1.1",
+    "jeffreys_as_loss,level=prefix",
+    "chi2_as_loss,bound=2",
+    "hellinger_as_loss,level=sequence,horizon=sequence",
+    "tv_as_loss",
+    "alpha_as_loss,alpha=2,horizon=sequence",
+    "k2_as_loss,level=sequence,cap=2,mode=mask",
+    "k2_as_loss,bound=0.3",
+    "k2_as_loss,head=clipped",
+    "k2_as_loss,head=combined",
+    "k1_in_reward,head=combined",
+    "k2_as_loss,head=combined+k3_as_loss,reference=rollout",
+    "k2_as_loss,horizon=sequence,baseline=group",
+    "k2_as_loss,horizon=sequence,baseline=batch",
+    "k2_as_loss,reference=rollout",
+)
+"""Every estimator and every value of every option of a KL in the loss, in few: what is trained on
+by each host's own trainer, engine and model."""
+
 KL_TYPES = (*AS_LOSS, *IN_REWARD, *SUMS, *DIVERGENCES, *HEADS, *BASELINES, *SAMPLER)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from klplug import aggregate, kl_term, policy_loss
+from tests.one_meaning import STEPS
 from tests.openrlhf.command_line import change
 from tests.openrlhf.trainer import BATCH, Bench, Recorded, tiny_model
 
@@ -100,7 +101,6 @@ def test_where_a_stock_clamp_acts_the_token_that_drifted_has_no_stock_gradient(
         "k1_as_loss",
         "k2_as_loss",
         "k3_as_loss",
-        "abs_as_loss",
         "k2_as_loss,ratio=rollout",
         "k2_as_loss,cap=1.05",
         "k2_as_loss,level=sequence,cap=none",
@@ -118,16 +118,17 @@ def test_the_hosts_gradient_is_the_cores(bench: Bench, kl_type: str) -> None:
 @pytest.mark.parametrize(
     "kl_type",
     [
-        "k2_as_loss,head=combined",
-        "k1_in_reward,head=combined",
+        *STEPS,
         "k3_as_loss,head=combined+js_as_loss",
         "k2_as_loss,head=clipped,horizon=sequence",
-        "k2_as_loss,reference=rollout",
     ],
 )
 def test_the_whole_step_is_the_cores_policy_loss(bench: Bench, kl_type: str) -> None:
     """Under PPO's own ratio and clip, which act here."""
     experience = bench.experience(off_policy=0.3)
+    if "baseline" in kl_type:
+        generator = torch.Generator().manual_seed(1)
+        experience.kl = torch.randn(experience.action_mask.shape, generator=generator)
     recorded = bench.step(experience, kl_type)
     log_probs = recorded.log_probs.clone().requires_grad_()
     loss = policy_loss(
@@ -140,6 +141,7 @@ def test_the_whole_step_is_the_cores_policy_loss(bench: Bench, kl_type: str) -> 
         advantages=experience.advantages,
         kl_coef=0.1,
         clip_range=(0.2, 0.2),
+        return_baseline=experience.kl,
     )
     aggregate(loss, experience.action_mask).backward()
     assert log_probs.grad is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -144,8 +145,6 @@ class Bench:
         **actor: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Gradient of all parameters, summed over mini-batches, and the reduced metrics."""
-        from verl.utils import tensordict_utils as tu
-        from verl.utils.metric import reduce_metrics
         from verl.workers.config import FSDPActorConfig
         from verl.workers.utils.losses import ppo_loss
 
@@ -159,7 +158,21 @@ class Bench:
             entropy_coeff=0.0,
             **actor,
         )
-        self.worker.set_loss_fn(partial(ppo_loss, config=config))
+        return self.trained(partial(ppo_loss, config=config), data, micro_batch, meta, dynamic)
+
+    def trained(
+        self,
+        loss: Callable[..., Any],
+        data: Any,
+        micro_batch: int = 8,
+        meta: dict[str, Any] | None = None,
+        dynamic: int | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The same of any loss."""
+        from verl.utils import tensordict_utils as tu
+        from verl.utils.metric import reduce_metrics
+
+        self.worker.set_loss_fn(loss)
         own = tu.chunk_tensordict(data, self.world_size)[self.rank]
         engine = self.worker.engine_config
         object.__setattr__(engine, "micro_batch_size_per_gpu", min(micro_batch, len(own)))

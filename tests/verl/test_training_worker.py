@@ -15,7 +15,8 @@ import torch
 from klplug_verl.worker import BASELINE
 from torch import Tensor
 
-from klplug import kl_term
+from klplug import aggregate, kl_term, policy_loss
+from tests.one_meaning import STEPS
 from tests.verl.engine import ANSWERS, Bench, free_port, nested
 from tests.verl.tensors import MERGED
 
@@ -132,22 +133,32 @@ def test_the_cut_into_micro_batches_changes_nothing(
         approximately(metrics, own)
 
 
-OPTIONS = (
-    "js_as_loss",
-    "alpha_as_loss,alpha=2,horizon=sequence",
-    "k2_as_loss,level=sequence,cap=2,mode=mask",
-    "k2_as_loss,bound=0.3",
-    "k2_as_loss,head=clipped",
-    "k2_as_loss,head=combined",
-    "k1_in_reward,head=combined",
-    "k2_as_loss,head=combined+k3_as_loss,reference=rollout",
-    "k2_as_loss,horizon=sequence,baseline=group",
-    "k2_as_loss,reference=rollout",
-)
+def of_the_core(bench: Bench, data: Any, kl_type: str, coef: float = 0.5) -> Tensor:
+    """Gradient of all parameters, through the same engine, of the core's own policy loss."""
+    names = ("ref_log_prob", "old_log_probs", "rollout_log_probs", "advantages", "response_mask")
+    padded = {name: data[name].to_padded_tensor(0.0) for name in (*names, BASELINE) if name in data}
+
+    def loss(model_output: dict[str, Tensor], data: Any, dp_group: Any = None) -> Any:
+        from verl.workers.utils.padding import no_padding_2_padding
+
+        token_loss = policy_loss(
+            kl_type,
+            no_padding_2_padding(model_output["log_probs"], data),
+            padded["ref_log_prob"],
+            padded["response_mask"],
+            old_log_probs=padded["old_log_probs"],
+            rollout_log_probs=padded["rollout_log_probs"],
+            advantages=padded["advantages"],
+            kl_coef=coef,
+            return_baseline=padded.get(BASELINE),
+        )
+        return aggregate(token_loss, padded["response_mask"]), {}
+
+    return bench.trained(loss, data)[0]
 
 
-@pytest.mark.parametrize("kl_type", OPTIONS)
-def test_each_option_acts_and_does_not_depend_on_the_cut(
+@pytest.mark.parametrize("kl_type", STEPS)
+def test_each_option_trains_by_the_cores_gradient_however_the_batch_is_cut(
     bench: Bench, data: Any, kl_type: str
 ) -> None:
     given = data.clone()
@@ -155,6 +166,7 @@ def test_each_option_acts_and_does_not_depend_on_the_cut(
         generator = torch.Generator().manual_seed(1)
         given[BASELINE] = nested([torch.randn(n, generator=generator) for n in ANSWERS])
     whole, metrics = bench.step(given, kl_type)
+    same(of_the_core(bench, given, kl_type), whole, rtol=1e-4)
     found, own = bench.step(given, kl_type, micro_batch=2)
     same(whole, found, rtol=1e-4)
     approximately(metrics, own)
