@@ -119,12 +119,48 @@ def test_under_k3_in_reward_a_log_probability_falls_without_bound() -> None:
     assert first > 10 and second > 10  # and as fast in the end as before: linearly in steps
 
 
+def bounded_optimum(bound: float) -> Tensor:
+    """Actions below the bound are ref exp((r - x)/beta), the top one takes the mass that is left,
+    and those that would have to be further down than the bound have none."""
+
+    def policy(x: float) -> Tensor:
+        wanted = (REWARD - x) / BETA
+        return torch.where(wanted < -bound, 0.0, REF * wanted.clamp(max=bound).exp())
+
+    top = int(REWARD.argmax())
+    lowest = REWARD[top].item() - BETA * bound  # where the top action is at the bound
+    if policy(lowest).sum() <= 1:
+        taken = policy(lowest)
+        taken[top] += 1 - taken.sum()
+        return taken
+    return normalised(policy, lowest, lowest + 10)
+
+
 def test_bound_keeps_the_optimum_that_lies_inside_it() -> None:
     needed = (optimum().log() - REF.log()).abs().max().item()
-    inside = ascend(f"k2_as_loss,bound={needed + 0.05}", steps=4000).exp()
+    bound = needed + 0.05
+    torch.testing.assert_close(bounded_optimum(bound), optimum(), rtol=1e-12, atol=0)
+    inside = ascend(f"k2_as_loss,bound={bound}", steps=4000).exp()
     torch.testing.assert_close(inside, optimum(), rtol=1e-7, atol=0)
-    outside = ascend(f"k2_as_loss,bound={needed - 0.3}", steps=4000).exp()
-    assert (outside - optimum()).abs().max() > 0.01
+
+
+def test_under_a_tighter_bound_the_top_action_takes_what_is_left() -> None:
+    expected = bounded_optimum(1.1)
+    top = int(REWARD.argmax())
+    assert expected[top] > REF[top] * math.exp(1.1)  # beyond the bound
+    policy = ascend("k2_as_loss,bound=1.1", steps=4000).exp()
+    torch.testing.assert_close(policy, expected, rtol=1e-7, atol=0)
+    assert (policy - optimum()).abs().max() > 0.01
+
+
+def test_under_a_tight_bound_actions_die_that_would_lie_below_it() -> None:
+    expected = bounded_optimum(0.5)
+    assert (expected == 0).sum() == 3
+    distance = [
+        (ascend("k2_as_loss,bound=0.5", steps=n).exp() - expected).abs().max().item()
+        for n in (1000, 4000)
+    ]
+    assert distance[1] < 2e-3 and distance[1] < distance[0] / 3  # as one over the steps
 
 
 def test_two_tokens_sequence_reaches_the_optimum_and_own_token_the_myopic_policy() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from klplug import kl_return_baseline, kl_term, kl_types, parse, policy_loss, reward_to_go
+from klplug.weights import importance_weight
 from tests.core.enumeration import PROBLEMS, Problem
 
 REWARDS = ("k1_in_reward", "k2_in_reward", "k3_in_reward", "abs_in_reward")
@@ -231,6 +232,69 @@ def test_k1_in_reward_off_policy_is_the_surrogate(problem: Problem) -> None:
     assert_equal(reward_gradient(problem, "k1_in_reward", on_policy), problem.full())
 
 
+# The frozen table: what a host's ratio makes of a coefficient as it was at the start of the step.
+# Hosts have the token ratio and the reward-to-go; the other cells say what that costs.
+FROZEN = {
+    ("token", "own"): lambda p, old: p.oldpref() - old.oldpref(),
+    ("token", "to go"): lambda p, old: p.surr(),
+    ("prefix", "own"): lambda p, old: p.loc() - old.loc(),
+    ("prefix", "per decision"): lambda p, old: p.full() - old.full(),
+    ("sequence", "own"): lambda p, old: p.loc() - old.loc(),
+    ("sequence", "to go"): lambda p, old: p.full() - old.full(),
+    ("sequence", "whole answer"): lambda p, old: p.full() - old.full(),
+}
+
+
+@pytest.mark.parametrize(("level", "credit"), FROZEN)
+def test_a_frozen_coefficient_has_its_documented_gradient(level: str, credit: str) -> None:
+    problem = PROBLEMS["varying length"]()
+    against_old = copy.copy(problem)
+    against_old.ref_logits = problem.old()
+    policy, old = problem.log_probs(problem.policy()), problem.log_probs(problem.old())
+    term = kl_term("k1_in_reward", old, problem.log_probs(problem.ref()), problem.mask)
+    c = term.coefficient
+    log_ratio = (policy - old).detach()
+    weight = importance_weight(
+        log_ratio, problem.mask, level=level, cap=torch.inf, mode="mask"
+    ).weight
+    force = {
+        "own": weight * c,
+        "to go": weight * reward_to_go(c),
+        "whole answer": weight * c.sum(-1, keepdim=True),
+        "per decision": reward_to_go(weight * c),
+    }[credit]
+    probability = problem.answer_probability(problem.old())[:, None]
+    gradient = problem.gradient((probability * force * policy).sum())
+    assert_equal(gradient, FROZEN[level, credit](problem, against_old))
+    targets = [target(problem, against_old) for target in FROZEN.values()]
+    others = [t for t in targets if not torch.allclose(t, gradient, rtol=1e-9, atol=1e-12)]
+    assert len(others) >= 4
+    for other in (*others, problem.full(), problem.loc(), problem.oldpref()):
+        assert_different(gradient, other)
+
+
+@pytest.mark.parametrize("level", ["token", "prefix"])
+def test_a_weight_outside_the_reward_to_go_is_biased(level: str) -> None:
+    """Which is why level=token is refused there, and prefix weights stand inside the sum."""
+    problem = PROBLEMS["varying length"]()
+    policy, old, ref = (
+        problem.log_probs(x) for x in (problem.policy(), problem.old(), problem.ref())
+    )
+    log_ratio = (policy - old).detach()
+    weight = importance_weight(
+        log_ratio, problem.mask, level=level, cap=torch.inf, mode="mask"
+    ).weight
+    force = weight * reward_to_go((policy - ref).detach())
+    gradient = problem.gradient(
+        (problem.answer_probability(problem.old())[:, None] * force * policy).sum()
+    )
+    for target in (problem.full(), problem.loc(), problem.oldpref(), problem.surr()):
+        assert_different(gradient, target)
+    if level == "token":  # the heads' own ratio: PPO's
+        kl_type = "k2_as_loss,head=clipped,horizon=sequence"
+        assert_equal(loss_gradient(problem, kl_type, problem.old()), gradient)
+
+
 def test_levels_separate_off_policy() -> None:
     problem = PROBLEMS["three tokens"]()
     token, prefix, full = (
@@ -389,14 +453,18 @@ def test_policy_loss_is_the_papers_head(problem: Problem, head: str, horizon: st
         assert_different(gradient(0.7), expected_surrogate(problem, other, 0.7, whole))
 
 
-def test_on_policy_the_three_heads_are_one() -> None:
+@pytest.mark.parametrize("horizon", ["token", "sequence"])
+def test_on_policy_the_three_heads_are_one(horizon: str) -> None:
     problem = PROBLEMS["three tokens"]()
     given = surrogate_inputs(problem)
     given["old_log_probs"] = given["log_probs"].detach()
     weight = problem.answer_probability(problem.policy()).detach()[:, None]
     one, *others = (
         problem.gradient(
-            (weight * policy_loss(f"k2_as_loss,head={head}", **given, kl_coef=0.7)).sum()
+            (
+                weight
+                * policy_loss(f"k2_as_loss,head={head},horizon={horizon}", **given, kl_coef=0.7)
+            ).sum()
         )
         for head in ("separate", "combined", "clipped")
     )
@@ -474,6 +542,32 @@ def test_a_baseline_leaves_the_expected_gradient(kl_type: str, name: str) -> Non
         for x in (lost, loss(given, uncapped))
     ]
     assert_different(*per_token)
+
+
+@pytest.mark.parametrize("kl_type", ["k2_as_loss", "forward_as_loss", "js_as_loss"])
+def test_groups_may_differ_in_size(kl_type: str) -> None:
+    """Two answers to one prompt and three to another, in one batch, of one token or two."""
+    problem, sizes = Problem(vocabulary=2, length=2, stops=True, seed=4), (2, 3)
+    count = sum(sizes)
+    drawn = torch.cartesian_prod(*[torch.arange(len(problem.answers))] * count)
+    rows = drawn.flatten()
+    probability = problem.answer_probability(problem.old())[drawn].prod(-1)
+    prompts = [prompt for prompt, size in enumerate(sizes) for _ in range(size)]
+    policy, ref, old = (
+        problem.log_probs(x)[rows] for x in (problem.policy(), problem.ref(), problem.old())
+    )
+    kl_type = f"{kl_type},horizon=sequence,baseline=group"
+    term = kl_term(
+        kl_type,
+        policy,
+        ref,
+        problem.mask[rows],
+        old_log_probs=old,
+        group_ids=[(batch, prompt) for batch in range(len(drawn)) for prompt in prompts],
+    )
+    weight = probability.repeat_interleave(count)[:, None] / count
+    target = OFF_POLICY[kl_type.removesuffix(",baseline=group")](problem)
+    assert_equal(problem.gradient((weight * term.loss).sum()), target)
 
 
 def test_a_baseline_from_the_start_of_the_step_is_unbiased_too() -> None:
