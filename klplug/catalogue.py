@@ -44,7 +44,7 @@ class KLType:
 
 _LOSS_TEST = "test_on_policy_loss_has_its_documented_gradient"
 _REWARD_TEST = "test_on_policy_reward_has_its_documented_gradient"
-_HEAD_TEST = "test_policy_loss_is_the_papers_head"
+_HEAD_TEST = "test_on_policy_the_heads_agree"
 
 
 def _row(name: str, **changed: Any) -> KLType:

@@ -79,7 +79,9 @@ class KLSpec:
         horizon: ``token`` (own token, LOC) or ``sequence`` (whole answer, FULL).
         baseline: what an answer's KL is compared with: ``none``, or the mean of all others in the
             ``batch`` or in their ``group``.
-        bound: bound of each token's |c|, before ratio and horizon; ``inf`` for none.
+        bound: bound of each token's |c|, before ratio and horizon; ``inf`` for none. Of an own
+            token the gradient of a Huber-like divergence. Over whole answers no divergence's, with
+            the same optimum where no token of it is beyond the bound.
         reference: ``ref``, or ``rollout``: the sampler itself as the trust region.
         reward_norm: in_reward only. ``none`` (joined after group normalisation: its force is
             kl_coef) or ``group`` (joined before, as verl does it: kl_coef over the group's std).
@@ -179,7 +181,7 @@ class KLSpec:
             raise ValueError("a sum of kl_types needs at least two terms")
         for term in self.parts:
             if term.estimator == "none" or term.parts:
-                raise ValueError(f"kl_type {str(term)!r} can't be a term of a sum")
+                raise ValueError(f"kl_type {str(term)!r} can't be a term of a sum. Leave it out")
         if len(set(self.parts)) < len(self.parts):
             raise ValueError(
                 f"kl_type {'+'.join(map(str, self.parts))!r} has the same term twice: "
@@ -248,8 +250,8 @@ class KLSpec:
             reason = "it must be finite"
             if alpha in (0, 1):
                 other = "forward" if alpha == 0 else "k2"
-                reason = f"its limit there is '{other}_as_loss'"
-            raise ValueError(f"kl_type {name}: alpha={_number(alpha)} is refused: {reason}")
+                reason = f"the divergence's limit there is that of '{other}_as_loss'"
+            raise ValueError(f"kl_type {name}: alpha={alpha:g} is refused: {reason}")
         self._fill(alpha=float(alpha))
 
     def _complete_in_reward(self, name: str) -> None:
@@ -264,9 +266,11 @@ class KLSpec:
             raise ValueError(
                 f"kl_type {name}: ratio={self.ratio} is refused: a reward is frozen at the start "
                 "of the step, and the host's policy loss has the ratio. A weight of its own has "
-                "'k2_as_loss,horizon=sequence'"
+                f"'{self._over_answers()}'"
             )
-        self._refuse_weight_options(f"{name} has no ratio of its own")
+        self._refuse_weight_options(
+            f"{name} has no ratio of its own. Leave it out, or use '{self._over_answers()}'"
+        )
         reference = self.reference or "ref"
         _choice("reference", reference, REFERENCES)
         if reference == "rollout":
@@ -314,7 +318,7 @@ class KLSpec:
         self._fill(baseline=baseline)
 
     def _check_answers(self, name: str) -> None:
-        if self.definition.later is not None or self.definition.of_answer is not None:
+        if self._is_exact_on_answers:
             return
         other = {"k3": "forward", "abs": "tv"}.get(str(self.estimator))
         also = f", and of its own divergence '{other}_as_loss,horizon=sequence'" if other else ""
@@ -323,6 +327,16 @@ class KLSpec:
             "reward-to-go of the derivative adds noise and no expectation. The gradient "
             f"of whole answers has 'k2_as_loss,horizon=sequence'{also}"
         )
+
+    @property
+    def _is_exact_on_answers(self) -> bool:
+        return self.definition.later is not None or self.definition.of_answer is not None
+
+    def _over_answers(self) -> str:
+        """The nearest form that is exact on whole answers, for a message."""
+        name = f"{self.estimator if self._is_exact_on_answers else 'k2'}_as_loss"
+        alpha = f",alpha={_number(self.alpha)}" if self.estimator == "alpha" else ""
+        return f"{name}{alpha},horizon=sequence"
 
     def _check_bound_on_answers(self, name: str, bound: float) -> None:
         if self.estimator != "k2":
@@ -340,12 +354,13 @@ class KLSpec:
         if reference == "rollout":
             raise ValueError(
                 f"kl_type {name}: reference=rollout with head={head} is refused: it needs "
-                "ratio=rollout, and the policy loss's ratio is to old. Use head=separate"
+                "ratio=rollout, and the policy loss's ratio is to old. "
+                f"Use '{name},reference=rollout'"
             )
         if baseline != "none":
             raise ValueError(
                 f"kl_type {name}: baseline={baseline} with head={head} is refused: under a clip "
-                "it is biased. Use head=separate"
+                f"it is biased. Use '{self._over_answers()},baseline={baseline}'"
             )
 
     def _complete_ratio(self, name: str, horizon: str, reference: str, baseline: str) -> None:
@@ -360,12 +375,18 @@ class KLSpec:
         if baseline != "none" and horizon == "token":
             raise ValueError(
                 f"kl_type {name}: baseline={baseline} with horizon=token is refused: an own "
-                "token's coefficient is no return. Use 'k2_as_loss,horizon=sequence,"
-                f"baseline={baseline}'"
+                f"token's coefficient is no return. "
+                f"Use '{self._over_answers()},baseline={baseline}'"
+            )
+        if baseline != "none" and ratio == "none":
+            raise ValueError(
+                f"kl_type {name}: baseline={baseline} with ratio=none is refused: on answers of an "
+                "older policy it is biased, for only under the ratio do scores average to 0. "
+                "Leave ratio out"
             )
         self._fill(ratio=ratio)
         if ratio == "none":
-            self._refuse_weight_options("with ratio=none there is no weight")
+            self._refuse_weight_options("with ratio=none there is no weight. Leave one of them out")
             return
         level = self.level or ("prefix" if horizon == "sequence" else "token")
         _choice("level", level, LEVELS)

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klplug import KLSpec, check_kl_coef, parse
-from klplug.spec import ESTIMATORS, OPTIONS, PLACEMENTS
+from klplug.spec import (
+    BASELINES,
+    ESTIMATORS,
+    HEADS,
+    HORIZONS,
+    LEVELS,
+    MODES,
+    OPTIONS,
+    PLACEMENTS,
+    RATIOS,
+    REFERENCES,
+)
+from tests import one_meaning
 
 
 @pytest.mark.parametrize(
@@ -107,10 +120,11 @@ def test_a_spec_is_frozen_and_parses_to_itself() -> None:
         ("k2_as_loss,cap=0.5,mode=mask", ["cap", "0.5", "at least 1"]),
         ("k2_as_loss,bound=0", ["bound", "positive"]),
         ("k2_as_loss,cap=3,cap=4", ["cap", "twice"]),
-        ("k2_as_loss,ratio=none,cap=3", ["cap=3", "no weight"]),
+        ("k2_as_loss,ratio=none,cap=3", ["cap=3", "no weight", "Leave one of them out"]),
         ("k2_as_loss,ratio=none,level=prefix", ["level=prefix", "no weight"]),
         ("k1_in_reward,ratio=old", ["ratio=old", "k2_as_loss,horizon=sequence"]),
-        ("k1_in_reward,cap=3", ["cap=3", "no ratio of its own"]),
+        ("js_in_reward,ratio=old", ["ratio=old", "js_as_loss,horizon=sequence"]),
+        ("k1_in_reward,cap=3", ["cap=3", "no ratio of its own", "'k2_as_loss,horizon=sequence'"]),
         ("k1_in_reward,horizon=token", ["horizon=token", "'k2_as_loss'"]),
         ("k1_as_loss,horizon=sequence", ["horizon=sequence", "noise"]),
         ("k3_as_loss,horizon=sequence", ["horizon=sequence", "noise"]),
@@ -127,14 +141,28 @@ def test_a_spec_is_frozen_and_parses_to_itself() -> None:
         ("k2_as_loss,head=clipped,cap=3", ["cap=3", "the policy loss"]),
         ("k2_as_loss,head=clipped,mode=mask", ["mode=mask", "the policy loss"]),
         ("k2_as_loss,head=clipped,level=prefix", ["level=prefix", "the policy loss"]),
-        ("k2_as_loss,head=clipped,baseline=group", ["baseline=group", "head=separate"]),
-        ("k2_as_loss,head=combined,reference=rollout", ["reference=rollout", "head=separate"]),
+        (
+            "k2_as_loss,head=clipped,baseline=group",
+            ["baseline=group", "'k2_as_loss,horizon=sequence,baseline=group'"],
+        ),
+        (
+            "k2_as_loss,head=combined,reference=rollout",
+            ["reference=rollout", "'k2_as_loss,reference=rollout'"],
+        ),
         ("k2_as_loss,reference=rollout,ratio=old", ["ratio=old", "Leave ratio out"]),
         ("k2_as_loss,reference=rollout,ratio=none", ["ratio=none", "Leave ratio out"]),
         ("k2_as_loss,reference=old", ["reference", "allowed: ref, rollout"]),
         ("k1_in_reward,reference=rollout", ["reference=rollout", "'k2_as_loss,reference=rollout'"]),
         ("k2_as_loss,baseline=group", ["baseline=group", "horizon=sequence,baseline=group"]),
+        (
+            "alpha_as_loss,alpha=2,baseline=batch",
+            ["'alpha_as_loss,alpha=2,horizon=sequence,baseline=batch'"],
+        ),
         ("k2_as_loss,horizon=sequence,baseline=mean", ["baseline", "none, batch, group"]),
+        (
+            "k2_as_loss,horizon=sequence,baseline=group,ratio=none",
+            ["ratio=none", "biased", "Leave ratio out"],
+        ),
         ("k2_as_loss,horizon=sequence,baseline=group,cap=10", ["cap=10", "cap=none"]),
         ("k1_in_reward,baseline=group,reward_norm=group", ["baseline=group", "taken off already"]),
         (
@@ -145,11 +173,11 @@ def test_a_spec_is_frozen_and_parses_to_itself() -> None:
         ("k2_as_loss,alpha=2", ["alpha=2", "'alpha_as_loss'"]),
         ("alpha_as_loss,alpha=0", ["alpha=0", "'forward_as_loss'"]),
         ("alpha_as_loss,alpha=1", ["alpha=1", "'k2_as_loss'"]),
-        ("alpha_as_loss,alpha=inf", ["alpha", "finite"]),
+        ("alpha_as_loss,alpha=inf", ["alpha=inf", "finite"]),
         ("alpha_as_loss,alpha=none", ["alpha", "no number"]),
         ("k3_as_loss,horizon=sequence", ["'forward_as_loss,horizon=sequence'"]),
         ("none,cap=3", ["none", "cap"]),
-        ("none+k2_as_loss", ["none", "sum"]),
+        ("none+k2_as_loss", ["none", "sum", "Leave it out"]),
         ("k2_as_loss+k2_as_loss", ["twice", "kl_coef"]),
         ("k2_as_loss+", ["empty term"]),
     ],
@@ -195,6 +223,44 @@ def test_every_valid_string_survives_the_round_trip(text: str) -> None:
     assert parse(str(spec)) == spec
     assert str(parse(str(spec))) == str(spec)
     assert hash(parse(str(spec))) == hash(spec)
+
+
+@settings(max_examples=300)
+@given(kl_types())
+def test_what_a_refusal_offers_instead_is_no_mistake_itself(text: str) -> None:
+    try:
+        parse(text)
+    except ValueError as error:
+        for offered in re.findall(r"'([a-z0-9]+_(?:as_loss|in_reward)[^'+]*)'", str(error)):
+            parse(offered)
+
+
+# Of a KL in the loss.
+CHOICES = {
+    "ratio": RATIOS,
+    "level": LEVELS,
+    "mode": MODES,
+    "head": HEADS,
+    "horizon": HORIZONS,
+    "baseline": BASELINES,
+    "reference": REFERENCES,
+}
+
+
+@pytest.mark.parametrize("name", ["STEPS", "KL_TYPES"])
+def test_what_the_hosts_are_tested_with_has_every_value_of_every_option(name: str) -> None:
+    terms = [
+        term
+        for kl_type in getattr(one_meaning, name)
+        for term in parse(kl_type).placed("as_loss").terms
+    ]
+    assert {term.estimator for term in terms} >= set(ESTIMATORS)
+    for option, choices in CHOICES.items():
+        assert {getattr(term, option) for term in terms} >= set(choices), option
+    for option in ("cap", "bound"):
+        given = {getattr(term, option) for term in terms} - {None}
+        assert math.inf in given and any(x < 3 for x in given), option
+    assert set(OPTIONS) == {*CHOICES, "alpha", "cap", "bound", "reward_norm"}
 
 
 def test_coefficients() -> None:
