@@ -7,6 +7,8 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from klplug.estimators import finite
+
 
 def others_mean(returns: Tensor, group_ids: Sequence[Hashable] | Tensor | None) -> Tensor:
     """For each answer and position, the mean return of the other answers of its group.
@@ -23,6 +25,8 @@ def others_mean(returns: Tensor, group_ids: Sequence[Hashable] | Tensor | None) 
         ValueError: not one id per answer, or an answer that is alone in its group.
     """
     size = returns.shape[0]
+    if isinstance(group_ids, Tensor) and group_ids.dim() != 1:
+        raise ValueError(f"group_ids has shape {tuple(group_ids.shape)}, and must have (B,)")
     if group_ids is None:
         ids: list[Hashable] = [0] * size
     else:
@@ -40,7 +44,8 @@ def others_mean(returns: Tensor, group_ids: Sequence[Hashable] | Tensor | None) 
                 f"a baseline needs at least 2 answers to compare, and {of} has one. "
                 "Sample more answers to each prompt, or use baseline=none"
             )
-    index = torch.tensor([numbers[name] for name in ids], device=returns.device)
+    index = torch.tensor([numbers[name] for name in ids], dtype=torch.long, device=returns.device)
     others = returns.new_tensor([counts[numbers[name]] - 1 for name in ids]).unsqueeze(-1)
     totals = returns.new_zeros(len(numbers), returns.shape[1]).index_add_(0, index, returns)
-    return (totals[index] - returns) / others
+    # Two saturated exponents would add up to inf, and inf less inf is no number.
+    return finite((finite(totals)[index] - returns) / others)

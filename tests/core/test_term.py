@@ -12,6 +12,8 @@ from torch import Tensor
 
 import klplug
 from klplug import KLSpec, Tally, parse
+from klplug.baselines import others_mean
+from tests.one_meaning import STEPS
 
 BETA, CLIP = 0.7, (0.2, 0.3)
 
@@ -24,6 +26,7 @@ GRID = [
     str(parse(kl_type))
     for kl_type in (
         *klplug.kl_types(),
+        *(kl_type for kl_type in STEPS if kl_type not in klplug.kl_types()),
         "k1_as_loss,ratio=none",
         "k2_as_loss,ratio=none",
         "k3_as_loss,ratio=rollout",
@@ -445,12 +448,22 @@ def test_an_answer_alone_has_no_baseline() -> None:
         ("k1_in_reward,baseline=group", [0, 0, 0, 1], "group 1 has one"),
         ("k1_in_reward,baseline=group", ["a", "b", "a", "a"], "group 'b' has one"),
         ("k1_in_reward,baseline=group", [0, 0], "2 entries for 4 answers"),
+        ("k1_in_reward,baseline=group", torch.zeros(4, 1), r"shape \(4, 1\), and must have \(B,\)"),
     ):
         with pytest.raises(ValueError, match=words):
             kl_term(kl_type, **tensors | {"group_ids": ids})
     single = {k: v[:1] for k, v in tensors.items()}
     with pytest.raises(ValueError, match="the batch has one"):
         kl_term("k1_in_reward,baseline=batch", **single)
+
+
+def test_a_baseline_of_saturated_exponents_is_a_number_and_of_no_answers_nothing() -> None:
+    returns = torch.full((3, 2), torch.finfo(torch.float32).max)
+    for baseline in (others_mean(returns, None), others_mean(-returns, [0, 0, 0])):
+        assert baseline.isfinite().all()
+    empty = torch.zeros(0, 2)
+    term = kl_term("k1_in_reward,baseline=group", empty, empty, empty, group_ids=[])
+    assert term.coefficient.shape == (0, 2)
 
 
 def test_the_baseline_of_a_step_is_the_batch_s_own_where_the_policy_is_the_sampler() -> None:
