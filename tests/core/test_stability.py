@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 from benchmarks import stability, variance
 from benchmarks.stability import FORMS, kl, optimum, path, rollout, spectral_radius
+
+# Updates, and of each form the radius beside its KL.
+ROW = r"^\| (\d+) \| ([\d.]+) \| [^|]+ \| ([\d.]+) \| [^|]+ \| ([\d.]+) \|"
 
 
 @pytest.mark.parametrize("kl_type", FORMS.values())
@@ -21,6 +27,15 @@ def test_with_many_updates_only_the_corrected_one_is_stable() -> None:
     assert max(few.values()) < 1
     assert many["corrected"] < 0.5
     assert many["uncorrected"] > 2 and many["frozen"] > 2
+
+
+def test_the_table_is_of_this_code() -> None:
+    text = (Path(stability.__file__).parent / "results" / "stability.md").read_text()
+    rows = {int(n): cells for n, *cells in re.findall(ROW, text, re.MULTILINE)}
+    assert set(rows) == set(stability.UPDATES)
+    for updates in (1, 8, 32, 64):
+        radii = [spectral_radius(kl_type, updates) for kl_type in FORMS.values()]
+        assert rows[updates] == [f"{radius:.3f}" for radius in radii]
 
 
 def test_unstable_ones_fall_into_a_cycle() -> None:
