@@ -10,6 +10,7 @@ from importlib.metadata import version
 import pytest
 
 from recipes import cpu_shim
+from recipes.cpu_shim.deepspeed_ops import compiled_ops
 
 os.environ.update({k: v for k, v in cpu_shim.environment("openrlhf").items() if k != "PYTHONPATH"})
 cpu_shim.install("openrlhf")
@@ -20,6 +21,15 @@ def pytest_report_header() -> str:
     spec = importlib.util.find_spec("openrlhf")
     assert spec is not None
     return f"openrlhf {version('openrlhf')} in {spec.origin}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ops(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """DeepSpeed's, whose lock a killed run may have left: all later ones would wait for ever."""
+    log = tmp_path_factory.mktemp("ops") / "log.txt"
+    environment = {**os.environ, **cpu_shim.environment("openrlhf")}
+    with compiled_ops(environment, log, announce=print):
+        yield
 
 
 @pytest.fixture
