@@ -135,7 +135,7 @@ def table(rows: Sequence[Row]) -> str:
             f"`make bench`, on {machine}, torch {torch.__version__.partition('+')[0]}: "
             "forward, the host's own aggregation, backward (in the reward: forward). Time",
             "and peak extra memory of klplug over the host's; the median of rounds that took "
-            "turns, and its quartiles.",
+            "turns, and its quartiles. Freed memory is kept for both, as CUDA's allocator does.",
             "",
             "| host, formulation, metrics, shape, dtype | stock, us | time, ratio | stock, MiB | "
             "memory, ratio |",

@@ -65,7 +65,9 @@ def stock(host: str, words: dict[str, Any], t: Tensors) -> Tensor:
         return compute_approx_kl(t["log_probs"], t["ref_log_probs"], **old, **words)
     from verl.trainer.ppo.core_algos import kl_penalty
 
-    return kl_penalty(t["log_probs"], t["ref_log_probs"], **words)
+    kl = kl_penalty(t["log_probs"], t["ref_log_probs"], **words)
+    # klplug's is masked: so is verl's, by the next line of its apply_kl_penalty.
+    return kl * t["response_mask"] if words["kl_penalty"] == "k1" else kl
 
 
 @pytest.mark.parametrize("metrics", [False, True], ids=["", "metrics"])

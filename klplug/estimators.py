@@ -29,7 +29,7 @@ def saturating_exp(x: Tensor, at_most: float = math.inf) -> Tensor:
 
 def saturating_expm1(x: Tensor) -> Tensor:
     """``exp(x) - 1`` with all its digits near 0, held as ``saturating_exp`` is."""
-    return torch.expm1(x).clamp(max=torch.finfo(x.dtype).max)
+    return torch.expm1(x).clamp_(max=torch.finfo(x.dtype).max)
 
 
 def finite(x: Tensor) -> Tensor:
@@ -38,14 +38,15 @@ def finite(x: Tensor) -> Tensor:
     return x.clamp(-limit, limit)
 
 
-def overflows(x: Tensor) -> Tensor:
-    """True where ``exp(x)`` would exceed the largest finite number of ``x``'s dtype."""
-    return x > math.log(torch.finfo(x.dtype).max)
+def finite_(x: Tensor) -> Tensor:
+    """``finite``, in place."""
+    limit = torch.finfo(x.dtype).max
+    return x.clamp_(-limit, limit)
 
 
-def saturated(x: Tensor) -> Tensor:
-    """True where ``x`` is held at its dtype's largest finite number."""
-    return x.abs() >= torch.finfo(x.dtype).max
+def largest_exponent(x: Tensor) -> float:
+    """Where ``exp`` reaches the largest finite number of ``x``'s dtype."""
+    return math.log(torch.finfo(x.dtype).max)
 
 
 def k1(log_ratio: Tensor) -> Tensor:
@@ -59,16 +60,21 @@ def k1_derivative(log_ratio: Tensor) -> Tensor:
 
 def k2(log_ratio: Tensor) -> Tensor:
     """``lr^2 / 2``: a biased value, whose derivative ``lr`` is the right coefficient."""
-    return log_ratio.square() / 2
+    return log_ratio.square().mul_(0.5)
 
 
 def k3(log_ratio: Tensor) -> Tensor:
     """``exp(-lr) - 1 + lr``: unbiased for KL(pi||ref) under samples from pi, never negative."""
-    return saturating_expm1(-log_ratio) + log_ratio
+    return saturating_expm1(-log_ratio).add_(log_ratio)
 
 
 def k3_derivative(log_ratio: Tensor) -> Tensor:
-    return -saturating_expm1(-log_ratio)
+    return saturating_expm1(-log_ratio).neg_()
+
+
+def k3_of_derivative(log_ratio: Tensor, derivative: Tensor) -> Tensor:
+    """``k3 = lr - k3'``, to the bit and without a second exponential."""
+    return log_ratio - derivative
 
 
 # f-divergences E_ref f(u), u = exp(lr): the value under samples from pi is f(u)/u, the derivative
@@ -156,6 +162,8 @@ class Estimator:
     later: Function | None = None
     of_answer: Function | None = None
     sequence_target: str = ""
+    # The value again, where the derivative has done its work already.
+    value_of_derivative: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def role(self, placement: str) -> Role:
         return self.as_loss if placement == "as_loss" else self.in_reward
@@ -304,6 +312,7 @@ ESTIMATORS: dict[str, Estimator] = {
                 off_policy=_REWARD_OFF_POLICY,
             ),
             source=f"{_LIU}; {_SCHULMAN}; GRPO, arXiv 2402.03300, equation 4",
+            value_of_derivative=k3_of_derivative,
         ),
         Estimator(
             name="abs",

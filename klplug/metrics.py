@@ -6,13 +6,16 @@ and only then divided: a maximum by max, an effective sample size from its two s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from klplug.diagnostics import gradient_metrics
+from klplug.diagnostics import gradient_metrics, top_total
+from klplug.estimators import k3
+from klplug.totals import count, counted_, squarable, total, total_of_squares
 
 PREFIX = "klplug/"
 
@@ -74,3 +77,66 @@ class Tally:
             **gradient_metrics(self.sums),
         }
         return {PREFIX + name: value for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the metrics of one term are made of; every tensor is (B, T).
+
+    Where there is no weight it is 1; where there are no flags nothing acted. Flags are 1 where
+    something did, and anything where masked; the others are zero there.
+
+    Attributes:
+        force: what multiplies each token's score.
+        principled: what would with ``c = lr``.
+        k3: its values, where they are at hand.
+    """
+
+    mask: Tensor
+    log_ratio: Tensor
+    coefficient: Tensor
+    force: Tensor
+    principled: Tensor
+    overflowed: Tensor
+    k3: Tensor | None = None
+    weight: Tensor | None = None
+    capped: Tensor | None = None
+    bounded: Tensor | None = None
+
+    def tally(self) -> Tally:
+        # Often one tensor has several of the parts: each sum is taken of it once.
+        size, squares = functools.cache(torch.abs), functools.cache(total_of_squares)
+        tokens = count(self.mask)
+        never = torch.zeros_like(tokens)
+        weight = weight_square = tokens
+        if self.weight is not None:
+            weight, weight_square = total(squarable(self.weight)), squares(self.weight)
+        together = squares(self.force)
+        if self.force is not self.principled:
+            together = total(squarable(self.force).mul_(squarable(self.principled)))
+
+        def share(flags: Tensor | None) -> Tensor:
+            return never if flags is None else total(counted_(flags, self.mask))
+
+        largest = size(self.coefficient)
+        return Tally(
+            sums={
+                "tokens": tokens,
+                "k1": total(self.log_ratio),
+                "k2": squares(self.log_ratio) / 2,
+                "k3": total(k3(self.log_ratio) if self.k3 is None else self.k3),
+                "abs": total(size(self.log_ratio)),
+                "coef": total(size(self.coefficient)),
+                "weight": weight,
+                "weight_square": weight_square,
+                "capped": share(self.capped),
+                "bounded": share(self.bounded),
+                "overflow": share(self.overflowed),
+                "force_square": squares(self.force),
+                "principled_square": squares(self.principled),
+                "force_principled": together,
+                "force_size": total(size(self.force)),
+                "top_size": top_total(size(self.force), tokens),
+            },
+            maxima={"coef": largest.amax() if largest.numel() else largest.new_zeros(())},
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -12,32 +13,14 @@ import torch
 from torch import Tensor
 
 from klplug.baselines import others_mean
-from klplug.diagnostics import gradient_sums
-from klplug.estimators import finite, k2, k3, overflows, saturated, saturating_exp
-from klplug.metrics import Tally
+from klplug.estimators import finite, finite_, largest_exponent, saturating_exp
+from klplug.metrics import Diagnosis, Tally
 from klplug.spec import KLSpec, parse
-from klplug.totals import count, squarable, total
+from klplug.totals import counted, counted_, flags
 from klplug.weights import ImportanceWeight, clipped_weight, importance_weight
 
 ClipRange: TypeAlias = "float | tuple[float, float]"
 Groups: TypeAlias = "Sequence[Hashable] | Tensor | None"
-
-
-@dataclass(frozen=True)
-class _Diagnosis:
-    """What the metrics of a term are made of; every tensor is (B, T).
-
-    Where there is no weight it is 1, and where there is no bound it never acts.
-    """
-
-    log_ratio: Tensor
-    overflowed: Tensor
-    # What multiplies each token's score, and what would with c = lr.
-    force: Tensor
-    principled: Tensor
-    weight: Tensor | None = None
-    capped: Tensor | None = None
-    bounded: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,13 +41,20 @@ class KLTerm:
     For a sum of terms ``loss`` and ``value`` are the sums of the parts', and ``weight`` is 1.
     """
 
-    loss: Tensor
     value: Tensor
     coefficient: Tensor
+    _log_probs: Tensor = field(repr=False)
+    _force: Tensor = field(repr=False)
     _mask: Tensor = field(repr=False)
     _weight: Tensor | None = field(repr=False)
-    # The larger part of the cost, done when metrics are asked for.
-    _diagnose: Callable[[], _Diagnosis] = field(repr=False)
+    # What only some callers ask for is made when they do: most of the cost is here.
+    _diagnose: Callable[[], Diagnosis] = field(repr=False)
+
+    @functools.cached_property
+    def loss(self) -> Tensor:
+        # Whoever looks at it first: it has a gradient if kl_term was called with one.
+        with torch.enable_grad():
+            return _with_gradient(self._log_probs, self.value, self._force)
 
     @functools.cached_property
     def weight(self) -> Tensor:
@@ -73,35 +63,7 @@ class KLTerm:
     @functools.cached_property
     def tally(self) -> Tally:
         """Sums and maxima over the counted tokens, for merging over micro-batches and ranks."""
-        seen = self._diagnose()
-        tokens = count(self._mask)
-        never = torch.zeros_like(tokens)
-        weight = weight_square = tokens
-        if seen.weight is not None:
-            held = squarable(seen.weight)
-            weight, weight_square = total(held), total(held.square())
-
-        def share(where: Tensor | None) -> Tensor:
-            return never if where is None else count(where & self._mask)
-
-        size = self.coefficient.abs()
-        return Tally(
-            sums={
-                "tokens": tokens,
-                "k1": total(seen.log_ratio),
-                "k2": total(k2(seen.log_ratio)),
-                "k3": total(k3(seen.log_ratio)),
-                "abs": total(seen.log_ratio.abs()),
-                "coef": total(size),
-                "weight": weight,
-                "weight_square": weight_square,
-                "capped": share(seen.capped),
-                "bounded": share(seen.bounded),
-                "overflow": share(seen.overflowed),
-                **gradient_sums(seen.force, seen.principled, self._mask),
-            },
-            maxima={"coef": size.amax() if size.numel() else size.new_zeros(())},
-        )
+        return self._diagnose().tally()
 
     @property
     def metrics(self) -> dict[str, Tensor]:
@@ -172,9 +134,9 @@ def kl_term(
     clip = None if clip_range is None else _low_and_high(clip_range)
     batch = _Batch.of(spec, log_probs, response_mask, supplied)
     if spec.estimator == "none":
-        return _nothing(log_probs, batch)
-    terms = [_single(t, log_probs, batch, kl_coef, clip, group_ids) for t in spec.terms]
-    return terms[0] if len(terms) == 1 else _sum(spec, log_probs, terms)
+        return _nothing(batch)
+    terms = [_single(t, batch, kl_coef, clip, group_ids) for t in spec.terms]
+    return terms[0] if len(terms) == 1 else _sum(spec, terms)
 
 
 def policy_loss(
@@ -265,14 +227,15 @@ def kl_return_baseline(
         raise ValueError(f"kl_type {str(spec)!r} has no baseline")
     reference = f"{spec.reference}_log_probs"
     batch = _Batch.of(spec, log_probs, response_mask, {reference: ref_log_probs})
-    own, later = _coefficients(spec, batch, batch.log_ratio(reference))
+    _, own, later = _value_and_coefficients(spec, batch, batch.log_ratio(reference))
     return others_mean(_returns(own, later, None), _groups(spec, group_ids))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Batch:
-    """The tensors of one call, detached, in the dtype of the work."""
+    """The tensors of one call, detached but the first, in the dtype of the work."""
 
+    differentiable: Tensor
     log_probs: Tensor
     mask: Tensor
     others: dict[str, Tensor]
@@ -285,22 +248,27 @@ class _Batch:
         response_mask: Tensor,
         supplied: dict[str, Tensor | None],
     ) -> _Batch:
-        others = {
-            name: tensor.detach()
-            for name, tensor in supplied.items()
-            if tensor is not None and (name in spec.requires or name == "return_baseline")
-        }
+        others = {}
         dtype = torch.promote_types(log_probs.dtype, torch.float32)
-        for tensor in others.values():
-            dtype = torch.promote_types(dtype, tensor.dtype)
-        return cls(log_probs.detach().to(dtype), response_mask.bool(), others)
+        for name in (*spec.requires, "return_baseline"):
+            tensor = supplied.get(name)
+            if tensor is not None:
+                others[name] = tensor.detach()
+                dtype = torch.promote_types(dtype, tensor.dtype)
+        detached = log_probs.detach()
+        differentiable = log_probs if torch.is_grad_enabled() else detached
+        return cls(differentiable, detached.to(dtype), response_mask.bool(), others)
 
     def log_ratio(self, other: str) -> Tensor:
-        """``log_probs`` less another policy's; what is masked may be anything before."""
-        return self.counted(self.log_probs - self.others[other])
+        """``log_probs`` less another policy's, 0 where masked."""
+        return counted_(self.raw_log_ratio(other), self.mask)
+
+    def raw_log_ratio(self, other: str) -> Tensor:
+        """The same, and anything where masked."""
+        return self.log_probs - self.others[other]
 
     def counted(self, x: Tensor) -> Tensor:
-        return torch.where(self.mask, x, 0.0)
+        return counted(x.to(self.log_probs.dtype), self.mask)
 
     @property
     def ones(self) -> Tensor:
@@ -328,15 +296,13 @@ def _with_gradient(log_probs: Tensor, value: Tensor, force: Tensor) -> Tensor:
 
 def _single(
     spec: KLSpec,
-    log_probs: Tensor,
     batch: _Batch,
     kl_coef: float | Tensor | None,
     clip: tuple[float, float] | None,
     group_ids: Groups,
 ) -> KLTerm:
     log_ratio = batch.log_ratio(f"{spec.reference}_log_probs")
-    value = spec.definition.value(log_ratio)
-    coefficient, later = _coefficients(spec, batch, log_ratio)
+    value, coefficient, later = _value_and_coefficients(spec, batch, log_ratio)
     importance = _importance(spec, batch)
     weight = None if importance is None else importance.weight
     force: Tensor | None = None
@@ -348,11 +314,11 @@ def _single(
         if spec.baseline != "none":
             compared = _baseline(spec, batch, force, group_ids)
             force = force - (compared if inside is None else inside * compared)
-        coefficient = force = batch.counted(finite(force))
+        coefficient = force = counted_(finite_(force), batch.mask)
         if inside is not None:
             # A token whose own weight is 0 (dropped by mode=mask) still answers for later ones.
             weight = torch.where(inside > 0, inside, batch.ones)
-            coefficient = batch.counted(finite(force / weight))
+            coefficient = counted_(finite_(force / weight), batch.mask)
     elif spec.baseline != "none":
         compared = _baseline(spec, batch, _returns(coefficient, later, None), group_ids)
         coefficient = coefficient - _credited(compared, batch.mask)
@@ -365,53 +331,60 @@ def _single(
         importance = clipped_weight(importance, slope, clip)
         weight, force = importance.weight, None
     if force is None:
-        force = coefficient if weight is None else finite(weight * coefficient)
+        force = coefficient if weight is None else finite_(weight * coefficient)
 
-    def diagnose() -> _Diagnosis:
+    def diagnose() -> Diagnosis:
         bounded = None
         assert spec.bound is not None and spec.placement is not None
         if not math.isinf(spec.bound):
-            bounded = spec.definition.role(spec.placement).coefficient(log_ratio).abs() > spec.bound
-        overflowed = overflows(-log_ratio) | saturated(coefficient)
-        forces = _forces(spec, batch, log_ratio, coefficient, force, importance)
-        if importance is None:
-            return _Diagnosis(log_ratio, overflowed, **forces, bounded=bounded)
-        return _Diagnosis(
+            unbounded = spec.definition.role(spec.placement).coefficient(log_ratio)
+            bounded = flags(torch.gt, unbounded.abs(), spec.bound)
+        overflowed = flags(torch.lt, log_ratio, -largest_exponent(log_ratio))
+        if coefficient is not log_ratio:
+            overflowed += flags(torch.ge, coefficient.abs(), torch.finfo(value.dtype).max)
+        if importance is not None:
+            overflowed += importance.overflowed()
+        return Diagnosis(
+            mask=batch.mask,
             log_ratio=log_ratio,
-            overflowed=overflowed | importance.overflowed(),
-            **forces,
-            weight=importance.weight,
-            capped=importance.capped(),
+            coefficient=coefficient,
+            **_forces(spec, batch, log_ratio, coefficient, force, importance),
+            overflowed=overflowed.clamp_(max=1),
+            k3=value if spec.estimator == "k3" else None,
+            weight=None if importance is None else importance.weight,
+            capped=None if importance is None else importance.capped(),
             bounded=bounded,
         )
 
-    return KLTerm(
-        loss=_with_gradient(log_probs, value, force),
-        value=value,
-        coefficient=coefficient,
-        _mask=batch.mask,
-        _weight=weight,
-        _diagnose=diagnose,
-    )
+    return KLTerm(value, coefficient, batch.differentiable, force, batch.mask, weight, diagnose)
 
 
-def _coefficients(spec: KLSpec, batch: _Batch, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """Each token's own coefficient, and what it adds to those of the tokens before it."""
+def _value_and_coefficients(
+    spec: KLSpec, batch: _Batch, log_ratio: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The estimate, each token's own coefficient, and what it adds to those of the tokens before
+    it."""
     assert spec.placement is not None and spec.bound is not None
     estimator = spec.definition
     on_answers = spec.placement == "as_loss" and spec.horizon == "sequence"
     if on_answers and estimator.of_answer is not None:
         own = batch.counted(estimator.of_answer(log_ratio))
-        return own, torch.zeros_like(own)
+        return estimator.value(log_ratio), own, torch.zeros_like(own)
     coefficient = estimator.role(spec.placement).coefficient
     own = coefficient(log_ratio)
+    if coefficient is estimator.value:
+        value = own
+    elif estimator.value_of_derivative is not None:
+        value = estimator.value_of_derivative(log_ratio, own)
+    else:
+        value = estimator.value(log_ratio)
     if not math.isinf(spec.bound):
         own = own.clamp(-spec.bound, spec.bound)
     if spec.estimator == "k1" and spec.placement == "as_loss":
         own = batch.counted(own)  # the one coefficient that is not 0 where lr is
     if not on_answers or estimator.later is None or estimator.later is coefficient:
-        return own, own
-    return own, estimator.later(log_ratio)
+        return value, own, own
+    return value, own, estimator.later(log_ratio)
 
 
 def _forces(
@@ -426,36 +399,51 @@ def _forces(
     weight = None if importance is None else importance.weight
     if spec.placement == "in_reward":
         # The host credits it to all earlier tokens.
-        force, principled = finite(reward_to_go(coefficient)), reward_to_go(log_ratio)
+        force = batch.counted(finite_(reward_to_go(coefficient)))
+        if coefficient is log_ratio:
+            return {"force": force, "principled": force}
+        principled = finite_(reward_to_go(log_ratio))
     elif spec.horizon == "sequence":
         inside = weight if spec.head == "separate" else None
         principled = _returns(log_ratio, log_ratio, inside)
         if spec.head != "separate" and weight is not None:
             principled = weight * principled
     else:
-        principled = log_ratio if weight is None else finite(weight * log_ratio)
+        if weight is None:
+            principled = log_ratio
+        elif coefficient is log_ratio:
+            principled = force
+        else:
+            principled = finite_(weight * log_ratio)
         return {"force": force, "principled": principled}
-    return {"force": batch.counted(force), "principled": batch.counted(principled)}
+    return {"force": force, "principled": counted_(principled, batch.mask)}
 
 
 def _importance(spec: KLSpec, batch: _Batch) -> ImportanceWeight | None:
     if spec.head != "separate":
-        log_ratio = batch.log_ratio("old_log_probs")
-        return importance_weight(log_ratio, batch.mask, level="token", cap=math.inf, mode="mask")
+        log_ratio = batch.raw_log_ratio("old_log_probs")
+        return importance_weight(
+            log_ratio, batch.mask, level="token", cap=math.inf, mode="truncate"
+        )
     if spec.ratio == "none":
         return None
     assert spec.level is not None and spec.cap is not None and spec.mode is not None
-    log_ratio = batch.log_ratio(f"{spec.ratio}_log_probs")
-    return importance_weight(log_ratio, batch.mask, level=spec.level, cap=spec.cap, mode=spec.mode)
+    return importance_weight(
+        batch.raw_log_ratio(f"{spec.ratio}_log_probs"),
+        batch.mask,
+        level=spec.level,
+        cap=spec.cap,
+        mode=spec.mode,
+    )
 
 
 def _returns(own: Tensor, later: Tensor, weight: Tensor | None) -> Tensor:
     """A token's own coefficient and all that later ones add to it, each under its weight."""
-    added = later if weight is None else finite(weight * later)
+    added = later if weight is None else finite_(weight * later)
     returns = reward_to_go(added)
     if own is not later:
-        returns = returns - added + (own if weight is None else finite(weight * own))
-    return finite(returns)
+        returns = returns - added + (own if weight is None else finite_(weight * own))
+    return finite_(returns)
 
 
 def _groups(spec: KLSpec, group_ids: Groups) -> Groups:
@@ -484,39 +472,37 @@ def reward_to_go(x: Tensor) -> Tensor:
     return x.flip(-1).cumsum(-1).flip(-1)
 
 
-def _sum(spec: KLSpec, log_probs: Tensor, terms: list[KLTerm]) -> KLTerm:
+def _sum(spec: KLSpec, terms: list[KLTerm]) -> KLTerm:
     first = terms[0]
     weighted = next((t for t, s in zip(terms, spec.terms, strict=True) if s.ratio != "none"), first)
     zero = torch.zeros_like(first.value)
     force = finite(sum((finite(t.weight * t.coefficient) for t in terms), zero))
     value = finite(sum((t.value for t in terms), zero))
 
-    def diagnose() -> _Diagnosis:
+    def diagnose() -> Diagnosis:
         seen = [t._diagnose() for t in terms]
         of_weight = seen[terms.index(weighted)]
         bounded = [s.bounded for s in seen if s.bounded is not None]
-        return _Diagnosis(
-            log_ratio=seen[0].log_ratio,
-            overflowed=torch.stack([s.overflowed for s in seen]).any(0),
+        return dataclasses.replace(
+            seen[0],
+            coefficient=force,
             weight=of_weight.weight,
             capped=of_weight.capped,
-            bounded=torch.stack(bounded).any(0) if bounded else None,
             force=finite(sum((s.force for s in seen), zero)),
-            principled=seen[0].principled,
+            overflowed=torch.stack([s.overflowed for s in seen]).amax(0),
+            bounded=torch.stack(bounded).amax(0) if bounded else None,
         )
 
-    return KLTerm(
-        _with_gradient(log_probs, value, force), value, force, first._mask, None, diagnose
-    )
+    return KLTerm(value, force, first._log_probs, force, first._mask, None, diagnose)
 
 
-def _nothing(log_probs: Tensor, batch: _Batch) -> KLTerm:
+def _nothing(batch: _Batch) -> KLTerm:
     zero = torch.zeros_like(batch.log_probs)
 
-    def diagnose() -> _Diagnosis:
-        return _Diagnosis(zero, torch.zeros_like(batch.mask), force=zero, principled=zero)
+    def diagnose() -> Diagnosis:
+        return Diagnosis(batch.mask, zero, zero, zero, zero, overflowed=torch.zeros_like(zero))
 
-    return KLTerm(_with_gradient(log_probs, zero, zero), zero, zero, batch.mask, None, diagnose)
+    return KLTerm(zero, zero, batch.differentiable, zero, batch.mask, None, diagnose)
 
 
 def _low_and_high(clip_range: ClipRange) -> tuple[float, float]:
@@ -533,25 +519,24 @@ def _check(
     tensors: dict[str, Tensor | None],
     options: dict[str, Any],
 ) -> None:
-    given = {name for name, value in {**tensors, **options}.items() if value is not None}
-    if "return_baseline" in given:
-        given.add("group_ids")
-    needed = [*spec.requires]
-    if any(term.head in ("combined", "clipped") for term in spec.terms):
-        needed.append("clip_range")
-    if any(term.head == "combined" for term in spec.terms):
-        needed.append("kl_coef")
+    needed, heads = spec.requires, [term.head for term in spec.terms]
+    if "combined" in heads:
+        needed = (*needed, "clip_range", "kl_coef")
+    elif "clipped" in heads:
+        needed = (*needed, "clip_range")
     for name in needed:
-        if name not in given:
+        given = tensors.get("return_baseline" if name == "group_ids" else name)
+        if given is None and options.get(name) is None:
             raise ValueError(f"kl_type {str(spec)!r} needs {name}, which is missing")
+    shape = log_probs.shape
     if log_probs.dim() != 2 or not log_probs.is_floating_point():
         raise ValueError(
             "log_probs must be a floating-point tensor of shape (B, T), got "
-            f"{tuple(log_probs.shape)} of {log_probs.dtype}"
+            f"{tuple(shape)} of {log_probs.dtype}"
         )
     for name, tensor in (*tensors.items(), ("response_mask", response_mask)):
-        if tensor is not None and tensor.shape != log_probs.shape:
+        if tensor is not None and tensor.shape != shape:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, log_probs has {tuple(log_probs.shape)}: "
+                f"{name} has shape {tuple(tensor.shape)}, log_probs has {tuple(shape)}: "
                 "all tensors must be (B, T), response tokens only"
             )

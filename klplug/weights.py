@@ -13,14 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from klplug.estimators import overflows, saturating_exp
+from klplug.estimators import largest_exponent, saturating_exp
+from klplug.totals import counted, counted_, flags
 
 
 @dataclass(frozen=True)
 class ImportanceWeight:
     """Weights of shape (B, T), zero where masked, and where their bound or the dtype's acted.
 
-    ``capped`` and ``overflowed`` are for metrics, and computed when called.
+    ``capped`` and ``overflowed`` are for metrics, and computed when called: 1 where it did, and
+    anything where masked.
     """
 
     weight: Tensor
@@ -28,7 +30,7 @@ class ImportanceWeight:
     log_weight: Tensor
 
     def overflowed(self) -> Tensor:
-        return overflows(self.log_weight)
+        return flags(torch.gt, self.log_weight, largest_exponent(self.log_weight))
 
 
 def importance_weight(
@@ -38,7 +40,7 @@ def importance_weight(
 
     Args:
         log_ratio: (B, T), log pi_theta less that of the policy that is taken to have sampled,
-            detached, nats, zero where masked: masked tokens enter no product.
+            detached, nats; anything where masked: masked tokens enter no product.
         mask: (B, T) bool.
         level: ``token`` (this token), ``prefix`` (product up to and including it) or ``sequence``
             (product over the answer; never the geometric mean, which weighs nothing).
@@ -47,14 +49,14 @@ def importance_weight(
     """
     log_weight = log_ratio
     if level == "prefix":
-        log_weight = log_ratio.cumsum(-1)
+        log_weight = counted(log_ratio, mask).cumsum(-1)
     elif level == "sequence":
-        log_weight = log_ratio.sum(-1, keepdim=True).expand_as(mask)
+        log_weight = counted(log_ratio, mask).sum(-1, keepdim=True).expand_as(mask)
     weight = saturating_exp(log_weight, at_most=cap if mode == "truncate" else math.inf)
-    counted = mask if mode == "truncate" else mask & ~(weight > cap)
+    kept = mask if mode == "truncate" else mask & ~(weight > cap)
     return ImportanceWeight(
-        weight=torch.where(counted, weight, 0.0),
-        capped=lambda: saturating_exp(log_weight) > cap,
+        weight=counted_(weight, kept),
+        capped=lambda: flags(torch.gt, log_weight, math.log(cap)),
         log_weight=log_weight,
     )
 
@@ -75,4 +77,6 @@ def clipped_weight(
     low, high = clip_range
     rho = ratio.weight
     dropped = ((slope > 0) & (rho < 1 - low)) | ((slope < 0) & (rho > 1 + high))
-    return ImportanceWeight(rho.masked_fill(dropped, 0.0), lambda: dropped, ratio.log_weight)
+    return ImportanceWeight(
+        rho.masked_fill(dropped, 0.0), lambda: dropped.to(rho.dtype), ratio.log_weight
+    )

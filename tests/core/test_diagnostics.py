@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from klplug import kl_term
-from klplug.diagnostics import RULES, Watch, gradient_metrics, gradient_sums
+from klplug.diagnostics import RULES, SAMPLE, TOP, Watch, top_total
+from klplug.metrics import Diagnosis
+
+
+def metrics(force: Tensor, principled: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    nowhere = torch.zeros_like(force)
+    seen = Diagnosis(mask, principled, force, force, principled, overflowed=nowhere)
+    return {name.removeprefix("klplug/"): value for name, value in seen.tally().metrics().items()}
 
 
 def test_cosine_and_ratio_by_hand() -> None:
     mask = torch.ones(1, 2, dtype=torch.bool)
-    metrics = gradient_metrics(
-        gradient_sums(torch.tensor([[3.0, 4.0]]), torch.tensor([[10.0, 0.0]]), mask)
-    )
-    assert metrics["gradient_cosine"].item() == pytest.approx(0.6)
-    assert metrics["gradient_norm_ratio"].item() == pytest.approx(0.5)
-    assert metrics["top_share"].item() == pytest.approx(4 / 7)
+    found = metrics(torch.tensor([[3.0, 4.0]]), torch.tensor([[10.0, 0.0]]), mask)
+    assert found["gradient_cosine"].item() == pytest.approx(0.6)
+    assert found["gradient_norm_ratio"].item() == pytest.approx(0.5)
+    assert found["top_share"].item() == pytest.approx(4 / 7)
 
 
 def test_the_top_hundredth_is_of_counted_tokens() -> None:
@@ -25,8 +31,30 @@ def test_the_top_hundredth_is_of_counted_tokens() -> None:
     mask = torch.ones(4, 100, dtype=torch.bool)
     mask[2:] = False
     force[2:] = 0
-    share = gradient_metrics(gradient_sums(force, force, mask))["top_share"]
-    assert share.item() == pytest.approx(70 / (80 + 197))
+    assert metrics(force, force, mask)["top_share"].item() == pytest.approx(70 / (80 + 197))
+
+
+@pytest.mark.parametrize("spread", ["normal", "lognormal", "cauchy", "few", "equal", "none"])
+@pytest.mark.parametrize("shape", [(64, 4096), (3, 50_001), (8, 512)])
+def test_the_top_of_many_tokens_is_near_the_sorted_one(spread: str, shape: tuple[int, int]) -> None:
+    """Exact where all are looked at, else a little above; never more than all there is."""
+    draw = torch.Generator().manual_seed(0)
+    size = {
+        "normal": lambda x: x.normal_(generator=draw).abs_(),
+        "lognormal": lambda x: x.log_normal_(generator=draw),
+        "cauchy": lambda x: x.cauchy_(generator=draw).abs_(),
+        "few": lambda x: (x.uniform_(generator=draw) > 0.999).double(),
+        "equal": torch.ones_like,
+        "none": torch.zeros_like,
+    }[spread](torch.zeros(shape, dtype=torch.float64))
+    mask = torch.arange(shape[1]) < torch.randint(1, shape[1], (shape[0], 1), generator=draw)
+    size *= mask
+    counted = mask.sum()
+    exact = size.flatten().topk(int((TOP * counted).ceil())).values.sum().item()
+    found = top_total(size, counted.double()).item()
+    assert exact * (1 - 1e-12) <= found <= min(size.sum().item(), 1.02 * exact)
+    if size.numel() < SAMPLE:
+        assert found == pytest.approx(exact, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -54,10 +82,10 @@ def test_the_principled_ones_have_cosine_one(kl_type: str, low: float, high: flo
 
 def test_at_the_reference_nothing_is_amiss() -> None:
     zero = torch.zeros(2, 3)
-    metrics = kl_term("k2_as_loss,ratio=none", zero, zero, torch.ones(2, 3)).metrics
-    assert metrics["klplug/gradient_cosine"] == 1
-    assert metrics["klplug/gradient_norm_ratio"] == 1
-    assert metrics["klplug/top_share"] == 0
+    found = kl_term("k2_as_loss,ratio=none", zero, zero, torch.ones(2, 3)).metrics
+    assert found["klplug/gradient_cosine"] == 1
+    assert found["klplug/gradient_norm_ratio"] == 1
+    assert found["klplug/top_share"] == 0
 
 
 def test_a_warning_comes_once_after_its_patience() -> None:
