@@ -33,6 +33,7 @@ GRID = [
         "abs_as_loss,ratio=none",
         "k2_as_loss,ratio=none,horizon=sequence",
         "k2_as_loss,level=prefix,cap=2,mode=mask",
+        "k2_as_loss,cap=1,mode=mask",
         "k2_as_loss,horizon=sequence,cap=1.5,mode=mask",
         "k2_as_loss,level=sequence,horizon=sequence",
         "k2_as_loss,horizon=sequence,cap=none",
@@ -308,6 +309,24 @@ def test_a_bound_keeps_the_batch_s_direction(
     assert abs(cosine(lost, outlier)) > 0.999
     bounded = direction(f"{kl_type},bound=1", far=True)
     assert cosine(bounded, direction(f"{kl_type},bound=1", far=False)) > 0.9
+
+
+def test_a_combined_term_drops_the_tokens_that_the_policy_loss_drops() -> None:
+    """By the sign of advantage and KL together; a clipped one looks at the KL alone."""
+    tensors = batch(shape=(8, 16))
+    mask = tensors["response_mask"].bool()
+    dropped = {}
+    for head in ("combined", "clipped"):
+        term = kl_term(f"k2_as_loss,head={head}", **tensors)
+        dropped[head] = (term.weight == 0) & mask
+        share = term.metrics["klplug/capped_share"].item()
+        assert share == pytest.approx(float(dropped[head].sum() / mask.sum()))
+    given = {k: v for k, v in tensors.items() if k not in ("rollout_log_probs", "group_ids")}
+    loss = klplug.policy_loss("k2_as_loss,head=combined", **given, kl_coef=BETA, clip_range=CLIP)
+    (gradient,) = torch.autograd.grad(loss.sum(), tensors["log_probs"])
+    assert torch.equal((gradient == 0) & mask, dropped["combined"])
+    assert 0 < dropped["combined"].sum() < mask.sum()
+    assert not torch.equal(dropped["combined"], dropped["clipped"])
 
 
 def test_a_large_bound_changes_nothing() -> None:

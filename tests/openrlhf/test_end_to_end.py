@@ -140,6 +140,7 @@ def test_asynchronous_training(trained: Callable[..., tuple[list[Metrics], str]]
     assert [m["step"] for m in steps] == [1, 2]
     assert all(m["klplug/active"] == 1 for m in steps)
     assert "TrainingActor" in log and "active in the trainer" in log
+    assert "kl_type=k3_in_reward+k2_as_loss,head=combined kl_coef=0.01" in log
 
 
 def test_the_sampler_as_the_trust_region(
@@ -164,5 +165,6 @@ def test_the_oldest_release_that_is_served(
     assert all(m["klplug/active"] == 1 for m in steps)
     assert steps[2]["klplug/k3"] > 0  # the policy has moved; the first step is warm-up
     assert 0.9 < steps[0]["klplug/ess"] < 1 and "vllm_kl" not in steps[0]
+    assert "kl_type=k1_in_reward+k3_as_loss,ratio=rollout kl_coef=0.01" in log
     for process in ("the trainer", "a policy actor"):
         assert f"active in {process}" in log
