@@ -91,7 +91,7 @@ class Cluster:
         return process
 
     def run(
-        self, words: list[str], variables: Mapping[str, str] | None = None
+        self, words: list[str], variables: Mapping[str, str] | None = None, timeout: float = 300
     ) -> subprocess.CompletedProcess[str]:
         """A command on the head, with klplug, connected to this cluster."""
         return subprocess.run(
@@ -100,6 +100,6 @@ class Cluster:
             env=self.environment | WITH_KLPLUG | {"RAY_ADDRESS": self.address} | (variables or {}),
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=timeout,
             check=False,
         )

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 import klplug
+from recipes.quickstart import run
 from recipes.quickstart.processes import HostProcesses
+from recipes.quickstart.settings import HERE, settings
 from tests.cluster.nodes import (
     ROOT,
     SECOND,
@@ -107,6 +109,33 @@ def test_a_node_without_klplug_stops_the_command_unless_the_job_brings_it(
     node, is_klplugs, path = json.loads(done.stdout.splitlines()[-1])
     assert node == SECOND and is_klplugs
     assert Path(path).is_relative_to(cluster.scratch)  # Ray's copy
+
+
+# One logical GPU a node, so two ranks can only be on both.
+OVER_TWO = {
+    "openrlhf": ["--actor.num_nodes", "2", "--actor.num_gpus_per_node", "1",
+                 "--ref.num_nodes", "2", "--ref.num_gpus_per_node", "1"],
+    "verl": ["trainer.nnodes=2", "trainer.n_gpus_per_node=1"],
+}  # fmt: skip
+
+
+def test_the_quickstart_trains_over_two_nodes(host: str, tmp_path: Path) -> None:
+    made = settings(host=host, steps=2, kl_type="k2_as_loss", ranks=2)
+    prompts, variables = tmp_path / "prompts.jsonl", on_cpu(host, WITH_KLPLUG)
+    run.write_prompts(made, prompts)
+    side = run.host_side(made)
+    _, *words = side.command(made, made.recipe, HERE / "policy", prompts, tmp_path / "trained")
+    # Ray takes no resources from who joins a cluster.
+    words = [word for word in words if "ray_kwargs" not in word]
+    with HostProcesses() as processes:
+        cluster = Cluster(processes, variables, "--num-gpus=1")
+        with cluster.node(sys.executable, variables, "--num-gpus=1"):
+            done = cluster.run([*words, *OVER_TWO[host]], variables, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    printed = (done.stdout + done.stderr).splitlines()
+    steps = {m["step"]: m for line in printed if (m := side.step_metrics(line)) is not None}
+    assert list(steps) == [1, 2]
+    assert all(metrics["klplug/active"] == 1 for metrics in steps.values())
 
 
 def command(host: str, folder: Path) -> list[str]:
