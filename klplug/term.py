@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from klplug.baselines import others_mean
-from klplug.estimators import finite, finite_, largest_exponent, saturating_exp
+from klplug.estimators import finite, finite_, largest_exponent
 from klplug.metrics import Diagnosis, Tally
 from klplug.spec import KLSpec, parse
 from klplug.totals import counted, counted_, flags
@@ -197,12 +197,16 @@ def policy_loss(
     for term, kl in terms.items():
         if term.head == "combined":
             force = force - kl_coef * kl.coefficient
-    ratio = saturating_exp(torch.where(mask, log_probs.to(dtype) - old_log_probs.detach(), 0.0))
-    loss = -torch.minimum(ratio * force, ratio.clamp(1 - low, 1 + high) * force)
+    log_ratio = log_probs.detach().to(dtype) - old_log_probs.detach()
+    ratio = importance_weight(log_ratio, mask, level="token", cap=math.inf, mode="truncate")
+    rho, held = ratio.weight, clipped_weight(ratio, -force, (low, high)).weight
+    value = -torch.minimum(rho * force, rho.clamp(1 - low, 1 + high) * force)
+    force = -held * force
     for term, kl in terms.items():
         if term.head in ("separate", "clipped"):
-            loss = loss + kl_coef * kl.loss
-    return loss
+            value, force = value + kl_coef * kl.value, force + kl_coef * kl._force
+    # Not by autograd, to which the gradient of a saturated exponent is no number.
+    return _with_gradient(log_probs, finite(value), finite(force))
 
 
 def kl_return_baseline(
@@ -287,7 +291,11 @@ class _WithGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (force,) = ctx.saved_tensors
-        return (gradients[0] * force).to(ctx.dtype), None, None
+        gradient = gradients[0] * force
+        if gradient.dtype != ctx.dtype:  # whose largest number may be less
+            limit = torch.finfo(ctx.dtype).max
+            gradient = gradient.clamp(-limit, limit).to(ctx.dtype)
+        return gradient, None, None
 
 
 def _with_gradient(log_probs: Tensor, value: Tensor, force: Tensor) -> Tensor:
@@ -321,7 +329,7 @@ def _single(
             coefficient = counted_(finite_(force / weight), batch.mask)
     elif spec.baseline != "none":
         compared = _baseline(spec, batch, _returns(coefficient, later, None), group_ids)
-        coefficient = coefficient - _credited(compared, batch.mask)
+        coefficient = finite_(coefficient - _credited(compared, batch.mask))
     if spec.head != "separate":
         assert importance is not None and clip is not None
         slope = coefficient
@@ -474,14 +482,14 @@ def reward_to_go(x: Tensor) -> Tensor:
 
 def _sum(spec: KLSpec, terms: list[KLTerm]) -> KLTerm:
     first = terms[0]
-    weighted = next((t for t, s in zip(terms, spec.terms, strict=True) if s.ratio != "none"), first)
+    weighted = next((i for i, s in enumerate(spec.terms) if s.ratio != "none"), 0)
     zero = torch.zeros_like(first.value)
     force = finite(sum((finite(t.weight * t.coefficient) for t in terms), zero))
     value = finite(sum((t.value for t in terms), zero))
 
     def diagnose() -> Diagnosis:
         seen = [t._diagnose() for t in terms]
-        of_weight = seen[terms.index(weighted)]
+        of_weight = seen[weighted]
         bounded = [s.bounded for s in seen if s.bounded is not None]
         return dataclasses.replace(
             seen[0],

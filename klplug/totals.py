@@ -35,7 +35,7 @@ def flags(compare: Callable[..., Tensor], x: Tensor, limit: float) -> Tensor:
 def total(x: Tensor) -> Tensor:
     """The sum, 0-d, finite where two saturated exponents add up to inf."""
     # Answers in their own dtype: a sum in float64 would first make a copy of that size.
-    return finite(x.sum(-1)).sum(dtype=torch.float64)
+    return finite(finite(x.sum(-1)).sum(dtype=torch.float64))
 
 
 def total_of_squares(x: Tensor) -> Tensor:

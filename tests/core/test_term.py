@@ -13,6 +13,7 @@ from torch import Tensor
 import klplug
 from klplug import KLSpec, Tally, parse
 from klplug.baselines import others_mean
+from klplug.spec import HEADS
 from tests.one_meaning import STEPS
 
 BETA, CLIP = 0.7, (0.2, 0.3)
@@ -218,6 +219,37 @@ def test_everything_stays_finite(
     )
     tensors = [term.loss, term.coefficient, term.weight, force(term, log_probs)]
     assert all(tensor.isfinite().all() for tensor in (*tensors, *term.metrics.values()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kl_type", GRID)
+def test_saturated_exponents_leave_finite_numbers_in_every_dtype(
+    kl_type: str, dtype: torch.dtype
+) -> None:
+    """A gradient that float32 holds may be beyond bfloat16, and sums of float64 beyond itself."""
+    tensors = batch(dtype=torch.float64)
+    far = 3000.0 if dtype == torch.float64 else 90.0
+    tensors = {
+        name: (far * x.detach()).to(dtype) if x.is_floating_point() else x
+        for name, x in tensors.items()
+    }
+    tensors["log_probs"].requires_grad_()
+    term = kl_term(kl_type, **tensors)
+    for tensor in (term.coefficient, force(term, tensors["log_probs"]), *term.metrics.values()):
+        assert tensor.isfinite().all()
+
+
+@pytest.mark.parametrize("advantage", [2.0, -2.0])
+@pytest.mark.parametrize("kl_type", ["none", *(f"k2_as_loss,head={head}" for head in HEADS)])
+def test_a_policy_loss_survives_a_ratio_beyond_its_dtype(kl_type: str, advantage: float) -> None:
+    """One token whose probability rose by e^100: without its gradient the others keep theirs."""
+    log_probs = torch.tensor([[-1.0, -1.0]], requires_grad=True)
+    old = torch.tensor([[-101.0, -1.0]])
+    given = {"old_log_probs": old, "advantages": torch.full((1, 2), advantage), "kl_coef": 0.1}
+    loss = klplug.policy_loss(kl_type, log_probs, old, torch.ones(1, 2), **given)
+    (gradient,) = torch.autograd.grad(loss.sum(), log_probs)
+    assert loss.isfinite().all() and gradient.isfinite().all()
+    assert gradient[0, 1].item() == pytest.approx(-advantage)
 
 
 @settings(max_examples=40, deadline=None)
