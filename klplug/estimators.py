@@ -24,7 +24,7 @@ def saturating_exp(x: Tensor, at_most: float = math.inf) -> Tensor:
 
     The only bound in klplug that nobody asked for; ``klplug/overflow_share`` counts where it acted.
     """
-    return x.exp().clamp(max=min(at_most, torch.finfo(x.dtype).max))
+    return x.exp().clamp_(max=min(at_most, torch.finfo(x.dtype).max))
 
 
 def saturating_expm1(x: Tensor) -> Tensor:
