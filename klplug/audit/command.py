@@ -72,12 +72,15 @@ def audit(
         path = Path(source)
         text = _read(path)
         if path.suffix in (".yaml", ".yml"):
-            return report(_from_yaml(path, text, host, host_version))
+            # What starts the run stands elsewhere.
+            setup = _from_yaml(path, text, host, host_version)
+            return report(replace(setup, not_hooked=None))
         script = Script(text)
         found = [f for c in script.commands if (f := _launch(c.words, c, script)) is not None]
         name, folder, sourced = str(path), path.parent, tuple(script.sourced)
     else:
         words = tuple(Word(str(word)) for word in source)
+        text = " ".join(word.text for word in words)
         one = _launch(words, None, None)
         found = [one] if one is not None else []
         name, folder, sourced = "the command", Path("."), ()
@@ -88,6 +91,9 @@ def audit(
         raise AuditError(f"{name}: command {command} of {len(found)} does not exist")
     chosen = found[command - 1]
     setup = _setup(chosen, folder, host_version)
+    environment = f"VERL_USE_EXTERNAL_MODULES={os.environ.get('VERL_USE_EXTERNAL_MODULES')}"
+    if sourced or verl.loads_klplug(text) or verl.loads_klplug(environment):
+        setup = replace(setup, not_hooked=None)
     setup = replace(setup, cut=chosen.cut, line=chosen.line, commands=len(found), sourced=sourced)
     return replace(report(setup), command=command)
 

@@ -296,6 +296,17 @@ def _not_enabled(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
         )
 
 
+@rule("klplug-not-loaded", WARNING, "Nothing loads klplug in this release of verl", aspects.KL)
+def _not_hooked(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    if setup.not_hooked is not None:
+        yield (
+            f"verl {setup.version} knows no plugins, and nothing here sets "
+            "VERL_USE_EXTERNAL_MODULES=klplug_verl in the environment: without it klplug does not "
+            "run.",
+            setup.not_hooked,
+        )
+
+
 @rule("setting-ignored", INFO, "A KL setting that nothing reads", aspects.KL)
 def _ignored(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for setting in setup.idle:

@@ -211,6 +211,7 @@ class Setup:
     idle: tuple[Setting, ...] = ()  # KL settings that nothing reads, another KL being meant
     not_enabled: tuple[Setting, ...] = ()  # those of a KL that nobody switched on or off
     not_loaded: Setting | None = None  # KL asked for, with a coefficient of zero
+    not_hooked: Setting | None = None  # a kl_type, and nothing has this release load klplug
     no_effect: tuple[tuple[Setting, str], ...] = ()
     rejected: tuple[Rejected, ...] = ()
     cut: Cut | None = None

@@ -40,6 +40,8 @@ def _openrlhf(flags: str, estimator: str = "group_norm") -> str:
 _ORL_K1 = "--algo.kl.init_coef 0.01 "
 _ORL_K3 = f"{_ORL_K1} --algo.kl.use_loss --algo.kl.estimator k3 "
 _GOOD = _verl("+klplug.kl_type=k2_as_loss +klplug.kl_coef=0.01")
+_ENV_VARS = "ray_kwargs.ray_init.runtime_env.env_vars"
+_VERL_0_7 = f"{_GOOD} trainer.use_legacy_worker_impl=disable"  # a setting of that release
 
 # id: a script that has it, and one, as near as can be, that has not.
 CASES = {
@@ -65,6 +67,7 @@ CASES = {
     ),
     "no-kl": (_verl(""), _GOOD),
     "kl-not-enabled": (_verl(f"{_A}.kl_loss_coef=0.01"), _verl(f"{_A}.kl_loss_coef=0.0")),
+    "klplug-not-loaded": (_VERL_0_7, f"export VERL_USE_EXTERNAL_MODULES=klplug_verl\n{_VERL_0_7}"),
     "setting-ignored": (
         _verl(f"{_LOSS}k2 algorithm.kl_ctrl.kl_coef=0.1"),
         _verl(f"{_LOSS}k2 algorithm.kl_ctrl.kl_coef=0"),
@@ -159,6 +162,43 @@ def test_every_finding_has_a_page(id: str) -> None:
 def test_pages_are_of_findings_that_there_are() -> None:
     pages = {path.stem for path in (DOCS / "findings").glob("*.md")} - {"index"}
     assert pages == set(RULES)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "loaded"),
+    [
+        ("", "", False),
+        ("# export VERL_USE_EXTERNAL_MODULES=klplug_verl\n", "", False),
+        ("export VERL_USE_EXTERNAL_MODULES=another\n", "", False),
+        # Of Ray's workers alone: the command's own process is not one.
+        ("", f" +{_ENV_VARS}.VERL_USE_EXTERNAL_MODULES=klplug_verl", False),
+        ("VERL_USE_EXTERNAL_MODULES=another,klplug_verl ", "", True),
+        ("export VERL_USE_EXTERNAL_MODULES=$MODULES\n", "", True),
+        ("env VERL_USE_EXTERNAL_MODULES=klplug_verl ", "", True),
+        ('ENV=\'{"VERL_USE_EXTERNAL_MODULES": "klplug_verl"}\'\n', "", True),
+        ("source env.sh\n", "", True),  # which may set it
+    ],
+)
+def test_what_loads_klplug_before_plugins(
+    before: str, after: str, loaded: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.sh"
+    path.write_text(f"{before}{_GOOD}{after}\n")
+    found = audit(path, host_version="0.8.0").findings
+    assert ("klplug-not-loaded" not in [f.id for f in found]) == loaded
+    assert "klplug-not-loaded" not in [f.id for f in audit(path, host_version="0.9.1").findings]
+
+
+def test_a_full_kl_type_in_verls_own_key_needs_klplug_loaded_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = _verl(f"{_LOSS}k2_as_loss").split()
+    (finding,) = (f for f in audit(words, host_version="0.8.0").findings if "loaded" in f.id)
+    assert finding.setting == f"{_A}.kl_loss_type=k2_as_loss" and "0.8.0" in finding.message
+    own = _verl(f"{_LOSS}k2").split()
+    assert not any("loaded" in f.id for f in audit(own, host_version="0.8.0").findings)
+    monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "klplug_verl")  # as the command would find it
+    assert not any("loaded" in f.id for f in audit(words, host_version="0.8.0").findings)
 
 
 def test_a_policy_loss_without_a_ratio_corrects_no_reward(tmp_path: Path) -> None:

@@ -291,6 +291,7 @@ def setup(settings: Settings, launched: Launch, version_from: str) -> Setup:
         controller=_controller(settings, terms),
         idle=tuple(idle),
         not_enabled=tuple(never),
+        not_hooked=_not_hooked(settings, terms),
         no_effect=tuple(_no_effect(settings, terms)),
         rejected=tuple(rejected),
         unread=launched.unread,
@@ -307,6 +308,24 @@ _LOSS_MODES = (
 
 def _before(table: Table, release: tuple[int, int]) -> bool:
     return tuple(int(part) for part in table.version.split(".")[:2]) < release
+
+
+def _not_hooked(settings: Settings, terms: Iterable[Term]) -> Setting | None:
+    """A kl_type in a release without plugins, which needs a variable that stands elsewhere."""
+    if not _before(settings.table, (0, 9)):
+        return None
+    return next((term.kind for term in terms if term.from_klplug), None)
+
+
+def loads_klplug(text: str) -> bool:
+    """Whether a script, or a command line, sets the variable; one that it expands may do so.
+
+    As an override (``...env_vars.VERL_USE_EXTERNAL_MODULES=``) it is of Ray's workers alone.
+    """
+    return bool(_LOADS.search(text))
+
+
+_LOADS = re.compile(r"(?m)^[^#\n]*(?<![\w.])VERL_USE_EXTERNAL_MODULES\b.*(?:\bklplug_verl\b|\$)")
 
 
 def _resolved(settings: Settings) -> Settings:
