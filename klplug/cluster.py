@@ -16,12 +16,13 @@ from klplug.host import SettingsError
 _EXCEPTION = re.compile(r"^[\w.]+(?:Error|Exception|Exit)\b.*", re.MULTILINE)
 
 
-def check_nodes(host: str, adapter: str) -> None:
+def check_nodes(host: str, adapter: str, hint: str = "") -> None:
     """Raise unless a worker of every node that can have one runs with this klplug.
 
     Args:
         host: the package that a worker imports.
         adapter: klplug's module that is then loaded, by the host or by Ray's setup hook.
+        hint: what else a node may lack, for the end of the message.
 
     Raises:
         SettingsError: names each node, what is there, and what to do.
@@ -69,8 +70,8 @@ def check_nodes(host: str, adapter: str) -> None:
         raise SettingsError(
             f"klplug {klplug.__version__} does not run on every node of this Ray cluster, and must "
             f"not go on with {host}'s own KL there: {'; '.join(wrong)}. Install it in the "
-            "environment of each node's `ray start`, or send it along with the job (README, On a "
-            "cluster)"
+            "environment of each node's `ray start`, or send it along with the job "
+            f"(docs/cluster.md){hint}"
         )
 
 

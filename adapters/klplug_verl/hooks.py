@@ -46,10 +46,17 @@ def auto_set_device(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     return result
 
 
+_BEFORE_PLUGINS = (
+    ". This verl knows no plugins: it loads klplug where VERL_USE_EXTERNAL_MODULES=klplug_verl is "
+    "in the environment. +ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES="
+    "klplug_verl sends it to every worker"
+)
+
+
 def check_cluster() -> None:
     """Stop unless verl finds klplug on every node of the cluster that it has just connected to."""
     try:
-        check_nodes("verl", __name__)
+        check_nodes("verl", __name__, "" if _is_there(_V1) else _BEFORE_PLUGINS)
     except SettingsError as error:
         print(f"klplug: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

@@ -38,9 +38,10 @@ def test_only_klplugs_packages_land_in_site_packages(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == PACKAGES
-    for package in PACKAGES:
+    for package in PACKAGES - {"hydra_plugins"}:  # a namespace that others share
         assert f"{package}/py.typed" in names
         assert f"{package}/__init__.py" in names
+    assert [n for n in names if n.startswith("hydra_p")] == ["hydra_plugins/klplug_guard.py"]
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

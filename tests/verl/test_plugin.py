@@ -136,6 +136,26 @@ def test_disabled_and_asked_for_is_an_error(tmp_path: Path) -> None:
     assert "klplug: error: KLPLUG_DISABLE=1" in done.stderr
 
 
+def test_kept_out_and_asked_for_is_an_error(tmp_path: Path) -> None:
+    """Of all that verl loads klplug is not; Hydra imports its guard all the same."""
+    done = run(tmp_path, [*MAIN, *ASKS], VERL_USE_EXTERNAL_PLUGINS="none")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "klplug: error: verl 0.9.1 did not load klplug" in done.stderr
+    assert "VERL_USE_EXTERNAL_PLUGINS must be unset" in done.stderr
+    unasked = run(tmp_path, [*MAIN, "--help"], VERL_USE_EXTERNAL_PLUGINS="none")
+    assert unasked.returncode == 0 and "klplug" not in unasked.stderr
+
+
+def test_another_command_of_hydras_loads_nothing_of_klplug(tmp_path: Path) -> None:
+    code = (
+        "import sys; from hydra.core.plugins import Plugins; Plugins.instance()\n"
+        "assert 'hydra_plugins.klplug_guard' in sys.modules\n"
+        "assert not {'klplug', 'klplug_verl', 'verl'} & set(sys.modules)"
+    )
+    done = run(tmp_path, ["-c", code, "+klplug.kl_type=k2_as_loss"], KLPLUG_CPU_SHIM="")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("package", ["klplug_verl", "klplug"])
 @pytest.mark.parametrize("is_package", [True, False], ids=["package", "folder"])
 def test_a_directory_that_hides_the_plugin_stops_the_run(
