@@ -72,7 +72,7 @@ test-latest: $(TEST_HOSTS:%=.venv-%)
 		.venv-$$host/bin/python -m tests.latest $$host || status=1; done; exit $$status
 
 # glibc keeps freed memory, as CUDA's allocator does: else page faults are what is measured.
-bench: export MALLOC_MMAP_THRESHOLD_ := 1073741824
+bench: export MALLOC_MMAP_THRESHOLD_ := 33554432
 bench: export MALLOC_TRIM_THRESHOLD_ := 4294967296
 bench: $(addprefix .venv-,$(TEST_HOSTS))
 	@for host in $(TEST_HOSTS); do \

@@ -294,7 +294,7 @@ class _WithGradient(torch.autograd.Function):
         gradient = gradients[0] * force
         if gradient.dtype != ctx.dtype:  # whose largest number may be less
             limit = torch.finfo(ctx.dtype).max
-            gradient = gradient.clamp(-limit, limit).to(ctx.dtype)
+            gradient = gradient.clamp_(-limit, limit).to(ctx.dtype)
         return gradient, None, None
 
 

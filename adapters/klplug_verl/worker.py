@@ -98,7 +98,10 @@ def ppo_loss(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     from verl.workers.utils.padding import no_padding_2_padding
 
     log_probs = no_padding_2_padding(given["model_output"]["log_probs"], data)
-    tensors = dict(data.select(*(name for name in _TENSORS if name in data)).to_padded_tensor())
+    # No others: to pad one costs more than the KL itself.
+    needed = (own for name, own in _TENSORS.items() if name in spec.requires)
+    named = (name for name in ("response_mask", *needed, BASELINE) if name in data)
+    tensors = dict(data.select(*named).to_padded_tensor())
     tensors["response_mask"] = tensors["response_mask"].to(bool)
     coef = tu.get_non_tensor_data(data=data, key=COEF_KEY, default=None)
     coef = config.kl_loss_coef if coef is None else coef
@@ -119,14 +122,13 @@ def ppo_loss(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     return policy_loss, metrics
 
 
-_TENSORS = (
-    "response_mask",
-    "ref_log_prob",
-    "old_log_probs",
-    "rollout_log_probs",
-    "advantages",
-    BASELINE,
-)
+# klplug's word for a tensor, and verl's.
+_TENSORS = {
+    "ref_log_probs": "ref_log_prob",
+    "old_log_probs": "old_log_probs",
+    "rollout_log_probs": "rollout_log_probs",
+    "advantages": "advantages",
+}
 
 
 def _with_advantages(data: Any, advantages: Tensor) -> Any:
