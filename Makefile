@@ -1,5 +1,6 @@
 # make quickstart              corrected GRPO on a CPU, end to end; options as in KL_TYPE=k3_as_loss
 # make test                    everything, cheap checks first; KLPLUG_TEST_HOSTS=openrlhf,verl (empty: the core)
+# make test-releases           whole training runs in verl's releases before the tested one, some minutes
 # make test-latest             the newest release of each host that the registry has: a line each
 # make lint                    ruff and mypy
 # make docs                    the documentation into site/, strictly
@@ -63,10 +64,13 @@ test-openrlhf: .venv-openrlhf
 	KLPLUG_TEST_HOSTS=openrlhf .venv-openrlhf/bin/python -m pytest -q -m slow tests/openrlhf tests/cluster
 
 test-verl: .venv-verl
-	KLPLUG_TEST_HOSTS=verl .venv-verl/bin/python -m pytest -q -m 'not slow' tests/verl
+	KLPLUG_TEST_HOSTS=verl .venv-verl/bin/python -m pytest -q -m 'not slow and not release' tests/verl
 	KLPLUG_TEST_HOSTS=verl .venv-verl/bin/python -m pytest -q -m slow tests/verl tests/cluster
 
-.PHONY: test-latest
+.PHONY: test-releases test-latest
+test-releases: .venv-verl
+	KLPLUG_TEST_HOSTS=verl OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest -q -m release tests/verl
+
 test-latest: $(TEST_HOSTS:%=.venv-%)
 	@status=0; for host in $(TEST_HOSTS); do \
 		.venv-$$host/bin/python -m tests.latest $$host || status=1; done; exit $$status

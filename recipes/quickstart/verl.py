@@ -21,8 +21,20 @@ NAMES = {
 }
 
 
+# Settings that 0.8 and 0.7 do not have.
+NEW_IN_0_9 = (
+    "actor_rollout_ref.rollout.seed",
+    "transfer_queue.backend.SimpleStorage.num_data_storage_units",
+)
+
+
 def host_version() -> str:
     return version("verl")
+
+
+def is_older() -> bool:
+    """Whether the verl that is found first is older than 0.9."""
+    return tuple(map(int, host_version().split(".")[:2])) < (0, 9)
 
 
 def write_data(prompts: Path, path: Path) -> Path:
@@ -128,6 +140,11 @@ def command(
         "+ray_kwargs.ray_init.include_dashboard": False,
         "+ray_kwargs.ray_init.object_store_memory": 256 * 2**20,
     }
+    if is_older():
+        for key in NEW_IN_0_9:
+            del options[key]
+        # The resource by which they ask Ray for their device.
+        options["+ray_kwargs.ray_init.resources"] = f"{{cpu: {settings.ranks}}}"
     for role in ("actor", "ref"):
         options |= {
             f"{worker}.{role}.use_torch_compile": False,

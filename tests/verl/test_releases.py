@@ -7,6 +7,7 @@ klplug comes as it comes to their users, through ``VERL_USE_EXTERNAL_MODULES``.
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -102,6 +103,16 @@ def test_what_keeps_0_7_0_from_running_is_known() -> None:
     assert different == [("need_reference_policy", ("role_worker_mapping",))]
 
 
+@pytest.mark.parametrize("version", ONLY)
+def test_a_command_that_lacks_the_variable_is_refused(version: str, tmp_path: Path) -> None:
+    asks = ("+klplug.kl_type=k2_as_loss", "+klplug.kl_coef=1")
+    main = ["-m", "verl.trainer.main_ppo", *files(tmp_path), *asks]
+    done = run(version, tmp_path, main, VERL_USE_EXTERNAL_MODULES="")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"klplug: error: verl {version} did not load klplug" in done.stderr
+    assert "VERL_USE_EXTERNAL_MODULES=klplug_verl in the environment" in done.stderr
+
+
 def test_main_ppo_sync_is_refused_by_name(tmp_path: Path) -> None:
     asks = ("+klplug.kl_type=k2_as_loss", "+klplug.kl_coef=1")
     main = ["-m", "verl.trainer.main_ppo_sync", *files(tmp_path), *asks]
@@ -117,3 +128,35 @@ def test_the_megatron_worker_of_0_7_is_refused_by_name(tmp_path: Path) -> None:
     done = run("0.7.1", tmp_path, main)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "strategy=megatron" in done.stderr and "use_legacy_worker_impl=disable" in done.stderr
+
+
+# Whole runs, with the release first on the path of every process.
+
+
+@pytest.mark.release
+@pytest.mark.parametrize("version", ONLY)
+def test_a_whole_run_with_a_kl_in_loss_and_reward(version: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = ("--host", "verl", "--kl-type", "k3_in_reward+k3_as_loss", "--steps", "2")
+    done = run(version, ROOT, ["-m", "recipes.quickstart", *options, "--out", str(out)])
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["host_version"] == version and summary["klplug_active"] is True
+    log = (out / "log.txt").read_text()
+    assert log.count("active in the trainer") == 1 and log.count("active in a worker") == 1
+    first, second = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    assert abs(first["klplug/k3"]) < 1e-6 < second["klplug/k3"]
+    assert second["klplug/k3"] == pytest.approx(second["klplug/kl_before_update"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_workers_that_lack_the_variable_end_the_run_before_it_starts(tmp_path: Path) -> None:
+    asks = ("+klplug.kl_type=k2_as_loss", "+klplug.kl_coef=1")
+    own_ray = {"address": "local", "include_dashboard": False, "object_store_memory": 100 * 2**20}
+    ray = [f"+ray_kwargs.ray_init.{key}={value}" for key, value in own_ray.items()]
+    without = "+ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES=''"
+    main = ["-m", "verl.trainer.main_ppo", *files(tmp_path), *asks, *ray, without]
+    done = run("0.8.0", tmp_path, main)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "verl did not load it" in done.stderr
+    assert "VERL_USE_EXTERNAL_MODULES=klplug_verl is in the environment" in done.stderr
