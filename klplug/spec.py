@@ -378,12 +378,6 @@ class KLSpec:
                 f"token's coefficient is no return. "
                 f"Use '{self._over_answers()},baseline={baseline}'"
             )
-        if baseline != "none" and ratio == "none":
-            raise ValueError(
-                f"kl_type {name}: baseline={baseline} with ratio=none is refused: on answers of an "
-                "older policy it is biased, for only under the ratio do scores average to 0. "
-                "Leave ratio out"
-            )
         self._fill(ratio=ratio)
         if ratio == "none":
             self._refuse_weight_options("with ratio=none there is no weight. Leave one of them out")

@@ -498,13 +498,14 @@ def pairs(problem: Problem, behaviour: Tensor) -> tuple[Tensor, Tensor]:
         "k2_as_loss,horizon=sequence",
         "k2_as_loss,horizon=sequence,level=sequence",
         "js_as_loss,horizon=sequence",
+        "k2_as_loss,horizon=sequence,ratio=none",
         "k1_in_reward",
     ],
 )
 def test_a_baseline_leaves_the_expected_gradient(kl_type: str, name: str) -> None:
     problem = PROBLEMS["varying length"]()
-    placement = parse(kl_type).placement
-    behaviour = problem.old() if placement == "as_loss" else problem.policy().detach()
+    placement, ratio = parse(kl_type).placement, parse(kl_type).ratio
+    behaviour = problem.policy().detach() if ratio == "none" else problem.old()
     rows, probability = pairs(problem, behaviour)
 
     def of_pairs(x: Tensor) -> Tensor:
@@ -534,9 +535,10 @@ def test_a_baseline_leaves_the_expected_gradient(kl_type: str, name: str) -> Non
         ]
         lost = torch.cat(parts)
     weight = probability.repeat_interleave(2)[:, None] / 2
-    expected = ON_POLICY_REWARD if placement == "in_reward" else OFF_POLICY
-    assert_equal(problem.gradient((weight * lost).sum()), expected[kl_type](problem))
-    uncapped = "" if placement == "in_reward" else ",cap=none"
+    targets = OFF_POLICY if ratio == "old" else {**ON_POLICY_LOSS, **ON_POLICY_REWARD}
+    expected = targets[kl_type.removesuffix(",ratio=none")](problem)
+    assert_equal(problem.gradient((weight * lost).sum()), expected)
+    uncapped = "" if ratio == "none" else ",cap=none"
     per_token = [
         torch.autograd.grad(x.sum(), log_probs, retain_graph=True)[0]
         for x in (lost, loss(given, uncapped))

@@ -159,10 +159,6 @@ def test_a_spec_is_frozen_and_parses_to_itself() -> None:
             ["'alpha_as_loss,alpha=2,horizon=sequence,baseline=batch'"],
         ),
         ("k2_as_loss,horizon=sequence,baseline=mean", ["baseline", "none, batch, group"]),
-        (
-            "k2_as_loss,horizon=sequence,baseline=group,ratio=none",
-            ["ratio=none", "biased", "Leave ratio out"],
-        ),
         ("k2_as_loss,horizon=sequence,baseline=group,cap=10", ["cap=10", "cap=none"]),
         ("k1_in_reward,baseline=group,reward_norm=group", ["baseline=group", "taken off already"]),
         (
