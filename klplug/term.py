@@ -193,7 +193,7 @@ def policy_loss(
     }
     mask = response_mask.bool()
     dtype = next(iter(terms.values())).value.dtype
-    force = torch.where(mask, advantages.detach().to(dtype), 0.0)
+    force = counted(advantages.detach().to(dtype), mask)
     for term, kl in terms.items():
         if term.head == "combined":
             force = force - kl_coef * kl.coefficient
@@ -407,41 +407,32 @@ def _forces(
     weight = None if importance is None else importance.weight
     if spec.placement == "in_reward":
         # The host credits it to all earlier tokens.
-        force = batch.counted(finite_(reward_to_go(coefficient)))
-        if coefficient is log_ratio:
-            return {"force": force, "principled": force}
-        principled = finite_(reward_to_go(log_ratio))
+        force = principled = batch.counted(finite_(reward_to_go(coefficient)))
+        if coefficient is not log_ratio:
+            principled = batch.counted(finite_(reward_to_go(log_ratio)))
     elif spec.horizon == "sequence":
         inside = weight if spec.head == "separate" else None
         principled = _returns(log_ratio, log_ratio, inside)
         if spec.head != "separate" and weight is not None:
             principled = weight * principled
+        principled = counted_(principled, batch.mask)
+    elif weight is None:
+        principled = log_ratio
     else:
-        if weight is None:
-            principled = log_ratio
-        elif coefficient is log_ratio:
-            principled = force
-        else:
-            principled = finite_(weight * log_ratio)
-        return {"force": force, "principled": principled}
-    return {"force": force, "principled": counted_(principled, batch.mask)}
+        principled = force if coefficient is log_ratio else finite_(weight * log_ratio)
+    return {"force": force, "principled": principled}
 
 
 def _importance(spec: KLSpec, batch: _Batch) -> ImportanceWeight | None:
-    if spec.head != "separate":
-        log_ratio = batch.raw_log_ratio("old_log_probs")
-        return importance_weight(
-            log_ratio, batch.mask, level="token", cap=math.inf, mode="truncate"
-        )
     if spec.ratio == "none":
         return None
-    assert spec.level is not None and spec.cap is not None and spec.mode is not None
+    # The heads have none of these options: theirs is the policy loss's own ratio.
     return importance_weight(
-        batch.raw_log_ratio(f"{spec.ratio}_log_probs"),
+        batch.raw_log_ratio(f"{spec.ratio or 'old'}_log_probs"),
         batch.mask,
-        level=spec.level,
-        cap=spec.cap,
-        mode=spec.mode,
+        level=spec.level or "token",
+        cap=math.inf if spec.cap is None else spec.cap,
+        mode=spec.mode or "truncate",
     )
 
 
@@ -484,7 +475,7 @@ def _sum(spec: KLSpec, terms: list[KLTerm]) -> KLTerm:
     first = terms[0]
     weighted = next((i for i, s in enumerate(spec.terms) if s.ratio != "none"), 0)
     zero = torch.zeros_like(first.value)
-    force = finite(sum((finite(t.weight * t.coefficient) for t in terms), zero))
+    force = finite(sum((t._force for t in terms), zero))
     value = finite(sum((t.value for t in terms), zero))
 
     def diagnose() -> Diagnosis:
