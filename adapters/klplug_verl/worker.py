@@ -21,6 +21,13 @@ from klplug_verl.settings import LOSS_TYPE, is_stock
 
 COEF_KEY = "klplug_kl_coef"  # the controller's value, in the batch's meta information
 BASELINE = "klplug_return_baseline"  # of the whole batch, one of its tensors
+# klplug's word for a tensor, and verl's.
+_TENSORS = {
+    "ref_log_probs": "ref_log_prob",
+    "old_log_probs": "old_log_probs",
+    "rollout_log_probs": "rollout_log_probs",
+    "advantages": "advantages",
+}
 SUMS, MAXIMA = "klplug/sum/", "klplug/max/"
 
 
@@ -57,11 +64,8 @@ def term_of(
     return kl_term(
         spec,
         log_probs,
-        tensors.get("ref_log_prob"),
-        tensors["response_mask"],
-        old_log_probs=tensors.get("old_log_probs"),
-        rollout_log_probs=tensors.get("rollout_log_probs"),
-        advantages=tensors.get("advantages"),
+        response_mask=tensors["response_mask"],
+        **{name: tensors.get(own) for name, own in _TENSORS.items()},
         kl_coef=coef,
         clip_range=clip_range(config),
         return_baseline=tensors.get(BASELINE),
@@ -120,15 +124,6 @@ def ppo_loss(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
         policy_loss = policy_loss + coef * _aggregated(term.loss, tensors, config)
     _report(metrics, whole.tally, _aggregated(whole.value, tensors, config), coef)
     return policy_loss, metrics
-
-
-# klplug's word for a tensor, and verl's.
-_TENSORS = {
-    "ref_log_probs": "ref_log_prob",
-    "old_log_probs": "old_log_probs",
-    "rollout_log_probs": "rollout_log_probs",
-    "advantages": "advantages",
-}
 
 
 def _with_advantages(data: Any, advantages: Tensor) -> Any:
