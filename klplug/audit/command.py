@@ -72,9 +72,7 @@ def audit(
         path = Path(source)
         text = _read(path)
         if path.suffix in (".yaml", ".yml"):
-            # What starts the run stands elsewhere.
-            setup = _from_yaml(path, text, host, host_version)
-            return report(replace(setup, not_hooked=None))
+            return report(_from_yaml(path, text, host, host_version))
         script = Script(text)
         found = [f for c in script.commands if (f := _launch(c.words, c, script)) is not None]
         name, folder, sourced = str(path), path.parent, tuple(script.sourced)
@@ -92,8 +90,8 @@ def audit(
     chosen = found[command - 1]
     setup = _setup(chosen, folder, host_version)
     environment = f"VERL_USE_EXTERNAL_MODULES={os.environ.get('VERL_USE_EXTERNAL_MODULES')}"
-    if sourced or verl.loads_klplug(text) or verl.loads_klplug(environment):
-        setup = replace(setup, not_hooked=None)
+    if not (sourced or verl.loads_klplug(text) or verl.loads_klplug(environment)):
+        setup = replace(setup, not_hooked=verl.not_hooked(setup))
     setup = replace(setup, cut=chosen.cut, line=chosen.line, commands=len(found), sourced=sourced)
     return replace(report(setup), command=command)
 

@@ -251,7 +251,7 @@ def setup(settings: Settings, launched: Launch, version_from: str) -> Setup:
     policy_by_answer = (
         by_answer
         or mode in _ALWAYS_BY_ANSWER
-        or (mode == "gspo" and _before(settings.table, (0, 9)))
+        or (mode == "gspo" and _before(settings.table.version, (0, 9)))
     )
     terms, rejected = _terms(settings)
     rejected += _bad_values(settings)
@@ -291,7 +291,6 @@ def setup(settings: Settings, launched: Launch, version_from: str) -> Setup:
         controller=_controller(settings, terms),
         idle=tuple(idle),
         not_enabled=tuple(never),
-        not_hooked=_not_hooked(settings, terms),
         no_effect=tuple(_no_effect(settings, terms)),
         rejected=tuple(rejected),
         unread=launched.unread,
@@ -306,15 +305,15 @@ _LOSS_MODES = (
 )
 
 
-def _before(table: Table, release: tuple[int, int]) -> bool:
-    return tuple(int(part) for part in table.version.split(".")[:2]) < release
+def _before(version: str, release: tuple[int, int]) -> bool:
+    return tuple(int(part) for part in version.split(".")[:2]) < release
 
 
-def _not_hooked(settings: Settings, terms: Iterable[Term]) -> Setting | None:
+def not_hooked(setup: Setup) -> Setting | None:
     """A kl_type in a release without plugins, which needs a variable that stands elsewhere."""
-    if not _before(settings.table, (0, 9)):
+    if setup.host != "verl" or not _before(setup.version, (0, 9)):
         return None
-    return next((term.kind for term in terms if term.from_klplug), None)
+    return next((term.kind for term in setup.terms if term.from_klplug), None)
 
 
 def loads_klplug(text: str) -> bool:
@@ -469,7 +468,7 @@ def _stock(name: str, placement: str, table: Table) -> tuple[KLSpec | None, bool
     """verl's ``kl_penalty``: (the same gradient, straight-through, clamped)."""
     base = name.removesuffix("+")
     estimator = _NAMES.get(base)
-    if estimator is None or (name.endswith("+") and _before(table, (0, 8))):
+    if estimator is None or (name.endswith("+") and _before(table.version, (0, 8))):
         return None, False, False
     straight = name.endswith("+") and placement == "as_loss"
     if placement == "in_reward":
