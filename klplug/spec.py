@@ -13,14 +13,18 @@ from typing import Any
 from klplug.estimators import ALIASES, ESTIMATORS, Estimator, alpha_divergence
 
 PLACEMENTS = ("in_reward", "as_loss")
-RATIOS = ("old", "none", "rollout")
-LEVELS = ("token", "prefix", "sequence")
-MODES = ("truncate", "mask")
-HEADS = ("separate", "combined", "clipped")
-HORIZONS = ("token", "sequence")
-BASELINES = ("none", "batch", "group")
-REFERENCES = ("ref", "rollout")
-REWARD_NORMS = ("none", "group")
+# What an option that is no number may be.
+CHOICES = {
+    "placement": PLACEMENTS,
+    "ratio": ("old", "none", "rollout"),
+    "level": ("token", "prefix", "sequence"),
+    "mode": ("truncate", "mask"),
+    "head": ("separate", "combined", "clipped"),
+    "horizon": ("token", "sequence"),
+    "baseline": ("none", "batch", "group"),
+    "reference": ("ref", "rollout"),
+    "reward_norm": ("none", "group"),
+}
 
 # Written options, in canonical order.
 OPTIONS = (
@@ -49,7 +53,8 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {match[0]!r}?" if match else ""
 
 
-def _choice(option: str, value: Any, allowed: tuple[str, ...]) -> None:
+def _choice(option: str, value: Any) -> None:
+    allowed = CHOICES[option]
     if value not in allowed:
         raise ValueError(
             f"kl_type option {option}={value!r} is unknown; allowed: {', '.join(allowed)}."
@@ -145,7 +150,7 @@ class KLSpec:
 
     def placed(self, placement: str) -> KLSpec:
         """The part of this formulation with this placement; ``none`` where there is none."""
-        _choice("placement", placement, PLACEMENTS)
+        _choice("placement", placement)
         terms = tuple(term for term in self.terms if term.placement == placement)
         if not terms:
             return KLSpec("none")
@@ -200,13 +205,13 @@ class KLSpec:
                 f"estimator {self.estimator!r} is unknown; known: {', '.join(known)}."
                 + _nearest(str(self.estimator), known)
             )
-        _choice("placement", self.placement, PLACEMENTS)
+        _choice("placement", self.placement)
 
     def _one_program(self) -> None:
         """k1 in the reward under the policy loss's own ratio is k2 as loss there, to the bit."""
         if self.placement != "in_reward" or self.head in (None, "separate"):
             return
-        _choice("head", self.head, HEADS)
+        _choice("head", self.head)
         if self.estimator != "k1":
             raise ValueError(
                 f"kl_type {self.estimator}_in_reward: head={self.head} is refused: the head takes "
@@ -256,13 +261,13 @@ class KLSpec:
 
     def _complete_in_reward(self, name: str) -> None:
         if self.horizon not in (None, "sequence"):
-            _choice("horizon", self.horizon, HORIZONS)
+            _choice("horizon", self.horizon)
             raise ValueError(
                 f"kl_type {name}: horizon=token is refused: a reward is credited to every token "
                 "before it. The own-token form is 'k2_as_loss'"
             )
         if self.ratio not in (None, "none"):
-            _choice("ratio", self.ratio, RATIOS)
+            _choice("ratio", self.ratio)
             raise ValueError(
                 f"kl_type {name}: ratio={self.ratio} is refused: a reward is frozen at the start "
                 "of the step, and the host's policy loss has the ratio. A weight of its own has "
@@ -272,7 +277,7 @@ class KLSpec:
             f"{name} has no ratio of its own. Leave it out, or use '{self._over_answers()}'"
         )
         reference = self.reference or "ref"
-        _choice("reference", reference, REFERENCES)
+        _choice("reference", reference)
         if reference == "rollout":
             raise ValueError(
                 f"kl_type {name}: reference=rollout is refused: frozen at the start of the step, "
@@ -280,8 +285,8 @@ class KLSpec:
                 "'k2_as_loss,reference=rollout'"
             )
         baseline, reward_norm = self.baseline or "none", self.reward_norm or "none"
-        _choice("baseline", baseline, BASELINES)
-        _choice("reward_norm", reward_norm, REWARD_NORMS)
+        _choice("baseline", baseline)
+        _choice("reward_norm", reward_norm)
         if baseline != "none" and reward_norm == "group":
             raise ValueError(
                 f"kl_type {name}: baseline={baseline} with reward_norm=group is refused: the "
@@ -304,10 +309,10 @@ class KLSpec:
             )
         horizon, head = self.horizon or "token", self.head or "separate"
         reference, baseline = self.reference or "ref", self.baseline or "none"
-        _choice("horizon", horizon, HORIZONS)
-        _choice("head", head, HEADS)
-        _choice("reference", reference, REFERENCES)
-        _choice("baseline", baseline, BASELINES)
+        _choice("horizon", horizon)
+        _choice("head", head)
+        _choice("reference", reference)
+        _choice("baseline", baseline)
         if horizon == "sequence":
             self._check_answers(name)
         self._fill(horizon=horizon, head=head, reference=reference)
@@ -365,7 +370,7 @@ class KLSpec:
 
     def _complete_ratio(self, name: str, horizon: str, reference: str, baseline: str) -> None:
         ratio = self.ratio or ("rollout" if reference == "rollout" else "old")
-        _choice("ratio", ratio, RATIOS)
+        _choice("ratio", ratio)
         if reference == "rollout" and ratio != "rollout":
             raise ValueError(
                 f"kl_type {name}: ratio={ratio} with reference=rollout is refused: the answers "
@@ -375,7 +380,7 @@ class KLSpec:
         if baseline != "none" and horizon == "token":
             raise ValueError(
                 f"kl_type {name}: baseline={baseline} with horizon=token is refused: an own "
-                f"token's coefficient is no return. "
+                "token's coefficient is no return. "
                 f"Use '{self._over_answers()},baseline={baseline}'"
             )
         self._fill(ratio=ratio)
@@ -383,14 +388,14 @@ class KLSpec:
             self._refuse_weight_options("with ratio=none there is no weight. Leave one of them out")
             return
         level = self.level or ("prefix" if horizon == "sequence" else "token")
-        _choice("level", level, LEVELS)
+        _choice("level", level)
         if horizon == "sequence" and level == "token":
             raise ValueError(
                 f"kl_type {name}: level=token with horizon=sequence is refused: it is biased, on "
                 "tokens later than this one. Use level=prefix (the default there) or sequence"
             )
         mode = self.mode or "truncate"
-        _choice("mode", mode, MODES)
+        _choice("mode", mode)
         cap = self.cap
         if cap is None:
             cap = 10.0 if baseline == "none" else math.inf
