@@ -57,7 +57,7 @@ docs: .venv
 	.venv/bin/mkdocs build --strict --quiet
 
 test-core: .venv
-	KLPLUG_TEST_HOSTS= .venv/bin/python -m pytest -q tests/core tests/packaging tests/cli tests/audit
+	KLPLUG_TEST_HOSTS= .venv/bin/python -m pytest -q tests/core tests/packaging tests/cli tests/audit tests/face
 
 test-openrlhf: .venv-openrlhf
 	KLPLUG_TEST_HOSTS=openrlhf .venv-openrlhf/bin/python -m pytest -q -m 'not slow' tests/recipes tests/openrlhf
