@@ -8,8 +8,8 @@
 from klplug.aggregation import aggregate
 from klplug.catalogue import KLType, kl_types
 from klplug.controllers import AdaptiveKL, FixedKL, KLController, kl_controller
-from klplug.metrics import Tally
 from klplug.spec import KLSpec, check_kl_coef, parse
+from klplug.tally import Tally
 from klplug.term import KLTerm, kl_return_baseline, kl_term, policy_loss, reward_to_go
 
 __version__ = "0.1.0"

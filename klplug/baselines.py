@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from klplug.estimators import finite
+from klplug.numerics import finite
 
 
 def others_mean(returns: Tensor, group_ids: Sequence[Hashable] | Tensor | None) -> Tensor:

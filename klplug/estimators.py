@@ -8,45 +8,16 @@ respect to ``log pi_theta``; that number, times ``grad log pi_theta(y_t)``, is t
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-from torch import Tensor
-from torch.nn.functional import softplus
+from klplug.numerics import finite, largest_exponent, saturating_exp, saturating_expm1
 
-Function = Callable[[Tensor], Tensor]
+if TYPE_CHECKING:  # the rows are read where there is no torch; a formula is a tensor's methods
+    from torch import Tensor
 
-
-def saturating_exp(x: Tensor, at_most: float = math.inf) -> Tensor:
-    """``exp(x)``, held at the dtype's largest finite number where it would overflow.
-
-    The only bound in klplug that nobody asked for; ``klplug/overflow_share`` counts where it acted.
-    """
-    return x.exp().clamp_(max=min(at_most, torch.finfo(x.dtype).max))
-
-
-def saturating_expm1(x: Tensor) -> Tensor:
-    """``exp(x) - 1`` with all its digits near 0, held as ``saturating_exp`` is."""
-    return torch.expm1(x).clamp_(max=torch.finfo(x.dtype).max)
-
-
-def finite(x: Tensor) -> Tensor:
-    """``x`` held within its dtype: a product or sum in which an exponent saturated."""
-    limit = torch.finfo(x.dtype).max
-    return x.clamp(-limit, limit)
-
-
-def finite_(x: Tensor) -> Tensor:
-    """``finite``, in place."""
-    limit = torch.finfo(x.dtype).max
-    return x.clamp_(-limit, limit)
-
-
-def largest_exponent(x: Tensor) -> float:
-    """Where ``exp`` reaches the largest finite number of ``x``'s dtype."""
-    return math.log(torch.finfo(x.dtype).max)
+Function: TypeAlias = "Callable[[Tensor], Tensor]"
 
 
 def k1(log_ratio: Tensor) -> Tensor:
@@ -55,7 +26,7 @@ def k1(log_ratio: Tensor) -> Tensor:
 
 
 def k1_derivative(log_ratio: Tensor) -> Tensor:
-    return torch.ones_like(log_ratio)
+    return log_ratio.new_ones(log_ratio.shape)
 
 
 def k2(log_ratio: Tensor) -> Tensor:
@@ -77,6 +48,14 @@ def k3_of_derivative(log_ratio: Tensor, derivative: Tensor) -> Tensor:
     return log_ratio - derivative
 
 
+def absolute(log_ratio: Tensor) -> Tensor:
+    return log_ratio.abs()
+
+
+def sign(log_ratio: Tensor) -> Tensor:
+    return log_ratio.sign()
+
+
 # f-divergences E_ref f(u), u = exp(lr): the value under samples from pi is f(u)/u, the derivative
 # of the divergence is f'(u) - f'(1).
 
@@ -96,7 +75,8 @@ def js(log_ratio: Tensor) -> Tensor:
 
 
 def js_derivative(log_ratio: Tensor) -> Tensor:
-    return math.log(2) - softplus(-log_ratio)
+    # log(2u / (u + 1)), with the digits that log(2) - log(1 + 1/u) loses near the reference.
+    return log_ratio.clamp(max=0) - log_ratio.abs().neg().expm1().div(2).log1p()
 
 
 def jeffreys(log_ratio: Tensor) -> Tensor:
@@ -109,7 +89,7 @@ def jeffreys_derivative(log_ratio: Tensor) -> Tensor:
 
 def chi2(log_ratio: Tensor) -> Tensor:
     # (u - 1)^2 / u, with the digits that u - 2 + 1/u loses near the reference.
-    return finite(4 * torch.sinh(log_ratio / 2).square())
+    return finite(4 * (log_ratio / 2).sinh().square())
 
 
 def chi2_derivative(log_ratio: Tensor) -> Tensor:
@@ -117,7 +97,7 @@ def chi2_derivative(log_ratio: Tensor) -> Tensor:
 
 
 def hellinger(log_ratio: Tensor) -> Tensor:
-    return finite(torch.expm1(-log_ratio / 2).square())
+    return finite((-log_ratio / 2).expm1().square())
 
 
 def hellinger_derivative(log_ratio: Tensor) -> Tensor:
@@ -129,7 +109,7 @@ def tv(log_ratio: Tensor) -> Tensor:
 
 
 def tv_derivative(log_ratio: Tensor) -> Tensor:
-    return torch.sign(log_ratio) / 2
+    return log_ratio.sign() / 2
 
 
 @dataclass(frozen=True)
@@ -222,16 +202,16 @@ def alpha_divergence(alpha: float) -> Estimator:
 
     def held(log_ratio: Tensor) -> Tensor:
         # The largest of the exponents below stays within the dtype, and keeps its sign.
-        limit = math.log(torch.finfo(log_ratio.dtype).max) / max(1.0, abs(alpha - 1)) - 2
+        limit = largest_exponent(log_ratio) / max(1.0, abs(alpha - 1)) - 2
         return log_ratio.clamp(-limit, limit)
 
     def value(log_ratio: Tensor) -> Tensor:
         lr = held(log_ratio)
-        powers = torch.expm1((alpha - 1) * lr) + (alpha - 1) * torch.expm1(-lr)
+        powers = ((alpha - 1) * lr).expm1() + (alpha - 1) * (-lr).expm1()
         return finite(powers / (alpha * (alpha - 1)))
 
     def derivative(log_ratio: Tensor) -> Tensor:
-        return finite(torch.expm1((alpha - 1) * held(log_ratio)) / (alpha - 1))
+        return finite(((alpha - 1) * held(log_ratio)).expm1() / (alpha - 1))
 
     return _divergence(
         "alpha",
@@ -316,18 +296,18 @@ ESTIMATORS: dict[str, Estimator] = {
         ),
         Estimator(
             name="abs",
-            value=torch.abs,
+            value=absolute,
             formula="|lr|",
             value_bias="biased: an upper bound of KL(pi||ref) in expectation",
             as_loss=Role(
-                coefficient=torch.sign,
+                coefficient=sign,
                 formula="sign(lr)",
                 target="LOC of twice the total variation",
                 gradient_bias="unbiased for 2 grad TV; does not fade near the reference",
                 off_policy="the same at the prefixes of old, exact below the cap",
             ),
             in_reward=Role(
-                coefficient=torch.abs,
+                coefficient=absolute,
                 formula="|lr|",
                 target="grad E[|lr|] - 2 grad TV",
                 gradient_bias="wrong: below the reference the wrong way",

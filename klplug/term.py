@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from klplug.baselines import others_mean
-from klplug.estimators import finite, finite_, largest_exponent
-from klplug.metrics import Diagnosis, Tally
+from klplug.numerics import finite, finite_, flags, largest_exponent, masked, masked_
 from klplug.spec import KLSpec, parse
-from klplug.totals import counted, counted_, flags
+from klplug.tally import Diagnosis, Tally
 from klplug.weights import ImportanceWeight, clipped_weight, importance_weight
 
 ClipRange: TypeAlias = "float | tuple[float, float]"
@@ -52,7 +51,7 @@ class KLTerm:
 
     @functools.cached_property
     def loss(self) -> Tensor:
-        # Whoever looks at it first: it has a gradient if kl_term was called with one.
+        # Made on first use, which may be under no_grad: what counts is how kl_term was called.
         with torch.enable_grad():
             return _with_gradient(self._log_probs, self.value, self._force)
 
@@ -193,7 +192,7 @@ def policy_loss(
     }
     mask = response_mask.bool()
     dtype = next(iter(terms.values())).value.dtype
-    force = counted(advantages.detach().to(dtype), mask)
+    force = masked(advantages.detach().to(dtype), mask)
     for term, kl in terms.items():
         if term.head == "combined":
             force = force - kl_coef * kl.coefficient
@@ -265,14 +264,14 @@ class _Batch:
 
     def log_ratio(self, other: str) -> Tensor:
         """``log_probs`` less another policy's, 0 where masked."""
-        return counted_(self.raw_log_ratio(other), self.mask)
+        return masked_(self.raw_log_ratio(other), self.mask)
 
     def raw_log_ratio(self, other: str) -> Tensor:
         """The same, and anything where masked."""
         return self.log_probs - self.others[other]
 
-    def counted(self, x: Tensor) -> Tensor:
-        return counted(x.to(self.log_probs.dtype), self.mask)
+    def masked(self, x: Tensor) -> Tensor:
+        return masked(x.to(self.log_probs.dtype), self.mask)
 
     @property
     def ones(self) -> Tensor:
@@ -322,11 +321,11 @@ def _single(
         if spec.baseline != "none":
             compared = _baseline(spec, batch, force, group_ids)
             force = force - (compared if inside is None else inside * compared)
-        coefficient = force = counted_(finite_(force), batch.mask)
+        coefficient = force = masked_(finite_(force), batch.mask)
         if inside is not None:
             # A token whose own weight is 0 (dropped by mode=mask) still answers for later ones.
             weight = torch.where(inside > 0, inside, batch.ones)
-            coefficient = counted_(finite_(force / weight), batch.mask)
+            coefficient = masked_(finite_(force / weight), batch.mask)
     elif spec.baseline != "none":
         compared = _baseline(spec, batch, _returns(coefficient, later, None), group_ids)
         coefficient = finite_(coefficient - _credited(compared, batch.mask))
@@ -335,7 +334,7 @@ def _single(
         slope = coefficient
         if spec.head == "combined":
             assert kl_coef is not None
-            slope = kl_coef * coefficient - batch.counted(batch.others["advantages"])
+            slope = kl_coef * coefficient - batch.masked(batch.others["advantages"])
         importance = clipped_weight(importance, slope, clip)
         weight, force = importance.weight, None
     if force is None:
@@ -376,7 +375,7 @@ def _value_and_coefficients(
     estimator = spec.definition
     on_answers = spec.placement == "as_loss" and spec.horizon == "sequence"
     if on_answers and estimator.of_answer is not None:
-        own = batch.counted(estimator.of_answer(log_ratio))
+        own = batch.masked(estimator.of_answer(log_ratio))
         return estimator.value(log_ratio), own, torch.zeros_like(own)
     coefficient = estimator.role(spec.placement).coefficient
     own = coefficient(log_ratio)
@@ -389,7 +388,7 @@ def _value_and_coefficients(
     if not math.isinf(spec.bound):
         own = own.clamp(-spec.bound, spec.bound)
     if spec.estimator == "k1" and spec.placement == "as_loss":
-        own = batch.counted(own)  # the one coefficient that is not 0 where lr is
+        own = batch.masked(own)  # the one coefficient that is not 0 where lr is
     if not on_answers or estimator.later is None or estimator.later is coefficient:
         return value, own, own
     return value, own, estimator.later(log_ratio)
@@ -407,15 +406,15 @@ def _forces(
     weight = None if importance is None else importance.weight
     if spec.placement == "in_reward":
         # The host credits it to all earlier tokens.
-        force = principled = batch.counted(finite_(reward_to_go(coefficient)))
+        force = principled = batch.masked(finite_(reward_to_go(coefficient)))
         if coefficient is not log_ratio:
-            principled = batch.counted(finite_(reward_to_go(log_ratio)))
+            principled = batch.masked(finite_(reward_to_go(log_ratio)))
     elif spec.horizon == "sequence":
         inside = weight if spec.head == "separate" else None
         principled = _returns(log_ratio, log_ratio, inside)
         if spec.head != "separate" and weight is not None:
             principled = weight * principled
-        principled = counted_(principled, batch.mask)
+        principled = masked_(principled, batch.mask)
     elif weight is None:
         principled = log_ratio
     else:
@@ -451,7 +450,7 @@ def _groups(spec: KLSpec, group_ids: Groups) -> Groups:
 
 def _baseline(spec: KLSpec, batch: _Batch, returns: Tensor, group_ids: Groups) -> Tensor:
     if "return_baseline" in batch.others:
-        return batch.counted(batch.others["return_baseline"])
+        return batch.masked(batch.others["return_baseline"])
     return others_mean(returns, _groups(spec, group_ids))
 
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from klplug.estimators import largest_exponent, saturating_exp
-from klplug.totals import counted, counted_, flags
+from klplug.numerics import flags, largest_exponent, masked, masked_, saturating_exp
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,13 @@ def importance_weight(
     """
     log_weight = log_ratio
     if level == "prefix":
-        log_weight = counted(log_ratio, mask).cumsum(-1)
+        log_weight = masked(log_ratio, mask).cumsum(-1)
     elif level == "sequence":
-        log_weight = counted(log_ratio, mask).sum(-1, keepdim=True).expand_as(mask)
+        log_weight = masked(log_ratio, mask).sum(-1, keepdim=True).expand_as(mask)
     weight = saturating_exp(log_weight, at_most=cap if mode == "truncate" else math.inf)
     kept = mask if mode == "truncate" else mask & ~(weight > cap)
     return ImportanceWeight(
-        weight=counted_(weight, kept),
+        weight=masked_(weight, kept),
         capped=lambda: flags(torch.gt, log_weight, math.log(cap)),
         log_weight=log_weight,
     )

@@ -13,9 +13,9 @@ from torch.nn.functional import pad
 
 from klplug import Tally, kl_return_baseline, kl_term
 from klplug.baselines import others_mean
-from klplug.diagnostics import Watch
 from klplug.host import MeasuredController, announce
 from klplug.patching import Args, Call, Kwargs, bound
+from klplug.watch import Watch
 from klplug_openrlhf.options import read
 from klplug_openrlhf.plan import ACTIVE, Plan
 

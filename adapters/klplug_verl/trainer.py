@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from klplug import KLSpec, KLTerm, kl_return_baseline, kl_term, parse, reward_to_go
-from klplug.diagnostics import Watch
 from klplug.host import MeasuredController, announce
 from klplug.patching import Args, Call, Kwargs, bound
+from klplug.watch import Watch
 from klplug_verl.settings import Plan, is_stock
 from klplug_verl.worker import BASELINE, COEF_KEY, SUMS
 

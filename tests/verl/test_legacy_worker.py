@@ -15,8 +15,8 @@ from klplug_verl.worker import COEF_KEY, MAXIMA, SUMS
 from torch import Tensor, nn
 
 from klplug import Tally, kl_term, parse
-from klplug.diagnostics import Watch
 from klplug.host import SettingsError
+from klplug.watch import Watch
 from tests.one_meaning import (
     AS_LOSS,
     BETA,

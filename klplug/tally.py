@@ -2,22 +2,30 @@
 
 A term keeps sums and maxima over its counted tokens. Micro-batches and ranks are merged as those,
 and only then divided: a maximum by max, an effective sample size from its two sums.
+
+The gradient's yardstick is the *principled* one: what the same term would have with ``c = lr``, the
+one coefficient of KL(pi||ref).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from klplug.diagnostics import gradient_metrics, top_total
 from klplug.estimators import k3
-from klplug.totals import count, counted_, squarable, total, total_of_squares
+from klplug.numerics import count, masked_, squarable, total, total_of_squares
 
 PREFIX = "klplug/"
+
+TOP = 0.01
+"""The share of tokens whose part in the gradient is reported."""
+
+SAMPLE = 2**14
+"""Beyond so many entries the threshold of the largest is read off a sample of about that size."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class Tally:
         ``klplug/capped_share``, ``bounded_share``, ``overflow_share``: shares of tokens whose
         weight met the cap, whose c met the bound, whose exponent met the dtype's maximum.
         ``klplug/gradient_cosine``, ``gradient_norm_ratio``, ``top_share``: the term's gradient
-        beside the principled one; see ``klplug.diagnostics``.
+        beside the principled one; see ``gradient_metrics``.
         """
         tokens = self.sums["tokens"]
         # Not clamp(min=1): a host that averages over ranks hands in sums of less than a token.
@@ -116,7 +124,7 @@ class Diagnosis:
             together = total(squarable(self.force).mul_(squarable(self.principled)))
 
         def share(flags: Tensor | None) -> Tensor:
-            return never if flags is None else total(counted_(flags, self.mask))
+            return never if flags is None else total(masked_(flags, self.mask))
 
         largest = size(self.coefficient)
         return Tally(
@@ -140,3 +148,49 @@ class Diagnosis:
             },
             maxima={"coef": largest.amax() if largest.numel() else largest.new_zeros(())},
         )
+
+
+def top_total(size: Tensor, tokens: Tensor) -> Tensor:
+    """The sum of the largest ``TOP`` of ``tokens`` entries of ``size``; 0-d, no device sync.
+
+    The sum of the k largest is the least of ``k t + sum(max(x - t, 0))`` over thresholds t, reached
+    at the k-th largest (Rockafellar and Uryasev 2000). Beyond ``SAMPLE`` entries t is that of an
+    evenly spaced sample, for sorting costs more than all other metrics: near the minimum that
+    shifts the sum upwards by a second order, at most to all there is.
+
+    Args:
+        size: (B, T), not negative, zero where masked.
+        tokens: how many are counted, 0-d.
+    """
+    sample = size.reshape(-1)[:: size.numel() // SAMPLE | 1]
+    most = sample.topk(min(len(sample), int(TOP * len(sample)) + 1)).values
+    if not len(most):
+        return tokens
+    # The mask's count is on the device, so the rank is taken there too.
+    k = (TOP * tokens).ceil()
+    rank = (k * (len(sample) / size.numel())).ceil().clamp(1, len(most)).long() - 1
+    threshold = most.gather(0, rank.unsqueeze(0))
+    above = total((size - threshold).clamp_(min=0))
+    return torch.minimum(k * threshold.squeeze(0) + above, total(size))
+
+
+def gradient_metrics(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``gradient_cosine``, ``gradient_norm_ratio`` and ``top_share`` from merged sums.
+
+    ``gradient_cosine``: between the term's force and the principled one, over tokens; 1 where
+    neither has any. ``gradient_norm_ratio``: its norm over the principled one's; 0 where there is
+    nothing to compare with. ``top_share``: of all |force|, what the top 1 % of tokens have.
+    """
+    force, principled = sums["force_square"].sqrt(), sums["principled_square"].sqrt()
+    nothing = (force == 0) & (principled == 0)
+    some = (force > 0) & (principled > 0)
+    one, zero = torch.ones_like(force), torch.zeros_like(force)
+    cosine = sums["force_principled"] / torch.where(some, force, one)
+    cosine = cosine / torch.where(some, principled, one)
+    ratio = force / torch.where(principled > 0, principled, one)
+    share = sums["top_size"] / torch.where(sums["force_size"] > 0, sums["force_size"], one)
+    return {
+        "gradient_cosine": torch.where(nothing, one, torch.where(some, cosine, zero)),
+        "gradient_norm_ratio": torch.where(nothing, one, torch.where(some, ratio, zero)),
+        "top_share": share,
+    }

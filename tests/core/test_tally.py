@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from klplug import kl_term
-from klplug.diagnostics import RULES, SAMPLE, TOP, Watch, top_total
-from klplug.metrics import Diagnosis
+from klplug.tally import SAMPLE, TOP, Diagnosis, top_total
+from klplug.watch import RULES, Watch
 
 
 def metrics(force: Tensor, principled: Tensor, mask: Tensor) -> dict[str, Tensor]:

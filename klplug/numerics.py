@@ -1,0 +1,103 @@
+"""Numbers held within their dtype, masks, and sums of (B, T) tensors.
+
+All work is in float32 or float64. torch is not imported before there is a tensor: the registry of
+estimators is read where there is no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_LARGEST = {4: (2 - 2**-23) * 2.0**127, 8: sys.float_info.max}
+"""The largest finite number of float32 and of float64, by their size in bytes."""
+
+SQUARABLE = 1e15
+"""Where numbers are held whose squares are added up: the squares stay finite in float32."""
+
+
+def largest(x: Tensor) -> float:
+    """The largest finite number of ``x``'s dtype."""
+    return _LARGEST[x.element_size()]
+
+
+def largest_exponent(x: Tensor) -> float:
+    """Where ``exp`` reaches the largest finite number of ``x``'s dtype."""
+    return math.log(largest(x))
+
+
+def saturating_exp(x: Tensor, at_most: float = math.inf) -> Tensor:
+    """``exp(x)``, held at the dtype's largest finite number where it would overflow.
+
+    The only bound in klplug that nobody asked for; ``klplug/overflow_share`` counts where it acted.
+    """
+    return x.exp().clamp_(max=min(at_most, largest(x)))
+
+
+def saturating_expm1(x: Tensor) -> Tensor:
+    """``exp(x) - 1`` with all its digits near 0, held as ``saturating_exp`` is."""
+    return x.expm1().clamp_(max=largest(x))
+
+
+def finite(x: Tensor) -> Tensor:
+    """``x`` held within its dtype: a product or sum in which an exponent saturated."""
+    return x.clamp(-largest(x), largest(x))
+
+
+def finite_(x: Tensor) -> Tensor:
+    """``finite``, in place."""
+    return x.clamp_(-largest(x), largest(x))
+
+
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """``x`` where the bool ``mask`` is True, else 0, whatever ``x`` is there: nan and inf too."""
+    # The bits times 0 or 1: torch.where takes three times as long on a CPU.
+    return _bits(x).mul(mask).view(x.dtype)
+
+
+def masked_(x: Tensor, mask: Tensor) -> Tensor:
+    """``masked``, in place."""
+    _bits(x).mul_(mask)
+    return x
+
+
+def _bits(x: Tensor) -> Tensor:
+    import torch
+
+    return x.view(torch.int32 if x.element_size() == 4 else torch.int64)
+
+
+def flags(compare: Callable[..., Tensor], x: Tensor, limit: float) -> Tensor:
+    """1 where ``compare(x, limit)``, else 0, in ``x``'s dtype: on a CPU far quicker than bool."""
+    return compare(x, limit, out=x.new_empty(x.shape))
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of all entries, 0-d, float64; finite where saturated numbers add up to more."""
+    # Rows in their own dtype, then in float64: all in float64 would copy the whole tensor first.
+    return finite(finite(x.sum(-1)).double().sum())
+
+
+def total_of_squares(x: Tensor) -> Tensor:
+    """The sum of squares, 0-d, float64, of numbers held within ``SQUARABLE``."""
+    import torch
+
+    norms: Tensor = torch.linalg.vector_norm(squarable(x), dim=-1)
+    return norms.double().square().sum()
+
+
+def count(mask: Tensor) -> Tensor:
+    """How many entries of a bool tensor are True, 0-d, float64."""
+    import torch
+
+    return mask.view(torch.uint8).sum(-1, dtype=torch.float32).double().sum()
+
+
+def squarable(x: Tensor) -> Tensor:
+    """``x`` held where its square is finite in float32."""
+    return x.clamp(-SQUARABLE, SQUARABLE)
