@@ -1,6 +1,6 @@
 # make quickstart              corrected GRPO on a CPU, end to end; options as in KL_TYPE=k3_as_loss
 # make test                    everything, cheap checks first; KLPLUG_TEST_HOSTS=openrlhf,verl (empty: the core)
-# make test-releases           whole training runs in verl's releases before the tested one, some minutes
+# make test-runs               every other whole training run, under an hour: before a release
 # make test-latest             the newest release of each host that the registry has: a line each
 # make lint                    ruff and mypy
 # make docs                    the documentation into site/, strictly
@@ -44,9 +44,12 @@ TEST_HOSTS = $(subst $(comma), ,$(KLPLUG_TEST_HOSTS))
 # Small tensors, and runs of many processes: a second thread each would only contend.
 test-core test-openrlhf test-verl bench: export OMP_NUM_THREADS := 1
 
-# One after the other, also under -j: each fills the machine.
+# Cheap checks first. The hosts' run side by side; what each prints comes together at its end.
 test: lint test-core
-	@for host in $(TEST_HOSTS); do $(MAKE) --no-print-directory test-$$host || exit 1; done
+ifneq ($(strip $(TEST_HOSTS)),)
+	$(call say,$(TEST_HOSTS): real training steps$(comma) then at most three whole runs each; about 15 minutes)
+	@$(MAKE) --no-print-directory -j2 --output-sync=target $(TEST_HOSTS:%=test-%)
+endif
 
 lint: .venv
 	.venv/bin/ruff check .
@@ -56,20 +59,28 @@ lint: .venv
 docs: .venv
 	.venv/bin/mkdocs build --strict --quiet
 
+PYTEST = .venv$(1)/bin/python -m pytest -q
+say = @echo "make $@: $(1)"
+
 test-core: .venv
-	KLPLUG_TEST_HOSTS= .venv/bin/python -m pytest -q tests/core tests/packaging tests/cli tests/audit tests/face
+	$(call say,mathematics$(comma) command line$(comma) audit$(comma) wheel; about 3 minutes)
+	KLPLUG_TEST_HOSTS= $(call PYTEST) tests/core tests/packaging tests/cli tests/audit
 
-test-openrlhf: .venv-openrlhf
-	KLPLUG_TEST_HOSTS=openrlhf .venv-openrlhf/bin/python -m pytest -q -m 'not slow' tests/recipes tests/openrlhf
-	KLPLUG_TEST_HOSTS=openrlhf .venv-openrlhf/bin/python -m pytest -q -m slow tests/openrlhf tests/cluster
+# Ends of whole runs come last: they cost minutes each, mostly of imports in Ray's workers.
+HOST_TESTS_openrlhf = tests/recipes tests/openrlhf
+HOST_TESTS_verl = tests/verl
+test-openrlhf test-verl: test-%: .venv-%
+	KLPLUG_TEST_HOSTS=$* $(call PYTEST,-$*) -m 'not slow' $(HOST_TESTS_$*)
+	KLPLUG_TEST_HOSTS=$* $(call PYTEST,-$*) -m smoke tests/$* tests/cluster
 
-test-verl: .venv-verl
-	KLPLUG_TEST_HOSTS=verl .venv-verl/bin/python -m pytest -q -m 'not slow and not release' tests/verl
-	KLPLUG_TEST_HOSTS=verl .venv-verl/bin/python -m pytest -q -m slow tests/verl tests/cluster
-
-.PHONY: test-releases test-latest
-test-releases: .venv-verl
-	KLPLUG_TEST_HOSTS=verl OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest -q -m release tests/verl
+.PHONY: test-runs test-latest
+test-runs: export OMP_NUM_THREADS := 1
+test-runs: $(TEST_HOSTS:%=.venv-%)
+	$(call say,every whole run that make test leaves out; under an hour)
+	@status=0; for host in $(TEST_HOSTS); do \
+		KLPLUG_TEST_HOSTS=$$host .venv-$$host/bin/python -m pytest -q --durations=0 \
+			-m 'slow and not smoke' tests/recipes tests/$$host tests/cluster || status=1; \
+	done; exit $$status
 
 test-latest: $(TEST_HOSTS:%=.venv-%)
 	@status=0; for host in $(TEST_HOSTS); do \

@@ -88,6 +88,7 @@ def test_a_worker_of_another_node_runs_klplugs_function(cluster: Cluster, host: 
     assert f"on {SECOND}" in error_of(other) and f"klplug {klplug.__version__};" in error_of(other)
 
 
+@pytest.mark.smoke
 def test_a_node_without_klplug_stops_the_command_unless_the_job_brings_it(
     cluster: Cluster, host: str, tmp_path: Path
 ) -> None:
@@ -119,6 +120,7 @@ OVER_TWO = {
 }  # fmt: skip
 
 
+@pytest.mark.smoke
 def test_the_quickstart_trains_over_two_nodes(host: str, tmp_path: Path) -> None:
     made = settings(host=host, steps=2, kl_type="k2_as_loss", ranks=2)
     prompts, variables = tmp_path / "prompts.jsonl", on_cpu(host, WITH_KLPLUG)

@@ -33,6 +33,7 @@ def marked(process: psutil.Process, mark: str) -> bool:
         return False
 
 
+@pytest.mark.smoke
 def test_quickstart_of_two_steps(tmp_path: Path) -> None:
     """`make quickstart`, shortened: its files say what happened, and nothing is left running."""
     out, mark = tmp_path / "run", str(tmp_path)
@@ -129,6 +130,7 @@ def test_an_adaptive_run_is_saved_and_resumed(
     assert "trained with kl_type=k1_in_reward,baseline=group:" in log
 
 
+@pytest.mark.smoke
 def test_asynchronous_training(trained: Callable[..., tuple[list[Metrics], str]]) -> None:
     steps, log = trained(
         "k3_in_reward+k2_as_loss,head=combined",

@@ -101,6 +101,7 @@ def quickstart(out: Path, **options: object) -> tuple[dict[str, Any], list[dict[
 
 
 @pytest.mark.slow
+@pytest.mark.smoke
 def test_two_ranks_with_a_kl_in_loss_and_reward(tmp_path: Path) -> None:
     summary, steps, log = quickstart(
         tmp_path / "run", kl_type="k3_in_reward+k3_as_loss", steps=2, ranks=2
@@ -120,6 +121,7 @@ def test_two_ranks_with_a_kl_in_loss_and_reward(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.smoke
 def test_a_head_and_a_baseline_over_several_updates(tmp_path: Path) -> None:
     kl_type = "k2_as_loss,horizon=sequence,baseline=group+js_as_loss,head=combined"
     summary, steps, log = quickstart(tmp_path / "run", kl_type=kl_type, steps=2, updates=2)

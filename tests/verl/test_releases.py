@@ -133,7 +133,7 @@ def test_the_megatron_worker_of_0_7_is_refused_by_name(tmp_path: Path) -> None:
 # Whole runs, with the release first on the path of every process.
 
 
-@pytest.mark.release
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ONLY)
 def test_a_whole_run_with_a_kl_in_loss_and_reward(version: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
