@@ -9,7 +9,7 @@ import ast
 from collections.abc import Iterable
 from pathlib import Path
 
-from klplug.patching import Hook
+from klplug.hosting.patching import Hook
 
 
 def missing(folder: Path, hooks: Iterable[Hook]) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 
 if "verl" in sys.modules and "klplug_verl.hooks" not in sys.modules:
-    from klplug.verl_guard import asked, refuse
+    from klplug_verl_guard import asked, refuse
 
     if asked(sys.argv):
         refuse(

@@ -10,7 +10,7 @@ __all__ = ["apply", "check", "restore", "status"]
 
 
 def check() -> None:
-    """Raise ``klplug.patching.HookError`` if a hooked OpenRLHF function has moved or changed."""
+    """Raise ``HookError`` if a hooked OpenRLHF function has moved or changed."""
     from klplug_openrlhf.hooks import PATCH
 
     PATCH.check()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from klplug import KLSpec, KLTerm, Tally, kl_term
-from klplug.host import announce
-from klplug.patching import Args, Call, Kwargs, bound
-from klplug_openrlhf.options import write
+from klplug.hosting.host import announce
+from klplug.hosting.patching import Args, Call, Kwargs, bound
+from klplug_openrlhf.keys import write
 from klplug_openrlhf.plan import ACTIVE, RECORDERS, STOCK_ESTIMATORS, Plan
 
 

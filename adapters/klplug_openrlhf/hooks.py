@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from klplug.patching import Hook, Patch
+from klplug.hosting.patching import Hook, Patch
 from klplug_openrlhf import actor, trainer
 
 _ACTOR = "openrlhf.trainer.ray.ppo_actor"
@@ -83,5 +83,5 @@ PATCH = Patch(
 
 
 def apply_to(module: ModuleType) -> None:
-    """Post-import hook of ``klplug_openrlhf.worker``."""
+    """Post-import hook of ``klplug_openrlhf.install``."""
     PATCH.apply_to(module)

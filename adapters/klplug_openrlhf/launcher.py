@@ -20,7 +20,7 @@ from typing import Any
 import wrapt
 
 HOST_MODULE = "openrlhf.cli.train_ppo_ray"
-SETUP_HOOK = "klplug_openrlhf.worker.install"
+SETUP_HOOK = "klplug_openrlhf.install.install"
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def parse_args(
     if estimator is None:
         return original(*args, **kwargs)
     from klplug import parse
-    from klplug.patching import HookError
+    from klplug.hosting.patching import HookError
     from klplug_openrlhf.hooks import PATCH
     from klplug_openrlhf.settings import derive
 
@@ -114,8 +114,8 @@ def init_ray(
     Then every node is asked for klplug: on one that lacks it each worker would die of the hook,
     with a page of Ray's own.
     """
-    from klplug.cluster import check_nodes
-    from klplug.host import SettingsError
+    from klplug.hosting.cluster import check_nodes
+    from klplug.hosting.settings import SettingsError
 
     runtime_env = dict(kwargs.pop("runtime_env", None) or {})
     present = runtime_env.get("worker_process_setup_hook") or _job_setup_hook()

@@ -7,8 +7,8 @@ from typing import Any
 
 import klplug
 from klplug import KLSpec, parse
-from klplug.host import Settings
-from klplug_openrlhf.options import flag, read
+from klplug.hosting.settings import Settings
+from klplug_openrlhf.keys import flag, read
 
 ACTIVE = "klplug/active"
 STOCK_ESTIMATORS = ("k1", "k2", "k3")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import klplug
 from klplug import KLSpec, parse
-from klplug.host import SettingsError, is_local
-from klplug_openrlhf.options import flag, read, spelled
+from klplug.hosting.settings import SettingsError, is_local
+from klplug_openrlhf.keys import flag, read, spelled
 from klplug_openrlhf.plan import (
     RECORDERS,
     STOCK_ESTIMATORS,

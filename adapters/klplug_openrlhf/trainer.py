@@ -13,10 +13,11 @@ from torch.nn.functional import pad
 
 from klplug import Tally, kl_return_baseline, kl_term
 from klplug.baselines import others_mean
-from klplug.host import MeasuredController, announce
-from klplug.patching import Args, Call, Kwargs, bound
+from klplug.hosting.controller import MeasuredController
+from klplug.hosting.host import announce
+from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.watch import Watch
-from klplug_openrlhf.options import read
+from klplug_openrlhf.keys import read
 from klplug_openrlhf.plan import ACTIVE, Plan
 
 

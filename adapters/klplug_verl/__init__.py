@@ -30,7 +30,7 @@ __all__ = ["apply", "check", "restore", "status"]
 
 
 def check() -> None:
-    """Raise ``klplug.patching.HookError`` if a hooked verl function has moved or changed."""
+    """Raise ``HookError`` if a hooked verl function has moved or changed."""
     from klplug_verl.hooks import PATCH
 
     PATCH.check()
@@ -60,4 +60,4 @@ def status() -> dict[str, bool]:
 
 if "klplug_verl" in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(","):
     # As verl before 0.9 loads it, which knows no entry points.
-    from klplug_verl import plugin as plugin
+    from klplug_verl import install as install

@@ -16,11 +16,12 @@ from typing import Any
 
 import klplug
 from klplug import parse
-from klplug.cluster import after_ray_init, check_nodes
-from klplug.host import SettingsError
-from klplug.patching import Args, Call, Hook, HookError, Kwargs, Patch, bound
-from klplug_verl import trainer, worker
-from klplug_verl.settings import Plan, derive
+from klplug.hosting.cluster import after_ray_init, check_nodes
+from klplug.hosting.patching import Args, Call, Hook, HookError, Kwargs, Patch, bound
+from klplug.hosting.settings import SettingsError
+from klplug_verl import actor, trainer
+from klplug_verl.plan import Plan
+from klplug_verl.settings import derive
 
 TESTED = "0.9.1, 0.8.0 and 0.7.1"
 
@@ -112,7 +113,7 @@ _IN_WORKER = (
 _ANY = (
     Hook("verl.utils.device", "auto_set_device", ("config",), auto_set_device),
     Hook("verl.trainer.ppo.utils", "need_reference_policy", ("config",), need_reference_policy),
-    Hook("verl.utils.metric.utils", "reduce_metrics", ("metrics",), worker.reduce_metrics),
+    Hook("verl.utils.metric.utils", "reduce_metrics", ("metrics",), actor.reduce_metrics),
     Hook(
         "verl.trainer.ppo.ray_trainer",
         "apply_kl_penalty",
@@ -129,14 +130,14 @@ _ENGINE_WORKER = (
         "verl.workers.utils.losses",
         "ppo_loss",
         ("config", "model_output", "data", "dp_group"),
-        worker.ppo_loss,
+        actor.ppo_loss,
         supplies=_IN_WORKER,
     ),
     Hook(
         "verl.workers.engine_workers",
         "ActorRolloutRefWorker.init_model",
         ("self",),
-        worker.init_model,
+        actor.init_model,
     ),
 )
 _ACTOR = "verl.workers.actor.dp_actor"
@@ -145,22 +146,22 @@ _LEGACY_WORKER = (
         "verl.trainer.ppo.core_algos",
         "kl_penalty",
         ("logprob", "ref_logprob", "kl_penalty"),
-        worker.kl_penalty,
+        actor.kl_penalty,
     ),
     Hook(
         _ACTOR,
         "DataParallelPPOActor._forward_micro_batch",
         ("micro_batch",),
-        worker.forward_micro_batch,
+        actor.forward_micro_batch,
         supplies=_IN_WORKER,
     ),
     # A decorator hides its parameters.
-    Hook(_ACTOR, "DataParallelPPOActor.update_policy", (), worker.update_policy),
+    Hook(_ACTOR, "DataParallelPPOActor.update_policy", (), actor.update_policy),
     Hook(
         "verl.workers.fsdp_workers",
         "ActorRolloutRefWorker.init_model",
         ("self",),
-        worker.init_model,
+        actor.init_model,
     ),
 )
 
@@ -232,7 +233,7 @@ _FAILURES: list[HookError] = []
 
 
 def apply_to(module: ModuleType) -> None:
-    """Post-import hook of ``klplug_verl.plugin``: a moved function is said at once, and a run that
+    """Post-import hook of ``klplug_verl.install``: a moved function is said at once, and a run that
     asks for klplug stops at ``auto_set_device`` or at the trainer."""
     try:
         PATCH.apply_to(module)

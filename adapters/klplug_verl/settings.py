@@ -5,27 +5,26 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import klplug
 from klplug import KLSpec, parse
-from klplug.host import Settings, SettingsError, is_local
-
-_STOCK = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "full")
-STOCK_NAMES = (*_STOCK, *(f"{name}+" for name in _STOCK))
-"""What verl's ``kl_penalty`` knows."""
-
-KEYS = ("kl_type", "kl_coef", "kl_ctrl", "kl_target", "kl_horizon")
-
-USE_LOSS = "actor_rollout_ref.actor.use_kl_loss"
-LOSS_TYPE = "actor_rollout_ref.actor.kl_loss_type"
-LOSS_COEF = "actor_rollout_ref.actor.kl_loss_coef"
-USE_REWARD = "algorithm.use_kl_in_reward"
-PENALTY = "algorithm.kl_penalty"
-CTRL_COEF = "algorithm.kl_ctrl.kl_coef"
-RECORDS = "actor_rollout_ref.rollout.calculate_log_probs"
+from klplug.hosting.settings import SettingsError, is_local
+from klplug_verl.keys import (
+    CTRL_COEF,
+    KEYS,
+    LOSS_COEF,
+    LOSS_TYPE,
+    PENALTY,
+    RECORDS,
+    STOCK,
+    USE_LOSS,
+    USE_REWARD,
+    is_stock,
+    read,
+)
+from klplug_verl.plan import Plan, divides_by_length
 
 REWARD_ESTIMATORS = (
     "grpo",
@@ -39,39 +38,6 @@ REWARD_ESTIMATORS = (
 )
 """Advantage estimators whose result a KL can be joined to: one number per answer. The others whiten
 over the batch, bootstrap, or weigh each token."""
-
-# They take the token mean of each answer themselves, whatever the aggregation.
-MEAN_OF_ANSWER_LOSSES = ("sapo", "geo_mean")
-
-
-def is_stock(name: str) -> bool:
-    return name in STOCK_NAMES
-
-
-@dataclass(frozen=True)
-class Plan(Settings):
-    """What the trainer does in a run, read from the ``klplug`` node of its resolved config."""
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether any term is to the reference model, and not to the sampler."""
-        return "ref_log_probs" in self.spec.requires
-
-    @classmethod
-    def of(cls, config: Any) -> Plan | None:
-        """The plan of a run, or ``None`` where nobody asked for klplug."""
-        own = _get(config, "klplug")
-        if own is None:
-            return None
-        spec = parse(own["kl_type"])
-        return cls(
-            spec=spec,
-            kl_coef=klplug.check_kl_coef(spec, own.get("kl_coef")),
-            kl_ctrl=own.get("kl_ctrl") or "fixed",
-            kl_target=own.get("kl_target"),
-            kl_horizon=own.get("kl_horizon"),
-            divides_by_length=_divides_by_length(config),
-        )
 
 
 def derive(config: Any, written: Mapping[str, Any]) -> str | None:
@@ -100,7 +66,7 @@ def derive(config: Any, written: Mapping[str, Any]) -> str | None:
         kl_ctrl=asked.get("kl_ctrl") or "fixed",
         kl_target=asked.get("kl_target"),
         kl_horizon=asked.get("kl_horizon"),
-        divides_by_length=_divides_by_length(config),
+        divides_by_length=divides_by_length(config),
     )
     plan.controller()
     for key, reason in _contradictions(plan, written if "klplug" in config else {}):
@@ -135,14 +101,6 @@ def derive(config: Any, written: Mapping[str, Any]) -> str | None:
     return f"klplug {klplug.__version__}: kl_type={spec}{coef}; sets {text}"
 
 
-def _get(config: Any, path: str, default: Any = None) -> Any:
-    for part in path.split("."):
-        if config is None or part not in config:
-            return default
-        config = config[part]
-    return default if config is None else config
-
-
 def _update(config: Any, settings: Mapping[str, Any]) -> None:
     from omegaconf import OmegaConf
 
@@ -155,9 +113,9 @@ def _asked(config: Any, written: Mapping[str, Any]) -> dict[str, Any] | None:
     own = config.get("klplug") if hasattr(config, "get") else None
     if own is not None:
         return _own_keys(own, written)
-    if _get(config, "actor_rollout_ref.actor") is None or _get(config, "algorithm") is None:
+    if read(config, "actor_rollout_ref.actor") is None or read(config, "algorithm") is None:
         return None
-    loss, penalty = str(_get(config, LOSS_TYPE)), str(_get(config, PENALTY))
+    loss, penalty = str(read(config, LOSS_TYPE)), str(read(config, PENALTY))
     given = {
         key: (_named(key, name), placement)
         for key, name, placement in (
@@ -178,7 +136,7 @@ def _asked(config: Any, written: Mapping[str, Any]) -> dict[str, Any] | None:
     if not given:
         return None
     other = {LOSS_TYPE: USE_REWARD, PENALTY: USE_LOSS}
-    if len(given) == 2 or any(_get(config, other[key]) for key in given):
+    if len(given) == 2 or any(read(config, other[key]) for key in given):
         both = f"{loss if LOSS_TYPE in given else 'k2_as_loss'}"
         both = f"{penalty if PENALTY in given else 'k1_in_reward'}+{both}"
         raise SettingsError(
@@ -189,8 +147,8 @@ def _asked(config: Any, written: Mapping[str, Any]) -> dict[str, Any] | None:
     (key,) = given
     spec = given[key][0]
     if key == LOSS_TYPE:
-        return {"kl_type": str(spec), "kl_coef": _get(config, LOSS_COEF)}
-    ctrl = _get(config, "algorithm.kl_ctrl")
+        return {"kl_type": str(spec), "kl_coef": read(config, LOSS_COEF)}
+    ctrl = read(config, "algorithm.kl_ctrl")
     adaptive = ctrl["type"] == "adaptive"
     return {
         "kl_type": str(spec),
@@ -205,7 +163,7 @@ def _named(key: str, name: str) -> KLSpec:
     try:
         return parse(name)
     except ValueError as error:
-        raise SettingsError(f"{key}: {error} verl's own: {', '.join(_STOCK)}") from None
+        raise SettingsError(f"{key}: {error} verl's own: {', '.join(STOCK)}") from None
 
 
 def _own_keys(own: Any, written: Mapping[str, Any]) -> dict[str, Any]:
@@ -276,14 +234,6 @@ def _agrees(name: str, part: KLSpec) -> bool:
     return parse(name) == part
 
 
-def _divides_by_length(config: Any) -> bool:
-    actor = _get(config, "actor_rollout_ref.actor")
-    return (
-        _get(actor, "loss_agg_mode") == "seq-mean-token-mean"
-        or _get(actor, "policy_loss.loss_mode") in MEAN_OF_ANSWER_LOSSES
-    )
-
-
 def _refuse_unserved(plan: Plan, config: Any, written: Mapping[str, Any]) -> None:
     spec = plan.spec
     if "trainer" not in config or "actor_rollout_ref" not in config:
@@ -311,8 +261,8 @@ def _refuse_unserved(plan: Plan, config: Any, written: Mapping[str, Any]) -> Non
         )
     if (
         spec.placed("as_loss").estimator != "none"
-        and _get(config, "distillation.enabled", False)
-        and not _get(config, "distillation.distillation_loss.use_task_rewards", False)
+        and read(config, "distillation.enabled", False)
+        and not read(config, "distillation.distillation_loss.use_task_rewards", False)
     ):
         raise SettingsError(
             f"kl_type {spec} with distillation.distillation_loss.use_task_rewards=False: verl "
@@ -324,14 +274,14 @@ def _refuse_unserved(plan: Plan, config: Any, written: Mapping[str, Any]) -> Non
 
 def _is_legacy(config: Any) -> bool:
     """Whether verl 0.7 runs its own workers, and not the engine's."""
-    return bool(_get(config, "trainer.use_legacy_worker_impl", "disable") != "disable")
+    return bool(read(config, "trainer.use_legacy_worker_impl", "disable") != "disable")
 
 
 def _refuse_on_legacy_worker(plan: Plan, config: Any) -> None:
     as_loss = plan.spec.placed("as_loss")
     if as_loss.estimator == "none" or not _is_legacy(config):
         return
-    strategy = str(_get(config, "actor_rollout_ref.actor.strategy"))
+    strategy = str(read(config, "actor_rollout_ref.actor.strategy"))
     unserved = [
         *([f"strategy={strategy}"] if strategy not in ("fsdp", "fsdp2") else ()),
         *(["head=combined"] if any(t.head == "combined" for t in as_loss.terms) else ()),
@@ -347,7 +297,7 @@ def _refuse_on_legacy_worker(plan: Plan, config: Any) -> None:
 
 def _refuse_head(plan: Plan, config: Any) -> None:
     heads = [term.head for term in plan.spec.terms if term.head in ("combined", "clipped")]
-    mode = str(_get(config, "actor_rollout_ref.actor.policy_loss.loss_mode", "vanilla"))
+    mode = str(read(config, "actor_rollout_ref.actor.policy_loss.loss_mode", "vanilla"))
     if heads and mode != "vanilla":
         raise SettingsError(
             f"kl_type {plan.spec} with actor_rollout_ref.actor.policy_loss.loss_mode={mode}: "
@@ -370,10 +320,10 @@ def _refuse_baseline(plan: Plan, config: Any) -> None:
             f"kl_type {plan.spec}: a baseline with reference=rollout does nothing: it is measured "
             "at the start of a step, where the KL to the sampler is 0. Leave baseline out"
         )
-    n = int(_get(config, "actor_rollout_ref.rollout.n", 1))
+    n = int(read(config, "actor_rollout_ref.rollout.n", 1))
     answers = n if any(t.baseline == "group" for t in compared) else None
     if answers is None:
-        answers = n * int(_get(config, "data.train_batch_size", 2))
+        answers = n * int(read(config, "data.train_batch_size", 2))
     if answers < 2:
         raise SettingsError(
             f"kl_type {plan.spec} with actor_rollout_ref.rollout.n={n}: there are no other answers "
@@ -382,7 +332,7 @@ def _refuse_baseline(plan: Plan, config: Any) -> None:
 
 
 def _refuse_in_reward(plan: Plan, config: Any) -> None:
-    estimator = str(_get(config, "algorithm.adv_estimator"))
+    estimator = str(read(config, "algorithm.adv_estimator"))
     in_reward = plan.spec.placed("in_reward")
     if estimator == "gdpo" and in_reward.estimator != "none":
         raise SettingsError(
@@ -400,7 +350,7 @@ def _refuse_in_reward(plan: Plan, config: Any) -> None:
             f"{', '.join(REWARD_ESTIMATORS)}, or k2_as_loss, or verl's own order: "
             f"{joined_after[0].estimator}_in_reward,reward_norm=group"
         )
-    if plan.divides_by_length and int(_get(config, "actor_rollout_ref.rollout.n", 1)) < 2:
+    if plan.divides_by_length and int(read(config, "actor_rollout_ref.rollout.n", 1)) < 2:
         raise SettingsError(
             f"kl_type {plan.spec} with a policy loss that divides by the answer's length would "
             "tilt the optimum to long answers, and with actor_rollout_ref.rollout.n=1 there is no "
@@ -411,12 +361,12 @@ def _refuse_in_reward(plan: Plan, config: Any) -> None:
 
 def check_files(config: Any) -> None:
     """Local models and data files that the config names must be there and have the prompt."""
-    model = _get(config, "actor_rollout_ref.model.path")
+    model = read(config, "actor_rollout_ref.model.path")
     if model and is_local(model) and not Path(model).expanduser().exists():
         raise SettingsError(f"actor_rollout_ref.model.path={model}: there is no such path")
-    prompt_key = _get(config, "data.prompt_key", "prompt")
+    prompt_key = read(config, "data.prompt_key", "prompt")
     for key in ("data.train_files", "data.val_files"):
-        files = _get(config, key) or ()
+        files = read(config, key) or ()
         for name in [files] if isinstance(files, str) else files:
             path = Path(str(name)).expanduser()
             if not is_local(str(name)):

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from klplug import KLSpec, KLTerm, kl_return_baseline, kl_term, parse, reward_to_go
-from klplug.host import MeasuredController, announce
-from klplug.patching import Args, Call, Kwargs, bound
+from klplug.hosting.controller import MeasuredController
+from klplug.hosting.host import announce
+from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.watch import Watch
-from klplug_verl.settings import Plan, is_stock
-from klplug_verl.worker import BASELINE, COEF_KEY, SUMS
+from klplug_verl.actor import BASELINE, COEF_KEY, SUMS
+from klplug_verl.keys import is_stock
+from klplug_verl.plan import Plan
 
 ACTIVE = "klplug/active"
 STATE_FILE = "klplug.json"

@@ -172,10 +172,10 @@ def _environment_problems(environment: dict[str, str], hosts: dict[str, HostRepo
     except (ValueError, AttributeError):
         hook = None
         problems.append("RAY_JOB_CONFIG_JSON_ENV_VAR is no JSON object")
-    if hook not in (None, "klplug_openrlhf.worker.install"):
+    if hook not in (None, "klplug_openrlhf.install.install"):
         problems.append(
             f"the Ray job has worker_process_setup_hook={hook!r}, whose place klplug needs on "
-            "OpenRLHF: call klplug_openrlhf.worker.install() from it"
+            "OpenRLHF: call klplug_openrlhf.install.install() from it"
         )
     verl = hosts["verl"].version
     if verl is not None and verl.startswith(_WITHOUT_PLUGINS):

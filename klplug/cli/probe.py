@@ -26,7 +26,7 @@ def probe(host: str, install: bool) -> Answer:
     adapter = importlib.import_module(f"klplug_{host}")
     try:
         if install and host == "openrlhf":
-            importlib.import_module("klplug_openrlhf.worker").install()
+            importlib.import_module("klplug_openrlhf.install").install()
         importlib.import_module(host)  # verl finds its plugins here
         adapter.check()
         return {"hooks": adapter.status(), "error": None}
@@ -40,7 +40,7 @@ def probe_in_ray(host: str) -> Answer:
 
     runtime_env: dict[str, Any] = {}
     if host == "openrlhf":
-        runtime_env["worker_process_setup_hook"] = "klplug_openrlhf.worker.install"
+        runtime_env["worker_process_setup_hook"] = "klplug_openrlhf.install.install"
     try:
         ray.init(
             address="local",

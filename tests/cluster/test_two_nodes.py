@@ -36,7 +36,7 @@ pytestmark = [
 CONNECT = {
     "openrlhf": "import ray, wrapt; from klplug_openrlhf.launcher import init_ray\n"
     "wrapt.wrap_function_wrapper(ray, 'init', init_ray)",
-    "verl": "import ray; from klplug.cluster import after_ray_init\n"
+    "verl": "import ray; from klplug.hosting.cluster import after_ray_init\n"
     "from klplug_verl.hooks import check_cluster\nafter_ray_init(check_cluster)",
 }
 FUNCTION = {"openrlhf": "openrlhf.models.utils.compute_approx_kl",

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from klplug_openrlhf import options
+from klplug_openrlhf import keys
 from klplug_openrlhf.launcher import HOST_MODULE
 
 # What a release without dots calls the options that the tests and the quickstart set.
-FLAT = options.FLAT | {
+FLAT = keys.FLAT | {
     "actor.adam.lr": "actor_learning_rate",
     "actor.entropy_coef": "entropy_loss_coef",
     "actor.eps_clip_low_high": "eps_clip_low_high",

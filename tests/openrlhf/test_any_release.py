@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from klplug_openrlhf import launcher
-from klplug_openrlhf.options import flag, read
+from klplug_openrlhf.keys import flag, read
 from klplug_openrlhf.plan import RECORDERS, Plan
 
 import klplug

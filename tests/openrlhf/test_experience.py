@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from klplug_openrlhf.options import read
+from klplug_openrlhf.keys import read
 from klplug_openrlhf.trainer import over_groups
 from torch import Tensor
 
 from klplug import AdaptiveKL, FixedKL, kl_return_baseline, kl_term, reward_to_go
-from klplug.host import MeasuredController
+from klplug.hosting.controller import MeasuredController
 from tests.openrlhf.command_line import change
 from tests.openrlhf.trainer import ANSWER, LENGTH, PROMPT, arguments, configure
 

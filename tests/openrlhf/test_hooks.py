@@ -14,11 +14,11 @@ from pathlib import Path
 
 import klplug_openrlhf
 import pytest
-from klplug_openrlhf import worker
 from klplug_openrlhf.hooks import PATCH
+from klplug_openrlhf.install import MODULES
 
 from klplug import parse
-from klplug.patching import Hook, HookError, Patch
+from klplug.hosting.patching import Hook, HookError, Patch
 from recipes import cpu_shim
 
 
@@ -28,7 +28,7 @@ def test_the_wheel_in_this_environment_has_every_hook() -> None:
 
 
 def test_the_worker_watches_every_hooked_module() -> None:
-    assert set(worker.MODULES) == set(PATCH.modules)
+    assert set(MODULES) == set(PATCH.modules)
 
 
 def test_apply_reaches_by_name_imports_and_restore_undoes_it() -> None:
@@ -172,7 +172,7 @@ def test_a_worker_is_patched_as_it_imports_and_stops_where_it_cannot_be(tmp_path
     script = textwrap.dedent(
         """
         import sys
-        from klplug_openrlhf.worker import install
+        from klplug_openrlhf.install import install
         install()
         assert "torch" not in sys.modules
         from openrlhf.trainer.ray.ppo_actor import ActorPPOTrainer, masked_mean

@@ -82,7 +82,7 @@ def test_the_installed_wheel_imports_from_elsewhere(wheel: Path, tmp_path: Path)
 
 def test_importing_an_adapter_is_cheap() -> None:
     """Ray's workers import it at start: neither torch nor a host may come with it."""
-    for module in ("klplug_openrlhf", "klplug_openrlhf.worker", "klplug_openrlhf.launcher"):
+    for module in ("klplug_openrlhf", "klplug_openrlhf.install", "klplug_openrlhf.launcher"):
         script = (
             f"import sys, {module}\n"
             "heavy = {'torch', 'ray', 'openrlhf', 'vllm', 'transformers'} & set(sys.modules)\n"

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from klplug_verl.worker import BASELINE
+from klplug_verl.actor import BASELINE
 from tensordict import TensorDict
 from torch import Tensor
 

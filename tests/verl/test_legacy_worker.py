@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from klplug_verl.actor import COEF_KEY, MAXIMA, SUMS
 from klplug_verl.settings import derive
-from klplug_verl.worker import COEF_KEY, MAXIMA, SUMS
 from torch import Tensor, nn
 
 from klplug import Tally, kl_term, parse
-from klplug.host import SettingsError
+from klplug.hosting.settings import SettingsError
 from klplug.watch import Watch
 from tests.one_meaning import (
     AS_LOSS,
@@ -160,7 +160,7 @@ def test_the_metrics_are_those_of_all_micro_batches() -> None:
 
 def test_ranks_are_joined_as_sums() -> None:
     """The trainer reduces a list of one number per rank."""
-    from klplug_verl.worker import numbers
+    from klplug_verl.actor import numbers
     from verl.trainer.ppo.ray_trainer import reduce_metrics
 
     given = batch()
@@ -215,15 +215,15 @@ def test_a_kl_type_outside_of_that_worker_is_an_error() -> None:
 def test_a_gradient_that_stays_away_from_the_principled_one_is_told_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from klplug_verl import worker
+    from klplug_verl import actor
     from verl.trainer.ppo.ray_trainer import reduce_metrics
 
-    monkeypatch.setattr(worker, "_WATCH", Watch())
+    monkeypatch.setattr(actor, "_WATCH", Watch())
     given = batch()
     away = kl_term(
         "k1_as_loss,ratio=none", given.log_probs, given.ref_log_probs, given.response_mask
     )
     for _ in range(50):
-        reduce_metrics({name: [value] for name, value in worker.numbers(away.tally).items()})
+        reduce_metrics({name: [value] for name, value in actor.numbers(away.tally).items()})
     said = capsys.readouterr().out
     assert said.count("klplug/gradient_cosine is") == 1 and "for 20 steps" in said

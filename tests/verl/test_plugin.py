@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from klplug_verl.hooks import PATCH, TESTED
+from klplug_verl_guard import asked
 
-from klplug.patching import Hook, HookError, Patch
-from klplug.verl_guard import asked
+from klplug.hosting.patching import Hook, HookError, Patch
 from recipes import cpu_shim
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,8 +44,8 @@ def test_every_hook_is_there() -> None:
 
 def test_both_entry_points_are_declared() -> None:
     found = {e.name: e.value for e in entry_points(group="verl.plugins")}
-    assert found["klplug"] == "klplug_verl.plugin"
-    assert found["klplug_guard"] == "klplug.verl_guard"
+    assert found["klplug"] == "klplug_verl.install"
+    assert found["klplug_guard"] == "klplug_verl_guard"
 
 
 def test_the_patch_is_complete_and_reaches_by_name_imports() -> None:
@@ -156,7 +156,7 @@ def test_another_command_of_hydras_loads_nothing_of_klplug(tmp_path: Path) -> No
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("package", ["klplug_verl", "klplug"])
+@pytest.mark.parametrize("package", ["klplug_verl", "klplug", "klplug_verl_guard"])
 @pytest.mark.parametrize("is_package", [True, False], ids=["package", "folder"])
 def test_a_directory_that_hides_the_plugin_stops_the_run(
     tmp_path: Path, package: str, is_package: bool

@@ -18,7 +18,7 @@ import pytest
 from klplug_verl.hooks import of_run
 from omegaconf import OmegaConf
 
-from klplug.patching import Hook
+from klplug.hosting.patching import Hook
 from recipes import cpu_shim
 from tests.releases import release
 from tests.verl.test_plugin import files

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from klplug_verl.actor import BASELINE, COEF_KEY, numbers
 from klplug_verl.settings import REWARD_ESTIMATORS
 from klplug_verl.trainer import excess_over_group, to_go_over_answer
-from klplug_verl.worker import BASELINE, COEF_KEY, numbers
 from omegaconf import open_dict
 from torch import Tensor
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from klplug_verl.worker import BASELINE
+from klplug_verl.actor import BASELINE
 from torch import Tensor
 
 from klplug import aggregate, kl_term, policy_loss

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from klplug import KLSpec, KLTerm, Tally, kl_term, parse
-from klplug.host import announce
-from klplug.patching import Args, Call, Kwargs, bound
+from klplug.hosting.host import announce
+from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.watch import Watch
-from klplug_verl.settings import LOSS_TYPE, is_stock
+from klplug_verl.keys import LOSS_TYPE, is_stock
 
 COEF_KEY = "klplug_kl_coef"  # the controller's value, in the batch's meta information
 BASELINE = "klplug_return_baseline"  # of the whole batch, one of its tensors

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import klplug
-from klplug.host import SettingsError
+from klplug.hosting.settings import SettingsError
 
 _EXCEPTION = re.compile(r"^[\w.]+(?:Error|Exception|Exit)\b.*", re.MULTILINE)
 

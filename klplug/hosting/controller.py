@@ -1,49 +1,12 @@
-"""What the adapters share beside patching: the same words, the same state, on every host."""
+"""klplug's controller of the coefficient behind a host's own interface."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
-import klplug
-from klplug.controllers import KLController, kl_controller
+from klplug.controllers import KLController
 from klplug.spec import KLSpec
-
-
-class SettingsError(ValueError):
-    """The command line asks for something that can't be, said before anything starts."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a user set, checked; each adapter's plan adds what its hooks need to know."""
-
-    spec: KLSpec
-    kl_coef: float
-    kl_ctrl: str = "fixed"
-    kl_target: float | None = None
-    kl_horizon: float | None = None
-    divides_by_length: bool = False
-
-    def controller(self) -> KLController:
-        return kl_controller(self.kl_ctrl, self.kl_coef, self.kl_target, self.kl_horizon)
-
-
-def is_local(name: str) -> bool:
-    """Whether a model or data set is meant as a path: a hub's names have one slash at most."""
-    if "://" in name:
-        return False
-    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
-
-
-def announce(process: str, spec: KLSpec, kl_coef: float) -> None:
-    """The one line by which a process says that klplug is active in it."""
-    print(
-        f"klplug {klplug.__version__} active in {process} (pid {os.getpid()}): "
-        f"kl_type={spec} kl_coef={kl_coef:g}",
-        flush=True,
-    )
 
 
 @dataclass

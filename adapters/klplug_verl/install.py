@@ -15,13 +15,13 @@ import os
 import sys
 
 try:
-    from klplug.verl_guard import asked, refuse
+    from klplug_verl_guard import asked, refuse
 except ImportError as error:
-    # The other way round than in klplug.verl_guard: a directory hides klplug itself.
-    _found = importlib.util.find_spec("klplug")
+    # The other way round than there: a directory hides the guard.
+    _found = importlib.util.find_spec("klplug_verl_guard")
     print(
-        f"klplug: error: the package klplug is found at {_found and _found.origin}, which is not "
-        f"klplug's own ({error}). Rename that directory, or run from elsewhere",
+        f"klplug: error: the package klplug_verl_guard is found at {_found and _found.origin}, "
+        f"which is not klplug's own ({error}). Rename that directory, or run from elsewhere",
         file=sys.stderr,
         flush=True,
     )
