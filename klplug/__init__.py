@@ -9,8 +9,9 @@ from klplug.aggregation import aggregate
 from klplug.catalogue import KLType, kl_types
 from klplug.controllers import AdaptiveKL, FixedKL, KLController, kl_controller
 from klplug.spec import KLSpec, check_kl_coef, parse
+from klplug.step import KLStep, policy_loss
 from klplug.tally import Tally
-from klplug.term import KLTerm, kl_return_baseline, kl_term, policy_loss, reward_to_go
+from klplug.term import KLTerm, kl_return_baseline, kl_term, reward_to_go
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "FixedKL",
     "KLController",
     "KLSpec",
+    "KLStep",
     "KLTerm",
     "KLType",
     "Tally",

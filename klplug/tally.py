@@ -95,7 +95,7 @@ class Diagnosis:
     something did, and anything where masked; the others are zero there.
 
     Attributes:
-        force: what multiplies each token's score.
+        gradient: what multiplies each token's score.
         principled: what would with ``c = lr``.
         k3: its values, where they are at hand.
     """
@@ -103,7 +103,7 @@ class Diagnosis:
     mask: Tensor
     log_ratio: Tensor
     coefficient: Tensor
-    force: Tensor
+    gradient: Tensor
     principled: Tensor
     overflowed: Tensor
     k3: Tensor | None = None
@@ -119,9 +119,9 @@ class Diagnosis:
         weight = weight_square = tokens
         if self.weight is not None:
             weight, weight_square = total(squarable(self.weight)), squares(self.weight)
-        together = squares(self.force)
-        if self.force is not self.principled:
-            together = total(squarable(self.force).mul_(squarable(self.principled)))
+        together = squares(self.gradient)
+        if self.gradient is not self.principled:
+            together = total(squarable(self.gradient).mul_(squarable(self.principled)))
 
         def share(flags: Tensor | None) -> Tensor:
             return never if flags is None else total(masked_(flags, self.mask))
@@ -140,11 +140,11 @@ class Diagnosis:
                 "capped": share(self.capped),
                 "bounded": share(self.bounded),
                 "overflow": share(self.overflowed),
-                "force_square": squares(self.force),
+                "gradient_square": squares(self.gradient),
                 "principled_square": squares(self.principled),
-                "force_principled": together,
-                "force_size": total(size(self.force)),
-                "top_size": top_total(size(self.force), tokens),
+                "gradient_principled": together,
+                "gradient_size": total(size(self.gradient)),
+                "top_size": top_total(size(self.gradient), tokens),
             },
             maxima={"coef": largest.amax() if largest.numel() else largest.new_zeros(())},
         )
@@ -177,18 +177,18 @@ def top_total(size: Tensor, tokens: Tensor) -> Tensor:
 def gradient_metrics(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``gradient_cosine``, ``gradient_norm_ratio`` and ``top_share`` from merged sums.
 
-    ``gradient_cosine``: between the term's force and the principled one, over tokens; 1 where
+    ``gradient_cosine``: between the term's gradient and the principled one, over tokens; 1 where
     neither has any. ``gradient_norm_ratio``: its norm over the principled one's; 0 where there is
-    nothing to compare with. ``top_share``: of all |force|, what the top 1 % of tokens have.
+    nothing to compare with. ``top_share``: of all |gradient|, what the top 1 % of tokens have.
     """
-    force, principled = sums["force_square"].sqrt(), sums["principled_square"].sqrt()
-    nothing = (force == 0) & (principled == 0)
-    some = (force > 0) & (principled > 0)
-    one, zero = torch.ones_like(force), torch.zeros_like(force)
-    cosine = sums["force_principled"] / torch.where(some, force, one)
+    gradient, principled = sums["gradient_square"].sqrt(), sums["principled_square"].sqrt()
+    nothing = (gradient == 0) & (principled == 0)
+    some = (gradient > 0) & (principled > 0)
+    one, zero = torch.ones_like(gradient), torch.zeros_like(gradient)
+    cosine = sums["gradient_principled"] / torch.where(some, gradient, one)
     cosine = cosine / torch.where(some, principled, one)
-    ratio = force / torch.where(principled > 0, principled, one)
-    share = sums["top_size"] / torch.where(sums["force_size"] > 0, sums["force_size"], one)
+    ratio = gradient / torch.where(principled > 0, principled, one)
+    share = sums["top_size"] / torch.where(sums["gradient_size"] > 0, sums["gradient_size"], one)
     return {
         "gradient_cosine": torch.where(nothing, one, torch.where(some, cosine, zero)),
         "gradient_norm_ratio": torch.where(nothing, one, torch.where(some, ratio, zero)),

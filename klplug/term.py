@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from klplug.baselines import others_mean
-from klplug.numerics import finite, finite_, flags, largest_exponent, masked, masked_
+from klplug.numerics import finite, finite_, flags, largest, largest_exponent, masked, masked_
 from klplug.spec import KLSpec, parse
 from klplug.tally import Diagnosis, Tally
 from klplug.weights import ImportanceWeight, clipped_weight, importance_weight
@@ -31,32 +31,42 @@ class KLTerm:
     ``coefficient`` is *subtracted* from a reward.
 
     Attributes:
-        loss: differentiable. Its value is the estimate, its gradient ``weight * coefficient *
-            grad log_probs``: the formulation's, whatever the estimate's own derivative is.
+        spec: what it is a term of.
         value: detached, unweighted estimate of the KL by the named estimator, nats per token.
         coefficient: detached c; for ``in_reward`` the number to join to each token's reward.
-        weight: detached w; 1 where there is no ratio.
+        gradient: detached ``weight * coefficient``: that of ``loss.sum()`` with respect to
+            ``log_probs``, whatever the estimate's own derivative is.
+        parts: the terms of a sum; a single term is its own only part.
 
-    For a sum of terms ``loss`` and ``value`` are the sums of the parts', and ``weight`` is 1.
+    For a sum of terms ``value`` and ``gradient`` are the sums of the parts', ``coefficient`` is
+    ``gradient``, and ``weight`` is 1.
     """
 
+    spec: KLSpec
     value: Tensor
     coefficient: Tensor
+    gradient: Tensor
     _log_probs: Tensor = field(repr=False)
-    _force: Tensor = field(repr=False)
     _mask: Tensor = field(repr=False)
     _weight: Tensor | None = field(repr=False)
     # What only some callers ask for is made when they do: most of the cost is here.
     _diagnose: Callable[[], Diagnosis] = field(repr=False)
+    _parts: tuple[KLTerm, ...] = field(default=(), repr=False)
+
+    @property
+    def parts(self) -> tuple[KLTerm, ...]:
+        return self._parts or (self,)
 
     @functools.cached_property
     def loss(self) -> Tensor:
+        """Differentiable: its value is ``value``, its gradient ``gradient``."""
         # Made on first use, which may be under no_grad: what counts is how kl_term was called.
         with torch.enable_grad():
-            return _with_gradient(self._log_probs, self.value, self._force)
+            return with_gradient(self._log_probs, self.value, self.gradient)
 
     @functools.cached_property
     def weight(self) -> Tensor:
+        """Detached w; 1 where there is no ratio."""
         return self._mask.to(self.value.dtype) if self._weight is None else self._weight
 
     @functools.cached_property
@@ -130,82 +140,16 @@ def kl_term(
     }
     options = {"kl_coef": kl_coef, "clip_range": clip_range, "group_ids": group_ids}
     _check(spec, log_probs, response_mask, supplied, options)
-    clip = None if clip_range is None else _low_and_high(clip_range)
+    clip = None if clip_range is None else low_and_high(clip_range)
     batch = _Batch.of(spec, log_probs, response_mask, supplied)
-    if spec.estimator == "none":
-        return _nothing(batch)
-    terms = [_single(t, batch, kl_coef, clip, group_ids) for t in spec.terms]
+    terms = [
+        _single(term, batch, kl_coef, clip, group_ids)
+        for term in spec.terms
+        if term.placement is not None
+    ]
+    if not terms:
+        return _nothing(spec, batch)
     return terms[0] if len(terms) == 1 else _sum(spec, terms)
-
-
-def policy_loss(
-    spec: str | KLSpec,
-    log_probs: Tensor,
-    ref_log_probs: Tensor | None,
-    response_mask: Tensor,
-    *,
-    old_log_probs: Tensor,
-    advantages: Tensor,
-    kl_coef: float | Tensor,
-    clip_range: ClipRange = 0.2,
-    rollout_log_probs: Tensor | None = None,
-    group_ids: Groups = None,
-    return_baseline: Tensor | None = None,
-) -> Tensor:
-    """PPO's and GRPO's clipped surrogate with its KL, per token: (B, T), differentiable.
-
-    With ``rho = pi/old``, ``head=combined`` is ``-min(rho A', clip(rho) A')``,
-    ``A' = sg(A - kl_coef * c)``: the KL inside the ratio and the clip, c at the *current* policy
-    (which a KL in the reward has at the start of the step). Any other as_loss term is added to the
-    surrogate of ``A`` as ``kl_coef * KLTerm.loss``. The one difference between the heads is whose
-    sign decides where the clip drops the gradient.
-
-    Args:
-        spec: terms as_loss (``k1_in_reward,head=combined`` is one), or ``none``.
-        advantages: (B, T), already normalised over their groups; not differentiated.
-        kl_coef: beta.
-        clip_range: epsilon, or (low, high): the ratio is held in [1 - low, 1 + high].
-
-    The others, and the errors, are ``kl_term``'s. Aggregate the result as the policy loss is.
-
-    Raises:
-        ValueError: a term in the reward: it belongs to the advantages that are handed in.
-    """
-    spec = parse(spec)
-    if spec.placed("in_reward").estimator != "none":
-        raise ValueError(
-            f"kl_type {str(spec)!r} is in the reward: join it to the advantages, or use "
-            "'k1_in_reward,head=combined'"
-        )
-    given: dict[str, Any] = {
-        "old_log_probs": old_log_probs,
-        "rollout_log_probs": rollout_log_probs,
-        "advantages": advantages,
-        "kl_coef": kl_coef,
-        "clip_range": clip_range,
-        "group_ids": group_ids,
-        "return_baseline": return_baseline,
-    }
-    low, high = _low_and_high(clip_range)
-    terms = {
-        term: kl_term(term, log_probs, ref_log_probs, response_mask, **given) for term in spec.terms
-    }
-    mask = response_mask.bool()
-    dtype = next(iter(terms.values())).value.dtype
-    force = masked(advantages.detach().to(dtype), mask)
-    for term, kl in terms.items():
-        if term.head == "combined":
-            force = force - kl_coef * kl.coefficient
-    log_ratio = log_probs.detach().to(dtype) - old_log_probs.detach()
-    ratio = importance_weight(log_ratio, mask, level="token", cap=math.inf, mode="truncate")
-    rho, held = ratio.weight, clipped_weight(ratio, -force, (low, high)).weight
-    value = -torch.minimum(rho * force, rho.clamp(1 - low, 1 + high) * force)
-    force = -held * force
-    for term, kl in terms.items():
-        if term.head in ("separate", "clipped"):
-            value, force = value + kl_coef * kl.value, force + kl_coef * kl._force
-    # Not by autograd, to which the gradient of a saturated exponent is no number.
-    return _with_gradient(log_probs, finite(value), finite(force))
 
 
 def kl_return_baseline(
@@ -231,7 +175,7 @@ def kl_return_baseline(
     reference = f"{spec.reference}_log_probs"
     batch = _Batch.of(spec, log_probs, response_mask, {reference: ref_log_probs})
     _, own, later = _value_and_coefficients(spec, batch, batch.log_ratio(reference))
-    return others_mean(_returns(own, later, None), _groups(spec, group_ids))
+    return others_mean(_returns(own, later, batch), _groups(spec, group_ids))
 
 
 @dataclass
@@ -279,26 +223,43 @@ class _Batch:
 
 
 class _WithGradient(torch.autograd.Function):
-    """``value``, with ``force`` as its derivative with respect to ``log_probs``."""
+    """``value``, with ``derivative`` as its derivative with respect to ``log_probs``."""
 
     @staticmethod
-    def forward(ctx: Any, log_probs: Tensor, value: Tensor, force: Tensor) -> Tensor:
-        ctx.save_for_backward(force)
+    def forward(ctx: Any, log_probs: Tensor, value: Tensor, derivative: Tensor) -> Tensor:
+        ctx.save_for_backward(derivative)
         ctx.dtype = log_probs.dtype
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (force,) = ctx.saved_tensors
-        gradient = gradients[0] * force
+        (derivative,) = ctx.saved_tensors
+        gradient = gradients[0] * derivative
         if gradient.dtype != ctx.dtype:  # whose largest number may be less
             limit = torch.finfo(ctx.dtype).max
             gradient = gradient.clamp_(-limit, limit).to(ctx.dtype)
         return gradient, None, None
 
 
-def _with_gradient(log_probs: Tensor, value: Tensor, force: Tensor) -> Tensor:
-    return cast(Tensor, _WithGradient.apply(log_probs, value, force))  # type: ignore[no-untyped-call]
+def with_gradient(log_probs: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    """``value``, differentiable: that times ``gradient`` is what ``log_probs`` gets of it."""
+    return cast(Tensor, _WithGradient.apply(log_probs, value, gradient))  # type: ignore[no-untyped-call]
+
+
+# ── What a term does to each token: c, w, and the gradient w c, by head and horizon ──────────────
+
+
+@dataclass(frozen=True)
+class _Acting:
+    """c, w (``None`` where it is 1) and the gradient with respect to ``log_probs``.
+
+    ``principled``, for the metrics, is the gradient that the same formulation has with c = lr.
+    """
+
+    coefficient: Tensor
+    weight: Tensor | None
+    gradient: Tensor
+    principled: Callable[[], Tensor]
 
 
 def _single(
@@ -309,53 +270,48 @@ def _single(
     group_ids: Groups,
 ) -> KLTerm:
     log_ratio = batch.log_ratio(f"{spec.reference}_log_probs")
-    value, coefficient, later = _value_and_coefficients(spec, batch, log_ratio)
+    value, own, later = _value_and_coefficients(spec, batch, log_ratio)
     importance = _importance(spec, batch)
-    weight = None if importance is None else importance.weight
-    force: Tensor | None = None
-    if spec.placement == "as_loss" and spec.horizon == "sequence":
-        # Per decision: sum_{s>=t} w_s c_s. At sequence level w is one number per answer, so this
-        # is w times the reward-to-go there, and without a ratio the reward-to-go itself.
-        inside = weight if spec.head == "separate" else None
-        force = _returns(coefficient, later, inside)
-        if spec.baseline != "none":
-            compared = _baseline(spec, batch, force, group_ids)
-            force = force - (compared if inside is None else inside * compared)
-        coefficient = force = masked_(finite_(force), batch.mask)
-        if inside is not None:
-            # A token whose own weight is 0 (dropped by mode=mask) still answers for later ones.
-            weight = torch.where(inside > 0, inside, batch.ones)
-            coefficient = masked_(finite_(force / weight), batch.mask)
-    elif spec.baseline != "none":
-        compared = _baseline(spec, batch, _returns(coefficient, later, None), group_ids)
-        coefficient = finite_(coefficient - _credited(compared, batch.mask))
-    if spec.head != "separate":
+    if spec.placement == "in_reward":
+        acting = _in_the_reward(spec, batch, log_ratio, own, group_ids)
+    elif spec.head != "separate":
         assert importance is not None and clip is not None
+        coefficient = own if spec.horizon == "token" else _returns(own, later, batch)
         slope = coefficient
         if spec.head == "combined":
             assert kl_coef is not None
             slope = kl_coef * coefficient - batch.masked(batch.others["advantages"])
         importance = clipped_weight(importance, slope, clip)
-        weight, force = importance.weight, None
-    if force is None:
-        force = coefficient if weight is None else finite_(weight * coefficient)
+        acting = _under_a_head(spec, batch, log_ratio, coefficient, importance.weight)
+    else:
+        weight = None if importance is None else importance.weight
+        if spec.horizon == "token":
+            acting = _own_token(log_ratio, own, weight)
+        else:
+            acting = _whole_answer(spec, batch, log_ratio, own, later, weight, group_ids)
 
     def diagnose() -> Diagnosis:
         bounded = None
         assert spec.bound is not None and spec.placement is not None
+        coefficient = acting.coefficient
         if not math.isinf(spec.bound):
             unbounded = spec.definition.role(spec.placement).coefficient(log_ratio)
             bounded = flags(torch.gt, unbounded.abs(), spec.bound)
         overflowed = flags(torch.lt, log_ratio, -largest_exponent(log_ratio))
         if coefficient is not log_ratio:
-            overflowed += flags(torch.ge, coefficient.abs(), torch.finfo(value.dtype).max)
+            overflowed += flags(torch.ge, coefficient.abs(), largest(value))
         if importance is not None:
             overflowed += importance.overflowed()
+        gradient, principled = acting.gradient, acting.principled()
+        if spec.placement == "in_reward":  # the host credits it to all tokens before its own
+            gradient = batch.masked(finite_(reward_to_go(coefficient)))
+            principled = gradient if coefficient is log_ratio else principled
         return Diagnosis(
             mask=batch.mask,
             log_ratio=log_ratio,
             coefficient=coefficient,
-            **_forces(spec, batch, log_ratio, coefficient, force, importance),
+            gradient=gradient,
+            principled=principled,
             overflowed=overflowed.clamp_(max=1),
             k3=value if spec.estimator == "k3" else None,
             weight=None if importance is None else importance.weight,
@@ -363,7 +319,89 @@ def _single(
             bounded=bounded,
         )
 
-    return KLTerm(value, coefficient, batch.differentiable, force, batch.mask, weight, diagnose)
+    return KLTerm(
+        spec,
+        value,
+        acting.coefficient,
+        acting.gradient,
+        batch.differentiable,
+        batch.mask,
+        acting.weight,
+        diagnose,
+    )
+
+
+def _own_token(log_ratio: Tensor, own: Tensor, weight: Tensor | None) -> _Acting:
+    """``w_t c_t``: prefixes held fixed (LOC)."""
+    if weight is None:
+        return _Acting(own, None, own, lambda: log_ratio)
+    gradient = finite_(weight * own)
+    if own is log_ratio:
+        return _Acting(own, weight, gradient, lambda: gradient)
+    return _Acting(own, weight, gradient, lambda: finite_(weight * log_ratio))
+
+
+def _whole_answer(
+    spec: KLSpec,
+    batch: _Batch,
+    log_ratio: Tensor,
+    own: Tensor,
+    later: Tensor,
+    weight: Tensor | None,
+    group_ids: Groups,
+) -> _Acting:
+    """``w_t c_t + sum_{s>t} w_s v_s``, less ``w_t`` times the baseline (FULL).
+
+    v is what a token adds to those before it, c itself for k2. With a weight of the whole answer
+    all w are one; with the prefixes' this is the per-decision form. The ``coefficient`` is that
+    sum over ``w_t``, so that weight times coefficient is the gradient here too.
+    """
+    gradient = _returns(own, later, batch, weight)
+    if spec.baseline != "none":
+        compared = _baseline(spec, batch, gradient, group_ids)
+        gradient = gradient - (compared if weight is None else weight * compared)
+    gradient = masked_(finite_(gradient), batch.mask)
+
+    def principled() -> Tensor:
+        return masked_(_returns(log_ratio, log_ratio, batch, weight), batch.mask)
+
+    if weight is None:
+        return _Acting(gradient, None, gradient, principled)
+    # A token whose own weight is 0 (dropped by mode=mask) still answers for later ones.
+    shown = torch.where(weight > 0, weight, batch.ones)
+    coefficient = masked_(finite_(gradient / shown), batch.mask)
+    return _Acting(coefficient, shown, gradient, principled)
+
+
+def _in_the_reward(
+    spec: KLSpec, batch: _Batch, log_ratio: Tensor, own: Tensor, group_ids: Groups
+) -> _Acting:
+    """``c_t``, which a host credits to this token and all before it: ``sum_{s>=t} c_s`` (FULL)."""
+    coefficient = own
+    if spec.baseline != "none":
+        compared = _baseline(spec, batch, _returns(own, own, batch), group_ids)
+        coefficient = finite_(own - _credited(compared, batch.mask))
+
+    def principled() -> Tensor:
+        return batch.masked(finite_(reward_to_go(log_ratio)))
+
+    return _Acting(coefficient, None, coefficient, principled)
+
+
+def _under_a_head(
+    spec: KLSpec, batch: _Batch, log_ratio: Tensor, coefficient: Tensor, weight: Tensor
+) -> _Acting:
+    """``rho_t c_t``, and 0 where PPO's clip drops it; over whole answers c_t is the sum to go."""
+    if spec.horizon == "sequence":
+        coefficient = masked_(coefficient, batch.mask)
+
+    def principled() -> Tensor:
+        if spec.horizon == "sequence":
+            return masked_(weight * _returns(log_ratio, log_ratio, batch), batch.mask)
+        return gradient if coefficient is log_ratio else finite_(weight * log_ratio)
+
+    gradient = finite_(weight * coefficient)
+    return _Acting(coefficient, weight, gradient, principled)
 
 
 def _value_and_coefficients(
@@ -394,34 +432,6 @@ def _value_and_coefficients(
     return value, own, estimator.later(log_ratio)
 
 
-def _forces(
-    spec: KLSpec,
-    batch: _Batch,
-    log_ratio: Tensor,
-    coefficient: Tensor,
-    force: Tensor,
-    importance: ImportanceWeight | None,
-) -> dict[str, Tensor]:
-    """The term's force on each token's score, and the same with ``c = lr``."""
-    weight = None if importance is None else importance.weight
-    if spec.placement == "in_reward":
-        # The host credits it to all earlier tokens.
-        force = principled = batch.masked(finite_(reward_to_go(coefficient)))
-        if coefficient is not log_ratio:
-            principled = batch.masked(finite_(reward_to_go(log_ratio)))
-    elif spec.horizon == "sequence":
-        inside = weight if spec.head == "separate" else None
-        principled = _returns(log_ratio, log_ratio, inside)
-        if spec.head != "separate" and weight is not None:
-            principled = weight * principled
-        principled = masked_(principled, batch.mask)
-    elif weight is None:
-        principled = log_ratio
-    else:
-        principled = force if coefficient is log_ratio else finite_(weight * log_ratio)
-    return {"force": force, "principled": principled}
-
-
 def _importance(spec: KLSpec, batch: _Batch) -> ImportanceWeight | None:
     if spec.ratio == "none":
         return None
@@ -435,7 +445,7 @@ def _importance(spec: KLSpec, batch: _Batch) -> ImportanceWeight | None:
     )
 
 
-def _returns(own: Tensor, later: Tensor, weight: Tensor | None) -> Tensor:
+def _returns(own: Tensor, later: Tensor, batch: _Batch, weight: Tensor | None = None) -> Tensor:
     """A token's own coefficient and all that later ones add to it, each under its weight."""
     added = later if weight is None else finite_(weight * later)
     returns = reward_to_go(added)
@@ -472,9 +482,9 @@ def reward_to_go(x: Tensor) -> Tensor:
 
 def _sum(spec: KLSpec, terms: list[KLTerm]) -> KLTerm:
     first = terms[0]
-    weighted = next((i for i, s in enumerate(spec.terms) if s.ratio != "none"), 0)
+    weighted = next((i for i, term in enumerate(terms) if term.spec.ratio != "none"), 0)
     zero = torch.zeros_like(first.value)
-    force = finite(sum((t._force for t in terms), zero))
+    gradient = finite(sum((t.gradient for t in terms), zero))
     value = finite(sum((t.value for t in terms), zero))
 
     def diagnose() -> Diagnosis:
@@ -483,27 +493,37 @@ def _sum(spec: KLSpec, terms: list[KLTerm]) -> KLTerm:
         bounded = [s.bounded for s in seen if s.bounded is not None]
         return dataclasses.replace(
             seen[0],
-            coefficient=force,
+            coefficient=gradient,
             weight=of_weight.weight,
             capped=of_weight.capped,
-            force=finite(sum((s.force for s in seen), zero)),
+            gradient=finite(sum((s.gradient for s in seen), zero)),
             overflowed=torch.stack([s.overflowed for s in seen]).amax(0),
             bounded=torch.stack(bounded).amax(0) if bounded else None,
         )
 
-    return KLTerm(value, force, first._log_probs, force, first._mask, None, diagnose)
+    return KLTerm(
+        spec,
+        value,
+        gradient,
+        gradient,
+        first._log_probs,
+        first._mask,
+        None,
+        diagnose,
+        tuple(terms),
+    )
 
 
-def _nothing(batch: _Batch) -> KLTerm:
+def _nothing(spec: KLSpec, batch: _Batch) -> KLTerm:
     zero = torch.zeros_like(batch.log_probs)
 
     def diagnose() -> Diagnosis:
         return Diagnosis(batch.mask, zero, zero, zero, zero, overflowed=torch.zeros_like(zero))
 
-    return KLTerm(zero, zero, batch.differentiable, zero, batch.mask, None, diagnose)
+    return KLTerm(spec, zero, zero, zero, batch.differentiable, batch.mask, None, diagnose)
 
 
-def _low_and_high(clip_range: ClipRange) -> tuple[float, float]:
+def low_and_high(clip_range: ClipRange) -> tuple[float, float]:
     low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
     if not (0 <= low < math.inf and 0 <= high < math.inf):
         raise ValueError(f"clip_range={clip_range!r} must be epsilon or (low, high), none negative")

@@ -90,7 +90,8 @@ def test_loss_is_the_value_with_weight_times_coefficient_as_gradient(kl_type: st
     torch.testing.assert_close(term.loss, term.value, rtol=0, atol=0)
     expected = term.weight * term.coefficient
     torch.testing.assert_close(force(term, tensors["log_probs"]), expected, rtol=1e-12, atol=0)
-    for name in ("value", "coefficient", "weight"):
+    torch.testing.assert_close(term.gradient, expected, rtol=1e-12, atol=0)
+    for name in ("value", "coefficient", "gradient", "weight"):
         assert not getattr(term, name).requires_grad
 
 

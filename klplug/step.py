@@ -1,0 +1,129 @@
+"""The KL of one micro-batch beside its policy loss: what changes the advantages, what is added."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from klplug.numerics import finite, masked
+from klplug.spec import KLSpec, parse
+from klplug.tally import Tally
+from klplug.term import ClipRange, Groups, KLTerm, kl_term, low_and_high, with_gradient
+from klplug.weights import clipped_weight, importance_weight
+
+
+@dataclass(frozen=True, eq=False)
+class KLStep:
+    """Where each part of a micro-batch's KL acts.
+
+    ``head=combined`` acts inside the policy loss, through its advantages; any other term as_loss
+    is added to it; a term in the reward has acted already. The value and the metrics are of all.
+
+    Attributes:
+        term: the whole KL.
+    """
+
+    term: KLTerm
+
+    @property
+    def inside(self) -> list[KLTerm]:
+        return [part for part in self.term.parts if part.spec.head == "combined"]
+
+    @property
+    def beside(self) -> list[KLTerm]:
+        parts = (part for part in self.term.parts if part.spec.placement == "as_loss")
+        return [part for part in parts if part.spec.head != "combined"]
+
+    def advantages(self, advantages: Tensor, kl_coef: float | Tensor) -> Tensor:
+        """``A - kl_coef * c`` of what is inside the policy loss, (B, T)."""
+        for part in self.inside:
+            advantages = advantages - kl_coef * part.coefficient
+        return advantages
+
+    @property
+    def loss(self) -> Tensor:
+        """What is added to the policy loss, times kl_coef: (B, T), differentiable.
+
+        Its value is that of all terms, its gradient that of those beside the policy loss.
+        """
+        if len(self.beside) == len(self.term.parts):
+            return self.term.loss
+        gradient = torch.zeros_like(self.term.value)
+        for part in self.beside:
+            gradient = finite(gradient + part.gradient)
+        with torch.enable_grad():
+            return with_gradient(self.term._log_probs, self.term.value, gradient)
+
+    @property
+    def tally(self) -> Tally:
+        return self.term.tally
+
+
+def policy_loss(
+    spec: str | KLSpec,
+    log_probs: Tensor,
+    ref_log_probs: Tensor | None,
+    response_mask: Tensor,
+    *,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    kl_coef: float | Tensor,
+    clip_range: ClipRange = 0.2,
+    rollout_log_probs: Tensor | None = None,
+    group_ids: Groups = None,
+    return_baseline: Tensor | None = None,
+) -> Tensor:
+    """PPO's and GRPO's clipped surrogate with its KL, per token: (B, T), differentiable.
+
+    With ``rho = pi/old``, ``head=combined`` is ``-min(rho A', clip(rho) A')``,
+    ``A' = sg(A - kl_coef * c)``: the KL inside the ratio and the clip, c at the *current* policy
+    (which a KL in the reward has at the start of the step). Any other as_loss term is added to the
+    surrogate of ``A`` as ``kl_coef * KLTerm.loss``. The one difference between the heads is whose
+    sign decides where the clip drops the gradient.
+
+    Args:
+        spec: terms as_loss (``k1_in_reward,head=combined`` is one), or ``none``.
+        advantages: (B, T), already normalised over their groups; not differentiated.
+        kl_coef: beta.
+        clip_range: epsilon, or (low, high): the ratio is held in [1 - low, 1 + high].
+
+    The others, and the errors, are ``kl_term``'s. Aggregate the result as the policy loss is.
+
+    Raises:
+        ValueError: a term in the reward: it belongs to the advantages that are handed in.
+    """
+    spec = parse(spec)
+    if any(term.placement == "in_reward" for term in spec.terms):
+        raise ValueError(
+            f"kl_type {str(spec)!r} is in the reward: join it to the advantages, or use "
+            "'k1_in_reward,head=combined'"
+        )
+    term = kl_term(
+        spec,
+        log_probs,
+        ref_log_probs,
+        response_mask,
+        old_log_probs=old_log_probs,
+        rollout_log_probs=rollout_log_probs,
+        advantages=advantages,
+        kl_coef=kl_coef,
+        clip_range=clip_range,
+        group_ids=group_ids,
+        return_baseline=return_baseline,
+    )
+    step = KLStep(term)
+    clip = low, high = low_and_high(clip_range)
+    mask, dtype = response_mask.bool(), term.value.dtype
+    advantages = step.advantages(masked(advantages.detach().to(dtype), mask), kl_coef)
+    log_ratio = log_probs.detach().to(dtype) - old_log_probs.detach()
+    ratio = importance_weight(log_ratio, mask, level="token", cap=math.inf, mode="truncate")
+    rho, held = ratio.weight, clipped_weight(ratio, -advantages, clip).weight
+    value = -torch.minimum(rho * advantages, rho.clamp(1 - low, 1 + high) * advantages)
+    gradient = -held * advantages
+    for part in step.beside:
+        value, gradient = value + kl_coef * part.value, gradient + kl_coef * part.gradient
+    # Not by autograd, to which the gradient of a saturated exponent is no number.
+    return with_gradient(log_probs, finite(value), finite(gradient))

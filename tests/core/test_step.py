@@ -1,0 +1,38 @@
+"""Where each part of a KL acts beside a policy loss: one place for hosts and ``policy_loss``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import klplug
+from tests.core.test_term import BETA, batch, kl_term
+
+INSIDE = "k2_as_loss,head=combined"
+BESIDE = "k3_as_loss,ratio=none"
+IN_REWARD = "k3_in_reward"
+
+
+@pytest.mark.parametrize("kl_type", [INSIDE, BESIDE, f"{INSIDE}+{BESIDE}", f"{IN_REWARD}+{BESIDE}"])
+def test_each_part_acts_once_and_all_are_reported(kl_type: str) -> None:
+    tensors = batch()
+    log_probs, advantages = tensors["log_probs"], tensors["advantages"]
+    step = klplug.KLStep(kl_term(kl_type, **tensors))
+    parts = {name: kl_term(name, **tensors) for name in kl_type.split("+")}
+    value = sum(part.value for part in parts.values())
+    torch.testing.assert_close(step.loss.detach(), value, rtol=1e-12, atol=0)
+    (added,) = torch.autograd.grad(step.loss.sum(), log_probs)
+    expected = parts[BESIDE].gradient if BESIDE in parts else torch.zeros_like(added)
+    torch.testing.assert_close(added, expected, rtol=1e-12, atol=0)
+    # c of k2 at the current policy is the log-ratio.
+    lr = (log_probs - tensors["ref_log_probs"]).detach() * tensors["response_mask"]
+    taken = BETA * lr if INSIDE in parts else torch.zeros_like(lr)
+    torch.testing.assert_close(step.advantages(advantages, BETA), advantages - taken)
+
+
+def test_no_kl_is_no_part() -> None:
+    tensors = batch()
+    step = klplug.KLStep(kl_term("none", **tensors))
+    assert step.advantages(tensors["advantages"], BETA) is tensors["advantages"]
+    (added,) = torch.autograd.grad(step.loss.sum(), tensors["log_probs"])
+    assert (added == 0).all() and (step.loss == 0).all()
