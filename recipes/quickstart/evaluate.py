@@ -1,9 +1,11 @@
-"""Accuracy of a policy, and its exact KL to a reference, with transformers alone.
+"""Accuracy of a policy, its entropy, and its exact KL to a reference, with transformers alone.
 
-    kl_nats_per_answer = E_{x} E_{y ~ pi(.|x)} sum_t KL(pi(.|x, y_<t) || ref(.|x, y_<t))
+    kl_nats_per_answer         = E_{x} E_{y ~ pi(.|x)}  sum_t KL(pi(.|x, y_<t) || ref(.|x, y_<t))
+    forward_kl_nats_per_answer = E_{x} E_{y ~ ref(.|x)} sum_t KL(ref(.|x, y_<t) || pi(.|x, y_<t))
 
-which is the KL(pi || ref) of whole answers. The answers are sampled; at each of their prefixes
-the inner KL is summed over the whole vocabulary, so only the prefixes carry sampling noise.
+which are KL(pi || ref) and KL(ref || pi) of whole answers. The answers are sampled; at each of
+their prefixes the inner KL is summed over the whole vocabulary, so only the prefixes carry
+sampling noise. The entropy is had in the same way.
 
     python -m recipes.quickstart.evaluate POLICY --reference REF --data FILE --n 100 --json
 """
@@ -22,11 +24,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from recipes.evaluate import ks, pass_at
 from recipes.quickstart.data import file_rows
 from recipes.quickstart.reward import is_correct
 
-# Elements of a (rows, tokens, vocabulary) block: 128 MiB in float64, and three are alive at once.
-BLOCK = 2**24
+# Elements of a (rows, tokens, vocabulary) block: 16 MiB in float64, which glibc keeps for the next
+# block; larger ones it gives back, and their page faults took half of the time.
+BLOCK = 2**21
 
 
 @dataclass(frozen=True)
@@ -116,26 +120,48 @@ def _log_probs(model: Any, rows: Tensor, mask: Tensor, tokens: int, temperature:
 
 
 @torch.no_grad()
-def exact_kl(policy: Any, reference: Any, batch: Answers, *, temperature: float = 1.0) -> Tensor:
-    """KL(policy || reference) of each answer, (B,), in nats, float64.
+def kl_and_entropy(
+    policy: Any, reference: Any, batch: Answers, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """KL(policy || reference) and the policy's entropy on each answer, (B,), in nats, float64.
 
-    At each prefix of the answer the KL is summed over the vocabulary; the sum over prefixes
-    runs up to and including the one that the eos follows.
+    At each prefix of the answer both are summed over the vocabulary; the sum over prefixes
+    runs up to and including the one that the eos follows. With answers of the policy they are
+    unbiased for the KL and the entropy of whole answers.
     """
     tokens = batch.response_mask.shape[1]
     vocabulary = policy.config.get_text_config().vocab_size
     if vocabulary != (other := reference.config.get_text_config().vocab_size):
         raise ValueError(f"policy has {vocabulary} tokens, reference {other}: no KL between them")
     size = max(1, BLOCK // (tokens * vocabulary))
-    sums = []
+    kls, entropies = [], []
     for start in range(0, len(batch.sequences), size):
         part = slice(start, start + size)
         rows, mask = batch.sequences[part], batch.attention_mask[part]
+        kept = batch.response_mask[part]
         log_pi = _log_probs(policy, rows, mask, tokens, temperature)
         log_ref = _log_probs(reference, rows, mask, tokens, temperature)
-        per_token = (log_pi.exp() * log_ref.neg_().add_(log_pi)).sum(-1)
-        sums.append((per_token * batch.response_mask[part]).sum(-1))
-    return torch.cat(sums)
+        pi = log_pi.exp()
+        kls.append(((pi * log_ref.neg_().add_(log_pi)).sum(-1) * kept).sum(-1))
+        entropies.append(-((pi * log_pi).sum(-1) * kept).sum(-1))
+    return torch.cat(kls), torch.cat(entropies)
+
+
+def exact_kl(policy: Any, reference: Any, batch: Answers, *, temperature: float = 1.0) -> Tensor:
+    """KL(policy || reference) on each answer, (B,), in nats: `kl_and_entropy`'s first."""
+    return kl_and_entropy(policy, reference, batch, temperature=temperature)[0]
+
+
+def first_of_each(batch: Answers, count: int, samples: int) -> Answers:
+    """The first `count` of each problem's `samples` answers."""
+    rows = torch.arange(len(batch.sequences)) % samples < count
+    return Answers(
+        batch.sequences[rows],
+        batch.attention_mask[rows],
+        batch.response_mask[rows],
+        [text for text, kept in zip(batch.texts, rows, strict=True) if kept],
+        batch.ended[rows],
+    )
 
 
 def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
@@ -151,10 +177,11 @@ def evaluate(
     max_new_tokens: int = 64,
     batch_size: int = 64,
     samples: int = 1,
+    kl_samples: int | None = None,
     temperature: float = 1.0,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Accuracy on the problems, answer length, and exact KL to the reference.
+    """Accuracy on the problems, answer length, entropy, and exact KL to the reference.
 
     Args:
         policy_dir: A folder (or hub name) that transformers loads.
@@ -163,13 +190,16 @@ def evaluate(
         max_new_tokens: Where an answer is cut off.
         batch_size: Answers generated at a time.
         samples: Sampled answers to each problem.
+        kl_samples: The first so many of them have KL and entropy measured; None: all.
         temperature: Of the samples and of both distributions of the KL; above 0.
         seed: Of the samples.
 
     Returns:
         `accuracy` of the greedy answers; of the samples `sampled_accuracy`, `mixed_share` (problems
-        with right and wrong samples), `response_tokens` (mean, eos included), `cut_share` (no eos);
-        `kl_nats_per_answer` with `kl_standard_error` over problems, `kl_nats_per_token`.
+        with right and wrong samples), `pass_at` (k to the chance that k samples hold a right one),
+        `response_tokens` (mean, eos included), `cut_share` (no eos); where there is a reference
+        `kl_nats_per_answer` with `kl_standard_error` over problems, `kl_nats_per_token`,
+        `forward_kl_nats_per_answer` with `forward_kl_standard_error`, `entropy_nats_per_answer`.
 
     Raises:
         ValueError: No problem, no chat template, samples < 1, temperature <= 0, other vocabulary.
@@ -178,6 +208,9 @@ def evaluate(
         raise ValueError("no problem to evaluate on")
     if samples < 1 or temperature <= 0:
         raise ValueError(f"needs samples >= 1 and temperature > 0: {samples=}, {temperature=}")
+    kl_samples = samples if kl_samples is None else kl_samples
+    if not 1 <= kl_samples <= samples:
+        raise ValueError(f"needs 1 <= kl_samples <= samples: {kl_samples=}, {samples=}")
     started = perf_counter()
     policy, tokenizer = load(policy_dir)
     if not tokenizer.chat_template:
@@ -204,49 +237,73 @@ def evaluate(
             is_correct(t, problems[i]["answer"]) for i, t in zip(part, batch.texts, strict=True)
         ]
 
-    right, lengths, ended, kls = [], [], [], []
+    def sampled(model: Any, each: int) -> Iterator[tuple[list[int], Answers]]:
+        """Batches of whole problems, `each` answers to a problem."""
+        for part in _batches(order, max(1, batch_size // each)):
+            repeated = [i for i in part for _ in range(each)]
+            yield (
+                repeated,
+                answers(
+                    model,
+                    tokenizer,
+                    [prompts[i] for i in repeated],
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                ),
+            )
+
+    right, lengths, ended, kls, entropies, forward_kls = [], [], [], [], [], []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for part in _batches([i for i in order for _ in range(samples)], batch_size):
-            batch = answers(
-                policy,
-                tokenizer,
-                [prompts[i] for i in part],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-            )
+        for places, batch in sampled(policy, samples):
             right += [
-                is_correct(t, problems[i]["answer"]) for i, t in zip(part, batch.texts, strict=True)
+                is_correct(text, problems[i]["answer"])
+                for i, text in zip(places, batch.texts, strict=True)
             ]
             lengths.append(batch.lengths)
             ended.append(batch.ended)
             if reference is not None:
-                kls.append(exact_kl(policy, reference, batch, temperature=temperature))
+                some = first_of_each(batch, kl_samples, samples)
+                kl, entropy = kl_and_entropy(policy, reference, some, temperature=temperature)
+                kls.append(kl)
+                entropies.append(entropy)
+        if reference is not None:
+            for _, batch in sampled(reference, kl_samples):
+                forward_kls.append(exact_kl(reference, policy, batch, temperature=temperature))
 
     count = len(problems)
-    groups = torch.tensor(right, dtype=torch.float64).view(count, samples).mean(-1)
+    counts = torch.tensor(right).view(count, samples).sum(-1)
     tokens = torch.cat(lengths).double()
     result: dict[str, Any] = {
         "problems": count,
         "samples": samples,
         "temperature": temperature,
         "accuracy": sum(greedy) / count,
-        "sampled_accuracy": groups.mean().item(),
-        "mixed_share": ((groups > 0) & (groups < 1)).double().mean().item(),
+        "sampled_accuracy": counts.double().mean().item() / samples,
+        "mixed_share": ((counts > 0) & (counts < samples)).double().mean().item(),
+        "pass_at": {
+            str(k): sum(pass_at(k, c, samples) for c in counts.tolist()) / count
+            for k in ks(samples)
+        },
         "response_tokens": tokens.mean().item(),
         "cut_share": 1 - torch.cat(ended).double().mean().item(),
         "kl_nats_per_answer": None,
         "kl_standard_error": None,
         "kl_nats_per_token": None,
+        "forward_kl_nats_per_answer": None,
+        "forward_kl_standard_error": None,
+        "entropy_nats_per_answer": None,
     }
     if reference is not None:
-        kl = torch.cat(kls)
-        # Samples of one problem are not independent: the error is that of the problems' means.
-        means = kl.view(count, samples).mean(-1)
-        result["kl_nats_per_answer"] = means.mean().item()
-        if count > 1:
-            result["kl_standard_error"] = (means.std() / count**0.5).item()
-        result["kl_nats_per_token"] = (kl.sum() / tokens.sum()).item()
+        # Samples of one problem are not independent: the errors are those of the problems' means.
+        for name, values in (("kl", kls), ("forward_kl", forward_kls)):
+            means = torch.cat(values).view(count, kl_samples).mean(-1)
+            result[f"{name}_nats_per_answer"] = means.mean().item()
+            if count > 1:
+                result[f"{name}_standard_error"] = (means.std() / count**0.5).item()
+        measured = tokens.view(count, samples)[:, :kl_samples].sum()
+        result["kl_nats_per_token"] = (torch.cat(kls).sum() / measured).item()
+        result["entropy_nats_per_answer"] = torch.cat(entropies).mean().item()
     return {**result, "seconds": perf_counter() - started}
 
 

@@ -73,6 +73,9 @@ def command(
     if recipe.cut_off_reward is not None:
         options["reward.stop_properly_penalty_coef"] = repr(recipe.cut_off_reward)
     flags = ["--vllm.enforce_eager", "--train.colocate_all", "--data.apply_chat_template"]
+    if settings.save_every:
+        options["ckpt.save_steps"] = str(settings.save_every)
+        flags += ["--ckpt.save_hf", "--ckpt.disable_ds"]
     written = [word for name, value in options.items() for word in (f"--{name}", value)]
     return [sys.executable, "-m", module, *kl, *written, *flags]
 
@@ -80,6 +83,11 @@ def command(
 def trained_policy(trained: Path, settings: Settings) -> Path:
     """Where the run leaves the policy, as a Hugging Face folder."""
     return trained
+
+
+def saved_policy(trained: Path, step: int) -> Path:
+    """Where the run leaves the copy of a step, as `save_every` asks for it."""
+    return trained / "checkpoints" / f"global_step{step}_hf"
 
 
 def step_metrics(line: str) -> Metrics | None:

@@ -90,6 +90,8 @@ class Settings:
     gsm8k: str | None
     ranks: int
     updates: int = 1
+    save_every: int = 0
+    """Steps between copies of the policy, for curves along the run; 0: at the end alone."""
 
     @property
     def is_stock(self) -> bool:
@@ -121,6 +123,7 @@ def settings(
     gsm8k: str | None = None,
     ranks: int = 1,
     updates: int = 1,
+    save_every: int = 0,
 ) -> Settings:
     """Checked settings, with what was left out filled in from the recipe.
 
@@ -148,10 +151,14 @@ def settings(
             f"UPDATES={updates}: a step's {answers} answers are cut into updates of whole batches "
             f"of {recipe.micro_batch} per rank, so UPDATES must be a divisor of {most // ranks}"
         )
+    if save_every < 0:
+        raise SettingsError(f"SAVE_EVERY={save_every}: 0 for the end alone, or steps, at least 1")
     if gsm8k is not None and data != "gsm8k":
         raise SettingsError(f"GSM8K={gsm8k} is read with DATA=gsm8k only, not with DATA={data}")
     coef = checked_kl_coef(canonical, kl_coef, recipe)
-    made = Settings(host, canonical, coef, steps, seed, model, data, gsm8k, ranks, updates)
+    made = Settings(
+        host, canonical, coef, steps, seed, model, data, gsm8k, ranks, updates, save_every
+    )
     check_data(made)
     return made
 

@@ -127,7 +127,8 @@ def command(
         "trainer.n_gpus_per_node": settings.ranks,
         "trainer.logger": "[console]",
         "trainer.total_epochs": 1,
-        "trainer.save_freq": settings.steps,
+        # The last step is saved whatever the frequency.
+        "trainer.save_freq": settings.save_every or settings.steps,
         "trainer.test_freq": -1,
         "trainer.val_before_train": False,
         "trainer.default_local_dir": trained,
@@ -161,7 +162,12 @@ def command(
 
 def trained_policy(trained: Path, settings: Settings) -> Path:
     """Where the run leaves the policy, as a Hugging Face folder."""
-    return trained / f"global_step_{settings.steps}" / "actor" / "huggingface"
+    return saved_policy(trained, settings.steps)
+
+
+def saved_policy(trained: Path, step: int) -> Path:
+    """Where the run leaves the copy of a step, as `save_every` asks for it."""
+    return trained / f"global_step_{step}" / "actor" / "huggingface"
 
 
 def step_metrics(line: str) -> Metrics | None:

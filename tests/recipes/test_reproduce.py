@@ -1,0 +1,363 @@
+"""The driver of a grid: what is refused, what is made again, what is written down."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes.quickstart import openrlhf
+from recipes.quickstart import run as quickstart
+from recipes.quickstart.run import RunError
+from recipes.quickstart.settings import REPOSITORY, Settings, settings
+from recipes.reproduce import measure
+from recipes.reproduce.__main__ import main
+from recipes.reproduce.drive import FORM, DriveError, append, drive, is_of, read_rows
+from recipes.reproduce.grid import Grid, GridError, load
+
+SMALL = """
+steps: 2
+seeds: [1, 2]
+problems: 4
+samples: 2
+runs:
+  - {kl_type: [none, k2_as_loss], kl_coef: [0.1, 0.5], updates: 4}
+"""
+
+
+def written(folder: Path, text: str) -> str:
+    path = folder / "small.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def small(folder: Path) -> Grid:
+    return load(written(folder, SMALL))
+
+
+class Runner:
+    """Stands in for a host: what it is told to do at each call, and which runs it was asked for."""
+
+    def __init__(self, fails: Callable[[Settings], Exception | None] = lambda run: None) -> None:
+        self.fails = fails
+        self.asked: list[Settings] = []
+
+    def __call__(self, run: Settings, folder: Path, problems: int, samples: int) -> dict[str, Any]:
+        self.asked.append(run)
+        if (error := self.fails(run)) is not None:
+            raise error
+        found = {"step": run.steps, "sampled_accuracy": 0.5, "kl_nats_per_answer": 0.25}
+        return {
+            "status": "done",
+            "reason": None,
+            "seconds": {"training": 60.0},
+            "evaluations": [found],
+            "training": {"reward": [0.5, 0.5]},
+        }
+
+
+def driven(grid: Grid, folder: Path, runner: Any) -> tuple[int, list[str]]:
+    said: list[str] = []
+    return drive(grid, folder, runner, said.append), said
+
+
+# The grid
+
+
+def test_a_block_is_made_seed_by_seed_and_without_a_kl_once(tmp_path: Path) -> None:
+    runs = [(run.seed, run.kl_type, run.kl_coef) for run in small(tmp_path).runs]
+    of_a_seed = [("none", None), ("k2_as_loss", 0.1), ("k2_as_loss", 0.5)]
+    assert runs == [(seed, *run) for seed in (1, 2) for run in of_a_seed]
+
+
+def test_tier_1_is_what_the_hypotheses_say() -> None:
+    runs = load("tier1").runs
+    first = [run.kl_type for run in runs[:7]]
+    assert first == [
+        *("none", "k1_as_loss,ratio=none", "stock:k3", "k3_in_reward", "k1_in_reward"),
+        *("k2_as_loss", "k2_as_loss,horizon=sequence"),
+    ]
+    assert {run.seed for run in runs[:7]} == {1}
+    assert {(run.kl_coef, run.updates) for run in runs[:35]} == {(None, 4), (0.5, 4)}
+    assert {run.seed for run in runs} == {1, 2, 3, 4, 5}
+    assert {run.kl_coef for run in runs if run.kl_type == "stock:k3"} == {0.05, 0.5, 2.0}
+    assert {run.kl_type for run in runs if run.updates == 1} == {"none", "k1_as_loss,ratio=none"}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (("k2_as_loss", "k2_as_los"), "k2_as_los"),
+        (("k2_as_loss", "stock:k4"), "stock:k1, stock:k2, stock:k3"),
+        (("steps", "stepps"), "unknown key stepps. Did you mean steps?"),
+        (("updates", "update"), "block 1: unknown key update. Did you mean updates?"),
+        (("updates: 4", "updates: 3"), "UPDATES=3"),
+        (("updates: 4", "updates: 0"), "updates=0 must be a whole number of at least 1"),
+        (("0.5]", "-0.5]"), "KL_COEF=-0.5"),
+        (("0.5]", "strong]"), "kl_coef='strong' must be a number"),
+        (("[1, 2]", "[1, two]"), "seeds=[1, 'two']"),
+        (("samples: 2", "samples: none"), "samples='none'"),
+        (("kl_type: [none, k2_as_loss], ", ""), "no kl_type"),
+        (("runs:", "runs: []\nhost: [a"), "not YAML"),
+        (("steps: 2", "steps: 2\nhost: vrl"), "HOST=vrl"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_one_error_before_its_first_run(
+    change: tuple[str, str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(measure, "measured_run", lambda *_: pytest.fail("a run was made"))
+    out = tmp_path / "out"
+    assert main([written(tmp_path, SMALL.replace(*change)), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("reproduce: error: ")
+    assert told in error
+    assert not out.exists()
+
+
+def test_an_unknown_grid_is_told_which_there_are() -> None:
+    with pytest.raises(GridError, match=r"no grid 'tire1': there are .*tier1"):
+        load("tire1")
+
+
+def test_a_dry_run_lists_and_makes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main([written(tmp_path, SMALL), "--dry-run", "--out", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "  2 k2_as_loss, kl_coef 0.1, 4 updates, seed 1"
+    assert lines[-1].startswith("6 runs to make")
+    assert not out.exists()
+
+
+# Going on
+
+
+def test_each_run_is_a_row_with_its_settings_versions_load_and_commit(tmp_path: Path) -> None:
+    grid, runner = small(tmp_path), Runner()
+    failed, said = driven(grid, tmp_path / "out", runner)
+    rows = read_rows(tmp_path / "out" / "results.jsonl")
+    assert failed == 0
+    assert [row["settings"] for row in rows] == [run.as_dict() for run in grid.runs]
+    row = rows[0]
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True
+    ).stdout.strip()
+    assert row["commit"] == (head or None)
+    assert row["recipe"]["samples"] == grid.runs[0].recipe.samples
+    assert row["evaluation"] == {"problems": 4, "samples": 2}
+    assert {"python", "klplug", "torch"} <= set(row["versions"])
+    assert set(row["load"]) == {"before", "after"}
+    assert row["machine"]["cores"] == len(os.sched_getaffinity(0))
+    assert row["status"] == "done"
+    assert "6 runs to make; what one costs is known after the first" in said
+
+
+def test_a_killed_grid_goes_on_where_it_was(tmp_path: Path) -> None:
+    """The run that was under way is made again, those before it are not."""
+    grid, out = small(tmp_path), tmp_path / "out"
+
+    def killed(run: Settings) -> Exception | None:
+        return SystemExit(143) if run == grid.runs[2] else None  # type: ignore[return-value]
+
+    with pytest.raises(SystemExit):
+        driven(grid, out, Runner(killed))
+    assert len(read_rows(out / "results.jsonl")) == 2
+    runner = Runner()
+    failed, said = driven(grid, out, runner)
+    assert failed == 0
+    assert runner.asked == list(grid.runs[2:])
+    assert len(read_rows(out / "results.jsonl")) == 6
+    assert said[0].startswith("small: 6 runs, 2 of them in")
+    runner = Runner()
+    assert driven(grid, out, runner)[0] == 0
+    assert runner.asked == []
+
+
+def test_a_half_written_row_is_made_again(tmp_path: Path) -> None:
+    grid, out = small(tmp_path), tmp_path / "out"
+    driven(grid, out, Runner())
+    path = out / "results.jsonl"
+    path.write_bytes(path.read_bytes()[:-30])
+    assert len(read_rows(path)) == 5
+    runner = Runner()
+    driven(grid, out, runner)
+    assert runner.asked == [grid.runs[-1]]
+    assert [row["settings"] for row in read_rows(path)] == [run.as_dict() for run in grid.runs]
+
+
+def test_a_failed_run_is_told_not_recorded_and_made_again(tmp_path: Path) -> None:
+    grid, out = small(tmp_path), tmp_path / "out"
+    failed, said = driven(
+        grid, out, Runner(lambda run: RunError("no memory") if run == grid.runs[1] else None)
+    )
+    assert failed == 1
+    assert "failed, and not recorded: no memory" in said
+    assert len(read_rows(out / "results.jsonl")) == 5
+    runner = Runner()
+    assert driven(grid, out, runner)[0] == 0
+    assert runner.asked == [grid.runs[1]]
+
+
+def test_the_cost_comes_from_a_timed_run_and_time_left_is_told(tmp_path: Path) -> None:
+    grid, out = small(tmp_path), tmp_path / "out"
+    driven(grid, out, Runner())
+    path = out / "results.jsonl"
+    rows = [{**row, "wall_seconds": 300.0, "cpu_seconds": 600.0} for row in read_rows(path)]
+    path.unlink()
+    append(path, rows[0])
+    _, said = driven(grid, out, Runner())
+    assert "5 runs to make: about 25 min and 0.8 CPU-hours, by 1 timed run" in said
+
+
+def test_rows_of_another_form_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    append(path, {"form": FORM + 1})
+    with pytest.raises(DriveError, match=rf"line 1: form {FORM + 1}, .* reads form {FORM}"):
+        driven(small(tmp_path), tmp_path, Runner())
+
+
+def test_rows_of_another_commit_stay_and_are_named(tmp_path: Path) -> None:
+    grid, out = small(tmp_path), tmp_path / "out"
+    driven(grid, out, Runner())
+    path = out / "results.jsonl"
+    rows = [{**row, "commit": "abcdef0123"} for row in read_rows(path)]
+    path.unlink()
+    for row in rows:
+        append(path, row)
+    runner = Runner()
+    _, said = driven(grid, out, runner)
+    assert runner.asked == []
+    assert "rows of other commits stay, with their label: abcdef012" in said
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from recipes.reproduce.drive import claimed
+with claimed(Path(sys.argv[1])):
+    print("mine", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_two_drivers_on_one_folder_are_refused_and_a_killed_one_leaves_no_lock(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(out)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "mine\n"
+        with pytest.raises(DriveError, match=f"another driver works there .process {holder.pid}"):
+            driven(small(tmp_path), out, Runner())
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    assert driven(small(tmp_path), out, Runner())[0] == 0
+
+
+def test_a_setting_that_came_later_is_not_asked_of_older_rows() -> None:
+    run = settings(seed=3)
+    row = {"settings": {k: v for k, v in run.as_dict().items() if k != "save_every"}}
+    assert is_of(row, run)
+    assert not is_of(row, settings(seed=4))
+
+
+# A run that diverges
+
+
+def trained_by(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """A host that prints what `code` prints, and saves no policy."""
+    from contextlib import nullcontext
+
+    monkeypatch.setattr(openrlhf, "command", lambda *_: [sys.executable, "-c", code])
+    monkeypatch.setattr(quickstart, "compiled_ops", lambda *_: nullcontext())
+    monkeypatch.setattr(quickstart, "POLL", 0.01)
+    monkeypatch.setattr(measure, "reference_evaluation", lambda *_: {"sampled_accuracy": 0.5})
+
+
+STEPS = "print(\"Global step 1: {'reward': 0.5, 'policy_loss': 0.1}\");"
+NAN = "print(\"Global step 2: {'reward': 0.0, 'policy_loss': nan}\");"
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (STEPS + NAN, "not finite from step 2 on"),
+        (STEPS + NAN + "raise SystemExit(1)", "not finite from step 2 on; the host then failed"),
+        (STEPS + "raise ValueError('probability tensor contains nan')", "the host failed: .*nan"),
+    ],
+)
+def test_a_run_that_diverges_is_recorded_as_diverged(
+    code: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained_by(monkeypatch, code)
+    grid = load(written(tmp_path, SMALL.replace("[1, 2]", "[1]").replace("none, ", "")))
+    out = tmp_path / "out"
+    failed, said = driven(grid, out, measure.measured_run)
+    rows = read_rows(out / "results.jsonl")
+    assert failed == 0
+    assert len(rows) == 2
+    for row in rows:
+        assert row["status"] == "diverged"
+        assert re.search(reason, row["reason"])
+        assert row["training"]["reward"][0] == 0.5
+    assert sum("diverged: " in line for line in said) == 2
+
+
+def test_a_host_that_fails_for_another_reason_has_not_diverged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained_by(monkeypatch, STEPS + "raise MemoryError('no memory')")
+    grid = load(written(tmp_path, SMALL.replace("[1, 2]", "[1]").replace("none, ", "")))
+    failed, _ = driven(grid, tmp_path / "out", measure.measured_run)
+    assert failed == 2
+    assert read_rows(tmp_path / "out" / "results.jsonl") == []
+
+
+def test_a_policy_with_a_weight_that_is_nan_has_diverged(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    run = settings(seed=1)
+    start = quickstart.policy_folder(run, tmp_path / "log.txt")
+    model = AutoModelForCausalLM.from_pretrained(start)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "policy")
+    with pytest.raises(measure.Diverged, match="policy: a weight is not finite"):
+        measure.evaluation(run, tmp_path / "policy", start, problems=1, samples=1)
+
+
+# Where a run leaves its policies
+
+
+def test_the_copies_along_the_run_are_found_where_openrlhf_leaves_them(tmp_path: Path) -> None:
+    made = settings(steps=5, save_every=2)
+    command = openrlhf.command(made, made.recipe, "m", tmp_path / "p", tmp_path / "policy")
+    assert command[command.index("--ckpt.save_steps") + 1] == "2"
+    assert {"--ckpt.save_hf", "--ckpt.disable_ds"} <= set(command)
+    checkpoints = Path(command[command.index("--ckpt.path") + 1])
+    assert measure.policies(made, tmp_path) == [
+        (2, checkpoints / "global_step2_hf"),
+        (4, checkpoints / "global_step4_hf"),
+        (5, tmp_path / "policy"),
+    ]
+    without = settings(steps=5)
+    assert measure.policies(without, tmp_path) == [(5, tmp_path / "policy")]
+    plain = openrlhf.command(without, without.recipe, "m", tmp_path / "p", tmp_path / "policy")
+    assert not any("save_steps" in word for word in plain)
