@@ -4,6 +4,7 @@
 # make test-latest             the newest release of each host that the registry has: a line each
 # make lint                    ruff and mypy
 # make docs                    the documentation into site/, strictly
+# make reproduce               the runs behind docs/evidence.md (GRID=tier1); FAST=1: two of them, 15 minutes
 # make bench                   the KL term beside each host's own: time and memory, as ratios
 # make clean                   what can be made again: caches and builds (never runs/)
 # make clean-all               the environments too
@@ -35,6 +36,11 @@ QUICKSTART_OPTIONS = \
 
 quickstart: $(QUICKSTART_ENV)
 	@$(QUICKSTART_ENV)/bin/python -m recipes.quickstart $(QUICKSTART_OPTIONS)
+
+.PHONY: reproduce
+reproduce: .venv-openrlhf
+	@OMP_NUM_THREADS=1 .venv-openrlhf/bin/python -m recipes.reproduce \
+		$(if $(filter 1 yes true,$(FAST)),fast,$(or $(GRID),tier1)) $(if $(OUT),--out '$(OUT)')
 
 KLPLUG_TEST_HOSTS ?= openrlhf,verl
 comma := ,

@@ -48,8 +48,10 @@ class Phases:
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - started
+        try:
+            yield
+        finally:
+            self.seconds[name] = time.perf_counter() - started
 
 
 def shown(path: Path) -> str:

@@ -2,7 +2,10 @@
 
 import argparse
 import os
+import re
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from recipes.quickstart.settings import RUNS
@@ -21,7 +24,8 @@ def parser() -> argparse.ArgumentParser:
     add("grid", help="a name in recipes/reproduce/grids, or a .yaml file like them")
     add("--out", type=Path, help="folder of rows and runs (default: runs/reproduce/GRID)")
     add("--dry-run", action="store_true", help="say what would run and what it costs")
-    add("--lock", type=Path, help="a file whose lock is held during each run (shared machines)")
+    add("--part", default="1/1", help="2/3: the second of three, each with every third run")
+    add("--lock", type=Path, help="a file whose lock is held while a host trains (shared machines)")
     return made
 
 
@@ -30,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     # Before torch is loaded; as for the host's processes, see cpu_shim.environment.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        grid = load(arguments.grid)
+        grid = part(load(arguments.grid), arguments.part)
         known = [row for path in sorted(COMMITTED.glob("*.jsonl")) for row in timed_rows(path)]
         if arguments.dry_run:
             dry_run(grid, known)
@@ -38,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         from recipes.reproduce.measure import measured_run
 
         folder = arguments.out or RUNS / "reproduce" / grid.name
-        failed = drive(grid, folder.absolute(), measured_run, say, lock=arguments.lock, known=known)
+        make = partial(measured_run, lock=arguments.lock)
+        failed = drive(grid, folder.absolute(), make, say, known=known)
     except (GridError, DriveError) as error:
         print(f"reproduce: error: {error}", file=sys.stderr)
         return 2
@@ -48,6 +53,19 @@ def main(argv: list[str] | None = None) -> int:
     if failed:
         print(f"reproduce: {failed} runs failed; the same command makes them again")
     return 1 if failed else 0
+
+
+def part(grid: Grid, asked: str) -> Grid:
+    """One of several parts of a grid, for as many drivers with a folder each.
+
+    Raises:
+        GridError: It is not I/N with I from 1 to N.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", asked)
+    number, count = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= number <= count:
+        raise GridError(f"--part {asked}: a part and their number are needed, as 2/3")
+    return replace(grid, runs=grid.runs[number - 1 :: count])
 
 
 def timed_rows(path: Path) -> list[Row]:

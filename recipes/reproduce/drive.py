@@ -8,9 +8,8 @@ import platform
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -148,14 +147,6 @@ def cpu_seconds() -> float:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Waits for the lock of a file, and holds it."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """The folder, for this driver alone.
 
@@ -201,13 +192,18 @@ def cost(rows: Sequence[Row], runs: Sequence[Settings]) -> str:
         like = [row for row in rows if is_alike(row["settings"], run)]
         if not like:
             return f"{len(runs)} runs to make; what one costs is known after the first"
-        total += sum(row["wall_seconds"] for row in like) / len(like)
+        total += sum(seconds_of(row) for row in like) / len(like)
         cpu += sum(row["cpu_seconds"] for row in like) / len(like)
         timed = max(timed, len(like))
     return (
         f"{len(runs)} runs to make: about {duration(total)} and {cpu / 3600:.1f} CPU-hours, "
         f"by {timed} timed run{'s' if timed > 1 else ''}"
     )
+
+
+def seconds_of(row: Row) -> float:
+    """What a run took, without the time that it waited for others."""
+    return sum(row["seconds"].values())
 
 
 def is_alike(settings: dict[str, Any], run: Settings) -> bool:
@@ -228,7 +224,6 @@ def drive(
     make: Make,
     say: Say,
     *,
-    lock: Path | None = None,
     known: Sequence[Row] = (),
 ) -> int:
     """Makes what is missing; how many runs failed, which the next call makes again.
@@ -238,7 +233,6 @@ def drive(
         folder: Where rows and runs are, of this call and of interrupted ones.
         make: One run; `measure.measured_run`.
         say: Takes each line for the user.
-        lock: A file whose lock is held during each run, for machines that are shared.
         known: Rows made elsewhere, from which the first estimate is taken.
 
     Raises:
@@ -262,16 +256,15 @@ def drive(
         failed = 0
         for number, run in enumerate(missing, start=1):
             say(f"[{done + number}/{len(grid.runs)}] {shown(run)}")
-            with held(lock) if lock else nullcontext():
-                try:
-                    row = made_row(grid, run, folder, make, here, changed)
-                except RunError as error:
-                    failed += 1
-                    say(f"failed, and not recorded: {error}")
-                    continue
+            try:
+                row = made_row(grid, run, folder, make, here, changed)
+            except RunError as error:
+                failed += 1
+                say(f"failed, and not recorded: {error}")
+                continue
             append(folder / RESULTS, row)
             rows.append(row)
-            took = row["wall_seconds"]
+            took = seconds_of(row)
             left = missing[number:]
             say(f"    {headline(row)} ({took:.0f} s)" + (f"; {cost(rows, left)}" if left else ""))
         return failed
@@ -282,7 +275,6 @@ def made_row(
 ) -> Row:
     before, load = cpu_seconds(), os.getloadavg()[0]
     started = datetime.now(timezone.utc)
-    began = time.monotonic()
     found = make(run, folder / "runs" / run_name(run), grid.problems, grid.samples)
     return {
         "form": FORM,
@@ -291,7 +283,6 @@ def made_row(
         "recipe": asdict(run.recipe),
         "evaluation": {"problems": grid.problems, "samples": grid.samples},
         **found,
-        "wall_seconds": round(time.monotonic() - began, 1),
         "cpu_seconds": round(cpu_seconds() - before, 1),
         "load": {"before": round(load, 2), "after": round(os.getloadavg()[0], 2)},
         "started": started.isoformat(timespec="seconds"),

@@ -1,12 +1,13 @@
 """One run of a grid: the quickstart's own training, and what its policies are worth."""
 
+import fcntl
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from rich.console import Console
@@ -42,37 +43,52 @@ class Diverged(Exception):
     """The policy, or what it is trained on, is no finite number any more; says where."""
 
 
-def measured_run(settings: Settings, folder: Path, problems: int, samples: int) -> dict[str, Any]:
+@contextmanager
+def held(lock: Path | None) -> Iterator[None]:
+    """Waits for the lock of a file, if there is one, and holds it."""
+    with ExitStack() as stack:
+        if lock is not None:
+            fcntl.flock(stack.enter_context(lock.open("a")), fcntl.LOCK_EX)
+        yield
+
+
+def measured_run(
+    settings: Settings, folder: Path, problems: int, samples: int, *, lock: Path | None = None
+) -> dict[str, Any]:
     """Trains in `folder`; the run's part of a row of results.
+
+    Args:
+        settings: Of the run.
+        folder: Emptied of what an interrupted call left there.
+        problems: Held-out problems of each evaluation.
+        samples: Sampled answers to each at the end of the run; one along it.
+        lock: A file whose lock is held while the host trains, for machines that are shared.
 
     Raises:
         RunError: The host failed, for a reason that is not the policy's numbers.
     """
     folder, _ = quickstart.claim_folder(settings, folder, overwrite=True)
-    seconds: dict[str, float] = {}
-    started = perf_counter()
+    phases = quickstart.Phases()
     status, reason = "done", None
     reference = quickstart.policy_folder(settings, folder / "log.txt")
     start = replace(settings, kl_type="none", kl_coef=None, seed=0, updates=1, save_every=0)
-    evaluations = [{"step": 0, **reference_evaluation(start, reference, problems, samples)}]
-    seconds["reference"] = perf_counter() - started
+    with phases.timed("reference"):
+        evaluations = [{"step": 0, **reference_evaluation(start, reference, problems, samples)}]
     try:
-        started = perf_counter()
-        train(settings, folder, reference)
-        seconds["training"] = perf_counter() - started
-        started = perf_counter()
-        for step, policy in policies(settings, folder):
-            # Curves along the run need fewer answers than what is compared at its end.
-            each = samples if step == settings.steps else 1
-            found = evaluation(settings, policy, reference, problems, each)
-            evaluations.append({"step": step, **found})
+        with held(lock), phases.timed("training"):
+            train(settings, folder, reference)
+        with phases.timed("evaluation"):
+            for step, policy in policies(settings, folder):
+                # Curves along the run need fewer answers than what is compared at its end.
+                each = samples if step == settings.steps else 1
+                found = evaluation(settings, policy, reference, problems, each)
+                evaluations.append({"step": step, **found})
     except Diverged as error:
         status, reason = "diverged", str(error)
-    seconds["evaluation"] = perf_counter() - started
     return {
         "status": status,
         "reason": reason,
-        "seconds": {phase: round(value, 1) for phase, value in seconds.items()},
+        "seconds": {phase: round(value, 1) for phase, value in phases.seconds.items()},
         "evaluations": evaluations,
         "training": columns(read_metrics(folder / "metrics.jsonl")),
     }

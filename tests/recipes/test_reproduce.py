@@ -16,7 +16,7 @@ from recipes.quickstart import run as quickstart
 from recipes.quickstart.run import RunError
 from recipes.quickstart.settings import REPOSITORY, Settings, settings
 from recipes.reproduce import measure
-from recipes.reproduce.__main__ import main
+from recipes.reproduce.__main__ import main, part
 from recipes.reproduce.drive import FORM, DriveError, append, drive, is_of, read_rows
 from recipes.reproduce.grid import Grid, GridError, load
 
@@ -139,6 +139,16 @@ def test_a_dry_run_lists_and_makes_nothing(
     assert not out.exists()
 
 
+def test_parts_of_a_grid_share_its_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = small(tmp_path)
+    parts = [part(grid, f"{number}/3").runs for number in (1, 2, 3)]
+    assert {run for runs in parts for run in runs} == set(grid.runs)
+    assert sum(map(len, parts)) == len(grid.runs)
+    for asked in ("0/2", "3/2", "2", "half"):
+        with pytest.raises(GridError, match=f"--part {asked}: a part and their number"):
+            part(grid, asked)
+
+
 # Going on
 
 
@@ -212,7 +222,9 @@ def test_the_cost_comes_from_a_timed_run_and_time_left_is_told(tmp_path: Path) -
     grid, out = small(tmp_path), tmp_path / "out"
     driven(grid, out, Runner())
     path = out / "results.jsonl"
-    rows = [{**row, "wall_seconds": 300.0, "cpu_seconds": 600.0} for row in read_rows(path)]
+    rows = [
+        {**row, "seconds": {"training": 300.0}, "cpu_seconds": 600.0} for row in read_rows(path)
+    ]
     path.unlink()
     append(path, rows[0])
     _, said = driven(grid, out, Runner())

@@ -1,0 +1,642 @@
+"""docs/evidence.md and its figures, from the committed rows: `python -m recipes.reproduce.page`.
+
+Nothing in the page is written by hand but its sentences: each number is of `results/tier1*.jsonl`,
+each verdict follows HYPOTHESES.md's rule. What is missing is said to be missing.
+"""
+
+import argparse
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from scipy.stats import bootstrap
+
+from recipes.quickstart.settings import REPOSITORY
+from recipes.reproduce.drive import DriveError, Row, read_rows, seconds_of
+from recipes.reproduce.grid import HERE, load
+
+RESULTS = HERE / "results"
+PAGE = REPOSITORY / "docs" / "evidence.md"
+IMAGES = REPOSITORY / "docs" / "img"
+
+RESAMPLES = 10_000
+LEAST_SEEDS = 3
+LOST = 0.5  # of the first rollout's reward: a rollout below it is lost
+MAIN = {"kl_coef": 0.5, "updates": 4}
+ORDER = (
+    *("none", "k1_as_loss,ratio=none", "stock:k3", "k3_in_reward", "k1_in_reward"),
+    *("k2_as_loss", "k2_as_loss,horizon=sequence"),
+)
+# Colours that are told apart without seeing all of them (Okabe and Ito).
+COLOURS = ("#000000", "#d55e00", "#e69f00", "#cc79a7", "#0072b2", "#009e73", "#56b4e9")
+
+
+# What a row says
+
+
+def accuracy(row: Row) -> float:
+    """pass@1 at temperature 1 at the end; 0 of a run that diverged."""
+    return 0.0 if row["status"] == "diverged" else row["evaluations"][-1]["sampled_accuracy"]
+
+
+def end(name: str) -> Callable[[Row], float]:
+    """A measure of the last evaluation; nan of a run that diverged."""
+
+    def value(row: Row) -> float:
+        if row["status"] == "diverged":
+            return math.nan
+        found: Any = row["evaluations"][-1]
+        for key in name.split("/"):
+            found = found[key]
+        return float(found)
+
+    return value
+
+
+def lost(row: Row) -> float:
+    """The share of rollouts whose mean reward is below half of the first one's."""
+    rewards = [reward or 0.0 for reward in row["training"]["reward"]]
+    missing = row["settings"]["steps"] - len(rewards)  # a run that diverged has fewer
+    return (sum(r < LOST * rewards[0] for r in rewards) + missing) / row["settings"]["steps"]
+
+
+def gradient_norm(row: Row) -> float:
+    """The median over the steps."""
+    norms = [norm for norm in row["training"].get("actor_grad_norm", []) if norm is not None]
+    return float(np.median(norms)) if norms else math.nan
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column of the table."""
+
+    heading: str
+    of: Callable[[Row], float]
+    form: str
+
+
+MEASURES = (
+    Measure("accuracy", accuracy, "{:.1%}"),
+    Measure("greedy", end("accuracy"), "{:.1%}"),
+    Measure("pass@8", end("pass_at/8"), "{:.1%}"),
+    Measure("pass@16", end("pass_at/16"), "{:.1%}"),
+    Measure("KL(pi‖ref)", end("kl_nats_per_answer"), "{:.3g}"),
+    Measure("KL(ref‖pi)", end("forward_kl_nats_per_answer"), "{:.3g}"),
+    Measure("entropy", end("entropy_nats_per_answer"), "{:.3g}"),
+    Measure("tokens", end("response_tokens"), "{:.1f}"),
+    Measure("gradient norm", gradient_norm, "{:.2g}"),
+    Measure("rollouts lost", lost, "{:.0%}"),
+)
+
+
+def mean_and_range(values: Sequence[float], form: str) -> str:
+    """The mean, and the lowest and highest seed; of the finite ones."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return ""
+    mean = form.format(sum(finite) / len(finite))
+    if len(finite) == 1:
+        return mean
+    return f"{mean} ({form.format(min(finite))} to {form.format(max(finite))})"
+
+
+# Comparing
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A mean difference over seeds, with its percentile bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+    differences: tuple[float, ...]
+
+    @property
+    def seeds(self) -> int:
+        return len(self.differences)
+
+
+def effect(differences: Sequence[float]) -> Effect:
+    """Of paired differences, one a seed; the interval of one alone is itself."""
+    values = np.asarray(differences, dtype=float)
+    low = high = float(values.mean())
+    if len(values) > 1 and np.ptp(values) > 0:
+        found = bootstrap(
+            (values,),
+            np.mean,
+            n_resamples=RESAMPLES,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        ).confidence_interval
+        low, high = float(found.low), float(found.high)
+    return Effect(float(values.mean()), low, high, tuple(values.tolist()))
+
+
+Verdict = Literal["reproduced", "not reproduced", "not decided", "not decided yet"]
+
+
+def above(found: Effect | None, threshold: float) -> bool:
+    """Whether a difference holds above a threshold: the interval, and every seed."""
+    return (
+        found is not None
+        and found.seeds >= LEAST_SEEDS
+        and found.low > threshold
+        and min(found.differences) > threshold
+    )
+
+
+def below(found: Effect | None, threshold: float) -> bool:
+    return found is not None and above(negative(found), -threshold)
+
+
+def negative(found: Effect) -> Effect:
+    return Effect(-found.mean, -found.high, -found.low, tuple(-d for d in found.differences))
+
+
+def within(found: Effect | None, threshold: float) -> bool:
+    """Whether two are alike: the interval lies within the threshold on both sides."""
+    return (
+        found is not None
+        and found.seeds >= LEAST_SEEDS
+        and -threshold < found.low
+        and found.high < threshold
+    )
+
+
+def beyond(found: Effect | None, threshold: float) -> bool:
+    return above(found, threshold) or below(found, -threshold)
+
+
+def verdict(effects: Sequence[Effect | None], holds: bool, opposite: bool) -> Verdict:
+    if any(found is None or found.seeds < LEAST_SEEDS for found in effects):
+        return "not decided yet"
+    if holds:
+        return "reproduced"
+    return "not reproduced" if opposite else "not decided"
+
+
+class Runs:
+    """The rows of a grid, looked up by what was varied."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows = list(rows)
+
+    def of(self, kl_type: str, updates: int = 4, kl_coef: float | None = 0.5) -> dict[int, Row]:
+        """Seed to row."""
+        coef = None if kl_type == "none" else kl_coef
+        asked = {"kl_type": kl_type, "updates": updates, "kl_coef": coef}
+        found = (r for r in self.rows if all(r["settings"][k] == v for k, v in asked.items()))
+        return {row["settings"]["seed"]: row for row in found}
+
+    def log_kl(self, row: Row) -> float:
+        """Of a run that diverged, the largest KL of the runs with as many updates."""
+        kl = end("kl_nats_per_answer")
+        if math.isfinite(value := kl(row)):
+            return math.log(value)
+        beside = (r for r in self.rows if r["settings"]["updates"] == row["settings"]["updates"])
+        return max((math.log(v) for r in beside if math.isfinite(v := kl(r))), default=math.nan)
+
+    def effect(
+        self, of: Callable[[Row], float], first: str, second: str, updates: int = 4
+    ) -> Effect | None:
+        """first minus second, over the seeds that both have; None where there is none."""
+        one, other = self.of(first, updates), self.of(second, updates)
+        seeds = sorted(set(one) & set(other))
+        differences = [of(one[seed]) - of(other[seed]) for seed in seeds]
+        finite = [d for d in differences if math.isfinite(d)]
+        return effect(finite) if finite else None
+
+
+def points(found: Effect | None) -> str:
+    """A difference of accuracies, in points."""
+    if found is None:
+        return "no seed has both"
+    if found.seeds == 1:
+        return f"{100 * found.mean:+.1f} points (1 seed)"
+    low, high = 100 * found.low, 100 * found.high
+    return f"{100 * found.mean:+.1f} points, {low:+.1f} to {high:+.1f} ({found.seeds} seeds)"
+
+
+def factor(found: Effect | None) -> str:
+    """A difference of logarithms, as a factor."""
+    if found is None:
+        return "no seed has both"
+    if found.seeds == 1:
+        return f"a factor {math.exp(found.mean):.3g} (1 seed)"
+    low, high = math.exp(found.low), math.exp(found.high)
+    return f"a factor {math.exp(found.mean):.3g}, {low:.3g} to {high:.3g} ({found.seeds} seeds)"
+
+
+def nats(found: Effect | None) -> str:
+    if found is None:
+        return "no seed has both"
+    if found.seeds == 1:
+        return f"{found.mean:+.3g} nats (1 seed)"
+    return f"{found.mean:+.3g} nats, {found.low:+.3g} to {found.high:+.3g} ({found.seeds} seeds)"
+
+
+# The hypotheses
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A part of a hypothesis: what was asked, what came out, and the verdict."""
+
+    part: str
+    asked: str
+    measured: str
+    verdict: Verdict
+
+
+POINT = 0.01
+DOUBLE = math.log(2)
+K1, WHOLE = "k1_as_loss,ratio=none", "k2_as_loss,horizon=sequence"
+
+
+def findings(runs: Runs) -> list[Finding]:
+    """(a), (b), (d) of HYPOTHESES.md on the host, with its thresholds, and (g)."""
+    like = runs.effect(accuracy, K1, "none", updates=1)
+    kl_like = runs.effect(runs.log_kl, K1, "none", updates=1)
+    destroyed = runs.effect(accuracy, K1, "none")
+    kl_k3 = runs.effect(runs.log_kl, "k3_in_reward", "none")
+    harmed = runs.effect(accuracy, "k3_in_reward", "none")
+    diverse = runs.effect(end("pass_at/16"), WHOLE, "k2_as_loss")
+    entropy = runs.effect(end("entropy_nats_per_answer"), WHOLE, "k2_as_loss")
+    drift = runs.effect(runs.log_kl, WHOLE, "k2_as_loss")
+    return [
+        Finding(
+            "a1",
+            "k1 as a loss, 1 update: like no KL (5 points, factor 2)",
+            f"accuracy {points(like)}; KL {factor(kl_like)}",
+            verdict(
+                [like, kl_like],
+                within(like, 5 * POINT) and within(kl_like, DOUBLE),
+                beyond(like, 5 * POINT) or beyond(kl_like, DOUBLE),
+            ),
+        ),
+        Finding(
+            "a2",
+            "k1 as a loss, 4 updates: at least 10 points below no KL",
+            f"accuracy {points(destroyed)}",
+            verdict([destroyed], below(destroyed, -10 * POINT), above(destroyed, -10 * POINT)),
+        ),
+        Finding(
+            "b1",
+            "k3 in the reward does not regularise: KL above half of no KL's",
+            f"KL {factor(kl_k3)}",
+            verdict([kl_k3], above(kl_k3, -DOUBLE), below(kl_k3, -DOUBLE)),
+        ),
+        Finding(
+            "b2",
+            "k3 in the reward is harmful: at least 5 points below no KL",
+            f"accuracy {points(harmed)}",
+            verdict([harmed], below(harmed, -5 * POINT), above(harmed, -5 * POINT)),
+        ),
+        Finding(
+            "d1",
+            "whole answer against own token: higher pass@16",
+            f"pass@16 {points(diverse)}",
+            verdict([diverse], above(diverse, 0), below(diverse, 0)),
+        ),
+        Finding(
+            "d2",
+            "whole answer against own token: more entropy",
+            f"entropy {nats(entropy)}",
+            verdict([entropy], above(entropy, 0), below(entropy, 0)),
+        ),
+        Finding(
+            "d3",
+            "whole answer against own token: less drift",
+            f"KL {factor(drift)}",
+            verdict([drift], below(drift, 0), above(drift, 0)),
+        ),
+        at_equal_kl(runs),
+    ]
+
+
+COEFFICIENTS = (0.05, 0.5, 2.0)
+
+
+def at_equal_kl(runs: Runs) -> Finding:
+    """(g): k2 as a loss less stock k3, at the KL that k2 has at 0.5."""
+
+    def line(kl_type: str, seed: int, at: float) -> float | None:
+        """Accuracy at a log KL, on the least-squares line through the coefficients' points."""
+        rows = [runs.of(kl_type, 4, coef).get(seed) for coef in COEFFICIENTS]
+        there = [row for row in rows if row is not None and row["status"] == "done"]
+        if len(there) < len(COEFFICIENTS):
+            return None
+        x, y = [runs.log_kl(row) for row in there], [accuracy(row) for row in there]
+        slope, start = np.polyfit(x, y, 1)
+        return float(start + slope * at)
+
+    differences = []
+    for seed, row in sorted(runs.of("k2_as_loss").items()):
+        at = runs.log_kl(row)
+        ours, stock = line("k2_as_loss", seed, at), line("stock:k3", seed, at)
+        if ours is not None and stock is not None:
+            differences.append(ours - stock)
+    found = effect(differences) if differences else None
+    return Finding(
+        "g",
+        "k2 as a loss and stock k3 at equal KL: alike (2 points)",
+        f"accuracy {points(found)}",
+        verdict([found], within(found, 2 * POINT), beyond(found, 2 * POINT)),
+    )
+
+
+# The page
+
+
+def table(runs: Runs, kl_types: Sequence[str], updates: int, kl_coef: float) -> list[str]:
+    """A line a formulation: seeds, then each measure's mean with its lowest and highest seed."""
+    headings = ["kl_type", "seeds", *(measure.heading for measure in MEASURES)]
+    lines = ["| " + " | ".join(headings) + " |", "| --- |" + " --- |" * (len(headings) - 1)]
+    for kl_type in kl_types:
+        rows = list(runs.of(kl_type, updates, kl_coef).values())
+        diverged = sum(row["status"] == "diverged" for row in rows)
+        seeds = f"{len(rows)}" + (f", {diverged} diverged" if diverged else "")
+        values = (mean_and_range([m.of(row) for row in rows], m.form) for m in MEASURES)
+        lines.append(f"| `{kl_type}` | {seeds} | " + " | ".join(values) + " |")
+    return lines
+
+
+def start_line(rows: Sequence[Row]) -> str:
+    """What all runs start from."""
+    start = rows[0]["evaluations"][0]
+    return (
+        f"The policy before training: accuracy {start['sampled_accuracy']:.1%}, greedy "
+        f"{start['accuracy']:.1%}, pass@8 {start['pass_at']['8']:.1%}, pass@16 "
+        f"{start['pass_at']['16']:.1%}, entropy {start['entropy_nats_per_answer']:.3g} nats, "
+        f"{start['response_tokens']:.1f} tokens."
+    )
+
+
+def missing_lines(rows: Sequence[Row]) -> list[str]:
+    """The seeds of tier 1 that are not there, a line a formulation."""
+    there = [row["settings"] for row in rows]
+    lost_seeds: dict[str, list[int]] = {}
+    for run in load("tier1").runs:
+        asked = run.as_dict()
+        if not any(all(asked.get(k) == v for k, v in found.items()) for found in there):
+            coef = "" if run.kl_coef is None else f", kl_coef {run.kl_coef:g}"
+            name = f"`{run.kl_type}`{coef}, {run.updates} update{'s' * (run.updates > 1)}"
+            lost_seeds.setdefault(name, []).append(run.seed)
+    return [
+        f"- {name}: seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+        for name, seeds in lost_seeds.items()
+    ]
+
+
+def provenance(rows: Sequence[Row]) -> list[str]:
+    """Commits, versions, machines and hours of the rows; the most frequent first."""
+    commits = Counter((row["commit"], row["changed"]) for row in rows)
+    lines = []
+    for (commit, changed), count in commits.most_common():
+        label = ", with changes that were not committed" if changed else ""
+        lines.append(f"- {count} runs of commit `{(commit or 'unknown')[:12]}`{label}")
+    versions = Counter(tuple(sorted(row["versions"].items())) for row in rows)
+    for found, count in versions.most_common():
+        lines.append(f"- {count} runs with {', '.join(f'{k} {v}' for k, v in found)}")
+    for machine, count in Counter(tuple(row["machine"].items()) for row in rows).most_common():
+        held = dict(machine)
+        lines.append(
+            f"- {count} runs on {held['cpu']}, {held['cores']} cores, {held['memory_gib']:g} GiB, "
+            f"{held['gpus']} GPUs"
+        )
+    hours = sum(map(seconds_of, rows)) / 3600
+    cpu = sum(row["cpu_seconds"] for row in rows) / 3600
+    load = [row["load"]["before"] for row in rows]
+    lines.append(
+        f"- {cpu:.1f} CPU-hours, {hours:.1f} hours of runs; the machine's load was "
+        f"{min(load):.1f} to {max(load):.1f} (other work beside it)"
+    )
+    return lines
+
+
+ELSEWHERE = (
+    ("c", "k2 against k3 as a loss, good answers rare or common"),
+    ("e", "many updates per rollout: corrected, uncorrected, frozen"),
+    ("f", "a bounded coefficient where a stock clamp lets go"),
+    ("h", "the strength of a coefficient: divided by the group's standard deviation or not"),
+)
+STUDIES = (
+    ("closed-form.md", "The closed form", "every formulation on a task that can be enumerated"),
+    ("gradient-study.md", "Gradients on a real model", "how many answers each estimator needs"),
+)
+
+
+INTRODUCTION = """\
+Does the formulation of the KL matter in training? Each run on this page is a run of the real host:
+OpenRLHF with DeepSpeed, Ray and vLLM, on a CPU. The policy has 0.75 M parameters and learns
+arithmetic word problems. The hypotheses, their outcomes and the rule of the verdicts were committed
+before the runs: `recipes/reproduce/HYPOTHESES.md`. One small policy and one task show large effects
+only.
+"""
+RULE = f"""\
+A difference is paired by seed. Its interval is the 95 % percentile bootstrap over seeds. With so
+few seeds it covers its mean less often than 95 %. So a verdict also asks that every seed lies on
+the same side. Fewer than {LEAST_SEEDS} seeds decide nothing.
+"""
+COLUMNS = """\
+Mean over seeds, with the lowest and the highest seed. 30 rollouts of 32 problems, 8 answers each.
+Accuracy is pass@1 at temperature 1, on 500 held-out problems with 16 answers each. KL and entropy
+are in nats per answer, summed over the vocabulary. A rollout is lost if its mean reward is below
+half of the first one's. `stock:k3` is OpenRLHF's own, without klplug.
+"""
+
+
+def page(rows: Sequence[Row], docs: Path) -> str:
+    """The page's text.
+
+    Args:
+        rows: Of tier 1, any number.
+        docs: The folder of the documentation; the studies that lie there are linked.
+    """
+    runs = Runs(rows)
+    found = findings(runs)
+    studies = [study for study in STUDIES if (docs / study[0]).is_file()]
+    enumerable = "[the closed form](closed-form.md)" if (docs / "closed-form.md").is_file() else ""
+    lines = [
+        "<!-- Made by `python -m recipes.reproduce.page` from recipes/reproduce/results. -->",
+        "",
+        "# Evidence",
+        "",
+        *INTRODUCTION.splitlines(),
+        "",
+        "## Verdicts",
+        "",
+        "| | hypothesis | measured | verdict |",
+        "| --- | --- | --- | --- |",
+        *(f"| {f.part} | {f.asked} | {f.measured} | **{f.verdict}** |" for f in found),
+        *(
+            f"| {part} | {asked} | on the enumerable task{': ' + enumerable if enumerable else ''} "
+            f"| {'see there' if enumerable else '**not decided yet**'} |"
+            for part, asked in ELSEWHERE
+        ),
+        "",
+        *RULE.splitlines(),
+        "",
+    ]
+    if studies:
+        lines += ["Two more pages:", ""]
+        lines += [f"- [{title}]({name}): {what}" for name, title, what in studies] + [""]
+    lines += ["## Tier 1: seven formulations, kl_coef 0.5, 4 updates per rollout", ""]
+    if not rows:
+        return "\n".join([*lines, "No run was made yet.", ""])
+    lines += [
+        start_line(rows),
+        "",
+        *table(runs, ORDER, 4, 0.5),
+        "",
+        *COLUMNS.splitlines(),
+        "",
+        "![Reward of the rollouts; accuracy and KL of the saved policies](img/evidence-runs.svg)",
+        "",
+        "![Accuracy against KL at the end of each run](img/evidence-frontier.svg)",
+        "",
+    ]
+    if any(row["settings"]["updates"] == 1 for row in rows):
+        lines += ["## One update per rollout", "", *table(runs, ("none", K1), 1, 0.5), ""]
+    coefs = [c for c in COEFFICIENTS if c != 0.5 and runs.of("k2_as_loss", 4, c)]
+    for coef in coefs:
+        lines += [f"## kl_coef {coef:g}, 4 updates per rollout", ""]
+        lines += [*table(runs, ("stock:k3", "k2_as_loss"), 4, coef), ""]
+    if absent := missing_lines(rows):
+        lines += ["## Missing", "", "Runs of tier 1 that were not made yet:", "", *absent, ""]
+    lines += [
+        "## How it was made",
+        "",
+        *provenance(rows),
+        "",
+        "```bash",
+        "make reproduce FAST=1                       # the main contrast, two runs",
+        "make reproduce                              # tier 1; the same command goes on",
+        "python -m recipes.reproduce tier1 --dry-run # what there is to make, and what it costs",
+        "python -m recipes.reproduce.page            # this page, from recipes/reproduce/results",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+# Figures
+
+
+def figures(rows: Sequence[Row], folder: Path) -> None:
+    """SVG, the same bytes for the same rows."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "klplug"
+    runs = Runs(rows)
+    colour = dict(zip(ORDER, COLOURS, strict=True))
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    reward, correct, drift = figure.subplots(1, 3)
+    for kl_type in ORDER:
+        there = list(runs.of(kl_type).values())
+        style = {"color": colour[kl_type], "linewidth": 1.6}
+        curve(reward, there, style, kl_type, rewards)
+        curve(correct, there, style, kl_type, along("sampled_accuracy"))
+        curve(drift, there, style, kl_type, along("kl_nats_per_answer"))
+    drift.set_yscale("log")
+    for axes, title in (
+        (reward, "reward of the rollouts"),
+        (correct, "accuracy, held-out problems"),
+        (drift, "KL(pi‖ref), nats per answer"),
+    ):
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("rollout")
+        axes.grid(alpha=0.3)
+    handles, labels = reward.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    save(figure, folder / "evidence-runs.svg")
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    kl = end("kl_nats_per_answer")
+    for kl_type in ORDER:
+        there = [row for coef in COEFFICIENTS for row in runs.of(kl_type, 4, coef).values()]
+        there = list({id(row): row for row in there if row["status"] == "done"}.values())
+        size = [20 + 30 * (row["settings"]["kl_coef"] or 0.0) for row in there]
+        x, y = [kl(row) for row in there], [accuracy(row) for row in there]
+        axes.scatter(x, y, s=size, color=colour[kl_type], label=kl_type, alpha=0.8)
+    axes.set_xscale("log")
+    axes.set_xlabel("KL(pi‖ref), nats per answer")
+    axes.set_ylabel("accuracy")
+    axes.set_title("the end of each run with 4 updates; larger dots: larger kl_coef", fontsize=10)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)
+    save(figure, folder / "evidence-frontier.svg")
+
+
+Curve = tuple[list[float], list[float]]
+
+
+def rewards(row: Row) -> Curve:
+    values = [math.nan if value is None else value for value in row["training"]["reward"]]
+    return list(range(1, len(values) + 1)), values
+
+
+def along(name: str) -> Callable[[Row], Curve]:
+    """A measure of the policies that were saved along the run."""
+
+    def of(row: Row) -> Curve:
+        there = [found for found in row["evaluations"] if found.get(name) is not None]
+        return [found["step"] for found in there], [found[name] for found in there]
+
+    return of
+
+
+def curve(
+    axes: Any, rows: Sequence[Row], style: dict[str, Any], label: str, of: Callable[[Row], Curve]
+) -> None:
+    """Each seed thin; their mean, where all have a value, thick."""
+    curves = [of(row) for row in rows]
+    for x, y in curves:
+        axes.plot(x, y, color=style["color"], linewidth=0.6, alpha=0.35)
+    if not curves:
+        return
+    common = sorted(set.intersection(*(set(x) for x, _ in curves)))
+    means = [np.mean([dict(zip(x, y, strict=True))[step] for x, y in curves]) for step in common]
+    axes.plot(common, means, label=label, **style)
+
+
+def save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    # matplotlib leaves blanks at the ends of lines.
+    lines = path.read_text("utf-8").splitlines()
+    path.write_text("\n".join(line.rstrip() for line in lines) + "\n", "utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="docs/evidence.md from the committed rows.")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of tier1*.jsonl")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--images", type=Path, default=IMAGES)
+    arguments = parser.parse_args(argv)
+    try:
+        rows = [
+            row
+            for path in sorted(arguments.results.glob("tier1*.jsonl"))
+            for row in read_rows(path)
+        ]
+    except DriveError as error:
+        print(f"page: error: {error}", file=sys.stderr)
+        return 2
+    arguments.page.write_text(page(rows, PAGE.parent), "utf-8")
+    if rows:
+        figures(rows, arguments.images)
+    print(f"{arguments.page}: {len(rows)} runs")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

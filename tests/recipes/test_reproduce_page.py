@@ -1,0 +1,222 @@
+"""The page of the evidence: what decides a verdict, and what is said where runs are missing."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from recipes.quickstart.settings import settings
+from recipes.reproduce.drive import FORM, append
+from recipes.reproduce.page import (
+    Runs,
+    above,
+    accuracy,
+    below,
+    effect,
+    figures,
+    findings,
+    lost,
+    main,
+    page,
+    within,
+)
+
+
+def row(
+    kl_type: str,
+    seed: int,
+    right: float,
+    kl: float,
+    *,
+    updates: int = 4,
+    kl_coef: float | None = 0.5,
+    pass16: float = 0.9,
+    entropy: float = 2.0,
+    commit: str = "a" * 40,
+    **changes: Any,
+) -> dict[str, Any]:
+    coef = None if kl_type == "none" else kl_coef
+    run = settings(kl_type=kl_type, kl_coef=coef, seed=seed, updates=updates, save_every=10)
+
+    def evaluated(step: int, value: float, drift: float) -> dict[str, Any]:
+        return {
+            "step": step,
+            "sampled_accuracy": value,
+            "accuracy": value,
+            "pass_at": {"1": value, "8": 0.8, "16": pass16},
+            "kl_nats_per_answer": drift,
+            "forward_kl_nats_per_answer": drift,
+            "entropy_nats_per_answer": entropy,
+            "response_tokens": 20.0,
+        }
+
+    return {
+        "form": FORM,
+        "grid": "tier1",
+        "settings": run.as_dict(),
+        "status": "done",
+        "reason": None,
+        "seconds": {"training": 100.0, "evaluation": 20.0},
+        "cpu_seconds": 240.0,
+        "load": {"before": 1.0, "after": 2.0},
+        "evaluations": [evaluated(0, 0.5, 0.0), evaluated(30, right, kl)],
+        "training": {"reward": [0.5] * 30, "actor_grad_norm": [0.1] * 30},
+        "commit": commit,
+        "changed": False,
+        "versions": {"python": "3.11.7", "openrlhf": "0.11.2"},
+        "machine": {"cpu": "a CPU", "cores": 2, "memory_gib": 24.0, "gpus": 0},
+        **changes,
+    }
+
+
+def of_part(rows: list[dict[str, Any]], part: str) -> Any:
+    return next(found for found in findings(Runs(rows)) if found.part == part)
+
+
+def pair(first: str, second: str, values: list[tuple[float, float]], **changes: Any) -> list[Any]:
+    """Rows of two formulations, a pair of accuracies a seed, at one KL."""
+    return [
+        made
+        for seed, (one, other) in enumerate(values, start=1)
+        for made in (
+            row(first, seed, one, 1.0, **changes),
+            row(second, seed, other, 1.0, **changes),
+        )
+    ]
+
+
+def test_the_interval_is_that_of_all_resamples() -> None:
+    """Three seeds have 27 resamples: their quantiles are enumerated."""
+    values = (0.1, 0.2, 0.6)
+    means = [np.mean([a, b, c]) for a in values for b in values for c in values]
+    found = effect(values)
+    assert found.mean == pytest.approx(0.3)
+    # 1 in 27 is all 0.1 and 1 in 27 all 0.6: both beyond 2.5 %, so the ends are the extremes.
+    assert (found.low, found.high) == pytest.approx((min(means), max(means)))
+    same = effect((0.2, 0.2, 0.2))
+    assert (same.low, same.high) == pytest.approx((0.2, 0.2))
+
+
+def test_a_difference_holds_by_its_interval_and_every_seed() -> None:
+    assert above(effect([0.11, 0.12, 0.13]), 0.1)
+    assert not above(effect([0.11, 0.12]), 0.1)  # two seeds
+    assert not above(effect([0.3, 0.3, 0.3, 0.3, 0.09]), 0.1)  # one seed below
+    assert below(effect([-0.11, -0.12, -0.13]), -0.1)
+    assert not below(effect([-0.11, -0.12, -0.05]), -0.1)
+    assert within(effect([0.01, -0.02, 0.03]), 0.05)
+    assert not within(effect([0.01, -0.02, 0.06]), 0.05)
+    assert not above(None, 0) and not below(None, 0) and not within(None, 1)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "verdict"),
+    [
+        ([(0.0, 0.7), (0.1, 0.7), (0.02, 0.6)], "reproduced"),
+        ([(0.65, 0.7), (0.7, 0.7), (0.62, 0.6)], "not reproduced"),
+        ([(0.0, 0.7), (0.7, 0.7), (0.02, 0.6)], "not decided"),
+        ([(0.0, 0.7), (0.1, 0.7)], "not decided yet"),
+        ([], "not decided yet"),
+    ],
+)
+def test_the_verdict_on_k1_as_a_loss(pairs: list[tuple[float, float]], verdict: str) -> None:
+    rows = pair("k1_as_loss,ratio=none", "none", pairs)
+    assert of_part(rows, "a2").verdict == verdict
+    assert of_part(rows, "a1").verdict == "not decided yet"  # needs one update
+
+
+def test_a_run_that_diverged_counts_against_its_formulation() -> None:
+    rows = pair("k1_as_loss,ratio=none", "none", [(0.0, 0.7), (0.1, 0.7)])
+    rows.append(row("none", 3, 0.7, 1.0))
+    bad = row("k1_as_loss,ratio=none", 3, 0.7, 1.0, status="diverged", reason="nan from step 2 on")
+    rows.append({**bad, "evaluations": bad["evaluations"][:1]})
+    assert accuracy(rows[-1]) == 0
+    assert Runs(rows).log_kl(rows[-1]) == pytest.approx(0.0)  # the largest KL there is 1
+    assert of_part(rows, "a2").verdict == "reproduced"
+    assert "| 3, 1 diverged |" in page(rows, Path("nowhere"))
+
+
+def test_lost_rollouts_are_those_below_half_of_the_first() -> None:
+    made = row("none", 1, 0.5, 1.0)
+    made["training"]["reward"] = [0.6, 0.31, 0.29, 0.0] + [0.6] * 26
+    assert lost(made) == pytest.approx(2 / 30)
+    made["training"]["reward"] = [0.6, 0.6, 0.1]  # the run ended after three of 30
+    assert lost(made) == pytest.approx(28 / 30)
+
+
+def test_accuracy_at_equal_kl_is_read_off_each_formulations_line() -> None:
+    """Accuracies that are linear in the log KL, stock's five points lower: the line is exact."""
+    rows = []
+    for seed in (1, 2, 3):
+        for coef, kl in ((0.05, 4.0), (0.5, 1.0), (2.0, 0.25)):
+            ours = 0.7 + 0.05 * math.log(kl)
+            rows.append(row("k2_as_loss", seed, ours, kl, kl_coef=coef))
+            shifted = 0.65 + 0.05 * math.log(2 * kl)
+            rows.append(row("stock:k3", seed, shifted, 2 * kl, kl_coef=coef))
+    found = of_part(rows, "g")
+    assert found.measured == "accuracy +5.0 points, +5.0 to +5.0 (3 seeds)"
+    assert found.verdict == "not reproduced"
+    assert of_part(rows[:12], "g").verdict == "not decided yet"
+
+
+def test_what_is_missing_shows_as_missing() -> None:
+    text = page([row("k2_as_loss", seed, 0.7, 1.0) for seed in (1, 2, 4)], Path("nowhere"))
+    assert "- `k2_as_loss`, kl_coef 0.5, 4 updates: seeds 3, 5\n" in text
+    assert "- `none`, 1 update: seeds 1, 2, 3, 4, 5\n" in text
+    assert "| `stock:k3` | 0 |" in text
+    assert text.count("**not decided yet**") == 12  # eight on the host, four on the other task
+
+
+def test_rows_of_other_commits_are_labelled() -> None:
+    rows = [row("none", 1, 0.7, 1.0), row("none", 2, 0.7, 1.0, commit="b" * 40, changed=True)]
+    text = page(rows, Path("nowhere"))
+    assert f"- 1 runs of commit `{'a' * 12}`\n" in text
+    assert f"- 1 runs of commit `{'b' * 12}`, with changes that were not committed\n" in text
+
+
+def test_the_studies_are_linked_once_they_are_there(tmp_path: Path) -> None:
+    rows = [row("none", 1, 0.7, 1.0)]
+    assert "closed-form.md" not in page(rows, tmp_path)
+    (tmp_path / "closed-form.md").touch()
+    assert "[The closed form](closed-form.md)" in page(rows, tmp_path)
+
+
+def test_the_same_rows_make_the_same_files(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    for made in pair("k2_as_loss", "none", [(0.7, 0.6), (0.8, 0.7)]):
+        append(results / "tier1.jsonl", made)
+    made = []
+    for name in ("one", "two"):
+        out = tmp_path / name
+        words = ["--results", str(results), "--page", str(tmp_path / f"{name}.md")]
+        assert main([*words, "--images", str(out)]) == 0
+        made.append([path.read_bytes() for path in sorted(out.glob("*.svg"))])
+    assert made[0] == made[1]
+    assert len(made[0]) == 2
+    assert (tmp_path / "one.md").read_text() == (tmp_path / "two.md").read_text()
+
+
+def test_rows_of_another_form_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    append(tmp_path / "tier1.jsonl", {**row("none", 1, 0.7, 1.0), "form": FORM + 1})
+    words = ["--results", str(tmp_path), "--page", str(tmp_path / "evidence.md")]
+    assert main(words) == 2
+    assert f"form {FORM + 1}" in capsys.readouterr().err
+    assert not (tmp_path / "evidence.md").exists()
+
+
+def test_the_committed_page_is_that_of_the_committed_rows(tmp_path: Path) -> None:
+    from recipes.reproduce.page import IMAGES, PAGE
+
+    assert main(["--page", str(tmp_path / "evidence.md"), "--images", str(tmp_path)]) == 0
+    assert (tmp_path / "evidence.md").read_text() == PAGE.read_text()
+    for drawn in tmp_path.glob("*.svg"):
+        assert (IMAGES / drawn.name).is_file()
+
+
+def test_figures_take_rows_of_one_formulation_alone(tmp_path: Path) -> None:
+    figures([row("none", 1, 0.7, 1.0)], tmp_path)
+    assert "<svg" in (tmp_path / "evidence-runs.svg").read_text()
