@@ -8,6 +8,7 @@
 from klplug.aggregation import aggregate
 from klplug.catalogue import KLType, kl_types
 from klplug.controllers import AdaptiveKL, FixedKL, KLController, kl_controller
+from klplug.exact import ExactKL, exact_kl
 from klplug.spec import KLSpec, check_kl_coef, parse
 from klplug.step import KLStep, policy_loss
 from klplug.tally import Tally
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveKL",
+    "ExactKL",
     "FixedKL",
     "KLController",
     "KLSpec",
@@ -27,6 +29,7 @@ __all__ = [
     "__version__",
     "aggregate",
     "check_kl_coef",
+    "exact_kl",
     "kl_controller",
     "kl_return_baseline",
     "kl_term",

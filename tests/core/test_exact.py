@@ -1,0 +1,498 @@
+"""The exact KL in chunks against two whole matrices of logits in float64, autograd and mpmath."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mpmath
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor
+
+import klplug
+from benchmarks.measure import peak_bytes
+from klplug import exact
+from klplug.estimators import ESTIMATORS
+from tests.core.enumeration import F
+
+# By name of the divergence: its textbook f, and what exact_kl is called with.
+NAMES: dict[str, dict[str, Any]] = {
+    name: {"divergence": name} for name in ("forward", "js", "jeffreys", "chi2", "hellinger", "tv")
+}
+NAMES["reverse"] = {"divergence": "k2"}
+NAMES["alpha"] = {"divergence": "alpha"}
+NAMES["alpha,alpha=2"] = {"divergence": "alpha", "alpha": 2.0}
+NAMES["alpha,alpha=-1"] = {"divergence": "alpha", "alpha": -1.0}
+
+TOKENS, VOCABULARY, WIDTH = 11, 23, 5
+Inputs = dict[str, Any]
+
+
+def drawn(dtype: torch.dtype = torch.float64, tokens: int = TOKENS, **changed: Any) -> Inputs:
+    """A policy, a teacher of another width, and the tokens that were sampled."""
+    draw = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype)
+
+    made = {
+        "hidden": normal(tokens, WIDTH).requires_grad_(),
+        "weight": normal(VOCABULARY, WIDTH).requires_grad_(),
+        "ref_hidden": normal(tokens, WIDTH + 2),
+        "ref_weight": normal(VOCABULARY, WIDTH + 2),
+        "targets": torch.randint(VOCABULARY, (tokens,), generator=draw),
+    }
+    return made | changed
+
+
+def biases() -> Inputs:
+    draw = torch.Generator().manual_seed(2)
+    bias, ref_bias = torch.randn((2, VOCABULARY), generator=draw, dtype=torch.float64)
+    return {"bias": bias.requires_grad_(), "ref_bias": ref_bias}
+
+
+def naive(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    targets: Tensor,
+    f: Callable[[Tensor], Tensor] = F["reverse"],
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        logits = hidden @ weight.T
+        logits = logits if bias is None else logits + bias
+        logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+        return (logits / temperature).log_softmax(-1)
+
+    log_p = log_softmax(hidden, weight, bias)
+    log_q = log_softmax(ref_hidden, ref_weight, ref_bias).detach()
+    q = log_q.exp()
+    return (
+        (q * f(log_p.exp() / q)).sum(-1),
+        -(log_p.exp() * log_p).sum(-1),
+        log_p[torch.arange(len(targets)), targets],
+        log_q[torch.arange(len(targets)), targets],
+    )
+
+
+def weighted(results: tuple[Tensor, ...], only: tuple[int, ...] = (0, 1, 2)) -> Tensor:
+    """A sum under per-token weights, of the results that are named."""
+    weights = torch.randn((3, TOKENS), generator=torch.Generator().manual_seed(3)).double()
+    return sum((weights[i] * results[i]).sum() for i in only)  # type: ignore[return-value]
+
+
+def gradients(scalar: Tensor, inputs: Inputs) -> list[Tensor]:
+    leaves = [x for x in inputs.values() if isinstance(x, Tensor) and x.requires_grad]
+    return list(torch.autograd.grad(scalar, leaves))
+
+
+def assert_equal(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(
+        tuple(actual), tuple(expected), rtol=tolerance, atol=tolerance, check_dtype=False
+    )
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 50, 3 * VOCABULARY])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_divergence_is_that_of_two_whole_matrices_of_logits(name: str, chunk: int) -> None:
+    inputs = drawn() | biases()
+    mine = klplug.exact_kl(**inputs, **NAMES[name], chunk=chunk)
+    theirs = naive(**inputs, f=F[name])
+    assert_equal(mine, theirs)
+    assert_equal(gradients(weighted(mine), inputs), gradients(weighted(theirs), inputs))
+
+
+@pytest.mark.parametrize("scaling", [{"temperature": 0.6}, {"softcap": 2.0}, {}], ids=str)
+@pytest.mark.parametrize("trained", ["hidden", "weight", "bias", "hidden weight bias"])
+@pytest.mark.parametrize("only", [(0,), (1,), (2,), (1, 2), (0, 1, 2)])
+def test_gradients_of_each_result_towards_each_input(
+    only: tuple[int, ...], trained: str, scaling: Inputs
+) -> None:
+    inputs = drawn() | biases()
+    for name in ("hidden", "weight", "bias"):
+        inputs[name].requires_grad_(name in trained.split())
+    mine, theirs = klplug.exact_kl(**inputs, **scaling, chunk=60), naive(**inputs, **scaling)
+    assert_equal(mine, theirs)
+    found, expected = (gradients(weighted(x, only), inputs) for x in (mine, theirs))
+    assert len(found) == len(trained.split())
+    assert_equal(found, expected)
+
+
+def test_both_scalings_at_once_and_a_softcap_that_bites() -> None:
+    scaling = {"temperature": 1.7, "softcap": 1.5}
+    inputs = drawn()
+    mine, theirs = klplug.exact_kl(**inputs, **scaling), naive(**inputs, **scaling)
+    assert_equal(mine, theirs)
+    assert_equal(gradients(weighted(mine), inputs), gradients(weighted(theirs), inputs))
+    assert not torch.allclose(mine.kl, klplug.exact_kl(**inputs, temperature=1.7).kl, rtol=0.1)
+
+
+def test_gradcheck() -> None:
+    inputs = drawn(tokens=3) | biases()
+    fixed = {name: inputs[name] for name in ("ref_hidden", "ref_weight", "targets", "ref_bias")}
+
+    def function(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return klplug.exact_kl(
+            hidden, weight, bias=bias, divergence="js", temperature=0.8, chunk=30, **fixed
+        )[:3]
+
+    assert torch.autograd.gradcheck(
+        function, (inputs["hidden"], inputs["weight"], inputs["bias"]), atol=1e-7
+    )
+
+
+def test_a_matrix_that_is_embedding_and_output_of_both_models() -> None:
+    tokens = torch.arange(TOKENS) % VOCABULARY
+    matrix = drawn()["weight"]
+
+    def loss(function: Callable[..., tuple[Tensor, ...]]) -> Tensor:
+        hidden = torch.tanh(matrix[tokens])
+        return weighted(function(hidden, matrix, matrix[tokens].detach(), matrix, tokens))
+
+    mine, theirs = (torch.autograd.grad(loss(f), matrix) for f in (klplug.exact_kl, naive))
+    # The naive one holds the reference's logits fixed by hand.
+    assert_equal(mine, theirs)
+
+
+def test_the_reference_gets_no_gradient() -> None:
+    inputs = drawn()
+    inputs["ref_hidden"].requires_grad_()
+    result = klplug.exact_kl(**inputs)
+    assert not result.ref_log_probs.requires_grad
+    (gradient,) = torch.autograd.grad(result.kl.sum(), inputs["ref_hidden"], allow_unused=True)
+    assert gradient is None
+
+
+# ── What is made again ──────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The shapes of all logits that are made."""
+    made: list[tuple[int, int]] = []
+    original = exact._product
+
+    def recorded(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
+        made.append((a.shape[0], b.shape[1]))
+        return original(a, b, *rest)
+
+    monkeypatch.setattr(exact, "_product", recorded)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("trained", "only", "again"),
+    [("hidden", (0,), 0), ("hidden", (1, 2), 1), ("hidden", (0, 1, 2), 1), ("both", (0,), 2)],
+)
+def test_what_the_backward_makes_again(
+    products: list[tuple[int, int]], trained: str, only: tuple[int, ...], again: int
+) -> None:
+    inputs = drawn()
+    inputs["weight"].requires_grad_(trained == "both")
+    whole = TOKENS * VOCABULARY
+    result = klplug.exact_kl(**inputs, chunk=100)
+    assert sum(map(math.prod, products)) == 2 * whole
+    weighted(result, only).backward()
+    assert sum(map(math.prod, products)) == (2 + again) * whole
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_memory_does_not_grow_with_the_vocabulary(trained: bool) -> None:
+    chunk, tokens, width = 2**14, 64, 8
+
+    def peak(vocabulary: int) -> int:
+        hidden = torch.randn(tokens, width, requires_grad=True)
+        matrix = torch.randn(vocabulary, width, requires_grad=trained)
+        targets = torch.arange(tokens)
+
+        def step() -> None:
+            result = klplug.exact_kl(hidden, matrix, hidden, matrix, targets, chunk=chunk)
+            torch.autograd.grad(result.kl.sum() + result.entropy.sum(), hidden)
+
+        gradient = matrix.nbytes if trained else 0  # which is no less in any other way
+        return peak_bytes(step) - gradient
+
+    small, large = peak(512), peak(8192)
+    assert large <= 1.1 * small
+    assert large < 12 * chunk * 4 + 50 * tokens * width * 4
+    assert large < 64 * 8192 * 4  # one matrix of logits, of which naive takes six
+
+
+# ── Numbers ─────────────────────────────────────────────────────────────────────────────────────
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_halves_are_neither_rounded_nor_summed_up_in_halves(
+    dtype: torch.dtype, trained: bool
+) -> None:
+    inputs = drawn(dtype)
+    inputs["weight"].requires_grad_(trained)
+    wide = {k: v.detach().double() if v.is_floating_point() else v for k, v in inputs.items()}
+    for name in ("hidden", "weight"):
+        wide[name].requires_grad_(inputs[name].requires_grad)
+    mine, theirs = klplug.exact_kl(**inputs, chunk=60), naive(**wide)
+    assert all(x.dtype == torch.float32 for x in mine)
+    assert_equal(mine, theirs, 1e-5)
+    found, expected = (
+        gradients(weighted(x), given) for x, given in ((mine, inputs), (theirs, wide))
+    )
+    assert all(x.dtype == dtype for x in found)
+    # One rounding to the dtype of the input, at the end.
+    assert_equal(found, expected, max(1e-5, torch.finfo(dtype).eps))
+
+
+def test_autocast_does_not_reach_it() -> None:
+    inputs = drawn(torch.float32)
+    alone = klplug.exact_kl(**inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        within = klplug.exact_kl(**inputs)
+        found = gradients(weighted(within), inputs)
+    assert_equal(within, alone, 0)
+    assert_equal(found, gradients(weighted(alone), inputs), 0)
+
+
+EXTREMES = [
+    [0.0, 0.0, 0.0, 0.0],
+    [300.0, 0.0, -300.0, 1.0],
+    [-300.0, 0.0, 300.0, 1.0],
+    [90.0, 0.0, 0.0, -20.0],
+    [0.0, 90.0, 0.0, -20.0],
+    [5.0, 4.0, 3.0, -130.0],
+]
+PRECISE_F: dict[str, Any] = {
+    "reverse": lambda t: t * mpmath.log(t),
+    "forward": lambda t: -mpmath.log(t),
+    "tv": lambda t: abs(t - 1) / 2,
+    "js": lambda t: t * mpmath.log(t) - (t + 1) * mpmath.log((t + 1) / 2),
+    "jeffreys": lambda t: (t - 1) * mpmath.log(t),
+    "chi2": lambda t: (t - 1) ** 2,
+    "hellinger": lambda t: (1 - mpmath.sqrt(t)) ** 2,
+    "alpha": lambda t: -4 * (mpmath.sqrt(t) - t / 2 - mpmath.mpf(1) / 2),
+    "alpha,alpha=2": lambda t: (t - 1) ** 2 / 2,
+    "alpha,alpha=-1": lambda t: (1 / t + t - 2) / 2,
+}
+
+
+def precise(name: str, z: list[float], r: list[float]) -> tuple[Any, list[Any]]:
+    """The divergence of two lists of logits and its gradient towards the first, by mpmath."""
+    with mpmath.workdps(400):
+
+        def softmax(logits: list[float]) -> list[Any]:
+            weights = [mpmath.exp(mpmath.mpf(x)) for x in logits]
+            return [w / mpmath.fsum(weights) for w in weights]
+
+        p, q = softmax(z), softmax(r)
+        f = PRECISE_F[name]
+        value = mpmath.fsum(b * f(a / b) for a, b in zip(p, q, strict=True))
+        if name == "tv":
+            slopes = [mpmath.sign(a - b) / 2 for a, b in zip(p, q, strict=True)]
+        else:
+            slopes = [
+                mpmath.diff(f, a / b, h=(a / b) * mpmath.mpf(10) ** -80)
+                for a, b in zip(p, q, strict=True)
+            ]
+        mean = mpmath.fsum(a * s for a, s in zip(p, slopes, strict=True))
+        return value, [a * (s - mean) for a, s in zip(p, slopes, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_extreme_logits_by_mpmath(name: str, dtype: torch.dtype) -> None:
+    pairs = list(itertools.product(EXTREMES, EXTREMES))
+    # The identity as output matrix: hidden states are the logits.
+    identity = torch.eye(4, dtype=dtype)
+    z = torch.tensor([pair[0] for pair in pairs], dtype=dtype, requires_grad=True)
+    r = torch.tensor([pair[1] for pair in pairs], dtype=dtype)
+    targets = torch.zeros(len(pairs), dtype=torch.long)
+    result = klplug.exact_kl(z, identity, r, identity, targets, **NAMES[name])
+    (found,) = torch.autograd.grad(result.kl.sum(), z)
+    largest = mpmath.mpf(torch.finfo(dtype).max)
+    seen = 0
+    for i, pair in enumerate(pairs):
+        value, gradient = precise(name, *pair)
+        assert result.kl[i] >= 0
+        if max([value, *map(abs, gradient)]) > largest / mpmath.exp(40):
+            assert result.kl[i].isfinite() and found[i].isfinite().all()
+            assert value < largest / mpmath.exp(40) or result.kl[i] > 1e20
+            continue
+        seen += 1
+        # A logit's own rounding, of 300 and more, is in the exponent.
+        ulps = 8 * (10 + max(map(abs, [*pair[0], *pair[1]])))
+        scale = ulps * torch.finfo(dtype).eps * (1 + float(max([value, *map(abs, gradient)])))
+        assert abs(result.kl[i].item() - float(value)) <= scale
+        for one, other in zip(found[i].tolist(), gradient, strict=True):
+            assert abs(one - float(other)) <= scale
+    assert seen >= 10
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_near_the_reference_float32_keeps_its_digits(name: str) -> None:
+    """Naive differences of float32 log-probs are all noise here, and of either sign."""
+    draw = torch.Generator().manual_seed(5)
+    r = 3 * torch.randn((50, 1000), generator=draw)
+    z = (r + 1e-3 * torch.randn(r.shape, generator=draw)).requires_grad_()
+    identity, targets = torch.eye(1000), torch.zeros(50, dtype=torch.long)
+    mine = klplug.exact_kl(z, identity, r, identity, targets, **NAMES[name]).kl
+    wide = z.detach().double(), identity.double(), r.double(), identity.double()
+    # In float64 the difference of close numbers has digits enough.
+    theirs = naive(*wide, targets, f=F[name])[0]
+    torch.testing.assert_close(mine.double(), theirs, rtol=2e-3, atol=0)
+    assert (mine > 0).all()
+    same = klplug.exact_kl(r, identity, r, identity, targets, **NAMES[name]).kl
+    assert (same == 0).all()
+
+
+def test_the_registry_has_the_same_coefficients() -> None:
+    """On moderate tokens the slope is p times the estimator's coefficient as a loss."""
+    log_ratio = torch.linspace(-3, 3, 61, dtype=torch.float64)
+    log_p = torch.full_like(log_ratio, -2.0)
+    rows = exact.DIVERGENCES | {"alpha": exact.alpha_divergence(0.5)}
+    for name, row in rows.items():
+        expected = log_p.exp() * ESTIMATORS[name].as_loss.coefficient(log_ratio)
+        torch.testing.assert_close(
+            row.slope(log_p, log_ratio, log_p.exp()), expected, rtol=1e-13, atol=1e-15
+        )
+    # Those without a row have no divergence of their own, and a message that says what to use.
+    assert set(ESTIMATORS) - set(rows) == set(exact._INSTEAD)
+
+
+def test_a_token_without_weight_may_hold_anything() -> None:
+    clean, inputs = drawn(), drawn()
+    with torch.no_grad():
+        inputs["hidden"][3], inputs["ref_hidden"][5], inputs["hidden"][7] = (
+            torch.nan,
+            torch.inf,
+            1e300,
+        )
+    used = torch.ones(TOKENS, dtype=torch.float64)
+    used[[3, 5, 7]] = 0
+    for trained in (True, False):
+        for given in (clean, inputs):
+            given["weight"].requires_grad_(trained)
+        found, expected = (
+            gradients(((x.kl + x.entropy + x.log_probs)[used > 0]).sum(), given)
+            for x, given in ((klplug.exact_kl(**given), given) for given in (inputs, clean))
+        )
+        assert_equal(found, expected)
+
+
+def test_no_tokens_at_all() -> None:
+    inputs = drawn(tokens=0)
+    result = klplug.exact_kl(**inputs)
+    assert [len(x) for x in result] == [0, 0, 0, 0]
+    found = gradients(result.kl.sum() + result.log_probs.sum(), inputs)
+    assert_equal(found, [torch.zeros(0, WIDTH), torch.zeros(VOCABULARY, WIDTH)])
+
+
+def test_without_gradients() -> None:
+    inputs = drawn()
+    with torch.no_grad():
+        assert not any(x.requires_grad for x in klplug.exact_kl(**inputs))
+
+
+# ── A vocabulary in shards ──────────────────────────────────────────────────────────────────────
+
+
+def shard_of(inputs: Inputs, rank: int, ranks: int) -> Inputs:
+    size = VOCABULARY_IN_SHARDS // ranks
+    return {
+        name: x[rank * size : (rank + 1) * size].detach().clone().requires_grad_(x.requires_grad)
+        if name in ("weight", "bias", "ref_weight", "ref_bias")
+        else x
+        for name, x in inputs.items()
+    }
+
+
+VOCABULARY_IN_SHARDS = 22
+
+
+def whole_inputs(trained: bool) -> Inputs:
+    inputs = drawn() | biases()
+    for name in ("weight", "bias", "ref_weight", "ref_bias"):
+        cut = inputs[name][:VOCABULARY_IN_SHARDS].detach().clone()
+        inputs[name] = cut.requires_grad_(trained and not name.startswith("ref"))
+    inputs["targets"] = inputs["targets"] % VOCABULARY_IN_SHARDS
+    return inputs
+
+
+def one_rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
+    original, calls = dist.all_reduce, []
+    dist.all_reduce = lambda x, *rest, **named: (calls.append(x.shape), original(x, *rest, **named))
+    saved = {}
+    for trained, only in itertools.product((False, True), ((0,), (0, 1, 2))):
+        inputs = shard_of(whole_inputs(trained), rank, 2)
+        result = klplug.exact_kl(
+            **inputs, divergence="jeffreys", softcap=3.0, chunk=55, group=dist.group.WORLD
+        )
+        in_forward = len(calls)
+        found = gradients(weighted(result, only), inputs)
+        saved[trained, only] = (tuple(result), found, in_forward, len(calls) - in_forward)
+        calls.clear()
+    torch.save(saved, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_with_half_of_the_vocabulary_each(tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(
+        one_rank, args=(str(tmp_path),), nprocs=2, start_method="fork"
+    )
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for (trained, only), of_first in ranks[0].items():
+        inputs = whole_inputs(trained)
+        expected = naive(**inputs, f=F["jeffreys"], softcap=3.0)
+        hidden, *of_matrix = gradients(weighted(expected, only), inputs)
+        of_second = ranks[1][trained, only]
+        for results, found, in_forward, in_backward in (of_first, of_second):
+            assert_equal(results, expected)
+            assert_equal(found[:1], [hidden])
+            # Five tokens of eleven local logits are a chunk of 55: three chunks.
+            assert (in_forward, in_backward) == (3 * 3, 1)
+        halves = [torch.cat(pair) for pair in zip(of_first[1][1:], of_second[1][1:], strict=True)]
+        assert_equal(halves, of_matrix)
+
+
+# ── What is refused ─────────────────────────────────────────────────────────────────────────────
+
+REFUSED: list[tuple[Inputs, str]] = [
+    ({"divergence": "k1"}, "'k2' is its exact form"),
+    ({"divergence": "k3"}, "'forward' what its derivative does"),
+    ({"divergence": "abs"}, "'tv' is half of it"),
+    ({"divergence": "kl"}, "known: k2, forward"),
+    ({"divergence": "alpha", "alpha": 1}, "neither 0 nor 1"),
+    ({"alpha": 0.3}, "is for divergence='alpha'"),
+    ({"temperature": 0.0}, "temperature=0.0"),
+    ({"softcap": -1.0}, "softcap=-1.0"),
+    ({"chunk": 0}, "chunk=0"),
+    ({"ref_weight": torch.zeros(VOCABULARY + 1, WIDTH + 2)}, "must have one vocabulary"),
+    ({"ref_hidden": torch.zeros(TOKENS - 1, WIDTH + 2)}, r"ref_hidden has shape \(10, 7\)"),
+    ({"hidden": torch.zeros(TOKENS, WIDTH + 1)}, r"hidden has shape \(11, 6\)"),
+    ({"hidden": torch.zeros(1, TOKENS, WIDTH)}, "hidden must have two dimensions"),
+    ({"hidden": torch.zeros(TOKENS, WIDTH, dtype=torch.long)}, "hidden must be floating-point"),
+    ({"targets": torch.zeros(TOKENS)}, "targets must be token ids"),
+    ({"targets": torch.full((TOKENS,), -100)}, "targets has the token -100; allowed: 0 to 22"),
+    ({"targets": torch.full((TOKENS,), VOCABULARY)}, "targets has the token 23"),
+    ({"bias": torch.zeros(VOCABULARY, 1)}, r"bias has shape \(23, 1\)"),
+]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"), REFUSED, ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_wrong_input_is_named(wrong: Inputs, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        klplug.exact_kl(**drawn(**wrong))
