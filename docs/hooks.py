@@ -21,8 +21,8 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 import klplug
-from klplug.cli.explain import explain, option_meanings, picture
-from klplug.spec import OPTIONS
+from klplug.axes import AXES, OPTIONS, Axis
+from klplug.cli.explain import explain, picture
 
 CURVES = re.compile(r"^<!-- curves: (\S+) (.+) -->$", re.MULTILINE)
 FAMILY = re.compile(r"^<!-- kl_types: (.+) -->$", re.MULTILINE)
@@ -115,11 +115,25 @@ def overview() -> str:
 
 
 def options() -> str:
-    """Every option, from the attributes of ``KLSpec``."""
-    meanings = option_meanings()
-    lines = ["| option | meaning |", "| --- | --- |"]
-    lines += [f"| `{name}` | {cell(meanings[name])} |" for name in OPTIONS]
+    """Every option: what it may be, and what it means."""
+    lines = ["| option | choices, default first | meaning |", "| --- | --- | --- |"]
+    for option in OPTIONS:
+        axis = AXES[option]
+        lines.append(f"| `{option}` | {cell(_choices(axis))} | {cell(axis.meaning)} |")
     return "\n".join(lines)
+
+
+# Between them these have every axis.
+PLAIN = ("k2_as_loss", "k1_in_reward", "alpha_as_loss")
+
+
+def _choices(axis: Axis) -> str:
+    terms = [term for kl_type in PLAIN for term in klplug.parse(kl_type).terms]
+    default = next(v for term in terms if (v := getattr(term, axis.name)) is not None)
+    choices = [f"`{axis.shown(default)}`"]
+    choices += ["a number"] * axis.number
+    choices += [f"`{word}`" for word in axis.choices if f"`{word}`" not in choices]
+    return ", ".join(choices) + (f"; {axis.elsewhere}" if axis.elsewhere else "")
 
 
 def refused(kl_types: list[str]) -> str:

@@ -49,8 +49,7 @@ _HEAD_TEST = "test_on_policy_the_heads_agree"
 
 def _row(name: str, **changed: Any) -> KLType:
     """The registry's row of a single term; an option's row names what it changes."""
-    spec = parse(name)
-    assert spec.placement is not None
+    (spec,) = parse(name).terms
     estimator, role = spec.definition, spec.definition.role(spec.placement)
     row = KLType(
         name=str(spec),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from klplug.baselines import others_mean
 from klplug.numerics import finite, finite_, flags, largest, largest_exponent, masked, masked_
-from klplug.spec import KLSpec, parse
+from klplug.spec import KLSpec, TermSpec, parse
 from klplug.tally import Diagnosis, Tally
 from klplug.weights import ImportanceWeight, clipped_weight, importance_weight
 
@@ -36,7 +36,7 @@ class KLTerm:
         coefficient: detached c; for ``in_reward`` the number to join to each token's reward.
         gradient: detached ``weight * coefficient``: that of ``loss.sum()`` with respect to
             ``log_probs``, whatever the estimate's own derivative is.
-        parts: the terms of a sum; a single term is its own only part.
+        parts: the terms of a sum, and of ``none`` none; a single term is its own only part.
 
     For a sum of terms ``value`` and ``gradient`` are the sums of the parts', ``coefficient`` is
     ``gradient``, and ``weight`` is 1.
@@ -55,7 +55,7 @@ class KLTerm:
 
     @property
     def parts(self) -> tuple[KLTerm, ...]:
-        return self._parts or (self,)
+        return (self,) if len(self.spec.terms) == 1 else self._parts
 
     @functools.cached_property
     def loss(self) -> Tensor:
@@ -142,13 +142,9 @@ def kl_term(
     _check(spec, log_probs, response_mask, supplied, options)
     clip = None if clip_range is None else low_and_high(clip_range)
     batch = _Batch.of(spec, log_probs, response_mask, supplied)
-    terms = [
-        _single(term, batch, kl_coef, clip, group_ids)
-        for term in spec.terms
-        if term.placement is not None
-    ]
-    if not terms:
+    if not spec.terms:
         return _nothing(spec, batch)
+    terms = [_single(term, batch, kl_coef, clip, group_ids) for term in spec.terms]
     return terms[0] if len(terms) == 1 else _sum(spec, terms)
 
 
@@ -170,12 +166,13 @@ def kl_return_baseline(
         ValueError: a ``kl_type`` of several terms or without a baseline, or as ``kl_term``.
     """
     spec = parse(spec)
-    if spec.baseline in (None, "none"):
+    if len(spec.terms) != 1 or spec.terms[0].baseline == "none":
         raise ValueError(f"kl_type {str(spec)!r} has no baseline")
-    reference = f"{spec.reference}_log_probs"
+    (term,) = spec.terms
+    reference = f"{term.reference}_log_probs"
     batch = _Batch.of(spec, log_probs, response_mask, {reference: ref_log_probs})
-    _, own, later = _value_and_coefficients(spec, batch, batch.log_ratio(reference))
-    return others_mean(_returns(own, later, batch), _groups(spec, group_ids))
+    _, own, later = _value_and_coefficients(term, batch, batch.log_ratio(reference))
+    return others_mean(_returns(own, later, batch), _groups(term, group_ids))
 
 
 @dataclass
@@ -263,7 +260,7 @@ class _Acting:
 
 
 def _single(
-    spec: KLSpec,
+    spec: TermSpec,
     batch: _Batch,
     kl_coef: float | Tensor | None,
     clip: tuple[float, float] | None,
@@ -292,7 +289,6 @@ def _single(
 
     def diagnose() -> Diagnosis:
         bounded = None
-        assert spec.bound is not None and spec.placement is not None
         coefficient = acting.coefficient
         if not math.isinf(spec.bound):
             unbounded = spec.definition.role(spec.placement).coefficient(log_ratio)
@@ -342,7 +338,7 @@ def _own_token(log_ratio: Tensor, own: Tensor, weight: Tensor | None) -> _Acting
 
 
 def _whole_answer(
-    spec: KLSpec,
+    spec: TermSpec,
     batch: _Batch,
     log_ratio: Tensor,
     own: Tensor,
@@ -374,7 +370,7 @@ def _whole_answer(
 
 
 def _in_the_reward(
-    spec: KLSpec, batch: _Batch, log_ratio: Tensor, own: Tensor, group_ids: Groups
+    spec: TermSpec, batch: _Batch, log_ratio: Tensor, own: Tensor, group_ids: Groups
 ) -> _Acting:
     """``c_t``, which a host credits to this token and all before it: ``sum_{s>=t} c_s`` (FULL)."""
     coefficient = own
@@ -389,7 +385,7 @@ def _in_the_reward(
 
 
 def _under_a_head(
-    spec: KLSpec, batch: _Batch, log_ratio: Tensor, coefficient: Tensor, weight: Tensor
+    spec: TermSpec, batch: _Batch, log_ratio: Tensor, coefficient: Tensor, weight: Tensor
 ) -> _Acting:
     """``rho_t c_t``, and 0 where PPO's clip drops it; over whole answers c_t is the sum to go."""
     if spec.horizon == "sequence":
@@ -405,11 +401,10 @@ def _under_a_head(
 
 
 def _value_and_coefficients(
-    spec: KLSpec, batch: _Batch, log_ratio: Tensor
+    spec: TermSpec, batch: _Batch, log_ratio: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The estimate, each token's own coefficient, and what it adds to those of the tokens before
     it."""
-    assert spec.placement is not None and spec.bound is not None
     estimator = spec.definition
     on_answers = spec.placement == "as_loss" and spec.horizon == "sequence"
     if on_answers and estimator.of_answer is not None:
@@ -432,7 +427,7 @@ def _value_and_coefficients(
     return value, own, estimator.later(log_ratio)
 
 
-def _importance(spec: KLSpec, batch: _Batch) -> ImportanceWeight | None:
+def _importance(spec: TermSpec, batch: _Batch) -> ImportanceWeight | None:
     if spec.ratio == "none":
         return None
     # The heads have none of these options: theirs is the policy loss's own ratio.
@@ -454,11 +449,11 @@ def _returns(own: Tensor, later: Tensor, batch: _Batch, weight: Tensor | None = 
     return finite_(returns)
 
 
-def _groups(spec: KLSpec, group_ids: Groups) -> Groups:
+def _groups(spec: TermSpec, group_ids: Groups) -> Groups:
     return None if spec.baseline == "batch" else group_ids
 
 
-def _baseline(spec: KLSpec, batch: _Batch, returns: Tensor, group_ids: Groups) -> Tensor:
+def _baseline(spec: TermSpec, batch: _Batch, returns: Tensor, group_ids: Groups) -> Tensor:
     if "return_baseline" in batch.others:
         return batch.masked(batch.others["return_baseline"])
     return others_mean(returns, _groups(spec, group_ids))

@@ -106,7 +106,7 @@ def _check(step: Step) -> None:
             f"OpenRLHF's training step aggregated the KL of {spec} by a function that klplug "
             "does not know, so it may not be as the policy loss is"
         )
-    if step.plan.combined.estimator != "none" and not step.joined:
+    if step.plan.combined.terms and not step.joined:
         raise RuntimeError(
             f"kl_type {spec} belongs inside the policy loss, but OpenRLHF's training step took "
             "that from somewhere else than openrlhf.models.loss.PolicyLoss"
@@ -116,11 +116,10 @@ def _check(step: Step) -> None:
 def policy_loss(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     """OpenRLHF's own, of advantages that have the KL in them (``klplug.policy_loss``)."""
     step = _STEP.get()
-    combined = KLSpec("none") if step is None else step.plan.combined
-    if step is None or combined.estimator == "none":
+    if step is None or not step.plan.combined.terms:
         return original(*args, **kwargs)
     given = bound(original, args, kwargs)
-    for part in combined.terms:
+    for part in step.plan.combined.terms:
         coefficient = step.term(part, given["log_probs"]).coefficient
         given["advantages"] = given["advantages"] - step.kl_coef * coefficient
     step.joined = True
@@ -140,11 +139,11 @@ def compute_approx_kl(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any
         )
     plan, log_probs = step.plan, given["log_probs"]
     step.kl = torch.zeros_like(log_probs, dtype=torch.float32)
-    if plan.in_reward.estimator != "none":
+    if plan.in_reward.terms:
         # It acts through the advantages; here it is only reported.
         term = step.term(plan.in_reward_plain, log_probs)
         step.kl, step.tally = step.kl + term.value, term.tally
-    if plan.as_loss.estimator != "none":
+    if plan.as_loss.terms:
         term = step.term(plan.as_loss, log_probs)
         step.kl, step.tally = step.kl + term.value, term.tally
         # The gradient of what is combined comes from the policy loss.

@@ -8,6 +8,7 @@ from typing import Any
 import klplug
 from klplug import KLSpec, parse
 from klplug.hosting.settings import Settings
+from klplug.spec import sum_of
 from klplug_openrlhf.keys import flag, read
 
 ACTIVE = "klplug/active"
@@ -41,7 +42,7 @@ class Plan(Settings):
 
     @property
     def is_active(self) -> bool:
-        return self.spec.estimator != "none"
+        return bool(self.spec.terms)
 
     @property
     def needs_reference(self) -> bool:
@@ -54,8 +55,7 @@ class Plan(Settings):
     @property
     def in_reward_plain(self) -> KLSpec:
         """What is in the reward without its baseline."""
-        terms = (replace(term, baseline="none") for term in terms_of(self.in_reward))
-        return _joined(tuple(terms))
+        return sum_of(replace(term, baseline="none") for term in self.in_reward.terms)
 
     @property
     def as_loss(self) -> KLSpec:
@@ -64,19 +64,19 @@ class Plan(Settings):
     @property
     def combined(self) -> KLSpec:
         """The part of the loss that is inside the policy loss."""
-        return _joined(tuple(t for t in terms_of(self.as_loss) if t.head == "combined"))
+        return sum_of(t for t in self.as_loss.terms if t.head == "combined")
 
     @property
     def separate(self) -> KLSpec:
         """The part of the loss that is added to the policy loss."""
-        return _joined(tuple(t for t in terms_of(self.as_loss) if t.head != "combined"))
+        return sum_of(t for t in self.as_loss.terms if t.head != "combined")
 
     @property
     def acts_on_experience(self) -> bool:
         """Whether a part of it happens where experience is made, before any training step."""
-        with_baseline = any(term.baseline != "none" for term in terms_of(self.as_loss))
+        with_baseline = any(term.baseline != "none" for term in self.as_loss.terms)
         sampler = self.is_active and not self.needs_reference
-        return self.in_reward.estimator != "none" or with_baseline or sampler
+        return bool(self.in_reward.terms) or with_baseline or sampler
 
     @classmethod
     def of(cls, args: Any) -> Plan | None:
@@ -92,7 +92,7 @@ class Plan(Settings):
                 return None
         spec = parse(kl_type)
         coef = read(args, "klplug.kl_coef")
-        if coef is None and spec.estimator != "none":
+        if coef is None and spec.terms:
             coef = read(args, "algo.kl.init_coef")
         return cls(
             spec=spec,
@@ -103,16 +103,6 @@ class Plan(Settings):
             records_for_kl=bool(read(args, "klplug.records_for_kl")),
             divides_by_length=bool(dividing_by_length(args)),
         )
-
-
-def terms_of(spec: KLSpec) -> tuple[KLSpec, ...]:
-    return () if spec.estimator == "none" else spec.terms
-
-
-def _joined(terms: tuple[KLSpec, ...]) -> KLSpec:
-    if not terms:
-        return KLSpec("none")
-    return terms[0] if len(terms) == 1 else KLSpec(parts=terms)
 
 
 def dividing_by_length(args: Any) -> list[str]:

@@ -17,7 +17,6 @@ from klplug_openrlhf.plan import (
     Plan,
     Recorder,
     dividing_by_length,
-    terms_of,
 )
 
 GROUP_ESTIMATORS = ("group_norm", "dr_grpo", "rloo")
@@ -86,18 +85,18 @@ def _recorder(args: Namespace) -> Recorder | None:
 def _notes(plan: Plan, args: Namespace) -> Iterator[str]:
     """What is served, and may not be what was expected."""
     estimator = read(args, "algo.advantage.estimator")
-    if plan.in_reward.estimator != "none" and estimator in WHITENED_ESTIMATORS:
+    if plan.in_reward.terms and estimator in WHITENED_ESTIMATORS:
         yield (
             f"{estimator} whitens advantages after the KL has joined them, so its "
             "strength is kl_coef over their standard deviation in each batch"
         )
     dividing = ", ".join(dividing_by_length(args))
-    if dividing and any(term.horizon == "sequence" for term in terms_of(plan.as_loss)):
+    if dividing and any(term.horizon == "sequence" for term in plan.as_loss.terms):
         yield (
             f"{dividing} divides by the answer's length, and the gradient of whole answers is "
             "exact for sums over tokens only: it is tilted to long answers"
         )
-    if plan.combined.estimator != "none" and read(args, "actor.dual_clip") is not None:
+    if plan.combined.terms and read(args, "actor.dual_clip") is not None:
         yield (
             f"{flag(args, 'actor.dual_clip')} {read(args, 'actor.dual_clip'):g} clips the KL "
             "with the advantages that it is in"
@@ -128,8 +127,7 @@ def _contradictions(
 
     Each as its name, its value (empty for a switch), and the reason.
     """
-    as_loss = spec.placed("as_loss").estimator != "none"
-    if read(written, "algo.kl.use_loss") and not as_loss:
+    if read(written, "algo.kl.use_loss") and not spec.placed("as_loss").terms:
         yield "algo.kl.use_loss", "", f"{spec} puts no KL in the loss. Leave the flag out"
     estimator = read(written, "algo.kl.estimator")
     if estimator is not None and not _agrees(estimator, spec):
@@ -180,7 +178,7 @@ def _unserved(plan: Plan, args: Namespace) -> Iterator[str]:
             "the start of a step, where the policy is the sampler itself. Use fixed"
         )
     loss = read(args, "actor.policy_loss_type", "ppo")
-    head = next((t.head for t in terms_of(plan.as_loss) if t.head != "separate"), None)
+    head = next((t.head for t in plan.as_loss.terms if t.head != "separate"), None)
     if head is not None and loss != "ppo":
         yield (
             f" with {flag(args, 'actor.policy_loss_type')} {loss}: head={head} has the ratio and "
@@ -194,7 +192,7 @@ def _unserved(plan: Plan, args: Namespace) -> Iterator[str]:
 def _unserved_in_reward(plan: Plan, args: Namespace) -> Iterator[str]:
     name, estimator = flag(args, "algo.advantage.estimator"), read(args, "algo.advantage.estimator")
     dividing = ", ".join(dividing_by_length(args))
-    if plan.in_reward.estimator == "none":
+    if not plan.in_reward.terms:
         return
     if dividing and estimator not in GROUP_ESTIMATORS:
         yield (
@@ -223,7 +221,7 @@ def _unserved_in_reward(plan: Plan, args: Namespace) -> Iterator[str]:
 
 
 def _unserved_baselines(plan: Plan, args: Namespace) -> Iterator[str]:
-    baselines = [term for term in plan.spec.terms if term.baseline not in (None, "none")]
+    baselines = [term for term in plan.spec.terms if term.baseline != "none"]
     size = read(args, "rollout.n_samples_per_prompt")
     if any(term.baseline == "group" for term in baselines) and size < 2:
         yield (

@@ -47,7 +47,7 @@ def make_experience(original: Call, maker: Any, args: Args, kwargs: Kwargs) -> A
     tallies = [kl_term("k1_in_reward", *_tensors(e)).tally for e in experiences]
     if isinstance(maker.kl_ctl, MeasuredController):
         maker.kl_ctl.measured = float(Tally.merged(tallies).metrics()["klplug/k3"])
-    if plan.in_reward.estimator == "none":
+    if not plan.in_reward.terms:
         return experiences
     if plan.in_reward != plan.in_reward_plain and not plan.divides_by_length:
         coefficients = over_rollout(
@@ -95,7 +95,7 @@ def compute_advantages_and_returns(original: Call, maker: Any, args: Args, kwarg
     plan = Plan.of(maker.args)
     if plan is None:
         return original(*args, **kwargs)
-    if plan.divides_by_length and plan.in_reward.estimator != "none":
+    if plan.divides_by_length and plan.in_reward.terms:
         experiences = bound(original, args, kwargs)["experiences"]
         experiences = _whole_answers(original, maker, experiences)
     else:
@@ -139,7 +139,7 @@ def carry_baseline(plan: Plan, experiences: list[Any], args: Any) -> None:
     In OpenRLHF's own field for a KL per token, which is empty from here on.
     """
     for part in plan.as_loss.terms:
-        if part.baseline in (None, "none"):
+        if part.baseline == "none":
             continue
         baselines = over_rollout(
             functools.partial(kl_return_baseline, part),

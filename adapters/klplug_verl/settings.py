@@ -76,8 +76,8 @@ def derive(config: Any, written: Mapping[str, Any]) -> str | None:
 
     as_loss, in_reward = spec.placed("as_loss"), spec.placed("in_reward")
     settings: dict[str, Any] = {
-        USE_LOSS: as_loss.estimator != "none",
-        USE_REWARD: in_reward.estimator != "none",
+        USE_LOSS: bool(as_loss.terms),
+        USE_REWARD: bool(in_reward.terms),
     }
     # The strings that travel. A process that klplug did not reach stops at them: verl's own
     # kl_penalty knows no such name.
@@ -90,14 +90,14 @@ def derive(config: Any, written: Mapping[str, Any]) -> str | None:
     _update(config, settings)
     own = {
         "kl_type": str(spec),
-        "kl_coef": plan.kl_coef if spec.estimator != "none" else None,
+        "kl_coef": plan.kl_coef if spec.terms else None,
         "kl_ctrl": plan.kl_ctrl,
         "kl_target": plan.kl_target,
         "kl_horizon": plan.kl_horizon,
     }
     _update(config, {"klplug": {key: value for key, value in own.items() if value is not None}})
     text = ", ".join(f"{key}={value}" for key, value in settings.items())
-    coef = f" kl_coef={plan.kl_coef:g}" if spec.estimator != "none" else ""
+    coef = f" kl_coef={plan.kl_coef:g}" if spec.terms else ""
     return f"klplug {klplug.__version__}: kl_type={spec}{coef}; sets {text}"
 
 
@@ -125,7 +125,7 @@ def _asked(config: Any, written: Mapping[str, Any]) -> dict[str, Any] | None:
         if not is_stock(name)
     }
     for key, (spec, placement) in given.items():
-        if spec.placed(placement) != spec or spec.estimator == "none":
+        if spec.placed(placement) != spec or not spec.terms:
             raise SettingsError(
                 f"{key}={spec}: this key takes kl_types that end in _{placement}. "
                 f"Write +klplug.kl_type={_quoted(spec)}, which goes where it belongs"
@@ -205,7 +205,7 @@ def _contradictions(plan: Plan, written: Mapping[str, Any]) -> Iterator[tuple[st
         ("in_reward", USE_REWARD, PENALTY),
     ):
         part = spec.placed(placement)
-        present = part.estimator != "none"
+        present = bool(part.terms)
         where = "loss" if placement == "as_loss" else "reward"
         if switch in written and bool(written[switch]) != present:
             says = f"has a KL in the {where}" if present else f"puts no KL in the {where}"
@@ -254,13 +254,13 @@ def _refuse_unserved(plan: Plan, config: Any, written: Mapping[str, Any]) -> Non
     _refuse_head(plan, config)
     _refuse_baseline(plan, config)
     _refuse_on_legacy_worker(plan, config)
-    if plan.kl_ctrl != "fixed" and spec.estimator != "none" and not plan.needs_reference:
+    if plan.kl_ctrl != "fixed" and spec.terms and not plan.needs_reference:
         raise SettingsError(
             f"klplug.kl_ctrl={plan.kl_ctrl} with kl_type {spec}: it is fed the KL at the start of "
             "a step, where the policy is the sampler and their KL 0. Leave klplug.kl_ctrl out"
         )
     if (
-        spec.placed("as_loss").estimator != "none"
+        spec.placed("as_loss").terms
         and read(config, "distillation.enabled", False)
         and not read(config, "distillation.distillation_loss.use_task_rewards", False)
     ):
@@ -279,7 +279,7 @@ def _is_legacy(config: Any) -> bool:
 
 def _refuse_on_legacy_worker(plan: Plan, config: Any) -> None:
     as_loss = plan.spec.placed("as_loss")
-    if as_loss.estimator == "none" or not _is_legacy(config):
+    if not as_loss.terms or not _is_legacy(config):
         return
     strategy = str(read(config, "actor_rollout_ref.actor.strategy"))
     unserved = [
@@ -307,7 +307,7 @@ def _refuse_head(plan: Plan, config: Any) -> None:
 
 
 def _refuse_baseline(plan: Plan, config: Any) -> None:
-    compared = [term for term in plan.spec.terms if term.baseline not in (None, "none")]
+    compared = [term for term in plan.spec.terms if term.baseline != "none"]
     if not compared:
         return
     as_loss = [term for term in compared if term.placement == "as_loss"]
@@ -334,7 +334,7 @@ def _refuse_baseline(plan: Plan, config: Any) -> None:
 def _refuse_in_reward(plan: Plan, config: Any) -> None:
     estimator = str(read(config, "algorithm.adv_estimator"))
     in_reward = plan.spec.placed("in_reward")
-    if estimator == "gdpo" and in_reward.estimator != "none":
+    if estimator == "gdpo" and in_reward.terms:
         raise SettingsError(
             f"kl_type {plan.spec} with algorithm.adv_estimator=gdpo: it takes its rewards from "
             "algorithm.gdpo_reward_keys, past any KL in the tokens' rewards, and whitens them. Use "

@@ -21,6 +21,7 @@ from klplug import KLSpec, KLTerm, kl_return_baseline, kl_term, parse, reward_to
 from klplug.hosting.controller import MeasuredController
 from klplug.hosting.host import announce
 from klplug.hosting.patching import Args, Call, Kwargs, bound
+from klplug.spec import TermSpec
 from klplug.watch import Watch
 from klplug_verl.actor import BASELINE, COEF_KEY, SUMS
 from klplug_verl.keys import is_stock
@@ -43,7 +44,7 @@ class Run:
 
     @property
     def is_as_loss(self) -> bool:
-        return self.plan.spec.placed("as_loss").estimator != "none"
+        return bool(self.plan.spec.placed("as_loss").terms)
 
     def reset(self) -> None:
         self.metrics, self.controller.measured, self.baseline = {}, None, None
@@ -163,14 +164,14 @@ def compute_advantage_of_rows(original: Call, _: Any, args: Args, kwargs: Kwargs
 
 def _join(run: Run, data: Any, keys: Sequence[str]) -> None:
     """Measure the KL of the whole batch, and join one in the reward to the advantages."""
-    if run.plan.spec.estimator == "none":
+    if not run.plan.spec.terms:
         return
     tensors, groups = data.batch, data.non_tensor_batch["uid"]
     as_loss, in_reward = (run.plan.spec.placed(p) for p in ("as_loss", "in_reward"))
     # Samples of the policy itself: the plain means of k1 and k3 are unbiased here.
     policy, mask = tensors["old_log_probs"], tensors["response_mask"]
     reference = tensors["ref_log_prob" if run.plan.needs_reference else "rollout_log_probs"]
-    shown = in_reward if in_reward.estimator != "none" else parse("k1_in_reward")
+    shown = in_reward if in_reward.terms else parse("k1_in_reward")
     tally = kl_term(shown, policy, reference, mask, group_ids=groups).tally
     run.metrics = {key: float(value) for key, value in tally.metrics().items()}
     if not run.is_as_loss:  # else the workers' metrics are watched
@@ -178,7 +179,7 @@ def _join(run: Run, data: Any, keys: Sequence[str]) -> None:
     run.controller.measured = run.metrics["klplug/k3"]
     run.metrics["klplug/kl_before_update"] = run.controller.measured
     run.n_samples = len(data)
-    compared = [term for term in run.plan.spec.terms if term.baseline not in (None, "none")]
+    compared = [term for term in run.plan.spec.terms if term.baseline != "none"]
     if compared and len(_answers(keys)) < len(keys):
         raise RuntimeError(
             f"kl_type {run.plan.spec}: baseline={compared[0].baseline} compares answers, and this "
@@ -199,7 +200,7 @@ def _join(run: Run, data: Any, keys: Sequence[str]) -> None:
         tensors["returns"] = tensors["returns"] - penalty
 
 
-def _joined(in_reward: KLSpec, reward_norm: str) -> list[KLSpec]:
+def _joined(in_reward: KLSpec, reward_norm: str) -> list[TermSpec]:
     return [term for term in in_reward.terms if term.reward_norm == reward_norm]
 
 
@@ -283,7 +284,7 @@ def update_actor_in_fit(original: Call, trainer: Any, args: Args, kwargs: Kwargs
 
 
 def _coefficient_for_workers(run: Run, trainer: Any) -> float:
-    if run.controller.measured is None and run.plan.spec.estimator != "none":
+    if run.controller.measured is None and run.plan.spec.terms:
         raise RuntimeError(
             f"kl_type {run.plan.spec} is set, but no KL was measured before this update: does "
             f"{type(trainer).__name__} have an advantage stage of its own?"

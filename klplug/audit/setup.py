@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from klplug.audit.settings import Rejected, Setting
 from klplug.audit.shell import Cut
-from klplug.spec import KLSpec
+from klplug.spec import TermSpec
 
 # What a setting bears on. An unknown one makes everything unknown that needs its aspect.
 KL = "kl"  # which terms there are, and their estimators
@@ -80,7 +80,7 @@ class Term:
         from_klplug: a kl_type, not a stock estimator.
     """
 
-    spec: KLSpec | None
+    spec: TermSpec | None
     coef: float
     where: Setting
     kind: Setting

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import klplug
 from klplug.audit.setup import ADVANTAGE, COEF, Setup, Term
 from klplug.catalogue import KLType
-from klplug.spec import KLSpec, parse
+from klplug.spec import TermSpec, parse
 
 REVERSE, FORWARD, ZERO, NEITHER, NONE = "reverse", "forward", "zero", "neither", "none"
 
@@ -75,7 +75,7 @@ def verdict(setup: Setup, term: Term) -> Verdict:
     )
 
 
-def gradient_of(spec: KLSpec) -> tuple[str, str]:
+def gradient_of(spec: TermSpec) -> tuple[str, str]:
     """The gradient of a single kl_type, and the words for it in the table of kl_types."""
     target = _row(spec).target
     match = _OWN.match(target)
@@ -84,7 +84,7 @@ def gradient_of(spec: KLSpec) -> tuple[str, str]:
     return (ZERO if target == "zero" else NEITHER), target
 
 
-def _row(spec: KLSpec) -> KLType:
+def _row(spec: TermSpec) -> KLType:
     """The row of the table with the most options of ``spec`` that change whose gradient it is."""
     rows = klplug.kl_types()
     plain = parse(f"{spec.estimator}_{spec.placement}")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +12,12 @@ import typer
 from rich.table import Table
 
 import klplug
+from klplug.axes import AXES, OPTIONS
 from klplug.cli.catalogue import WORDS
 from klplug.cli.output import AsJson, console, print_json
 from klplug.cli.plot import COLOURS, LETTERS, text_plot
 from klplug.cli.status import Unreadable
-from klplug.spec import OPTIONS
+from klplug.spec import TermSpec
 
 REACH = 4.0  # nats: where the curves of c end
 STEPS = 10  # a nat
@@ -105,11 +103,13 @@ def registered(spec: klplug.KLSpec) -> tuple[klplug.KLType, ...]:
         named = klplug.parse(row.name)
         if set(named.terms) == set(spec.terms):
             return (row,)
-        written = dict(option.split("=") for option in row.name.split(",")[1:])
+        if len(named.terms) != 1 or len(spec.terms) != 1:
+            continue
+        (own,), (asked,) = named.terms, spec.terms
+        written = [option.partition("=")[0] for option in row.name.split(",")[1:]]
         if (
-            not (named.parts or spec.parts)
-            and (named.estimator, named.placement) == (spec.estimator, spec.placement)
-            and all(getattr(named, option) == getattr(spec, option) for option in written)
+            own.name == asked.name
+            and all(getattr(own, option) == getattr(asked, option) for option in written)
             and (found is None or len(written) > found[0])
         ):
             found = len(written), row
@@ -118,36 +118,19 @@ def registered(spec: klplug.KLSpec) -> tuple[klplug.KLType, ...]:
     return tuple(row for term in spec.terms for row in registered(term))
 
 
-def options(term: klplug.KLSpec) -> dict[str, Option]:
+def options(term: TermSpec) -> dict[str, Option]:
     """The options in force in one term, in canonical order."""
-    meanings = option_meanings()
     written = {option.partition("=")[0] for option in str(term).split(",")[1:]}
     return {
-        name: Option(shown(value), name not in written, meanings[name])
+        name: Option(AXES[name].shown(value), name not in written, AXES[name].meaning)
         for name in OPTIONS
         if (value := getattr(term, name)) is not None
     }
 
 
-def shown(value: str | float) -> str:
-    """An option's value as a user writes it."""
-    if isinstance(value, str):
-        return value
-    return "none" if math.isinf(value) else f"{value:g}"
-
-
-def option_meanings() -> dict[str, str]:
-    """What each option means, from where it is defined: the attributes of ``KLSpec``."""
-    attributes = (inspect.getdoc(klplug.KLSpec) or "").partition("Attributes:\n")[2]
-    found = re.findall(r"^    (\w+): (.*(?:\n {8,}.*)*)", attributes, re.MULTILINE)
-    return {name: " ".join(text.replace("``", "").split()) for name, text in found}
-
-
 def coefficient(spec: klplug.KLSpec, log_ratio: torch.Tensor) -> torch.Tensor:
     """c at each log-ratio, for answers of one token: ``kl_term``'s own, without the weight."""
     total = torch.zeros_like(log_ratio)
-    if spec.estimator == "none":
-        return total
     log_probs = torch.zeros_like(log_ratio)[:, None]
     reference = -log_ratio[:, None]
     for term in spec.terms:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import klplug
-from klplug.cli.explain import explain, option_meanings, registered
-from klplug.spec import OPTIONS
+from klplug.axes import AXES, OPTIONS
+from klplug.cli.explain import explain, registered
 from tests.cli.conftest import Klplug
 
 COEFFICIENTS: dict[str, Callable[[float], float]] = {
@@ -60,10 +60,11 @@ def test_the_row_that_answers_for_a_kl_type(kl_type: str, rows: list[str]) -> No
 
 
 def test_every_option_has_a_meaning() -> None:
-    meanings = option_meanings()
+    assert set(OPTIONS) == set(AXES)
     for option in OPTIONS:
-        assert len(meanings[option]) > 10, option
-    assert meanings["cap"].startswith("bound of the ratio")
+        assert len(AXES[option].meaning) > 30, option
+    shown = explain("k2_as_loss,cap=5").options[0]["cap"].meaning
+    assert shown == AXES["cap"].meaning and shown.startswith("bound of the ratio")
 
 
 def test_options_say_what_is_default() -> None:

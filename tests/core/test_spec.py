@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import pickle
 import re
 
 import pytest
@@ -11,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klplug import KLSpec, check_kl_coef, parse
-from klplug.spec import CHOICES, ESTIMATORS, OPTIONS, PLACEMENTS
+from klplug.refusals import Refused
+from klplug.spec import CHOICES, ESTIMATORS, OPTIONS, PLACEMENTS, TermSpec, sum_of
 from tests import one_meaning
 
 
@@ -71,12 +74,50 @@ def test_terms_requires_and_placed() -> None:
     assert both.requires == ("ref_log_probs", "rollout_log_probs")
     assert str(both.placed("as_loss")) == "k3_as_loss,ratio=rollout"
     single = parse("k2_as_loss")
-    assert single.terms == (single,)
-    assert str(single.placed("in_reward")) == "none"
+    assert single.terms == (single,) and single.terms[0] is single
+    assert single.placed("in_reward") == parse("none")
+    assert single.placed("as_loss") is single
     assert parse("none").requires == ()
     assert parse("k2_as_loss,reference=rollout").requires == ("rollout_log_probs",)
     assert "advantages" in parse("k2_as_loss,head=combined").requires
     assert "group_ids" in parse("k1_in_reward,baseline=group").requires
+
+
+def test_none_is_the_empty_sum() -> None:
+    none = parse("none")
+    assert none.terms == () and str(none) == "none" and hash(none) == hash(sum_of(()))
+    assert none == sum_of(()) != parse("k2_as_loss")
+    both = parse("k3_in_reward+k3_as_loss")
+    assert sum_of(both.terms) == both
+    assert sum_of(both.terms[:1]) is both.terms[0]
+    with pytest.raises(ValueError, match="same term twice"):
+        sum_of(both.terms * 2)
+
+
+@pytest.mark.parametrize("text", ["none", "k2_as_loss,cap=5", "k3_in_reward+k3_as_loss,ratio=none"])
+def test_a_spec_goes_to_other_processes(text: str) -> None:
+    spec = parse(text)
+    for sent in (pickle.loads(pickle.dumps(spec)), copy.deepcopy(spec)):
+        assert sent == spec and str(sent) == str(spec) and sent.requires == spec.requires
+
+
+def test_a_refusal_goes_to_other_processes() -> None:
+    with pytest.raises(Refused) as error:
+        parse("k1_in_reward,ratio=old")
+    sent = pickle.loads(pickle.dumps(error.value))
+    assert (str(sent), sent.refusal) == (str(error.value), "ratio-in-reward")
+
+
+def test_what_a_sum_has_for_an_axis_of_its_own_is_on_its_way_out() -> None:
+    for text, name, value in (
+        ("none", "estimator", "none"),
+        ("none", "baseline", None),
+        ("k3_in_reward+k3_as_loss", "placement", None),
+    ):
+        with pytest.warns(DeprecationWarning, match=f"no {name} of its own: ask its terms"):
+            assert getattr(parse(text), name) is value
+    with pytest.raises(AttributeError, match="estimators"):
+        getattr(parse("none"), "estimators")  # noqa: B009
 
 
 def test_a_spec_is_frozen_and_parses_to_itself() -> None:
@@ -121,6 +162,9 @@ def test_a_spec_is_frozen_and_parses_to_itself() -> None:
         ("k2_as_loss,horizon=sequence,level=token", ["level=token", "level=prefix"]),
         ("k2_as_loss,reward_norm=group", ["reward_norm=group", "'k2_in_reward'"]),
         ("k1_in_reward,reward_norm=std", ["reward_norm", "none, group"]),
+        ("k1_in_reward,head=combined,horizon=all", ["horizon", "allowed: token, sequence"]),
+        ("k1_in_reward,head=combined,reference=rollout", ["kl_type k1_in_reward: reference"]),
+        ("k1_in_reward,mode=clip", ["mode", "allowed: truncate, mask"]),
         ("k3_in_reward,head=combined", ["head=combined", "'k3_as_loss,head=combined'"]),
         ("k1_in_reward,head=clipped,horizon=token", ["horizon=token", "'k2_as_loss,head=clipped'"]),
         ("k1_in_reward,head=combined,reward_norm=group", ["reward_norm=group", "after group"]),
@@ -257,7 +301,11 @@ def test_coefficients() -> None:
 
 def test_a_spec_built_by_hand_is_checked_as_well() -> None:
     assert KLSpec("k2", "as_loss", cap=10.0) == parse("k2_as_loss")
+    assert isinstance(KLSpec("k2", "as_loss"), TermSpec)
+    assert dataclasses.replace(parse("k2_as_loss,cap=5"), cap=10) == parse("k2_as_loss")
     with pytest.raises(ValueError, match="k7"):
         KLSpec("k7", "as_loss")
     with pytest.raises(ValueError, match="placement"):
         KLSpec("k2", "in_loss")
+    with pytest.raises(ValueError, match="cap='ten' is no number"):
+        KLSpec("k2", "as_loss", cap="ten")

@@ -35,7 +35,7 @@ def test_the_gradient_of_the_loss_is_the_shared_one(kl_type: str, layout: str) -
     value, _ = loss(
         given,
         log_probs,
-        str(as_loss) if as_loss.estimator != "none" else None,
+        str(as_loss) if as_loss.terms else None,
         BETA,
         advantages=given.advantages,
         layout=layout,

@@ -24,7 +24,7 @@ from klplug.audit.settings import (
 from klplug.audit.setup import Advantage, Controller, Scale, Setup, Term
 from klplug.audit.shell import Word
 from klplug.audit.tables import Table, flattened
-from klplug.spec import parse
+from klplug.spec import TermSpec, parse
 
 # What the audit reads: the dotted name, and the flat one that it had.
 FLAGS = {
@@ -288,9 +288,11 @@ def _terms(settings: Settings, launched: Launch, rejected: list[Rejected]) -> li
         return []  # the reference model is not even started
     as_loss, unbiased = settings.on(USE_LOSS), settings.on(UNBIASED)
     if as_loss and unbiased:
-        spec = parse("k2_as_loss")
+        spec = TermSpec("k2", "as_loss")
+    elif as_loss:
+        spec = TermSpec(name, "as_loss", ratio="none")
     else:
-        spec = parse(f"{name}_as_loss,ratio=none" if as_loss else f"{name}_in_reward")
+        spec = TermSpec(name, "in_reward")
     return [
         Term(
             spec=spec,
@@ -316,10 +318,10 @@ def _klplug_terms(settings: Settings, own: Setting, rejected: list[Rejected]) ->
     # The flag's default is not a coefficient that anybody chose.
     amount = settings[COEF if settings[COEF].written and not settings[KL_COEF].written else KL_COEF]
     rejected += refused_coefficient(spec, own, amount)
-    if settings.on(USE_LOSS) and spec.placed("as_loss").estimator == "none":
+    if settings.on(USE_LOSS) and not spec.placed("as_loss").terms:
         reason = f"klplug refuses it beside kl_type {spec}, which puts no KL in the loss"
         rejected.append(Rejected(settings[USE_LOSS], reason))
-    if spec.estimator == "none":
+    if not spec.terms:
         return []
     coef = settings.coefficient(amount.key)
     return [Term(term, coef, own, own, amount, from_klplug=True) for term in spec.terms]

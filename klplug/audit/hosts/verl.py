@@ -29,7 +29,7 @@ from klplug.audit.settings import (
 from klplug.audit.setup import Advantage, Controller, Scale, Setup, Term
 from klplug.audit.shell import Word
 from klplug.audit.tables import Table, flattened, load_yaml
-from klplug.spec import KLSpec, parse
+from klplug.spec import KLSpec, TermSpec, parse
 
 _ACTOR = "actor_rollout_ref.actor."
 USE_LOSS = _ACTOR + "use_kl_loss"
@@ -396,8 +396,8 @@ def _terms(settings: Settings) -> tuple[list[Term], list[Rejected]]:
         if not settings.on(switch) and full is None:
             continue
         spec, straight, clamped = _stock(name, placement, settings.table)
-        if full is not None and full.placement == placement:
-            spec = full
+        if full is not None and [term.placement for term in full.terms] == [placement]:
+            (spec,) = full.terms
         if spec is None:
             rejected.append(Rejected(settings[kind], _why_no_estimator(name, settings.table)))
         drops = placement == "in_reward" and (
@@ -442,11 +442,11 @@ def _klplug_terms(
         amount = next((settings[k] for k in (LOSS_COEF, CTRL_COEF) if settings[k].written), amount)
     rejected += refused_coefficient(spec, own, amount)
     for placement, switch in (("as_loss", USE_LOSS), ("in_reward", USE_REWARD)):
-        setting, present = settings[switch], spec.placed(placement).estimator != "none"
+        setting, present = settings[switch], bool(spec.placed(placement).terms)
         if setting.written and not setting.unknown and settings.on(switch) != present:
             reason = f"klplug refuses it beside kl_type {spec}, which sets it itself"
             rejected.append(Rejected(setting, reason))
-    if spec.estimator == "none":
+    if not spec.terms:
         return [], rejected
     coef = settings.coefficient(amount.key)
     terms = [
@@ -464,7 +464,7 @@ def _klplug_terms(
     return terms, rejected
 
 
-def _stock(name: str, placement: str, table: Table) -> tuple[KLSpec | None, bool, bool]:
+def _stock(name: str, placement: str, table: Table) -> tuple[TermSpec | None, bool, bool]:
     """verl's ``kl_penalty``: (the same gradient, straight-through, clamped)."""
     base = name.removesuffix("+")
     estimator = _NAMES.get(base)
@@ -473,9 +473,9 @@ def _stock(name: str, placement: str, table: Table) -> tuple[KLSpec | None, bool
     straight = name.endswith("+") and placement == "as_loss"
     if placement == "in_reward":
         # A value in the reward has no gradient of its own: '+' changes nothing there.
-        spec = KLSpec(estimator, "in_reward", reward_norm="group")
+        spec = TermSpec(estimator, "in_reward", reward_norm="group")
     else:
-        spec = KLSpec("k2" if straight else estimator, "as_loss", ratio="none")
+        spec = TermSpec("k2" if straight else estimator, "as_loss", ratio="none")
     return spec, straight, estimator == "k3" and not straight
 
 

@@ -1,0 +1,270 @@
+"""What a ``kl_type`` can't be: a row for each refusal, with its reason and the valid form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from klplug.axes import AXES
+
+if TYPE_CHECKING:
+    from klplug.spec import TermSpec
+
+# The divergence whose form on whole answers is what an estimator without one is taken for.
+_TWINS = {"k3": "forward", "abs": "tv"}
+_WEIGHT = ("level", "cap", "mode")
+
+
+# What is refused as it is read, before there is a term with values to look at.
+MISSPELT = (
+    "unknown-name",
+    "unknown-option",
+    "unknown-value",
+    "no-placement",
+    "no-value",
+    "no-number",
+    "option-twice",
+    "options-of-none",
+    "none-in-a-sum",
+    "same-term-twice",
+    "empty-term",
+)
+
+
+class Refused(ValueError):
+    """A ``kl_type`` that is no formulation; ``refusal`` is the id of what it is refused for."""
+
+    def __init__(self, message: str, refusal: str = "") -> None:
+        super().__init__(message)
+        self.refusal = refusal
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One reason for which a term is refused.
+
+    Attributes:
+        id: its name, which tells it from all others.
+        applies: whether a term has it. Options that were left out have their defaults.
+        words: what is said, with ``{option}`` for the term's own values.
+    """
+
+    id: str
+    applies: Callable[[TermSpec], bool]
+    words: str
+
+
+def refuse(term: TermSpec, written: str) -> None:
+    """Raise the first refusal that applies to ``term``, which was ``written`` under that name."""
+    for refusal in REFUSALS:
+        if refusal.applies(term):
+            words = refusal.words.format_map(_own_words(term))
+            raise Refused(f"kl_type {written}: {words}", refusal.id)
+
+
+def _own_words(term: TermSpec) -> dict[str, Any]:
+    words = {name: axis.shown(getattr(term, name)) for name, axis in AXES.items()}
+    alpha = f",alpha={words['alpha']}" if term.estimator == "alpha" else ""
+    exact = f"{term.estimator}_as_loss{alpha}" if term.exact_on_answers else "k2_as_loss"
+    weight = next((option for option in _WEIGHT if getattr(term, option) is not None), "")
+    return words | {
+        "name": term.name,
+        "estimator": term.estimator,
+        "placement": term.placement,
+        "answers": f"{exact},horizon=sequence",  # the nearest form that is exact on whole answers
+        "weight": f"{weight}={words.get(weight)}",
+        "twin": _TWINS.get(term.estimator),
+    }
+
+
+def _in_reward(term: TermSpec) -> bool:
+    return term.placement == "in_reward"
+
+
+def _under_a_head(term: TermSpec) -> bool:
+    return term.head != "separate"
+
+
+def _on_answers(term: TermSpec) -> bool:
+    return term.placement == "as_loss" and term.horizon == "sequence"
+
+
+def _weight_given(term: TermSpec) -> bool:
+    return any(getattr(term, option) is not None for option in _WEIGHT)
+
+
+def _inexact(term: TermSpec) -> bool:
+    return _on_answers(term) and not term.exact_on_answers
+
+
+def _positive(value: float) -> bool:
+    return value > 0  # nan is not
+
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "head-in-reward",
+        lambda t: _in_reward(t) and _under_a_head(t) and t.estimator != "k1",
+        "head={head} is refused: the head takes an estimator's derivative at the current policy, "
+        "and the reward has its value. Use '{estimator}_as_loss,head={head}'",
+    ),
+    Refusal(
+        "head-in-reward-of-token",
+        lambda t: _in_reward(t) and _under_a_head(t) and t.horizon == "token",
+        "horizon=token is refused with head={head}, which joins whole answers' KL after group "
+        "normalisation. Use 'k2_as_loss,head={head}'",
+    ),
+    Refusal(
+        "head-in-reward-of-group",
+        lambda t: _in_reward(t) and _under_a_head(t),
+        "reward_norm=group is refused with head={head}, which joins whole answers' KL after group "
+        "normalisation. Use 'k2_as_loss,head={head}'",
+    ),
+    Refusal(
+        "alpha-of-another",
+        lambda t: t.estimator != "alpha" and t.alpha is not None,
+        "alpha={alpha} is refused: it is for 'alpha_{placement}'",
+    ),
+    Refusal(
+        "alpha-infinite",
+        lambda t: t.alpha is not None and not math.isfinite(t.alpha),
+        "alpha={alpha} is refused: it must be finite",
+    ),
+    Refusal(
+        "alpha-0",
+        lambda t: t.alpha == 0,
+        "alpha=0 is refused: the divergence's limit there is that of 'forward_as_loss'",
+    ),
+    Refusal(
+        "alpha-1",
+        lambda t: t.alpha == 1,
+        "alpha=1 is refused: the divergence's limit there is that of 'k2_as_loss'",
+    ),
+    Refusal(
+        "token-in-reward",
+        lambda t: _in_reward(t) and t.horizon == "token",
+        "horizon=token is refused: a reward is credited to every token before it. The own-token "
+        "form is 'k2_as_loss'",
+    ),
+    Refusal(
+        "ratio-in-reward",
+        lambda t: _in_reward(t) and t.ratio != "none",
+        "ratio={ratio} is refused: a reward is frozen at the start of the step, and the host's "
+        "policy loss has the ratio. A weight of its own has '{answers}'",
+    ),
+    Refusal(
+        "weight-in-reward",
+        lambda t: _in_reward(t) and _weight_given(t),
+        "{weight} is refused: a KL in the reward has no ratio of its own. Leave it out, or use "
+        "'{answers}'",
+    ),
+    Refusal(
+        "sampler-in-reward",
+        lambda t: _in_reward(t) and t.reference == "rollout",
+        "reference=rollout is refused: frozen at the start of the step, where the policy is the "
+        "sampler, it holds nothing back. Use 'k2_as_loss,reference=rollout'",
+    ),
+    Refusal(
+        "baseline-before-group",
+        lambda t: t.baseline != "none" and t.reward_norm == "group" and _in_reward(t),
+        "baseline={baseline} with reward_norm=group is refused: the group's mean is taken off "
+        "already. Leave one of them out",
+    ),
+    Refusal(
+        "reward-norm-as-loss",
+        lambda t: not _in_reward(t) and t.reward_norm is not None,
+        "reward_norm={reward_norm} is refused: a KL in the loss meets no reward. It is for "
+        "'{estimator}_in_reward'",
+    ),
+    Refusal(
+        "inexact-on-answers-twin",
+        lambda t: _inexact(t) and t.estimator in _TWINS,
+        "horizon=sequence is refused: for {estimator} the reward-to-go of the derivative adds "
+        "noise and no expectation. The gradient of whole answers has 'k2_as_loss,horizon=sequence'"
+        ", and of its own divergence '{twin}_as_loss,horizon=sequence'",
+    ),
+    Refusal(
+        "inexact-on-answers",
+        _inexact,
+        "horizon=sequence is refused: for {estimator} the reward-to-go of the derivative adds "
+        "noise and no expectation. The gradient of whole answers has 'k2_as_loss,horizon=sequence'",
+    ),
+    Refusal(
+        "ratio-under-head",
+        lambda t: _under_a_head(t) and t.ratio is not None,
+        "ratio={ratio} is refused: head={head} has the ratio and the clip of the policy loss. "
+        "Leave it out",
+    ),
+    Refusal(
+        "weight-under-head",
+        lambda t: _under_a_head(t) and _weight_given(t),
+        "{weight} is refused: head={head} has the ratio and the clip of the policy loss. "
+        "Leave it out",
+    ),
+    Refusal(
+        "sampler-under-head",
+        lambda t: _under_a_head(t) and t.reference == "rollout",
+        "reference=rollout with head={head} is refused: it needs ratio=rollout, and the policy "
+        "loss's ratio is to old. Use '{name},reference=rollout'",
+    ),
+    Refusal(
+        "baseline-under-head",
+        lambda t: _under_a_head(t) and t.baseline != "none",
+        "baseline={baseline} with head={head} is refused: under a clip it is biased. Use "
+        "'{answers},baseline={baseline}'",
+    ),
+    Refusal(
+        "sampler-under-another-ratio",
+        lambda t: t.reference == "rollout" and t.ratio in ("old", "none"),
+        "ratio={ratio} with reference=rollout is refused: the answers come from the sampler, and "
+        "only its own ratio makes this a gradient of KL(pi||rollout). Leave ratio out",
+    ),
+    Refusal(
+        "baseline-of-token",
+        lambda t: t.baseline != "none" and t.horizon == "token",
+        "baseline={baseline} with horizon=token is refused: an own token's coefficient is no "
+        "return. Use '{answers},baseline={baseline}'",
+    ),
+    Refusal(
+        "weight-without-ratio",
+        lambda t: t.ratio == "none" and _weight_given(t),
+        "{weight} is refused: with ratio=none there is no weight. Leave one of them out",
+    ),
+    Refusal(
+        "token-level-on-answers",
+        lambda t: t.horizon == "sequence" and t.level == "token",
+        "level=token with horizon=sequence is refused: it is biased, on tokens later than this "
+        "one. Use level=prefix (the default there) or sequence",
+    ),
+    Refusal(
+        "cap-not-positive",
+        lambda t: t.cap is not None and not _positive(t.cap),
+        "cap={cap} must be a positive number, or none",
+    ),
+    Refusal(
+        "cap-drops-all",
+        lambda t: t.mode == "mask" and t.cap is not None and t.cap < 1,
+        "cap={cap} with mode=mask would drop every token of on-policy data, whose ratio is 1. Use "
+        "a cap of at least 1, or mode=truncate",
+    ),
+    Refusal(
+        "cap-under-baseline",
+        lambda t: t.baseline != "none" and t.cap is not None and t.cap < math.inf,
+        "cap={cap} with baseline={baseline} is refused: under a cap the baseline is biased. Use "
+        "cap=none (the default there), or baseline=none",
+    ),
+    Refusal(
+        "bound-not-positive",
+        lambda t: not _positive(t.bound),
+        "bound={bound} must be a positive number, or none",
+    ),
+    Refusal(
+        "bound-on-answers",
+        lambda t: _on_answers(t) and t.bound < math.inf and t.estimator != "k2",
+        "bound={bound} with horizon=sequence is refused: later tokens enter by their values, which "
+        "a bound on the derivative does not touch. Use 'k2_as_loss,horizon=sequence,bound={bound}'"
+        ", or horizon=token",
+    ),
+)
