@@ -243,6 +243,7 @@ def kl_types(draw: st.DrawFn) -> str:
     return "+".join(term() for _ in range(draw(st.integers(1, 2))))
 
 
+@settings(deadline=None)
 @given(kl_types())
 def test_every_valid_string_survives_the_round_trip(text: str) -> None:
     try:
@@ -254,7 +255,7 @@ def test_every_valid_string_survives_the_round_trip(text: str) -> None:
     assert hash(parse(str(spec))) == hash(spec)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(kl_types())
 def test_what_a_refusal_offers_instead_is_no_mistake_itself(text: str) -> None:
     try:
