@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from recipes.quickstart.settings import RUNS
+from recipes.reproduce import gpu
 from recipes.reproduce.drive import DriveError, Row, cost, drive, read_rows, shown
 from recipes.reproduce.grid import HERE, Grid, GridError, load
 
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         from recipes.reproduce.measure import measured_run
 
         folder = arguments.out or RUNS / "reproduce" / grid.name
-        make = partial(measured_run, lock=arguments.lock)
+        make = gpu.measured_run if is_gpu(grid) else partial(measured_run, lock=arguments.lock)
         failed = drive(grid, folder.absolute(), make, say, known=known)
     except (GridError, DriveError) as error:
         print(f"reproduce: error: {error}", file=sys.stderr)
@@ -66,6 +67,10 @@ def part(grid: Grid, asked: str) -> Grid:
     if not 1 <= number <= count:
         raise GridError(f"--part {asked}: a part and their number are needed, as 2/3")
     return replace(grid, runs=grid.runs[number - 1 :: count])
+
+
+def is_gpu(grid: Grid) -> bool:
+    return isinstance(grid.runs[0], gpu.GpuRun)
 
 
 def timed_rows(path: Path) -> list[Row]:

@@ -20,10 +20,12 @@ import psutil
 
 from recipes.quickstart.run import RunError
 from recipes.quickstart.settings import REPOSITORY, Settings
+from recipes.reproduce.gpu import GpuRun
 from recipes.reproduce.grid import Grid
 
 Row = dict[str, Any]
-Make = Callable[[Settings, Path, int, int], dict[str, Any]]
+Run = Settings | GpuRun
+Make = Callable[[Any, Path, int, int], dict[str, Any]]
 Say = Callable[[str], None]
 
 FORM = 1  # of a row; a reader refuses any other
@@ -79,7 +81,7 @@ def append(path: Path, row: Row) -> None:
         os.fsync(file.fileno())
 
 
-def is_of(row: Row, run: Settings) -> bool:
+def is_of(row: Row, run: Run) -> bool:
     """Whether a row is this run's; a setting that came later is not in older rows."""
     asked = run.as_dict()
     return all(asked.get(key) == value for key, value in row["settings"].items())
@@ -113,6 +115,8 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
+    import torch
+
     models = [
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -122,7 +126,7 @@ def machine() -> dict[str, Any]:
         "cpu": models[0] if models else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpus": 0,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
 
 
@@ -168,14 +172,14 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
 
 
-def run_name(run: Settings) -> str:
+def run_name(run: Run) -> str:
     """A run's folder: no comma in it, at which OpenRLHF would cut its prompts' path."""
     coef = "" if run.kl_coef is None else f"-{run.kl_coef:g}"
     kl_type = re.sub(r"[^A-Za-z0-9_.]+", "-", run.kl_type)
     return f"{run.host}-{kl_type}{coef}-updates{run.updates}-steps{run.steps}-seed{run.seed}"
 
 
-def shown(run: Settings) -> str:
+def shown(run: Run) -> str:
     coef = "" if run.kl_coef is None else f", kl_coef {run.kl_coef:g}"
     return f"{run.kl_type}{coef}, {run.updates} updates, seed {run.seed}"
 
@@ -185,13 +189,13 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
-def cost(rows: Sequence[Row], runs: Sequence[Settings]) -> str:
+def cost(rows: Sequence[Row], runs: Sequence[Run]) -> str:
     """What runs will take, from the rows of runs of the same host, length and model."""
     total, cpu, timed = 0.0, 0.0, 0
     for run in runs:
         like = [row for row in rows if is_alike(row["settings"], run)]
         if not like:
-            return f"{len(runs)} runs to make; what one costs is known after the first"
+            return f"{len(runs)} runs to make; {unmeasured(runs)}"
         total += sum(seconds_of(row) for row in like) / len(like)
         cpu += sum(row["cpu_seconds"] for row in like) / len(like)
         timed = max(timed, len(like))
@@ -201,12 +205,21 @@ def cost(rows: Sequence[Row], runs: Sequence[Settings]) -> str:
     )
 
 
+def unmeasured(runs: Sequence[Run]) -> str:
+    """What is known of runs of which none was timed."""
+    on_gpus = [run for run in runs if isinstance(run, GpuRun)]
+    if not on_gpus:
+        return "what one costs is known after the first"
+    hours = sum(run.gpu_hours for run in on_gpus)
+    return f"about {hours:.0f} GPU-hours on H100s, estimated, not measured"
+
+
 def seconds_of(row: Row) -> float:
     """What a run took, without the time that it waited for others."""
     return sum(row["seconds"].values())
 
 
-def is_alike(settings: dict[str, Any], run: Settings) -> bool:
+def is_alike(settings: dict[str, Any], run: Run) -> bool:
     keys = ("host", "model", "data", "steps")
     return all(settings[key] == getattr(run, key) for key in keys)
 
@@ -215,7 +228,9 @@ def headline(row: Row) -> str:
     if row["status"] == "diverged":
         return f"diverged: {row['reason']}"
     last = row["evaluations"][-1]
-    return f"pass@1 {last['sampled_accuracy']:.1%}, KL {last['kl_nats_per_answer']:.3g} nats"
+    kl = last["kl_nats_per_answer"]
+    exact = "" if kl is None else f", KL {kl:.3g} nats"
+    return f"pass@1 {last['sampled_accuracy']:.1%}{exact}"
 
 
 def drive(
@@ -271,7 +286,7 @@ def drive(
 
 
 def made_row(
-    grid: Grid, run: Settings, folder: Path, make: Make, here: str | None, changed: bool
+    grid: Grid, run: Run, folder: Path, make: Make, here: str | None, changed: bool
 ) -> Row:
     before, load = cpu_seconds(), os.getloadavg()[0]
     started = datetime.now(timezone.utc)

@@ -4,25 +4,29 @@
     runs:                                    # blocks, made in this order
       - {kl_type: [none, k2_as_loss], kl_coef: [0.1, 0.5], updates: 4}
 
+With `recipe:` in the place of model, data and steps the runs are those of a GPU recipe.
 In a block every value of a list is combined with every other, seed by seed: all of seed 1, then
 all of seed 2. So an unfinished block holds whole seeds.
 """
 
 import difflib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from recipes.quickstart.settings import Settings, SettingsError, settings
+from recipes.quickstart.settings import HOSTS, Settings, SettingsError, settings
+from recipes.recipe import RecipeError
+from recipes.reproduce.gpu import GpuRun
 
 HERE = Path(__file__).resolve().parent
 GRIDS = HERE / "grids"
 
 SHARED = {"host": "openrlhf", "model": "tiny", "data": "words", "steps": None, "save_every": 0}
+GPU = ("recipe", "host")
 MEASURED = {"problems": 500, "samples": 16}
 VARIED = ("kl_type", "kl_coef", "updates", "seeds")
 
@@ -36,7 +40,7 @@ class Grid:
     """What is run, and what is measured of each run's policy."""
 
     name: str
-    runs: tuple[Settings, ...]
+    runs: tuple[Settings, ...] | tuple[GpuRun, ...]
     """In the order in which they are made."""
     problems: int
     """Held-out problems of each evaluation."""
@@ -58,7 +62,8 @@ def load(name: str) -> Grid:
         written = yaml.safe_load(path.read_text("utf-8"))
     except yaml.YAMLError as error:
         raise GridError(f"{path}: not YAML: {error}") from error
-    check_keys(written, (*SHARED, *MEASURED, "seeds", "runs"), str(path))
+    is_gpu = isinstance(written, Mapping) and "recipe" in written
+    check_keys(written, (*(GPU if is_gpu else SHARED), *MEASURED, "seeds", "runs"), str(path))
     measured = {key: written.get(key, default) for key, default in MEASURED.items()}
     for key, value in measured.items():
         check_count(value, f"{path}: {key}")
@@ -66,6 +71,8 @@ def load(name: str) -> Grid:
     if not isinstance(blocks, list) or not blocks:
         raise GridError(f"{path}: runs must be a list of blocks, not {blocks!r}")
     shared = {key: written.get(key, default) for key, default in SHARED.items()}
+    if is_gpu:
+        shared = {"host": shared["host"], "base": written["recipe"]}
     runs = [
         run
         for number, block in enumerate(blocks, start=1)
@@ -74,8 +81,10 @@ def load(name: str) -> Grid:
     return Grid(path.stem, tuple(dict.fromkeys(runs)), **measured)
 
 
-def block_runs(block: Any, shared: dict[str, Any], seeds: Any, where: str) -> Iterator[Settings]:
-    """The runs of one block, each checked as the quickstart checks it."""
+def block_runs(
+    block: Any, shared: dict[str, Any], seeds: Any, where: str
+) -> Iterator[Settings | GpuRun]:
+    """The runs of one block, each checked as its own launcher checks it."""
     check_keys(block, VARIED, where)
     if "kl_type" not in block:
         raise GridError(f"{where}: no kl_type")
@@ -87,17 +96,23 @@ def block_runs(block: Any, shared: dict[str, Any], seeds: Any, where: str) -> It
     for count in updates:
         check_count(count, f"{where}: updates")
     for seed, count, coef, kl_type in product(seeds, updates, coefs, listed(block["kl_type"])):
+        # Without KL there is one run, whatever the coefficients.
+        coef = None if kl_type == "none" or coef is None else number(coef, where)
+        varied = {"kl_type": kl_type, "kl_coef": coef, "updates": count, "seed": seed}
         try:
-            yield settings(
-                **shared,
-                kl_type=kl_type,
-                # Without KL there is one run, whatever the coefficients.
-                kl_coef=None if kl_type == "none" or coef is None else number(coef, where),
-                updates=count,
-                seed=seed,
-            )
-        except SettingsError as error:
+            yield gpu_run(**shared, **varied) if "base" in shared else settings(**shared, **varied)
+        except (SettingsError, RecipeError) as error:
             raise GridError(f"{where}: {error}") from error
+
+
+def gpu_run(host: str, base: str, **varied: Any) -> GpuRun:
+    if host not in HOSTS:
+        raise SettingsError(f"host={host}: there is {', '.join(HOSTS)}")
+    asked = GpuRun(host, base, **varied)
+    recipe = asked.recipe
+    if host not in recipe.hosts:
+        raise RecipeError(f"recipe {base} is for {', '.join(recipe.hosts)} only")
+    return replace(asked, kl_type=recipe.kl_type, kl_coef=recipe.kl_coef)
 
 
 def listed(value: Any) -> list[Any]:

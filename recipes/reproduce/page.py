@@ -394,6 +394,12 @@ def missing_lines(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def frozen(row: Row) -> tuple[tuple[str, Any], ...]:
+    """A row's machine, to be counted."""
+    gpus = tuple(row["machine"]["gpus"] or ())
+    return tuple({**row["machine"], "gpus": gpus}.items())
+
+
 def provenance(rows: Sequence[Row]) -> list[str]:
     """Commits, versions, machines and hours of the rows; the most frequent first."""
     commits = Counter((row["commit"], row["changed"]) for row in rows)
@@ -404,11 +410,11 @@ def provenance(rows: Sequence[Row]) -> list[str]:
     versions = Counter(tuple(sorted(row["versions"].items())) for row in rows)
     for found, count in versions.most_common():
         lines.append(f"- {count} runs with {', '.join(f'{k} {v}' for k, v in found)}")
-    for machine, count in Counter(tuple(row["machine"].items()) for row in rows).most_common():
+    for machine, count in Counter(map(frozen, rows)).most_common():
         held = dict(machine)
         lines.append(
             f"- {count} runs on {held['cpu']}, {held['cores']} cores, {held['memory_gib']:g} GiB, "
-            f"{held['gpus']} GPUs"
+            f"{', '.join(held['gpus']) if held['gpus'] else 'no GPU'}"
         )
     hours = sum(map(seconds_of, rows)) / 3600
     cpu = sum(row["cpu_seconds"] for row in rows) / 3600
