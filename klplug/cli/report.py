@@ -12,20 +12,25 @@ from rich.table import Table
 from klplug.cli.output import AsJson, console, print_json
 from klplug.cli.status import Status, Unreadable
 from klplug.report import Report, report
-from klplug.report.runs import KL_ORDER, TITLES, NoLogs
+from klplug.report.runs import METRICS, NoLogs
 
 
 def report_command(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Folders with logs of one or many runs in them."),
+        typer.Argument(metavar="RUN...", help="Folders with logs of one or many runs, or logs."),
     ],
     out: Annotated[
         Path, typer.Option("--out", metavar="FOLDER", help="Where the page goes.")
     ] = Path("klplug-report"),
     as_json: AsJson = False,
 ) -> None:
-    """Draw runs side by side: reward, KL, entropy, length, gradient norm, weights, the frontier."""
+    """Draw runs side by side: reward, validation, KL, entropy, length, gradient norm, weights.
+
+    Reads TensorBoard's events, offline W&B files, JSON lines, CSV, and what a console printed.
+
+    Example: klplug report runs --out picture
+    """
     try:
         made = report(runs, out)
     except NoLogs as error:
@@ -57,22 +62,19 @@ def _document(made: Report) -> dict[str, object]:
 
 
 def _tell(made: Report) -> None:
-    names = ["reward", next((k for k in KL_ORDER if _any(made, k)), "kl_k3"), "length"]
+    titles = {metric.name: metric.title for metric in METRICS}
     table = Table()
     table.add_column("run")
-    for heading in ("seeds", "steps", *(TITLES[name] for name in names)):
+    for heading in ("seeds", "steps", "reward", "KL", "tokens per answer"):
         table.add_column(heading, justify="right")
     for group in made.groups:
-        ended = made.finals[group.label]
-        values = (str(ended[name]) if name in ended else "" for name in names)
+        ended, name = made.finals[group.label], group.kl_name
+        kl = f"{ended.get(name, 'nan')} ({titles[name].removeprefix('KL, ')})" if name else ""
+        values = (str(ended.get("reward", "")), kl, str(ended.get("length", "")))
         steps = str(max(run.steps for run in group.runs))
         table.add_row(group.label, str(len(group.runs)), steps, *values)
     out = console()
     out.print(table)
     for problem in made.problems:
-        out.print(f"not read: {problem}")
+        out.print(f"problem: {problem}")
     out.print(f"{made.page}, with {len(made.pictures)} pictures beside it")
-
-
-def _any(made: Report, name: str) -> bool:
-    return any(name in ended for ended in made.finals.values())

@@ -21,25 +21,32 @@ _T95 = (
 
 @dataclass(frozen=True)
 class Final:
-    """A mean with the half-width of its 95 % interval.
+    """A mean, with a 95 % interval over seeds, or with the range of one seed's steps.
+
+    Steps of one run depend on each other, and say nothing of another seed: from them an interval
+    would be far too narrow, so there is none.
 
     Attributes:
         mean: over seeds, of each one's mean over the end of its run.
-        half_width: ``None`` where there is one value alone.
-        over: ``seeds``, or ``steps``: of one seed only the scatter along the run is known, which
-            says nothing of another seed's.
+        half_width: of the interval; ``None`` with one seed.
+        low, high: the interval's ends; with one seed, the smallest and largest of its last steps.
+        over: ``seeds`` or ``steps``.
         count: seeds, or steps.
     """
 
     mean: float
     half_width: float | None
+    low: float
+    high: float
     over: str
     count: int
 
     def __str__(self) -> str:
-        if self.half_width is None:
+        if self.half_width is not None:
+            return f"{self.mean:.4g} ± {self.half_width:.2g}"
+        if self.low == self.high:
             return f"{self.mean:.4g}"
-        return f"{self.mean:.4g} ± {self.half_width:.2g}"
+        return f"{self.mean:.4g} ({self.low:.3g} to {self.high:.3g})"
 
 
 def end(series: Series) -> list[float]:
@@ -54,13 +61,11 @@ def final(seeds: Sequence[Series]) -> Final | None:
     if not ends:
         return None
     if len(ends) == 1:
-        return _mean(ends[0], "steps")
-    return _mean([statistics.fmean(values) for values in ends], "seeds")
-
-
-def _mean(values: Sequence[float], over: str) -> Final:
-    count, mean = len(values), statistics.fmean(values)
-    if count == 1:
-        return Final(mean, None, over, count)
+        (values,) = ends
+        mean = statistics.fmean(values)
+        return Final(mean, None, min(values), max(values), "steps", len(values))
+    means = [statistics.fmean(values) for values in ends]
+    count, mean = len(means), statistics.fmean(means)
     t = _T95[count - 2] if count - 2 < len(_T95) else 1.96
-    return Final(mean, t * statistics.stdev(values) / math.sqrt(count), over, count)
+    half_width = t * statistics.stdev(means) / math.sqrt(count)
+    return Final(mean, half_width, mean - half_width, mean + half_width, "seeds", count)

@@ -1,23 +1,38 @@
-"""What hosts leave behind, read as far as it goes: scalars by tag and step, and what was torn.
+"""What trainers leave behind, read as far as it goes: scalars by tag and step, and what was torn.
 
-Three kinds of file: TensorBoard's event files, the quickstart's ``metrics.jsonl``, and the
-``.wandb`` file of an offline W&B run.
+TensorBoard's event files, ``.wandb`` files of offline W&B runs, JSON lines with a step (flat, or
+with the scalars under ``data``), CSV with a column of steps, and what was printed to a console.
 """
 
 from __future__ import annotations
 
+import ast
+import csv
 import json
 import math
+import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 EVENTS = "events.out.tfevents."
-JSON_LINES = "metrics.jsonl"
 WANDB = ".wandb"
+CONSOLE = (".log", ".txt", ".out")
+SNIFFED = 65536  # bytes at the start of a file, by which it is told what it is
+
+# Columns and keys that count training steps; the first that is there. W&B counts calls as _step.
+STEPS = ("train/global_step", "training/global_step", "step", "global_step", "_step")
+
+# What consoles say of a step: ``step:3 - actor/kl:0.1 - ...``, or words and a dictionary.
+_DASHED = re.compile(r"\bstep:(\d+) - (?=\S+:)(.*)")
+_PAIR = re.compile(r"(?:^| - )([^\s:]+(?:/[^\s:]+)*):(\S+)")
+_WORDED = re.compile(r"\b[Gg]lobal[ _]step (\d+)(?:: |, eval_metrics: )(\{.*\})")
+_EVALUATED = "eval_metrics"
+_ITEM = re.compile(r"'([^']+)': (?:[\w.]+\()?(-?(?:[\d.]+(?:e[+-]?\d+)?|inf|nan))")
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 _TFRECORD_FRAME = 16  # bytes around each record: length, its checksum, the data's checksum
 _WANDB_HEADER = b":W&B"
@@ -32,30 +47,55 @@ class Log:
     scalars: dict[str, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
     config: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)  # wall clock, where a format has it
 
     def add(self, tag: str, step: int, value: float) -> None:
         # Resumed runs log some steps twice: the later one went on.
         self.scalars[tag][step] = value
 
 
-def is_log(path: Path) -> bool:
-    """Whether a file's name is that of a log."""
-    name = path.name
-    return name.startswith(EVENTS) or name == JSON_LINES or path.suffix == WANDB
+Reader = Callable[[Path, Log], None]
+
+
+def kind(path: Path) -> Reader | None:
+    """The function that reads a file; ``None`` if it is no log. By its name, then by its start."""
+    name, suffix = path.name, path.suffix
+    if name.startswith(EVENTS):
+        return _events
+    if suffix == WANDB:
+        return _wandb
+    if name == "metrics.jsonl":
+        return _json_lines
+    if suffix not in (".jsonl", ".csv", *CONSOLE):
+        return None
+    try:
+        with path.open("rb") as file:
+            start = file.read(SNIFFED).decode(errors="replace")
+    except OSError:
+        return None
+    if suffix == ".jsonl":
+        return _json_lines if re.match(r'\{"step": ?\d', start) else None
+    if suffix == ".csv":
+        columns = next(csv.reader(start.splitlines()), [])
+        return _table if _step_column(columns) is not None else None
+    # Training says its first step late: a console's log is read to the end.
+    return _console if any(True for _ in _spoken(path)) else None
 
 
 def read(path: Path, log: Log) -> None:
     """Add what can be read of one file to ``log``, and to its problems what can't."""
     before = sum(map(len, log.scalars.values()))
-    reader = _events if path.name.startswith(EVENTS) else _json_lines
-    reader = _wandb if path.suffix == WANDB else reader
+    reader = kind(path)
+    assert reader is not None, f"{path} is no log"
     try:
         reader(path, log)
     except OSError as error:
         log.problems.append(f"{path}: {error.strerror or error}")
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        log.problems.append(f"{path}: reading it needs {package}: pip install {package}")
+        # protobuf's module is google: nothing to install by that name.
+        extra = "wandb" if package == "wandb" else "'klplug[report]'"
+        log.problems.append(f"{path}: reading it needs {package}: pip install {extra}")
     else:
         if sum(map(len, log.scalars.values())) == before:
             log.problems.append(f"{path}: no scalar in it")
@@ -66,12 +106,83 @@ def _json_lines(path: Path, log: Log) -> None:
         try:
             record = json.loads(line)
             step = int(record.pop("step"))
+            record = record.pop("data", record)
+            items = list(record.items())
         except (ValueError, KeyError, TypeError, AttributeError):
             log.problems.append(f"{path}, line {number}: no JSON object with a step")
             continue
-        for tag, value in record.items():
+        for tag, value in items:
             if value is None or _is_number(value):
                 log.add(tag, step, math.nan if value is None else float(value))
+
+
+def _step_column(columns: list[str]) -> str | None:
+    named = {column.strip().lower(): column for column in reversed(columns)}
+    return next((named[step] for step in STEPS if step in named), None)
+
+
+def _table(path: Path, log: Log) -> None:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        rows = csv.DictReader(file)
+        steps = _step_column(list(rows.fieldnames or ()))
+        assert steps is not None
+        for row in rows:
+            try:
+                step = int(float(row[steps]))
+            except (TypeError, ValueError):
+                log.problems.append(f"{path}, line {rows.line_num}: no step")
+                continue
+            for column, cell in row.items():
+                # W&B's export names its columns "run - tag", and adds "... __MIN".
+                tag = column.rpartition(" - ")[2] if column else ""
+                if column == steps or not cell or tag.endswith(("__MIN", "__MAX")):
+                    continue
+                try:
+                    log.add(tag, step, float(cell))
+                except (TypeError, ValueError):
+                    continue
+
+
+def _spoken(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
+    """Steps that a console printed, with their scalars."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if "step" not in line:
+                continue
+            line = _ESCAPES.sub("", line)
+            if found := _DASHED.search(line):
+                values = {tag: _number(value) for tag, value in _PAIR.findall(found[2])}
+            elif found := _WORDED.search(line):
+                values = _dictionary(found[2])
+                if _EVALUATED in found[0]:
+                    values = {f"eval/{tag}": value for tag, value in values.items()}
+            else:
+                continue
+            if kept := {tag: value for tag, value in values.items() if value is not None}:
+                yield int(found[1]), kept
+
+
+def _number(text: str) -> float | None:
+    # A number of numpy prints as np.float64(0.5).
+    found = re.fullmatch(r"(?:[\w.]+\()?([^()]+)\)?", text)
+    try:
+        return float(found[1]) if found else None
+    except ValueError:
+        return None
+
+
+def _dictionary(text: str) -> dict[str, float | None]:
+    try:
+        made = ast.literal_eval(text)
+    except (ValueError, SyntaxError):  # nan, or numbers of numpy: no literals
+        return {tag: _number(value) for tag, value in _ITEM.findall(text)}
+    return {tag: float(value) for tag, value in made.items() if _is_number(value)}
+
+
+def _console(path: Path, log: Log) -> None:
+    for step, values in _spoken(path):
+        for tag, value in values.items():
+            log.add(tag, step, value)
 
 
 def _is_number(value: object) -> bool:
@@ -92,6 +203,7 @@ def _events(path: Path, log: Log) -> None:
         except DecodeError:
             break
         read_up_to += len(record) + _TFRECORD_FRAME
+        log.times.append(event.wall_time)
         for value in event.summary.value:
             if value.HasField("simple_value"):
                 log.add(value.tag, event.step, value.simple_value)
@@ -122,10 +234,13 @@ def _wandb(path: Path, log: Log) -> None:
 
 def _wandb_step(history: Any, log: Log) -> None:
     items = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in history.item}
-    # W&B counts calls; hosts log the training step beside it.
-    steps = (items.get(key) for key in ("train/global_step", "training/global_step", "_step"))
+    steps = (items.get(key) for key in STEPS)
     step = next((int(s) for s in steps if s is not None), int(history.step.num))
     for tag, value in items.items():
+        if tag == "_timestamp" and _is_number(value):
+            log.times.append(value)
+        # W&B writes numbers that are not finite as words.
+        value = math.nan if value in ("NaN", "Infinity", "-Infinity") else value
         if _is_number(value) and not tag.startswith("_"):
             log.add(tag, step, float(value))
 

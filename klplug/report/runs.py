@@ -7,43 +7,54 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from klplug.report.logs import Log, is_log, read
+from klplug.report.logs import CONSOLE, EVENTS, WANDB, Log, kind, read
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One quantity, and the tags that hosts log it under; the first that is there counts.
+    """One quantity, and the tags that trainers log it under; the first that is there counts.
 
-    OpenRLHF's ``train/`` before a tag is left off.
+    A ``train/`` before a tag is left off. ``bounds`` are those of the quantity itself.
     """
 
     name: str
     title: str
-    panel: str
     tags: tuple[str, ...]
+    bounds: tuple[float, float] = (-math.inf, math.inf)
+    kl: bool = False
 
 
+_SHARE, _POSITIVE = (0.0, 1.0), (0.0, math.inf)
 _HOST_KL = ("kl", "actor/kl_loss", "actor/reward_kl_penalty")
 METRICS = (
-    Metric("reward", "reward", "reward", ("reward", "critic/score/mean", "critic/rewards/mean")),
-    Metric("kl_k1", "KL, k1", "kl", ("klplug/k1",)),
-    Metric("kl_k2", "KL, k2", "kl", ("klplug/k2",)),
-    Metric("kl_k3", "KL, k3", "kl", ("klplug/k3",)),
-    Metric("kl_abs", "KL, abs", "kl", ("klplug/abs",)),
-    Metric("kl_host", "KL, the host's", "kl", _HOST_KL),
-    Metric("entropy", "entropy", "entropy", ("actor/entropy", "entropy", "entropy_loss")),
-    Metric("length", "tokens per answer", "length", ("response_length", "response_length/mean")),
-    Metric("grad_norm", "gradient norm", "grad_norm", ("actor_grad_norm", "actor/grad_norm")),
-    Metric("ess", "ESS", "ess", ("klplug/ess",)),
-    Metric("capped_share", "capped share", "capped_share", ("klplug/capped_share",)),
-    Metric("cosine", "gradient cosine", "cosine", ("klplug/gradient_cosine",)),
-    Metric("top_share", "top 1 %", "top_share", ("klplug/top_share",)),
-)
-TITLES = {metric.name: metric.title for metric in METRICS}
-KL_ORDER = ("kl_k3", "kl_k1", "kl_k2", "kl_host")  # for one number: the unbiased and steady first
+    Metric("reward", "reward", ("reward", "critic/score/mean", "critic/rewards/mean")),
+    Metric("kl", "KL, estimate", ("klplug/kl",), kl=True),
+    Metric("kl_k1", "KL, k1", ("klplug/k1",), kl=True),
+    Metric("kl_k2", "KL, k2", ("klplug/k2",), _POSITIVE, kl=True),
+    Metric("kl_k3", "KL, k3", ("klplug/k3",), _POSITIVE, kl=True),
+    Metric("kl_abs", "KL, abs", ("klplug/abs",), _POSITIVE, kl=True),
+    Metric("kl_host", "KL, the trainer's own", _HOST_KL, kl=True),
+    Metric("entropy", "entropy", ("actor/entropy", "entropy", "entropy_loss")),
+    Metric("length", "tokens per answer", ("response_length", "response_length/mean"), _POSITIVE),
+    Metric("grad_norm", "gradient norm", ("actor_grad_norm", "actor/grad_norm"), _POSITIVE),
+    Metric("weight_mean", "mean weight", ("klplug/weight_mean",), _POSITIVE),
+    Metric("ess", "effective sample size", ("klplug/ess",), _SHARE),
+    Metric("capped_share", "share of weights at the cap", ("klplug/capped_share",), _SHARE),
+    Metric("nonfinite_share", "tokens left out", ("klplug/nonfinite_share",), _SHARE),
+    Metric("cosine", "cosine to the reverse KL's", ("klplug/gradient_cosine",), (-1.0, 1.0)),
+    Metric("top_share", "gradient of the top 1 %", ("klplug/top_share",), _SHARE),
+    Metric(
+        "seconds", "seconds per step",
+        ("perf/time_per_step", "timing_s/step", "timing/step_total"), _POSITIVE,
+    ),
+    Metric("throughput", "tokens per second and GPU", ("perf/throughput",), _POSITIVE),
+)  # fmt: skip
+KL_ORDER = ("kl", "kl_k3", "kl_k1", "kl_k2", "kl_host")  # for one number
+VALIDATION = re.compile(r"(?:val-core|val|eval)/(?!.*(?:global_step|epoch)$).+")
 
 # What quickstart settings of one run's seeds may differ in.
 _SEED = "seed"
@@ -54,12 +65,21 @@ Series = dict[int, float]
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: a folder, and its metrics by name and step."""
+    """One training run: a folder or file, its metrics by name and step, and what it says of itself.
+
+    Attributes:
+        settings: from ``settings.json``, or a W&B run's configuration.
+        summary: what ``summary.json`` holds.
+        seconds: from the first line of a log to the last, where it has a clock.
+    """
 
     folder: Path
     label: str
     group: str
     metrics: dict[str, Series]
+    settings: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
 
     @property
     def steps(self) -> int:
@@ -78,13 +98,27 @@ class Group:
         """One per seed that has the metric."""
         return [run.metrics[metric] for run in self.runs if metric in run.metrics]
 
+    @property
+    def kl_name(self) -> str | None:
+        """The metric that is this run's KL where one number is wanted."""
+        return next((name for name in KL_ORDER if self.series(name)), None)
+
+
+def metrics_of(found: Sequence[Group]) -> list[Metric]:
+    """What was logged by any run: the list above, validation scores beside the reward."""
+    logged = {name for group in found for run in group.runs for name in run.metrics}
+    known = [metric for metric in METRICS if metric.name in logged]
+    names = sorted(logged - {metric.name for metric in METRICS})
+    after = sum(metric.name == "reward" for metric in known)
+    return known[:after] + [Metric(name, name, (name,)) for name in names] + known[after:]
+
 
 class NoLogs(ValueError):
     """A folder has nothing to report on."""
 
 
 def groups(folders: Sequence[Path]) -> tuple[list[Group], list[str]]:
-    """Runs in ``folders`` by what they differ in beside the seed, and what was not readable.
+    """Runs in ``folders`` by what they differ in beside the seed, and what is wrong with them.
 
     Raises:
         NoLogs: a folder that isn't there, or has no log in it.
@@ -92,7 +126,7 @@ def groups(folders: Sequence[Path]) -> tuple[list[Group], list[str]]:
     runs: dict[Path, Run] = {}
     problems: list[str] = []
     for folder in folders:
-        for place, logs in _log_folders(folder).items():
+        for place, logs in _log_places(folder).items():
             run, told = _run(place, logs)
             problems += told
             if run is not None:
@@ -109,29 +143,38 @@ def groups(folders: Sequence[Path]) -> tuple[list[Group], list[str]]:
     return made, problems
 
 
-def _log_folders(folder: Path) -> dict[Path, list[Path]]:
+def _log_places(folder: Path) -> dict[Path, list[Path]]:
+    """The logs of each run: of a folder all its event files and the like, else each file alone."""
     if not folder.exists():
         raise NoLogs(f"{folder}: no such folder")
-    if folder.is_file():
-        found = [folder] if is_log(folder) else []
-    else:
-        # A W&B folder has links to its latest run.
-        found = sorted(p for p in folder.rglob("*") if is_log(p) and p.is_file())
-        found = list({path.resolve(): path for path in found}.values())
-    if not found:
+    found = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())
+    # A W&B folder has links to its latest run.
+    logs = list({path.resolve(): path for path in found if kind(path) is not None}.values())
+    if not logs:
         raise NoLogs(
-            f"{folder}: no log in it: neither TensorBoard's events.out.tfevents.*, nor the "
-            "quickstart's metrics.jsonl, nor a .wandb file of an offline W&B run"
+            f"{folder}: no log in it: no events.out.tfevents.* of TensorBoard, no .wandb file of "
+            "an offline W&B run, no JSON lines or CSV with a step, no console's log with steps"
         )
     places: dict[Path, list[Path]] = defaultdict(list)
-    for path in sorted(found, key=lambda path: (len(path.parts), path)):
+    for path in sorted(logs, key=lambda path: (_rank(path), len(path.parts), path)):
         # A log below another's folder is the same run's, as tensorboard/ beside metrics.jsonl.
         above = [place for place in places if path.parent.is_relative_to(place)]
-        places[above[0] if above else path.parent].append(path)
+        if _rank(path) == 0:
+            places[above[0] if above else path.parent].append(path)
+        elif not above:
+            # A trainer's JSON lines and a console's log: one file is one run.
+            places[path].append(path)
     return places
 
 
-def _run(folder: Path, logs: Sequence[Path]) -> tuple[Run | None, list[str]]:
+def _rank(path: Path) -> int:
+    """0 for logs that have a folder to themselves, then by how much they say."""
+    if path.name.startswith(EVENTS) or path.name == "metrics.jsonl" or path.suffix == WANDB:
+        return 0
+    return 2 if path.suffix in CONSOLE else 1
+
+
+def _run(place: Path, logs: Sequence[Path]) -> tuple[Run | None, list[str]]:
     log = Log()
     for path in logs:
         read(path, log)
@@ -141,27 +184,57 @@ def _run(folder: Path, logs: Sequence[Path]) -> tuple[Run | None, list[str]]:
         tag = next((tag for tag in metric.tags if tag in scalars), None)
         if tag is not None:
             metrics[metric.name] = dict(sorted(scalars[tag].items()))
+    for tag in sorted(filter(VALIDATION.fullmatch, scalars)):
+        metrics[tag] = dict(sorted(scalars[tag].items()))
     if not metrics:
         if scalars:
             known = ", ".join(tag for metric in METRICS for tag in metric.tags)
-            log.problems.append(f"{folder}: none of the scalars that are looked for: {known}")
+            log.problems.append(f"{place}: none of the scalars that are looked for: {known}")
         return None, log.problems
-    label, group = _names(folder)
-    return Run(folder, label, group, metrics), log.problems
+    settings = _object(place / "settings.json") or log.config
+    label, group = _names(place, settings)
+    seconds = max(log.times) - min(log.times) if log.times else None
+    summary = _object(place / "summary.json")
+    run = Run(place, label, group, metrics, settings, summary, seconds)
+    return run, log.problems + [f"{place}: {told}" for told in not_finite(metrics)]
 
 
-def _names(folder: Path) -> tuple[str, str]:
-    """A run's label, and the key that its other seeds have too."""
+def not_finite(metrics: dict[str, Series]) -> list[str]:
+    """Of each metric that ends without a number: its name, and the step from which on it has none.
+
+    A hole that closes again is not told: trainers skip what they have no sample for.
+    """
+    titles = {metric.name: metric.tags[0] for metric in METRICS}
+    told = []
+    for name, series in metrics.items():
+        first = None
+        for step, value in series.items():
+            first = None if math.isfinite(value) else step if first is None else first
+        if first is not None:
+            of = f"from step {first} to the last, {max(series)}"
+            told.append(f"{titles.get(name, name)} is no finite number {of}")
+    return told
+
+
+def _object(path: Path) -> dict[str, Any]:
     try:
-        settings = json.loads((folder / "settings.json").read_text())
+        made = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return made if isinstance(made, dict) else {}
+
+
+def _names(place: Path, settings: dict[str, Any]) -> tuple[str, str]:
+    """A run's label, and the key that its other seeds have too."""
+    if {"host", "kl_type", "kl_coef"} <= settings.keys():
         coefficient = settings["kl_coef"]
         strength = "" if coefficient is None else f" {coefficient:g}"
         label = f"{settings['host']}: {settings['kl_type']}{strength}"
-    except (OSError, ValueError, KeyError, TypeError):
-        plain = _SEED_IN_NAME.sub("", str(folder))
-        return Path(plain).name or folder.name, plain
-    settings.pop(_SEED, None)
-    return label, json.dumps(settings, sort_keys=True)
+        others = {key: value for key, value in settings.items() if key != _SEED}
+        return label, json.dumps(others, sort_keys=True)
+    plain = _SEED_IN_NAME.sub("", str(place))
+    name = Path(plain).stem if place.is_file() else Path(plain).name
+    return name or place.name, plain
 
 
 def rolling_mean(series: Series, width: int) -> Series:

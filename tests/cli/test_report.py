@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from klplug.report.intervals import final
 from klplug.report.logs import EVENTS, Log, read
-from klplug.report.runs import rolling_mean
+from klplug.report.runs import not_finite, rolling_mean
 from tests.cli.conftest import Klplug
 
 STEPS = 20
@@ -74,22 +74,32 @@ def reported(klplug_command: Klplug, out: Path, *runs: Path) -> tuple[int, dict]
 
 
 class Page(HTMLParser):
-    """Tags that are opened and not closed, and the pictures."""
+    """Tags that are opened and not closed, identifiers, and the text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.open: list[str] = []
-        self.pictures: list[str] = []
+        self.ids: list[str] = []
+        self.text = ""
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag == "img":
-            self.pictures.append(dict(attrs)["src"] or "")
-        elif tag != "meta":
+        if tag != "meta":
             self.open.append(tag)
+        self.handle_startendtag(tag, attrs)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.ids += [value or "" for name, value in attrs if name == "id"]
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def page_of(folder: Path) -> Page:
+    return Page((folder / "report.html").read_text())
 
 
 def test_event_files_give_every_scalar(tmp_path: Path) -> None:
@@ -161,15 +171,164 @@ def test_the_page_needs_no_other_file(klplug_command: Klplug, tmp_path: Path) ->
     text = (out / "report.html").read_text()
     page = Page(text)
     assert page.open == []
-    panels = ["frontier", "reward", "kl", "entropy", "length", "grad_norm", "ess", "capped_share"]
-    panels += ["cosine", "top_share"]
-    assert set(document["pictures"]) == set(panels)
-    for name, source in zip(panels, page.pictures, strict=True):
-        inside = base64.b64decode(source.removeprefix("data:image/png;base64,"))
-        assert inside == (out / f"{name}.png").read_bytes()
-        assert inside.startswith(b"\x89PNG")
-    assert not re.search(r"(src|href)=\"(?!data:)", text)
+    assert len(page.ids) == len(set(page.ids))
+    panels = {"frontier", "reward", "kl_k1", "kl_k2", "kl_k3", "kl_host", "entropy", "length"}
+    panels |= {"grad_norm", "ess", "capped_share", "cosine", "top_share"}
+    assert set(document["pictures"]) == panels
+    for name in panels:
+        assert name in page.ids
+        drawn = ElementTree.parse(out / f"{name}.svg").getroot()
+        assert drawn.tag.endswith("}svg") and drawn.attrib["viewBox"]
+    assert not re.search(r"(?:src|href)=\"(?!#)", text)
     assert "a&lt;b&gt;&amp;c" in text and "a<b>" not in text
+
+
+def axis(picture: Path) -> list[str]:
+    """The words of a picture: its ticks, labels and title."""
+    return [
+        " ".join(element.itertext())
+        for element in ElementTree.parse(picture).iter("{http://www.w3.org/2000/svg}text")
+    ]
+
+
+def test_one_diverged_run_flattens_no_other(klplug_command: Klplug, tmp_path: Path) -> None:
+    """The reports of two runs: a KL of 0.01, and one that ends at 500."""
+    for name, rate in (("good", 1.05), ("bad", 1.8)):
+        run = quickstart(tmp_path / name, kl_type=f"k{len(name)}_as_loss")
+        lines = [
+            {"step": step, "reward": 0.5, "klplug/k3": 0.004 * rate**step, "klplug/ess": 0.999}
+            for step in range(1, STEPS + 1)
+        ]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (run / "settings.json").unlink()
+    out = tmp_path / "out"
+    reported(klplug_command, out, tmp_path / "good", tmp_path / "bad")
+    assert {"0.01", "0.1", "1", "10", "100"} <= set(axis(out / "kl_k3.svg"))  # a logarithmic axis
+    assert {"0.0", "1.0"} <= set(axis(out / "ess.svg"))  # a share keeps its whole axis
+    assert not any("+" in word or "1e" in word for word in axis(out / "reward.svg"))  # no offset
+
+
+def test_nan_from_some_step_on_is_a_problem(klplug_command: Klplug, tmp_path: Path) -> None:
+    run = quickstart(tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[11:]:
+        line["klplug/k3"] = None  # so the quickstart writes nan
+    lines[4]["klplug/k1"] = None  # a hole that closes
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    status, document = reported(klplug_command, tmp_path / "out", run)
+    assert status == 1
+    told = "klplug/k3 is no finite number from step 12 to the last, 20"
+    assert document["problems"] == [f"{run}: {told}"]
+    assert told in page_of(tmp_path / "out").text
+    # What was logged before counts no more: a run whose KL is nan has no final KL.
+    assert "kl_k3" not in document["runs"][0]["final"]
+
+
+def test_trailing_infinities_are_told_too(tmp_path: Path) -> None:
+    assert not_finite({"reward": {1: 1.0, 2: math.inf, 3: math.nan}}) == [
+        "reward is no finite number from step 2 to the last, 3"
+    ]
+    assert not_finite({"reward": {1: math.nan, 2: 1.0}}) == []
+
+
+VERL_LINE = (
+    "step:{step} - global_seqlen/min:123 - actor/kl_loss:np.float64(0.0{step}) - "
+    "actor/entropy:0.5 - critic/score/mean:0.{step} - val-core/gsm8k/acc/mean@1:0.7{step} - "
+    "response_length/mean:20.0 - perf/throughput:1234.5 - perf/time_per_step:9.0"
+)
+
+
+def assert_is_the_verl_run(document: dict) -> None:  # type: ignore[type-arg]
+    (run,) = document["runs"]
+    final = {name: value["mean"] for name, value in run["final"].items()}
+    assert final == pytest.approx(
+        {
+            "reward": 0.25, "kl_host": 0.025, "entropy": 0.5, "length": 20.0, "seconds": 9.0,
+            "throughput": 1234.5, "val-core/gsm8k/acc/mean@1": 0.725,
+        }
+    )  # fmt: skip
+
+
+def test_a_console_s_log(klplug_command: Klplug, tmp_path: Path) -> None:
+    lines = ["\x1b[36m(TaskRunner pid=7)\x1b[0m " + VERL_LINE.format(step=s) for s in range(1, 5)]
+    (tmp_path / "train.log").write_text("Loading weights\n" + "\n".join(lines) + "\n")
+    status, document = reported(klplug_command, tmp_path / "out", tmp_path)
+    assert status == 0
+    assert_is_the_verl_run(document)
+    assert document["runs"][0]["label"] == "train"
+
+
+def test_a_console_s_dictionaries(tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    path.write_text(
+        "INFO Global step 3: {'reward': 0.5, 'kl': nan, 'actor_lr': 1e-06}\n"
+        "INFO Evaluation completed in 0:00:09, global_step 3, eval_metrics: {'gsm8k_pass1': 0.25}\n"
+        "INFO Global step 4: {'reward': np.float64(0.75), 'kl': 0.125}\n"
+    )
+    log = logged(path)
+    assert log.scalars["reward"] == {3: 0.5, 4: 0.75}
+    assert math.isnan(log.scalars["kl"][3]) and log.scalars["kl"][4] == 0.125
+    assert log.scalars["actor_lr"] == {3: 1e-6}
+    assert log.scalars["eval/gsm8k_pass1"] == {3: 0.25}
+
+
+def test_json_lines_with_the_scalars_below_data(klplug_command: Klplug, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        lines = [
+            {
+                "step": s,
+                "data": {
+                    "actor/kl_loss": 0.01 * s, "actor/entropy": 0.5, "critic/score/mean": 0.1 * s,
+                    "val-core/gsm8k/acc/mean@1": 0.7 + 0.01 * s, "response_length/mean": 20.0,
+                    "perf/throughput": 1234.5, "perf/time_per_step": 9.0, "note": "a word",
+                },
+            }
+            for s in range(1, 5)
+        ]  # fmt: skip
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (tmp_path / "prompts.jsonl").write_text('{"question": "?", "answer": "#### 1"}\n')
+    _, document = reported(klplug_command, tmp_path / "out", tmp_path)
+    assert [run["label"] for run in document["runs"]] == ["one", "two"]
+    _, document = reported(klplug_command, tmp_path / "out", tmp_path / "one.jsonl")
+    assert_is_the_verl_run(document)
+
+
+def test_a_table_as_wandb_exports_it(klplug_command: Klplug, tmp_path: Path) -> None:
+    (tmp_path / "run.csv").write_text(
+        '"train/global_step","run-1 - train/reward","run-1 - train/reward__MIN","note"\n'
+        '"1","0.25","0.1","x"\n"2","0.75","0.1",""\n'
+    )
+    _, document = reported(klplug_command, tmp_path / "out", tmp_path)
+    (run,) = document["runs"]
+    assert run["steps"] == [2] and run["final"]["reward"]["mean"] == 0.5
+
+
+def test_a_stock_run_has_its_own_kl_in_the_table(klplug_command: Klplug, tmp_path: Path) -> None:
+    quickstart(tmp_path / "klplug")
+    stock = quickstart(tmp_path / "stock", kl_type="stock:k3")
+    lines = [json.dumps({"step": s, "reward": 0.5, "kl": 0.125}) for s in range(1, STEPS + 1)]
+    (stock / "metrics.jsonl").write_text("\n".join(lines))
+    done = klplug_command("report", tmp_path, "--out", tmp_path / "out")
+    (line,) = (line for line in done.out.splitlines() if "stock:k3" in line)
+    assert "0.125 (the trainer's own)" in line
+    (line,) = (line for line in done.out.splitlines() if "k2_as_loss" in line)
+    assert "(k3)" in line
+
+
+def test_summaries_and_settings_stand_beside_the_curves(
+    klplug_command: Klplug, tmp_path: Path
+) -> None:
+    for name, kl_type, after in (("a", "k2_as_loss", 0.774), ("b", "k3_as_loss", 0.25)):
+        run = quickstart(tmp_path / name, kl_type=kl_type)
+        summary = {"accuracy_before": 0.638, "accuracy_after": after, "kl_last": 0.66}
+        (run / "summary.json").write_text(json.dumps(summary))
+    reported(klplug_command, tmp_path / "out", tmp_path)
+    page = (tmp_path / "out" / "report.html").read_text()
+    row = re.search(r"accuracy after</th>(.*?)</tr>", page, re.DOTALL)
+    assert row and re.findall(r"<td>(.*?)</td>", row[1]) == ["77.4 %", "25.0 %"]
+    row = re.search(r">kl_type</th>(.*?)</tr>", page, re.DOTALL)
+    assert row and re.findall(r"<td>(.*?)</td>", row[1]) == ["k2_as_loss", "k3_as_loss"]
+    assert "The same in all: host verl, kl_coef 0.01, model tiny." in page
 
 
 def test_logs_below_a_run_are_that_runs(klplug_command: Klplug, tmp_path: Path) -> None:
@@ -201,7 +360,7 @@ def test_what_can_be_read_is_reported_beside_what_cannot(
     assert status == 1
     assert len(document["runs"]) == 1
     assert all("bad" in problem for problem in document["problems"])
-    assert "Not everything could be read" in (tmp_path / "out" / "report.html").read_text()
+    assert "What is wrong" in page_of(tmp_path / "out").text
 
 
 def test_bad_input(klplug_command: Klplug, tmp_path: Path) -> None:
@@ -222,12 +381,12 @@ def test_bad_input(klplug_command: Klplug, tmp_path: Path) -> None:
         assert named in done.err and "Traceback" not in done.err
 
 
-def test_the_interval_of_one_seed_is_over_its_steps() -> None:
+def test_one_seed_has_the_range_of_its_steps_and_no_interval() -> None:
     value = final([{step: float(step % 2) for step in range(100)}])
     assert value is not None
     assert (value.mean, value.over, value.count) == (0.5, "steps", 10)
-    # Ten values of variance 10 * 0.25 / 9: 2.262 * sqrt(0.2778 / 10).
-    assert value.half_width == pytest.approx(0.37700, rel=1e-3)
+    assert (value.half_width, value.low, value.high) == (None, 0.0, 1.0)
+    assert str(value) == "0.5 (0 to 1)"
     assert final([{1: math.nan}]) is None
 
 

@@ -1,0 +1,167 @@
+"""The pictures, as SVG whose text and axes take the colour of the page around them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+from klplug.report.intervals import Final
+from klplug.report.runs import Group, Metric, Series, rolling_mean
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's colours, told apart by most colour-blind readers; then again, dashed. The page's
+# own colour stands for their black, which a dark page would swallow.
+INK = "#010203"
+COLOURS = (
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK, "#999999",
+)  # fmt: skip
+LINES = ("-", "--", ":", "-.")
+WIDTH, HEIGHT = 5.6, 3.4  # inches
+WINDOW = 5  # logged steps that a line is the mean of
+APART = 30.0  # largest over smallest from which on an axis is logarithmic
+
+
+def style(index: int) -> tuple[str, str]:
+    """A run's colour and kind of line."""
+    return COLOURS[index % len(COLOURS)], LINES[index // len(COLOURS) % len(LINES)]
+
+
+def _svg(name: str, draw: Callable[[Axes], None]) -> str:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    inked = ("text.color", "xtick.color", "ytick.color", "axes.edgecolor", "axes.labelcolor")
+    settings: dict[Any, Any] = {
+        **dict.fromkeys((*inked, "axes.titlecolor"), INK),
+        "axes.formatter.limits": (-4, 5),
+        "axes.formatter.useoffset": False,
+        "font.family": "sans-serif",
+        "svg.fonttype": "none",  # text stays text
+        "svg.hashsalt": name,
+        "text.parse_math": False,  # a tag with a dollar in it is no formula
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        axes = figure.subplots()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#808080", alpha=0.2)
+        axes.set_axisbelow(True)
+        draw(axes)
+        made = StringIO()
+        figure.savefig(made, format="svg", transparent=True, metadata={"Date": None})
+    svg = made.getvalue()[made.getvalue().index("<svg") :]
+    # Identifiers are the page's: no two pictures may share one.
+    own = re.sub(r"[^a-z0-9]", "-", name.lower())
+    svg = re.sub(r'(id="|xlink:href="#|url\(#)', rf"\g<1>{own}-", svg)
+    return svg.replace(INK, "currentColor")
+
+
+def curves(metric: Metric, found: Sequence[Group]) -> str:
+    """One metric over the steps, a line per group, a band from its lowest to its highest seed."""
+
+    def draw(axes: Axes) -> None:
+        for index, group in enumerate(found):
+            if seeds := group.series(metric.name):
+                _curve(axes, seeds, *style(index))
+        axes.set_title(metric.title, fontsize=10)
+        axes.set_xlabel("step")
+        every = [
+            value
+            for group in found
+            for series in group.series(metric.name)
+            for value in rolling_mean(series, WINDOW).values()
+            if math.isfinite(value)
+        ]
+        _set_scale(axes, metric, every)
+
+    return _svg(metric.name, draw)
+
+
+def _set_scale(axes: Axes, metric: Metric, values: Sequence[float]) -> None:
+    """Shares on [0, 1]; a KL, and whatever spans decades, logarithmic: one run hides no other."""
+    low, high = metric.bounds
+    if math.isfinite(low) and math.isfinite(high):
+        # A cosine shows its negative half only where it goes there.
+        low = low if min(values, default=0.0) < 0 else max(low, 0.0)
+        margin = 0.03 * (high - low)
+        axes.set_ylim(low - margin, high + margin)
+        return
+    sizes = sorted(abs(value) for value in values if value != 0)
+    if not sizes:
+        return
+    typical = sizes[len(sizes) // 2]
+    if metric.kl and min(values) > 0 and sizes[-1] > APART * sizes[0]:
+        axes.set_yscale("log")
+    elif sizes[-1] > APART * typical:
+        axes.set_yscale("symlog", linthresh=typical)
+    else:
+        return
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+
+
+def _curve(axes: Axes, seeds: Sequence[Series], colour: str, line: str) -> None:
+    if len(seeds) == 1:
+        (series,) = seeds
+        axes.plot(list(series), list(series.values()), ".", color=colour, alpha=0.25, markersize=4)
+    smooth = [rolling_mean(series, WINDOW) for series in seeds]
+    steps = sorted({step for series in smooth for step in series})
+    at = {step: [s[step] for s in smooth if math.isfinite(s.get(step, math.nan))] for step in steps}
+    steps = [step for step in steps if at[step]]
+    means = [sum(at[step]) / len(at[step]) for step in steps]
+    axes.plot(
+        steps, means, line, color=colour, linewidth=1.6, marker="." if len(steps) == 1 else ""
+    )
+    if len(seeds) > 1:
+        low, high = ([edge(at[step]) for step in steps] for edge in (min, max))
+        axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def frontier(found: Sequence[Group], finals: dict[str, dict[str, Final]]) -> str:
+    """Reward against KL: each run on its way, and where it ended."""
+
+    def draw(axes: Axes) -> None:
+        every: list[float] = []
+        for index, group in enumerate(found):
+            colour, line = style(index)
+            name, ended = group.kl_name, finals[group.label]
+            if name is None:
+                continue
+            for run in group.runs:
+                kl, reward = (
+                    rolling_mean(run.metrics.get(metric, {}), WINDOW) for metric in (name, "reward")
+                )
+                shared = [
+                    step
+                    for step in sorted(kl.keys() & reward.keys())
+                    if math.isfinite(kl[step]) and math.isfinite(reward[step])
+                ]
+                path = [kl[step] for step in shared], [reward[step] for step in shared]
+                axes.plot(*path, line, color=colour, alpha=0.35, linewidth=1)
+                every += path[0]
+            if name in ended and "reward" in ended:
+                x, y = ended[name], ended["reward"]
+                # No estimate of these is of a KL below zero, and no bar goes there.
+                low = max(x.low, 0.0) if x.mean > 0 else x.low
+                axes.errorbar(
+                    x.mean,
+                    y.mean,
+                    xerr=[[x.mean - low], [x.high - x.mean]],
+                    yerr=[[y.mean - y.low], [y.high - y.mean]],
+                    fmt="o",
+                    color=colour,
+                    capsize=3,
+                )
+        axes.set_title("reward against KL", fontsize=10)
+        axes.set(xlabel="KL to the reference, nats per token", ylabel="reward")
+        positive = sorted(value for value in every if value > 0)
+        if positive and positive[-1] > APART * positive[len(positive) // 2]:
+            axes.set_xscale("symlog", linthresh=positive[len(positive) // 2])
+            axes.xaxis.set_major_formatter("{x:g}")
+
+    return _svg("frontier", draw)
