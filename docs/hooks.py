@@ -23,6 +23,7 @@ from mkdocs.structure.files import File, Files
 import klplug
 from klplug.axes import AXES, OPTIONS, Axis
 from klplug.cli.explain import explain, picture
+from klplug.hosting.host import hosts
 
 CURVES = re.compile(r"^<!-- curves: (\S+) (.+) -->$", re.MULTILINE)
 FAMILY = re.compile(r"^<!-- kl_types: (.+) -->$", re.MULTILINE)
@@ -81,7 +82,7 @@ def family(estimators: list[str]) -> str:
 
 
 def _details(row: klplug.KLType) -> str:
-    served = f"verl: {row.verl}; OpenRLHF: {row.openrlhf}"
+    served = "; ".join(f"{hosts()[name].title}: {how}" for name, how in row.served.items())
     test = f"`{row.test}` in `tests/core/test_oracle.py`" if row.test else ""
     needs = ", ".join(f"`{name}`" for name in ("log_probs", *row.requires))
     lines = [f"### `{row.name}`", "", "| | |", "| --- | --- |"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from klplug.estimators import ESTIMATORS, Estimator
@@ -25,7 +27,7 @@ class KLType:
         requires: what ``kl_term`` needs from a batch beside ``log_probs`` and the mask.
         source: where it comes from.
         test: the test in ``tests/core/test_oracle.py`` that holds it to its target.
-        verl, openrlhf: whether the adapter serves it, or under what setting of the host.
+        served: by host, whether its adapter serves it, or under what setting of the host.
     """
 
     name: str
@@ -38,8 +40,17 @@ class KLType:
     requires: tuple[str, ...]
     source: str
     test: str
-    verl: str = "yes"
-    openrlhf: str = "yes"
+    served: Mapping[str, str] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> str:
+        """A host by its name, as this class had one before ``served``."""
+        served: Mapping[str, str] = self.__dict__.get("served", {})
+        if name not in served:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        warnings.warn(
+            f"KLType.{name} will go: use KLType.served[{name!r}]", DeprecationWarning, stacklevel=2
+        )
+        return served[name]
 
 
 _LOSS_TEST = "test_on_policy_loss_has_its_documented_gradient"
@@ -88,8 +99,6 @@ def _head(options: str, **changed: Any) -> KLType:
         f"k2_as_loss,{options}",
         source="arXiv 2510.01555, section 5",
         test=_HEAD_TEST,
-        verl="with loss_mode=vanilla",
-        openrlhf="with policy_loss_type=ppo",
         **changed,
     )
 
@@ -157,7 +166,13 @@ def kl_types() -> dict[str, KLType]:
     rows = [_row(f"{e}_{p}") for e in ESTIMATORS for p in PLACEMENTS]
     rows += [_over_answers(e) for e in ESTIMATORS.values() if e.sequence_target]
     rows += [*_HEADS, _SAMPLER, _SUM, _NONE]
-    return {row.name: row for row in rows}
+    from klplug.hosting.host import hosts  # the floor above: it knows the hosts
+
+    found = hosts().values()
+    return {
+        row.name: replace(row, served={h.name: h.served(parse(row.name)) for h in found})
+        for row in rows
+    }
 
 
 _HEADINGS = (
@@ -167,15 +182,17 @@ _HEADINGS = (
     "bias as a gradient of KL(pi||ref)",
     "off-policy",
     "needs",
-    "verl",
-    "OpenRLHF",
     "test",
 )
 
 
 def markdown_table() -> str:
     """The table in README.md, as a test compares it."""
-    lines = [_HEADINGS, ("---",) * len(_HEADINGS)]
+    from klplug.hosting.host import hosts
+
+    *first, last = _HEADINGS
+    headings = (*first, *(host.title for host in hosts().values()), last)
+    lines = [headings, ("---",) * len(headings)]
     for row in kl_types().values():
         test = f"[oracle](tests/core/test_oracle.py) `{row.test}`" if row.test else ""
         needs = ", ".join(f"`{name}`" for name in row.requires)
@@ -187,8 +204,7 @@ def markdown_table() -> str:
                 row.gradient_bias,
                 row.off_policy,
                 needs,
-                row.verl,
-                row.openrlhf,
+                *row.served.values(),
                 test,
             )
         )

@@ -12,8 +12,8 @@ from torch import Tensor
 from klplug import KLSpec, KLTerm, Tally, kl_term
 from klplug.hosting.host import announce
 from klplug.hosting.patching import Args, Call, Kwargs, bound
-from klplug_openrlhf.keys import write
-from klplug_openrlhf.plan import ACTIVE, RECORDERS, STOCK_ESTIMATORS, Plan
+from klplug_openrlhf.keys import STOCK_ESTIMATORS, write
+from klplug_openrlhf.plan import ACTIVE, RECORDERS, Plan
 
 
 @dataclass

@@ -11,6 +11,7 @@ from types import ModuleType
 
 from klplug.hosting.patching import Hook, Patch
 from klplug_openrlhf import actor, trainer
+from klplug_openrlhf.host import HOST
 
 _ACTOR = "openrlhf.trainer.ray.ppo_actor"
 _MAKER = "openrlhf.trainer.ppo_utils.experience_maker"
@@ -18,7 +19,7 @@ _TRAINER = "openrlhf.trainer.ppo_trainer"
 
 PATCH = Patch(
     host="openrlhf",
-    tested="0.11.2, 0.10.4 and 0.9.10",
+    tested=HOST.tested_text,
     hooks=(
         Hook(
             "openrlhf.models.utils",

@@ -10,25 +10,49 @@ from __future__ import annotations
 from typing import Any
 
 FLAT = {
-    "actor.model_name_or_path": "pretrain",
-    "actor.policy_loss_type": "policy_loss_type",
     "actor.dual_clip": "dual_clip",
+    "actor.loss_agg_mode": "loss_agg_mode",
+    "actor.policy_loss_type": "policy_loss_type",
     "algo.advantage.estimator": "advantage_estimator",
     "algo.advantage.gamma": "gamma",
     "algo.advantage.is_correction_enable": "enable_vllm_is_correction",
+    "algo.advantage.is_correction_level": "vllm_is_correction_level",
+    "algo.advantage.no_std_norm": "no_advantage_std_norm",
     "algo.kl.estimator": "kl_estimator",
     "algo.kl.horizon": "kl_horizon",
     "algo.kl.init_coef": "init_kl_coef",
     "algo.kl.target": "kl_target",
+    "algo.kl.unbiased_gradient": "unbiased_kl_gradient",
     "algo.kl.use_loss": "use_kl_loss",
-    "data.input_key": "input_key",
-    "data.label_key": "label_key",
-    "data.prompt_dataset": "prompt_data",
-    "eval.dataset": "eval_dataset",
-    "reward.model_name_or_path": "reward_pretrain",
+    "rollout.batch_size": "rollout_batch_size",
     "rollout.n_samples_per_prompt": "n_samples_per_prompt",
+    "train.async_enable": "async_train",
+    "train.batch_size": "train_batch_size",
+    "train.max_epochs": "max_epochs",
     "vllm.num_engines": "vllm_num_engines",
 }
+
+USE_LOSS, KIND, COEF = "algo.kl.use_loss", "algo.kl.estimator", "algo.kl.init_coef"
+TARGET, HORIZON = "algo.kl.target", "algo.kl.horizon"
+UNBIASED = "algo.kl.unbiased_gradient"
+ESTIMATOR, GAMMA = "algo.advantage.estimator", "algo.advantage.gamma"
+NO_STD = "algo.advantage.no_std_norm"
+IS_LEVEL, IS_ENABLE = "algo.advantage.is_correction_level", "algo.advantage.is_correction_enable"
+POLICY_LOSS, LOSS_AGG = "actor.policy_loss_type", "actor.loss_agg_mode"
+DUAL_CLIP = "actor.dual_clip"
+ROLLOUT_BATCH, N = "rollout.batch_size", "rollout.n_samples_per_prompt"
+TRAIN_BATCH, EPOCHS = "train.batch_size", "train.max_epochs"
+ASYNC = "train.async_enable"
+ENGINES = "vllm.num_engines"
+
+KL_TYPE, KL_COEF = "klplug.kl_type", "klplug.kl_coef"
+KL_CTRL, KL_TARGET, KL_HORIZON = "klplug.kl_ctrl", "klplug.kl_target", "klplug.kl_horizon"
+OWN = (KL_TYPE, KL_COEF, KL_CTRL, KL_TARGET, KL_HORIZON)
+
+DECIDED = (USE_LOSS, KIND, COEF, TARGET, HORIZON, UNBIASED)
+"""What ``kl_type`` and klplug's other options decide, whatever OpenRLHF's own say."""
+
+STOCK_ESTIMATORS = ("k1", "k2", "k3")
 
 
 def spelled(args: Any, name: str) -> str | None:
@@ -60,3 +84,33 @@ def write(args: Any, name: str, value: Any) -> None:
 def flag(args: Any, name: str) -> str:
     """An option as a user of this release writes it."""
     return f"--{spelled(args, name) or name}"
+
+
+class Arguments:
+    """A parsed command line of OpenRLHF's as ``klplug.hosting.settings.Settings``.
+
+    Args:
+        args: dotted names, defaults filled in.
+        written: the same, holding only what the user wrote.
+    """
+
+    def __init__(self, args: Any, written: Any = None) -> None:
+        self._args, self._written = args, written
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return read(self._args, key, default)
+
+    def has(self, key: str) -> bool:
+        return spelled(self._args, key) is not None or read(self._args, key, _NOTHING) != _NOTHING
+
+    def wrote(self, key: str) -> bool:
+        return self._written is not None and spelled(self._written, key) is not None
+
+    def named(self, key: str) -> str:
+        return flag(self._args, key)
+
+    def below(self, key: str) -> Any:
+        return {k: v for k, v in vars(self._args).items() if k.startswith(f"{key}.")}
+
+
+_NOTHING = object()

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import klplug
 from klplug import KLSpec, parse
-from klplug.hosting.settings import Settings
+from klplug.hosting.settings import Asked, Settings, SettingsError, Unknown
 from klplug.spec import sum_of
-from klplug_openrlhf.keys import flag, read
+from klplug_openrlhf.keys import (
+    COEF,
+    KIND,
+    KL_COEF,
+    KL_CTRL,
+    KL_HORIZON,
+    KL_TARGET,
+    KL_TYPE,
+    LOSS_AGG,
+    POLICY_LOSS,
+    STOCK_ESTIMATORS,
+    Arguments,
+    read,
+)
 
 ACTIVE = "klplug/active"
-STOCK_ESTIMATORS = ("k1", "k2", "k3")
 
 
 @dataclass(frozen=True)
@@ -35,7 +48,7 @@ RECORDERS = (
 
 
 @dataclass(frozen=True)
-class Plan(Settings):
+class Plan(Asked):
     """What the hooks do in a run, read from OpenRLHF's own ``args``, which reach every process."""
 
     records_for_kl: bool = False
@@ -101,19 +114,61 @@ class Plan(Settings):
             kl_target=read(args, "klplug.kl_target"),
             kl_horizon=read(args, "klplug.kl_horizon"),
             records_for_kl=bool(read(args, "klplug.records_for_kl")),
-            divides_by_length=bool(dividing_by_length(args)),
+            divides_by_length=bool(dividing_by_length(Arguments(args))),
         )
 
 
-def dividing_by_length(args: Any) -> list[str]:
+def asked(settings: Settings) -> Plan:
+    """What the user asked of klplug, by its own options or by a ``kl_type`` as the estimator.
+
+    Raises:
+        ValueError: names what is wrong, the value, and what is allowed.
+    """
+    kl_type = settings.get(KL_TYPE)
+    if kl_type is None and settings.wrote(KIND) and settings.get(KIND) not in STOCK_ESTIMATORS:
+        kl_type = settings.get(KIND)
+    if kl_type is None:
+        raise SettingsError(
+            "--klplug.kl_type is missing, as in --klplug.kl_type k2_as_loss --klplug.kl_coef 1e-3. "
+            f"Known: {', '.join(klplug.kl_types())}. For OpenRLHF's own KL run "
+            "python -m openrlhf.cli.train_ppo_ray"
+        )
+    spec = parse(str(kl_type))
+    try:
+        coef = settings.get(KL_COEF)
+        if coef is None:
+            coef = coefficient(spec, settings)
+        kl_coef = klplug.check_kl_coef(spec, coef)
+    except Unknown:
+        kl_coef = math.nan
+    plan = Plan(
+        spec=spec,
+        kl_coef=kl_coef,
+        kl_ctrl=settings.get(KL_CTRL) or "fixed",
+        kl_target=settings.get(KL_TARGET),
+        kl_horizon=settings.get(KL_HORIZON),
+    )
+    plan.controller()
+    return plan
+
+
+def coefficient(spec: KLSpec, settings: Settings) -> float | None:
+    """OpenRLHF's own, where the command says one; a coefficient of 0 switches its KL off."""
+    if not spec.terms or not settings.wrote(COEF):
+        return None
+    value: float | None = settings.get(COEF)
+    return value or None
+
+
+def dividing_by_length(settings: Settings) -> list[str]:
     """The settings, as written, by which the policy loss divides by the answer's length."""
-    aggregation = read(args, "actor.loss_agg_mode", "token-mean")
-    loss = read(args, "actor.policy_loss_type", "ppo")
+    aggregation = settings.get(LOSS_AGG, "token-mean")
+    loss = settings.get(POLICY_LOSS, "ppo")
     return [
-        f"{flag(args, name)} {value}"
+        f"{settings.named(name)} {value}"
         for name, value, divides in (
-            ("actor.loss_agg_mode", aggregation, aggregation != "token-mean"),
-            ("actor.policy_loss_type", loss, loss == "gspo"),
+            (LOSS_AGG, aggregation, aggregation != "token-mean"),
+            (POLICY_LOSS, loss, loss == "gspo"),
         )
         if divides
     ]

@@ -20,10 +20,11 @@ from klplug.hosting.cluster import after_ray_init, check_nodes
 from klplug.hosting.patching import Args, Call, Hook, HookError, Kwargs, Patch, bound
 from klplug.hosting.settings import SettingsError
 from klplug_verl import actor, trainer
+from klplug_verl.host import HOST
 from klplug_verl.plan import Plan
 from klplug_verl.settings import derive
 
-TESTED = "0.9.1, 0.8.0 and 0.7.1"
+TESTED = HOST.tested_text
 
 # ── The command's own process: settings ─────────────────────────────────────────────────────────
 

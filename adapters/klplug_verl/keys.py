@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 STOCK = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "full")
@@ -9,14 +10,48 @@ STOCK_NAMES = (*STOCK, *(f"{name}+" for name in STOCK))
 """What verl's ``kl_penalty`` knows."""
 
 KEYS = ("kl_type", "kl_coef", "kl_ctrl", "kl_target", "kl_horizon")
+KL_TYPE, KL_COEF, KL_CTRL, KL_TARGET, KL_HORIZON = (f"klplug.{key}" for key in KEYS)
 
-USE_LOSS = "actor_rollout_ref.actor.use_kl_loss"
-LOSS_TYPE = "actor_rollout_ref.actor.kl_loss_type"
-LOSS_COEF = "actor_rollout_ref.actor.kl_loss_coef"
+ACTOR = "actor_rollout_ref.actor."
+USE_LOSS = ACTOR + "use_kl_loss"
+LOSS_TYPE = ACTOR + "kl_loss_type"
+LOSS_COEF = ACTOR + "kl_loss_coef"
+LOSS_AGG = ACTOR + "loss_agg_mode"
+LOSS_MODE = ACTOR + "policy_loss.loss_mode"
+MINI_BATCH = ACTOR + "ppo_mini_batch_size"
+EPOCHS = ACTOR + "ppo_epochs"
+STRATEGY = ACTOR + "strategy"
+N = "actor_rollout_ref.rollout.n"
+RECORDS = "actor_rollout_ref.rollout.calculate_log_probs"
+TRAIN_BATCH = "data.train_batch_size"
 USE_REWARD = "algorithm.use_kl_in_reward"
 PENALTY = "algorithm.kl_penalty"
+CTRL_TYPE = "algorithm.kl_ctrl.type"
 CTRL_COEF = "algorithm.kl_ctrl.kl_coef"
-RECORDS = "actor_rollout_ref.rollout.calculate_log_probs"
+CTRL_TARGET = "algorithm.kl_ctrl.target_kl"
+CTRL_HORIZON = "algorithm.kl_ctrl.horizon"
+ESTIMATOR = "algorithm.adv_estimator"
+NORM_BY_STD = "algorithm.norm_adv_by_std_in_grpo"
+GAMMA = "algorithm.gamma"
+GDPO_KEYS = "algorithm.gdpo_reward_keys"
+ROLLOUT_IS = "algorithm.rollout_correction.rollout_is"
+BYPASS = "algorithm.rollout_correction.bypass_mode"
+TRAINER_MODE = "trainer.v1.trainer_mode"
+LEGACY = "trainer.use_legacy_worker_impl"
+DISTILLS = "distillation.enabled"
+DISTILLS_BESIDE = "distillation.distillation_loss.use_task_rewards"
+
+PLACES = (
+    ("as_loss", USE_LOSS, LOSS_TYPE, LOSS_COEF),
+    ("in_reward", USE_REWARD, PENALTY, CTRL_COEF),
+)
+"""By placement: the switch, the estimator's name, and the coefficient."""
+
+DECIDED = (
+    *(key for _, *keys in PLACES for key in keys),
+    *(CTRL_TYPE, CTRL_TARGET, CTRL_HORIZON),
+)
+"""What ``kl_type`` and klplug's other keys decide, whatever verl's own say."""
 
 
 def is_stock(name: str) -> bool:
@@ -29,3 +64,32 @@ def read(config: Any, path: str, default: Any = None) -> Any:
             return default
         config = config[part]
     return default if config is None else config
+
+
+class Config:
+    """A live config of verl's as ``klplug.hosting.settings.Settings``.
+
+    Args:
+        config: defaults filled in.
+        written: dotted key to value, only what the user wrote on the command line.
+    """
+
+    def __init__(self, config: Any, written: Mapping[str, Any] | None = None) -> None:
+        self._config, self._written = config, {} if written is None else written
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return read(self._config, key, default)
+
+    def has(self, key: str) -> bool:
+        parent, _, name = key.rpartition(".")
+        node = read(self._config, parent) if parent else self._config
+        return node is not None and name in node
+
+    def wrote(self, key: str) -> bool:
+        return key in self._written
+
+    def named(self, key: str) -> str:
+        return key
+
+    def below(self, key: str) -> Any:
+        return read(self._config, key)

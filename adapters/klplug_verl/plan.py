@@ -1,21 +1,41 @@
-"""What klplug does in a run, read from verl's own config."""
+"""What klplug does in a run, read from verl's own settings."""
 
 from __future__ import annotations
 
+import difflib
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import klplug
-from klplug import parse
-from klplug.hosting.settings import Settings
-from klplug_verl.keys import read
+from klplug import KLSpec, parse
+from klplug.hosting.settings import Asked, Settings, SettingsError, Unknown
+from klplug_verl.keys import (
+    CTRL_HORIZON,
+    CTRL_TARGET,
+    CTRL_TYPE,
+    KEYS,
+    KL_COEF,
+    KL_CTRL,
+    KL_HORIZON,
+    KL_TARGET,
+    KL_TYPE,
+    LOSS_AGG,
+    LOSS_MODE,
+    LOSS_TYPE,
+    PLACES,
+    STOCK,
+    Config,
+    is_stock,
+    read,
+)
 
 # They take the token mean of each answer themselves, whatever the aggregation.
 MEAN_OF_ANSWER_LOSSES = ("sapo", "geo_mean")
 
 
 @dataclass(frozen=True)
-class Plan(Settings):
+class Plan(Asked):
     """What the trainer does in a run, read from the ``klplug`` node of its resolved config."""
 
     @property
@@ -36,13 +56,135 @@ class Plan(Settings):
             kl_ctrl=own.get("kl_ctrl") or "fixed",
             kl_target=own.get("kl_target"),
             kl_horizon=own.get("kl_horizon"),
-            divides_by_length=divides_by_length(config),
+            divides_by_length=divides_by_length(Config(config)),
         )
 
 
-def divides_by_length(config: Any) -> bool:
-    actor = read(config, "actor_rollout_ref.actor")
+def divides_by_length(settings: Settings) -> bool:
     return (
-        read(actor, "loss_agg_mode") == "seq-mean-token-mean"
-        or read(actor, "policy_loss.loss_mode") in MEAN_OF_ANSWER_LOSSES
+        settings.get(LOSS_AGG) == "seq-mean-token-mean"
+        or settings.get(LOSS_MODE) in MEAN_OF_ANSWER_LOSSES
     )
+
+
+def asked(settings: Settings) -> Plan | None:
+    """What the user asked of klplug, by its own keys or by a ``kl_type`` in verl's; or ``None``.
+
+    Raises:
+        ValueError: names what is wrong, the value, and what is allowed.
+    """
+    own = settings.below("klplug")
+    wanted = _by_verls_keys(settings) if own is None else _by_own_keys(own, settings)
+    if wanted is None:
+        return None
+    spec = parse(wanted["kl_type"])
+    try:
+        coef = settings.get(wanted["kl_coef"])
+        if coef is None:
+            coef = next((value for _, value in coefficients(spec, settings)), None)
+        kl_coef = klplug.check_kl_coef(spec, coef)
+    except Unknown:
+        kl_coef = math.nan
+    plan = Plan(
+        spec=spec,
+        kl_coef=kl_coef,
+        kl_ctrl=wanted.get("kl_ctrl") or "fixed",
+        kl_target=wanted.get("kl_target"),
+        kl_horizon=wanted.get("kl_horizon"),
+    )
+    plan.controller()
+    return plan
+
+
+def coefficients(spec: KLSpec, settings: Settings) -> list[tuple[str, Any]]:
+    """Verl's own coefficients of the placements that ``spec`` has, where the command says them.
+
+    One of 0 belongs to a KL that is switched off.
+    """
+    placements = {term.placement for term in spec.terms}
+    return [
+        (key, value)
+        for placement, _, _, key in PLACES
+        if placement in placements and settings.wrote(key) and (value := settings.get(key))
+    ]
+
+
+def _by_verls_keys(settings: Settings) -> dict[str, Any] | None:
+    """A full ``kl_type`` where verl has the name of an estimator, with verl's own controller.
+
+    As what klplug's own keys would say; ``kl_coef`` is the key that holds it.
+    """
+    if not settings.has(LOSS_TYPE) or not settings.has("algorithm"):
+        return None
+    given = []
+    for placement, _, key, coef in PLACES:
+        name = str(settings.get(key))
+        if is_stock(name):
+            continue
+        spec = _named(key, name)
+        if not spec.terms or spec.placed(placement) != spec:
+            raise SettingsError(
+                f"{key}={spec}: this key takes kl_types that end in _{placement}. "
+                f"Write +klplug.kl_type={quoted(spec)}, which goes where it belongs"
+            )
+        given.append((placement, key, coef, spec))
+    if not given:
+        return None
+    if len(given) == 2:
+        both = "+".join(str(spec) for _, _, _, spec in reversed(given))
+        said = " and ".join(f"{key}={spec}" for _, key, _, spec in given)
+        raise SettingsError(
+            f"{said}: two KL terms at once are to be said in one place, as in "
+            f"+klplug.kl_type={quoted(both)}. Else leave one out"
+        )
+    ((placement, _, coef, spec),) = given
+    wanted: dict[str, Any] = {"kl_type": str(spec), "kl_coef": coef}
+    if placement == "in_reward":
+        adaptive = settings.get(CTRL_TYPE) == "adaptive"
+        wanted |= {
+            "kl_ctrl": settings.get(CTRL_TYPE),
+            "kl_target": settings.get(CTRL_TARGET) if adaptive else None,
+            "kl_horizon": settings.get(CTRL_HORIZON) if adaptive else None,
+        }
+    return wanted
+
+
+def _named(key: str, name: str) -> KLSpec:
+    try:
+        return parse(name)
+    except ValueError as error:
+        raise SettingsError(f"{key}: {error} verl's own: {', '.join(STOCK)}") from None
+
+
+def _by_own_keys(own: Any, settings: Settings) -> dict[str, Any]:
+    if not hasattr(own, "keys"):
+        raise SettingsError(
+            f"klplug={own!r}: write its keys one by one, as in +klplug.kl_type=k2_as_loss"
+        )
+    for key in own:
+        if key not in KEYS:
+            near = difflib.get_close_matches(str(key), KEYS, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise SettingsError(
+                f"klplug.{key} is unknown; known: {', '.join(f'klplug.{k}' for k in KEYS)}.{hint}"
+            )
+    kl_type = settings.get(KL_TYPE)
+    if kl_type is None:
+        raise SettingsError(
+            "klplug.kl_type is missing, as in +klplug.kl_type=k2_as_loss +klplug.kl_coef=1e-3. "
+            f"Known: {', '.join(klplug.kl_types())}"
+        )
+    if not isinstance(kl_type, str):
+        raise SettingsError(f"klplug.kl_type={kl_type!r} is not a string")
+    return {
+        "kl_type": kl_type,
+        "kl_coef": KL_COEF,
+        "kl_ctrl": settings.get(KL_CTRL),
+        "kl_target": settings.get(KL_TARGET),
+        "kl_horizon": settings.get(KL_HORIZON),
+    }
+
+
+def quoted(spec: KLSpec | str) -> str:
+    text = str(spec)
+    return f'"{text}"' if set(text) & set(",=") else text

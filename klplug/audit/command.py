@@ -3,47 +3,31 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from klplug.audit.errors import AuditError
-from klplug.audit.hosts import openrlhf, verl
 from klplug.audit.report import Report, report
-from klplug.audit.settings import Settings
-from klplug.audit.setup import Setup
-from klplug.audit.shell import Command, Cut, Script, Word
-from klplug.audit.tables import HOSTS, Table, candidates, given
+from klplug.audit.settings import Launch
+from klplug.audit.shell import Command, Script, Word
+from klplug.audit.tables import Table, candidates, given
+from klplug.hosting.host import Host, hosts
 
-_ACCEPTED = (
-    "python -m verl.trainer.main_ppo, python -m openrlhf.cli.train_ppo_ray, or "
-    "python -m klplug_openrlhf"
-)
-_MAINS = re.compile(
-    r"""(?x)^(?:
-        (?P<verl> verl\.trainer\.main_ppo(?:_v0)? | (?:verl\.)?recipe\.\w+\.main_\w+
-                | .*verl/trainer/main_ppo\.py | .*recipe/\w+/main_\w+\.py )
-      | (?P<openrlhf> openrlhf\.cli\.train_ppo_ray | .*openrlhf/cli/train_ppo_ray\.py )
-      | (?P<klplug> klplug_openrlhf )
-      | (?P<other> verl\.(?:trainer|experimental)\.[\w.]+ | openrlhf\.cli\.\w+ )
-    )$"""
-)
 # Larger than any script; a data file given by mistake is not read to its end.
 _MAX_BYTES = 10_000_000
 
 
-@dataclass(frozen=True)
-class _Found:
-    host: str
-    args: tuple[Word, ...]
-    through_klplug: bool
-    recipe: bool
-    line: int | None
-    cut: Cut | None = None
+def _accepted() -> str:
+    *rest, last = [
+        command
+        for host in hosts().values()
+        for command in (host.command, *([f"python -m {host.launcher}"] if host.launcher else []))
+    ]
+    return f"{', '.join(rest)}, or {last}" if rest else last
 
 
 def audit(
@@ -57,43 +41,42 @@ def audit(
 
     Args:
         source: a file (shell script, or YAML), or a command line as a sequence of words.
-        host: ``verl`` or ``openrlhf``; where it is given, other commands in the file are passed
-            over.
+        host: a name in ``klplug.hosting.host.hosts()``; where it is given, other commands in the
+            file are passed over.
         host_version: the release whose defaults and rules hold. By default the installed one, or
             the newest known one that has all settings of the command.
         command: which of several training commands in a file, counted from 1.
 
     Raises:
-        AuditError: not a training command of either host, an unreadable file, an unknown release.
+        AuditError: not a training command of any host, an unreadable file, an unknown release.
     """
-    if host is not None and host not in HOSTS:
-        raise AuditError(f"host {host!r} is not known; there is {', '.join(HOSTS)}")
+    if host is not None and host not in hosts():
+        raise AuditError(f"host {host!r} is not known; there is {', '.join(hosts())}")
+    found: list[tuple[Host, Launch]]
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         text = _read(path)
         if path.suffix in (".yaml", ".yml"):
-            return report(_from_yaml(path, text, host, host_version))
+            return _of_yaml(path, text, host, host_version)
         script = Script(text)
-        found = [f for c in script.commands if (f := _launch(c.words, c, script)) is not None]
-        name, folder, sourced = str(path), path.parent, tuple(script.sourced)
+        found = [
+            f for c in script.commands if (f := _launch(c.words, c, script, path.parent, text))
+        ]
+        name = str(path)
     else:
         words = tuple(Word(str(word)) for word in source)
         text = " ".join(word.text for word in words)
-        one = _launch(words, None, None)
+        one = _launch(words, None, None, Path("."), text)
         found = [one] if one is not None else []
-        name, folder, sourced = "the command", Path("."), ()
-    found = [f for f in found if host is None or f.host == host]
+        name = "the command"
+    found = [f for f in found if host is None or f[0].name == host]
     if not found:
-        raise AuditError(f"{name}: no training command; klplug audits {_ACCEPTED}")
+        raise AuditError(f"{name}: no training command; klplug audits {_accepted()}")
     if not 1 <= command <= len(found):
         raise AuditError(f"{name}: command {command} of {len(found)} does not exist")
-    chosen = found[command - 1]
-    setup = _setup(chosen, folder, host_version)
-    environment = f"VERL_USE_EXTERNAL_MODULES={os.environ.get('VERL_USE_EXTERNAL_MODULES')}"
-    if not (sourced or verl.loads_klplug(text) or verl.loads_klplug(environment)):
-        setup = replace(setup, not_hooked=verl.not_hooked(setup))
-    setup = replace(setup, cut=chosen.cut, line=chosen.line, commands=len(found), sourced=sourced)
-    return replace(report(setup), command=command)
+    chosen, launch = found[command - 1]
+    done = _report(chosen, chosen.room("reading").parsed(launch), host_version)
+    return replace(done, command=command, commands=len(found))
 
 
 def _read(path: Path) -> str:
@@ -108,44 +91,37 @@ def _read(path: Path) -> str:
     return content.decode("utf-8", errors="replace").replace("\r\n", "\n")
 
 
-def _launch(words: Sequence[Word], at: Command | None, script: Script | None) -> _Found | None:
-    """The training command among these words, behind whatever launcher."""
+def _launch(
+    words: Sequence[Word], at: Command | None, script: Script | None, folder: Path, text: str
+) -> tuple[Host, Launch] | None:
+    """The training command among these words, behind whatever launcher, and whose it is."""
     for index, word in enumerate(words):
-        match = _MAINS.match(word.text)
-        if match is None:
-            continue
-        if match["other"]:
+        host = next((host for host in hosts().values() if host.starts(word.text)), None)
+        if host is not None:
+            launch = Launch(
+                tuple(words),
+                index,
+                folder,
+                line=None if at is None else at.line,
+                cut=None if script is None or at is None else script.cut_after(at),
+                around=text,
+                sourced=() if script is None else tuple(script.sourced),
+            )
+            return host, launch
+        if any(host.has_another(word.text) for host in hosts().values()):
             raise AuditError(
                 f"{word.text} is not audited: it has a trainer of its own; klplug audits "
-                f"{_ACCEPTED}"
+                f"{_accepted()}"
             )
-        cut = script.cut_after(at) if script is not None and at is not None else None
-        return _Found(
-            host="verl" if match["verl"] else "openrlhf",
-            args=tuple(words[index + 1 :]),
-            through_klplug=bool(match["klplug"]),
-            recipe="recipe" in word.text,
-            line=None if at is None else at.line,
-            cut=cut,
-        )
     return None
 
 
-def _setup(found: _Found, folder: Path, version: str | None) -> Setup:
-    if found.host == "verl":
-        launched = verl.with_files(verl.launch(found.args, folder, found.recipe))
-        return _verl(launched, version)
-    return _openrlhf(openrlhf.launch(found.args, found.through_klplug), version)
-
-
-def _verl(launched: verl.Launch, version: str | None) -> Setup:
-    table, origin = _table("verl", version, lambda t: len(verl.unknown_keys(t, launched)))
-    return verl.setup(Settings(table, launched.written), launched, origin)
-
-
-def _openrlhf(launched: openrlhf.Launch, version: str | None) -> Setup:
-    table, origin = _table("openrlhf", version, lambda t: len(openrlhf.unknown_keys(t, launched)))
-    return openrlhf.setup(table, launched, origin)
+def _report(host: Host, parsed: Any, version: str | None) -> Report:
+    """The report on what a host's ``reading`` took from a command or a file."""
+    reading = host.room("reading")
+    table, origin = _table(host.name, version, lambda t: len(reading.misses(t, parsed)))
+    settings = reading.settings(table, parsed, origin)
+    return report(reading.run(settings), settings)
 
 
 def _table(host: str, version: str | None, misses: Any) -> tuple[Table, str]:
@@ -157,8 +133,8 @@ def _table(host: str, version: str | None, misses: Any) -> tuple[Table, str]:
     return table, "installed" if table.installed else "guessed"
 
 
-def _from_yaml(path: Path, text: str, host: str | None, version: str | None) -> Setup:
-    """A config file on its own: verl's, or OpenRLHF's flags, nested or flat."""
+def _of_yaml(path: Path, text: str, name: str | None, version: str | None) -> Report:
+    """The report on a config file on its own."""
     try:
         content = yaml.safe_load(text)
         lines = _key_lines(yaml.compose(text))
@@ -167,25 +143,19 @@ def _from_yaml(path: Path, text: str, host: str | None, version: str | None) -> 
         where = f" on line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise AuditError(f"{path}: not valid YAML{where}: {problem}") from None
+    configs = [host.config for host in hosts().values() if host.config]
     if not isinstance(content, dict):
-        raise AuditError(f"{path}: no settings; a config of verl's or of OpenRLHF's is a mapping")
-    heads = {str(key).partition(".")[0] for key in content}
-    if host is None and heads & {"actor_rollout_ref", "algorithm"}:
-        host = "verl"
-    if host is None and (
-        heads & {"algo", "klplug"} or set(content) & {*openrlhf.FLAGS, *openrlhf.FLAGS.values()}
-    ):
-        host = "openrlhf"
+        raise AuditError(f"{path}: no settings: {' or '.join(configs)} is a mapping")
+    host = None if name is None else hosts()[name]
     if host is None:
+        readable = [host for host in hosts().values() if host.config]
+        host = next((h for h in readable if h.room("reading").is_config(content)), None)
+    if host is None:
+        heads = sorted({str(key).partition(".")[0] for key in content})
         raise AuditError(
-            f"{path}: neither a config of verl's (actor_rollout_ref, algorithm) nor OpenRLHF's "
-            f"flags (algo.kl.init_coef, ...); its keys are {', '.join(sorted(heads)[:8])}"
+            f"{path}: neither {' nor '.join(configs)}; its keys are {', '.join(heads[:8])}"
         )
-    if host == "openrlhf":
-        return _openrlhf(openrlhf.from_yaml(content, lines), version)
-    written = verl.from_yaml(content, lines)
-    launched = verl.Launch(written, frozenset(written), (), (), (), ())
-    return _verl(launched, version)
+    return _report(host, host.room("reading").parsed_yaml(content, lines), version)
 
 
 def _key_lines(node: Any, prefix: str = "") -> dict[str, int]:

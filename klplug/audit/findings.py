@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from klplug.audit import setup as aspects
+from klplug.audit import run as aspects
+from klplug.audit.run import Run, Term
 from klplug.audit.settings import Setting
-from klplug.audit.setup import Setup, Term
 from klplug.audit.verdict import NEITHER, REVERSE, Verdict
 
 INFO, WARNING, ERROR = SEVERITIES = ("info", "warning", "error")
@@ -41,7 +41,7 @@ class Finding:
 
 
 Hit = tuple[str, Setting | None]
-Check = Callable[[Setup, Sequence[Verdict]], Iterator[Hit]]
+Check = Callable[[Run, Sequence[Verdict]], Iterator[Hit]]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def rule(id: str, severity: str, title: str, *needs: str) -> Callable[[Check], C
     return register
 
 
-def findings(setup: Setup, verdicts: Sequence[Verdict]) -> tuple[Finding, ...]:
+def findings(run: Run, verdicts: Sequence[Verdict]) -> tuple[Finding, ...]:
     """Every finding of a run, the gravest first."""
     found = [
         Finding(
@@ -83,32 +83,32 @@ def findings(setup: Setup, verdicts: Sequence[Verdict]) -> tuple[Finding, ...]:
             docs=row.docs,
         )
         for row in RULES.values()
-        if setup.known(*row.needs)
-        for message, setting in row.check(setup, verdicts)
+        if run.known(*row.needs)
+        for message, setting in row.check(run, verdicts)
     ]
     return tuple(sorted(found, key=lambda f: -SEVERITIES.index(f.severity)))
 
 
-def _losses(setup: Setup, *estimators: str) -> Iterator[Term]:
-    return (t for t in setup.active if t.as_loss and (not estimators or t.estimator in estimators))
+def _losses(run: Run, *estimators: str) -> Iterator[Term]:
+    return (t for t in run.active if t.as_loss and (not estimators or t.estimator in estimators))
 
 
-def _rewards(setup: Setup, *estimators: str) -> Iterator[Term]:
+def _rewards(run: Run, *estimators: str) -> Iterator[Term]:
     return (
-        t for t in setup.active if not t.as_loss and (not estimators or t.estimator in estimators)
+        t for t in run.active if not t.as_loss and (not estimators or t.estimator in estimators)
     )
 
 
-def _off_policy(setup: Setup) -> bool:
-    return setup.updates > 1
+def _off_policy(run: Run) -> bool:
+    return run.updates > 1
 
 
 # The command itself.
 
 
 @rule("command-cut", ERROR, "A broken line continuation drops settings")
-def _command_cut(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    cut = setup.cut
+def _command_cut(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    cut = run.cut
     if cut is not None:
         count = len(cut.lost)
         yield (
@@ -125,15 +125,25 @@ def _split(text: str) -> tuple[str, str]:
 
 
 @rule("rejected-setting", WARNING, "The host would refuse a setting")
-def _rejected(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    for rejected in setup.rejected:
+def _rejected(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    for rejected in run.rejected:
         yield f"The host would stop here: {rejected.reason}.", rejected.setting
 
 
+@rule("klplug-refuses", ERROR, "klplug would not start this run")
+def _refused(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    for refused in run.refused:
+        yield f"klplug refuses to start: {_sentence(refused.reason)}", refused.setting
+
+
+def _sentence(words: str) -> str:
+    return words if words.endswith(".") else f"{words}."
+
+
 @rule("unknown-value", WARNING, "A value that only a run can tell")
-def _unknown_value(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+def _unknown_value(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     seen = set()
-    for reasons in setup.unknown.values():
+    for reasons in run.unknown.values():
         for setting, reason in reasons:
             if setting.key not in seen:
                 seen.add(setting.key)
@@ -141,8 +151,8 @@ def _unknown_value(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
 
 
 @rule("sourced-script", INFO, "Another script is read first")
-def _sourced(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    for line in setup.sourced:
+def _sourced(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    for line in run.sourced:
         yield (
             "Another script is read here, and variables that it sets are not seen.",
             Setting("", None, line),
@@ -150,10 +160,10 @@ def _sourced(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
 
 
 @rule("config-not-read", WARNING, "A config file that could not be read")
-def _config_not_read(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    for setting in setup.unread:
+def _config_not_read(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    for setting in run.unread:
         yield (
-            "This config file was not found, so verl's defaults stand in for what it says.",
+            "This config file was not found, so the host's defaults stand in for what it says.",
             setting,
         )
 
@@ -162,27 +172,27 @@ def _config_not_read(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]
 
 
 @rule("k1-as-loss", ERROR, "k1 as a loss is no regulariser", aspects.KL)
-def _k1_as_loss(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    for term in _losses(setup, "k1"):
+def _k1_as_loss(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    for term in _losses(run, "k1"):
         message = (
             "k1 as a loss does not hold the policy near the reference: the reference drops out of "
             "its gradient, which averages to zero"
         )
-        if _off_policy(setup) and not setup.corrected(term):
+        if _off_policy(run) and not run.corrected(term):
             message += ", and on reused samples pushes away from the policy that made them"
         yield message + ".", term.kind
 
 
 @rule("k3-in-reward", ERROR, "k3 in the reward is next to nothing", aspects.KL)
-def _k3_in_reward(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    if any(term.estimator == "k3" for term in _losses(setup)) and any(
+def _k3_in_reward(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    if any(term.estimator == "k3" for term in _losses(run)) and any(
         v.gradient != REVERSE for v in verdicts
     ):
         from klplug.audit.verdict import together
 
         if together(verdicts) == REVERSE:
             return
-    for term in _rewards(setup, "k3"):
+    for term in _rewards(run, "k3"):
         yield (
             "k3 in the reward has the gradient of the reverse KL minus that of the forward KL: "
             "near the reference the two cancel, and answers below it are pushed further down.",
@@ -191,8 +201,8 @@ def _k3_in_reward(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
 
 
 @rule("k2-in-reward", ERROR, "k2 in the reward pulls the wrong way", aspects.KL)
-def _k2_in_reward(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    for term in _rewards(setup, "k2"):
+def _k2_in_reward(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    for term in _rewards(run, "k2"):
         yield (
             "k2 in the reward penalises answers for being far from the reference on either side, "
             "so those it made too rare become rarer still.",
@@ -201,8 +211,8 @@ def _k2_in_reward(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
 
 
 @rule("abs-in-reward", ERROR, "abs in the reward pulls the wrong way", aspects.KL)
-def _abs_in_reward(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    for term in _rewards(setup, "abs"):
+def _abs_in_reward(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    for term in _rewards(run, "abs"):
         yield (
             "abs in the reward penalises answers that are too rare as much as those that are too "
             "frequent, so the rare ones become rarer still.",
@@ -211,10 +221,10 @@ def _abs_in_reward(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
 
 
 @rule("forward-kl", WARNING, "k3 as a loss follows the forward KL", aspects.KL)
-def _forward_kl(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    if any(term.estimator == "k3" for term in _rewards(setup)):
+def _forward_kl(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    if any(term.estimator == "k3" for term in _rewards(run)):
         return  # two terms: their sum has its own finding
-    for term in _losses(setup, "k3"):
+    for term in _losses(run, "k3"):
         yield (
             "k3 as a loss follows the forward KL, KL(ref||pi), not KL(pi||ref): alike near the "
             "reference, but its pull fades to a constant on tokens above it and explodes on "
@@ -224,8 +234,8 @@ def _forward_kl(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
 
 
 @rule("abs-as-loss", WARNING, "abs as a loss is twice the total variation", aspects.KL)
-def _abs_as_loss(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    for term in _losses(setup, "abs"):
+def _abs_as_loss(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    for term in _losses(run, "abs"):
         yield (
             "abs as a loss follows twice the total variation: the same pull on every token, "
             "however near the reference it is.",
@@ -234,8 +244,8 @@ def _abs_as_loss(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
 
 
 @rule("own-token", INFO, "Each token's own KL: a myopic optimum", aspects.KL)
-def _own_token(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    for term, v in zip(setup.active, verdicts, strict=True):
+def _own_token(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    for term, v in zip(run.active, verdicts, strict=True):
         if v.scope == "token" and v.gradient == REVERSE and term.as_loss:
             yield (
                 "A KL as a loss counts each token's own KL and not what a token does to the KL of "
@@ -251,12 +261,12 @@ def _own_token(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     aspects.KL,
     aspects.ADVANTAGE,
 )
-def _passk(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    if setup.advantage.best_only and any(True for _ in _rewards(setup)):
+def _passk(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    if run.advantage.best_only and any(True for _ in _rewards(run)):
         yield (
             "With grpo_passk only the best answer of a group has an advantage, so a KL in the "
             "reward reaches none of the others.",
-            setup.advantage.setting,
+            run.advantage.setting,
         )
 
 
@@ -267,8 +277,8 @@ def _passk(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     aspects.KL,
     aspects.ADVANTAGE,
 )
-def _never_reaches(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    for term in setup.terms:
+def _never_reaches(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    for term in run.terms:
         if not term.reaches:
             yield (
                 "gdpo makes advantages of the rewards under gdpo_reward_keys, not of the reward "
@@ -281,36 +291,31 @@ def _never_reaches(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
 
 
 @rule("no-kl", INFO, "No KL to a reference", aspects.KL, aspects.COEF)
-def _no_kl(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    if not setup.terms and not setup.not_enabled and setup.not_loaded is None:
+def _no_kl(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    if not run.terms and not run.not_enabled and run.not_loaded is None:
         yield "No KL to a reference: nothing but the clip holds the policy back.", None
 
 
 @rule("kl-not-enabled", WARNING, "A KL is configured and never switched on", aspects.KL)
-def _not_enabled(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    if setup.not_enabled:
+def _not_enabled(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    if run.not_enabled:
         yield (
             "This setting has no effect: neither use_kl_loss nor use_kl_in_reward is on, so the "
             "run has no KL at all.",
-            setup.not_enabled[0],
+            run.not_enabled[0],
         )
 
 
-@rule("klplug-not-loaded", WARNING, "Nothing loads klplug in this release of verl", aspects.KL)
-def _not_hooked(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    if setup.not_hooked is not None:
-        yield (
-            f"verl {setup.version} knows no plugins, and nothing here sets "
-            "VERL_USE_EXTERNAL_MODULES=klplug_verl in the environment: without it klplug does not "
-            "run.",
-            setup.not_hooked,
-        )
+@rule("klplug-not-loaded", WARNING, "Nothing loads klplug in this release of the host", aspects.KL)
+def _not_hooked(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    if run.not_hooked is not None:
+        yield run.not_hooked
 
 
 @rule("setting-ignored", INFO, "A KL setting that nothing reads", aspects.KL)
-def _ignored(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    for setting in setup.idle:
-        if setup.controller is not None and setting.key == setup.controller.setting.key:
+def _ignored(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    for setting in run.idle:
+        if run.controller is not None and setting.key == run.controller.setting.key:
             continue  # adaptive-ignored says it
         yield "This setting belongs to a KL that is switched off, and has no effect.", setting
 
@@ -318,38 +323,38 @@ def _ignored(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
 @rule(
     "zero-coefficient", WARNING, "A KL is switched on with coefficient 0", aspects.KL, aspects.COEF
 )
-def _zero_coefficient(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    for term in setup.terms:
+def _zero_coefficient(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    for term in run.terms:
         if term.coef == 0 and not term.from_klplug:
             yield (
                 "The KL is on with coefficient 0: the reference model is loaded and run for "
                 "nothing but a log line.",
                 term.amount,
             )
-    if setup.not_loaded is not None:
+    if run.not_loaded is not None:
         yield (
             "With coefficient 0 the reference model is never loaded, and the other KL flags do "
             "nothing.",
-            setup.not_loaded,
+            run.not_loaded,
         )
 
 
 @rule("negative-coefficient", ERROR, "A coefficient below zero", aspects.KL, aspects.COEF)
-def _negative(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    for term in setup.terms:
+def _negative(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    for term in run.terms:
         if term.coef < 0:
             yield "A negative coefficient rewards distance from the reference.", term.amount
 
 
 @rule("no-effect", WARNING, "A KL flag that does nothing where it stands", aspects.KL)
-def _no_effect(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    for setting, reason in setup.no_effect:
+def _no_effect(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    for setting, reason in run.no_effect:
         yield f"This has no effect: {reason}.", setting
 
 
 @rule("double-kl", WARNING, "Two KL terms at once", aspects.KL)
-def _double_kl(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    terms = setup.active
+def _double_kl(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    terms = run.active
     if len(terms) > 1 and not all(term.from_klplug for term in terms):
         yield (
             "The KL is counted twice, once in the reward and once as a loss, with two coefficients "
@@ -369,27 +374,27 @@ def _double_kl(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     aspects.UPDATES,
     aspects.POLICY_LOSS,
 )
-def _off_policy_uncorrected(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    if not _off_policy(setup):
+def _off_policy_uncorrected(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    if not _off_policy(run):
         return
-    for term in _losses(setup):
-        if not setup.corrected(term):
+    for term in _losses(run):
+        if not run.corrected(term):
             yield (
-                f"Each rollout is used for {setup.updates:g} updates; the policy loss is corrected "
+                f"Each rollout is used for {run.updates:g} updates; the policy loss is corrected "
                 "for that by its ratio, the KL loss is not.",
-                _written_or_first(setup),
+                _written_or_first(run),
             )
-    if setup.ratio == "none":
-        for _ in _rewards(setup):
+    if run.ratio == "none":
+        for _ in _rewards(run):
             yield (
-                f"Each rollout is used for {setup.updates:g} updates, and this policy loss has no "
+                f"Each rollout is used for {run.updates:g} updates, and this policy loss has no "
                 "ratio to correct the reward and the KL in it by.",
-                setup.policy_loss,
+                run.policy_loss,
             )
 
 
-def _written_or_first(setup: Setup) -> Setting | None:
-    written = [setting for setting in setup.updates_settings if setting.written]
+def _written_or_first(run: Run) -> Setting | None:
+    written = [setting for setting in run.updates_settings if setting.written]
     return written[-1] if written else None
 
 
@@ -401,12 +406,12 @@ def _written_or_first(setup: Setup) -> Setting | None:
     aspects.POLICY_LOSS,
     aspects.UPDATES,
 )
-def _gspo_ratio(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    if setup.ratio == "gspo" and _off_policy(setup) and any(True for _ in _rewards(setup)):
+def _gspo_ratio(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    if run.ratio == "gspo" and _off_policy(run) and any(True for _ in _rewards(run)):
         yield (
             "GSPO's ratio, a geometric mean over the answer, is an importance weight for nothing, "
             "so on reused samples the KL in the reward is not corrected.",
-            setup.policy_loss,
+            run.policy_loss,
         )
 
 
@@ -417,15 +422,15 @@ def _gspo_ratio(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     aspects.KL,
     aspects.CORRECTION,
 )
-def _rollout_mismatch(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    if not setup.corrects_rollout:
+def _rollout_mismatch(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    if not run.corrects_rollout:
         return
-    for term in _losses(setup):
-        if setup.ratio_of(term) != "rollout":
+    for term in _losses(run):
+        if run.ratio_of(term) != "rollout":
             yield (
                 "The weight for the rollout engine's mismatch multiplies the policy loss and not "
                 "the KL loss, so the two are taken under different policies.",
-                setup.correction,
+                run.correction,
             )
 
 
@@ -436,16 +441,16 @@ def _rollout_mismatch(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit
     aspects.KL,
     aspects.CORRECTION,
 )
-def _stale(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    if setup.stale is None:
+def _stale(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    if run.stale is None:
         return
-    for term in setup.active:
-        covered = term.as_loss or not (setup.corrects_rollout or setup.rollout_is_old)
-        if covered and setup.ratio_of(term) != "rollout":
+    for term in run.active:
+        covered = term.as_loss or not (run.corrects_rollout or run.rollout_is_old)
+        if covered and run.ratio_of(term) != "rollout":
             yield (
                 "Asynchronous rollouts come from a policy some updates old, and nothing weighs the "
                 "KL for that: the ratio to old starts when the update does.",
-                setup.stale,
+                run.stale,
             )
 
 
@@ -453,8 +458,8 @@ def _stale(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
 
 
 @rule("dead-zone", WARNING, "Beyond the clamp the KL stops pulling", aspects.KL)
-def _dead_zone(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    for term, v in zip(setup.active, verdicts, strict=True):
+def _dead_zone(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    for term, v in zip(run.active, verdicts, strict=True):
         if v.dead_zone and v.gradient not in ("zero", NEITHER):
             (_, low), (high, _) = v.dead_zone
             yield (
@@ -475,10 +480,10 @@ def _dead_zone(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     aspects.KL,
     aspects.ADVANTAGE,
 )
-def _before_group_norm(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    if setup.advantage.after.std == 0:
+def _before_group_norm(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    if run.advantage.after.std == 0:
         return
-    for term in _rewards(setup):
+    for term in _rewards(run):
         if not term.joins_after:
             yield (
                 "The KL is subtracted before group normalisation and divided by the group's "
@@ -496,8 +501,8 @@ def _before_group_norm(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hi
     aspects.COEF,
     aspects.ADVANTAGE,
 )
-def _after_group_norm(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    for term, v in zip(setup.active, verdicts, strict=True):
+def _after_group_norm(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    for term, v in zip(run.active, verdicts, strict=True):
         if isinstance(v.beta_relative, str) and "sigma" in v.beta_relative.split():
             yield (
                 f"Rewards are divided by their group's standard deviation sigma and the KL is not: "
@@ -515,45 +520,45 @@ def _after_group_norm(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit
     aspects.ADVANTAGE,
     aspects.GROUP,
 )
-def _mean_with_self(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    scale = setup.advantage
-    if scale.before.mean + scale.after.mean == 0 or setup.n is None or setup.n < 2:
+def _mean_with_self(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    scale = run.advantage
+    if scale.before.mean + scale.after.mean == 0 or run.n is None or run.n < 2:
         return
-    for term, v in zip(setup.active, verdicts, strict=True):
+    for term, v in zip(run.active, verdicts, strict=True):
         if v.beta_relative != term.coef:
             yield (
                 f"The group's mean includes the answer itself, which weakens the reward by "
-                f"{setup.n - 1}/{setup.n} and not the KL.",
-                setup.n_setting,
+                f"{run.n - 1}/{run.n} and not the KL.",
+                run.n_setting,
             )
 
 
 @rule("whitened", INFO, "The KL's force changes with every batch", aspects.KL, aspects.ADVANTAGE)
-def _whitened(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    if not setup.advantage.whitens:
+def _whitened(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    if not run.advantage.whitens:
         return
-    for term in setup.active:
+    for term in run.active:
         if term.as_loss:
             yield (
                 "Advantages are divided by the batch's standard deviation and the KL loss is not: "
                 "against the raw reward, beta is times that standard deviation.",
-                setup.advantage.setting,
+                run.advantage.setting,
             )
         elif not term.joins_after:
             yield (
                 "The KL in the reward is divided by the batch's standard deviation together with "
                 "it: beta against the reward stays, its absolute force changes with every batch.",
-                setup.advantage.setting,
+                run.advantage.setting,
             )
 
 
 @rule("group-of-one", WARNING, "A group of one answer", aspects.ADVANTAGE, aspects.GROUP)
-def _group_of_one(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    if setup.advantage.groups and setup.n == 1 and setup.host == "verl":
+def _group_of_one(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    if run.advantage.groups and run.advantage.takes_one and run.n == 1:
         yield (
             "Each prompt has one answer, so this estimator has no group to compare it with: no "
             "baseline, no normalisation, and reward and KL enter as they are.",
-            setup.n_setting,
+            run.n_setting,
         )
 
 
@@ -564,14 +569,14 @@ def _group_of_one(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     aspects.KL,
     aspects.POLICY_LOSS,
 )
-def _normaliser(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    if setup.policy_by_answer == setup.kl_by_answer:
+def _normaliser(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    if run.policy_by_answer == run.kl_by_answer:
         return
-    for _ in _losses(setup):
+    for _ in _losses(run):
         yield (
             "The policy loss is a mean over answers and the KL loss a mean over tokens, so long "
             "answers carry more KL than reward.",
-            setup.loss_agg if setup.loss_agg.written else setup.policy_loss,
+            run.loss_agg if run.loss_agg.written else run.policy_loss,
         )
 
 
@@ -582,25 +587,25 @@ def _normaliser(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     aspects.KL,
     aspects.POLICY_LOSS,
 )
-def _length_normalised(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    for term, v in zip(setup.active, verdicts, strict=True):
-        divided = setup.kl_by_answer if term.as_loss else setup.policy_by_answer
+def _length_normalised(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    for term, v in zip(run.active, verdicts, strict=True):
+        divided = run.kl_by_answer if term.as_loss else run.policy_by_answer
         if divided and v.gradient in (REVERSE, "forward"):
             yield (
                 "Each answer is divided by its length, so a token's KL counts less in a long "
                 "answer: the gradient is near that KL's, and exactly that of no KL.",
-                setup.loss_agg if setup.loss_agg.written else setup.policy_loss,
+                run.loss_agg if run.loss_agg.written else run.policy_loss,
             )
 
 
 @rule("length-bonus", ERROR, "k1 as a loss rewards length", aspects.KL, aspects.POLICY_LOSS)
-def _length_bonus(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    if setup.kl_by_answer:
-        for _ in _losses(setup, "k1"):
+def _length_bonus(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    if run.kl_by_answer:
+        for _ in _losses(run, "k1"):
             yield (
                 "k1 as a loss, divided by each answer's length, has the gradient of E[1/length]: "
                 "a bonus for long answers, and no KL.",
-                setup.loss_agg,
+                run.loss_agg,
             )
 
 
@@ -612,14 +617,13 @@ def _length_bonus(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     aspects.POLICY_LOSS,
     aspects.ADVANTAGE,
 )
-def _length_tilt(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    for term in _rewards(setup):
-        joined_late = setup.host == "openrlhf" and not term.from_klplug
-        if joined_late and setup.policy_by_answer:
+def _length_tilt(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    for term in _rewards(run):
+        if term.without_baseline and run.policy_by_answer:
             yield (
                 "The KL joins the advantages after the group's baseline and is then divided by the "
                 "answer's length: an answer pays less for its KL the longer it is.",
-                setup.loss_agg if setup.loss_agg.written else setup.policy_loss,
+                run.loss_agg if run.loss_agg.written else run.policy_loss,
             )
 
 
@@ -630,14 +634,14 @@ def _length_tilt(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     aspects.KL,
     aspects.ADVANTAGE,
 )
-def _discounted(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    if setup.advantage.discount == 1:
+def _discounted(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    if run.advantage.discount == 1:
         return
-    for _ in _rewards(setup):
+    for _ in _rewards(run):
         yield (
-            f"gamma is {setup.advantage.discount:g}: a token answers for the KL of later tokens "
+            f"gamma is {run.advantage.discount:g}: a token answers for the KL of later tokens "
             "with a discount, so the gradient is that of no KL of whole answers.",
-            setup.advantage.discount_setting,
+            run.advantage.discount_setting,
         )
 
 
@@ -651,16 +655,11 @@ def _discounted(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     aspects.KL,
     aspects.CONTROLLER,
 )
-def _adaptive_ignored(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    if setup.controller is not None and not setup.controller.drives:
+def _adaptive_ignored(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    if run.controller is not None and not run.controller.drives:
         yield (
-            "The adaptive controller drives no coefficient that is in use"
-            + (
-                ": verl's acts on a KL in the reward only, and kl_loss_coef stays as it is."
-                if setup.host == "verl"
-                else "."
-            ),
-            setup.controller.setting,
+            f"The adaptive controller drives no coefficient that is in use{run.controller.only}.",
+            run.controller.setting,
         )
 
 
@@ -671,8 +670,8 @@ def _adaptive_ignored(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit
     aspects.KL,
     aspects.CONTROLLER,
 )
-def _adaptive_wrong(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    controller = setup.controller
+def _adaptive_wrong(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    controller = run.controller
     if controller is not None and controller.drives and not controller.right:
         yield (
             f"The adaptive controller is fed {controller.fed}, which is not KL(pi||ref), so it "
@@ -682,8 +681,8 @@ def _adaptive_wrong(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
 
 
 @rule("adaptive-target", ERROR, "A KL target that is not positive", aspects.CONTROLLER)
-def _adaptive_target(setup: Setup, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
-    controller = setup.controller
+def _adaptive_target(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    controller = run.controller
     if controller is None:
         return
     value = controller.target.value

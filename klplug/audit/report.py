@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from klplug.audit import setup as aspects
+from klplug.audit import run as aspects
 from klplug.audit.findings import SEVERITIES, Finding, findings
-from klplug.audit.setup import Setup
+from klplug.audit.run import Run
+from klplug.audit.settings import Settings
 from klplug.audit.verdict import Verdict, equivalent, recommended, together, verdict
+from klplug.hosting.host import hosts
 
 Interval = tuple[float, float]
 
@@ -39,7 +41,7 @@ class Report:
     why; ``dead_zone`` and ``terms`` are then empty.
 
     Attributes:
-        host, host_version: ``verl`` or ``openrlhf``, and the release whose defaults were used.
+        host, host_version: its name, and the release whose defaults were used.
         version_from: ``installed``, ``given``, or ``guessed`` from the settings' names.
         gradient: ``reverse``, ``forward``, ``zero``, ``neither`` or ``none``.
         target: the same in words.
@@ -57,6 +59,8 @@ class Report:
         kl_type: the equivalent kl_type; ``None`` where two coefficients differ.
         recommended: the kl_type to use instead.
         instead: how to write that, a label and the settings each.
+        after: the command's words once the first of these is taken; ``None`` where there is
+            nothing to change, no command, or nothing that klplug serves.
         findings: the gravest first.
         unknown: name of a field that is not known, to the reasons.
         line: where the command begins; ``None`` for a command line.
@@ -82,6 +86,7 @@ class Report:
     instead: tuple[tuple[str, str], ...]
     findings: tuple[Finding, ...]
     unknown: dict[str, tuple[str, ...]]
+    after: tuple[str, ...] | None = None
     line: int | None = None
     command: int = 1
     commands: int = 1
@@ -117,6 +122,7 @@ class Report:
             "kl_type": self.kl_type,
             "recommended": self.recommended,
             "instead": [{"how": how, "write": write} for how, write in self.instead],
+            "after": None if self.after is None else list(self.after),
             "findings": [finding.to_json() for finding in self.findings],
             "unknown": {name: list(reasons) for name, reasons in self.unknown.items()},
             "line": self.line,
@@ -129,17 +135,17 @@ def _intervals(zone: Sequence[Interval]) -> list[list[float | None]]:
     return [[edge if math.isfinite(edge) else None for edge in interval] for interval in zone]
 
 
-def report(setup: Setup) -> Report:
-    """The report on one run."""
-    verdicts = tuple(verdict(setup, term) for term in setup.active)
+def report(run: Run, settings: Settings) -> Report:
+    """The report on one run, and on what its settings might be instead."""
+    verdicts = tuple(verdict(run, term) for term in run.active)
     unknown = {
         name: tuple(
-            dict.fromkeys(reason for aspect in needs for _, reason in setup.unknown.get(aspect, ()))
+            dict.fromkeys(reason for aspect in needs for _, reason in run.unknown.get(aspect, ()))
         )
         for name, needs in _NEEDS.items()
-        if not setup.known(*needs)
+        if not run.known(*needs)
     }
-    suggestion = recommended(setup, verdicts)
+    advice = _advice(run, verdicts, settings)
     betas = [(v.beta, v.beta_absolute, v.beta_relative) for v in verdicts] or [(0.0, 0.0, 0.0)]
     beta, absolute, relative = (
         same[0] if len(set(same)) == 1 else None for same in zip(*betas, strict=True)
@@ -147,7 +153,7 @@ def report(setup: Setup) -> Report:
     values: dict[str, Any] = {
         "gradient": together(verdicts),
         "scope": _scope(verdicts),
-        "updates_per_rollout": setup.updates,
+        "updates_per_rollout": run.updates,
         "corrected": bool(verdicts) and all(v.corrected for v in verdicts),
         "rollout_corrected": bool(verdicts) and all(v.rollout_corrected for v in verdicts),
         "beta": beta,
@@ -156,20 +162,21 @@ def report(setup: Setup) -> Report:
         "dead_zone": tuple(dict.fromkeys(i for v in verdicts for i in v.dead_zone)),
         "terms": verdicts,
         "kl_type": equivalent(verdicts),
-        "recommended": suggestion,
+        "recommended": advice.kl_type,
     }
     for name in unknown:
         values[name] = () if name in ("dead_zone", "terms") else None
     return Report(
-        host=setup.host,
-        host_version=setup.version,
-        version_from=setup.version_from,
+        host=run.host,
+        host_version=run.version,
+        version_from=run.version_from,
         target=None if "gradient" in unknown else _target(verdicts, values["gradient"]),
-        instead=() if "recommended" in unknown else tuple(_instead(setup, suggestion, verdicts)),
-        findings=findings(setup, verdicts),
+        instead=() if "recommended" in unknown else advice.ways,
+        after=None if "recommended" in unknown else advice.after,
+        findings=findings(run, verdicts),
         unknown=unknown,
-        line=setup.line,
-        commands=setup.commands,
+        line=run.line,
+        commands=run.commands,
         **values,
     )
 
@@ -192,59 +199,35 @@ def _target(verdicts: Sequence[Verdict], gradient: str) -> str:
     return "; and ".join(f"{v.kl_type}: {v.target}" for v in verdicts)
 
 
-def _instead(setup: Setup, kl_type: str, verdicts: Sequence[Verdict]) -> list[tuple[str, str]]:
-    """How to write the recommended kl_type, with klplug and, where there is a way, without."""
+@dataclass(frozen=True)
+class _Advice:
+    kl_type: str
+    ways: tuple[tuple[str, str], ...] = ()
+    after: tuple[str, ...] | None = None
+
+
+def _advice(run: Run, verdicts: Sequence[Verdict], settings: Settings) -> _Advice:
+    """The best kl_type that the host serves, and how to write it."""
+    host = hosts()[run.host]
+    choices = recommended(run, verdicts)
     if not verdicts:
-        return []
-    beta = " or ".join(
-        dict.fromkeys(
-            f"{term.coef:g}" if term.coef == term.coef else str(term.amount.value)
-            for term in setup.active
-        )
-    )
-    ways = []
-    if setup.host == "verl":
-        value = (
-            f"\"+klplug.kl_type='{kl_type}'\"" if "," in kl_type else f"+klplug.kl_type={kl_type}"
-        )
-        loaded = (
-            "with klplug"
-            if _release(setup.version) >= (0, 9)
-            else "with klplug, and VERL_USE_EXTERNAL_MODULES=klplug_verl in the environment"
-        )
-        ways.append((loaded, f"{value} +klplug.kl_coef={beta}"))
-        if kl_type == "k2_as_loss" and _release(setup.version) >= (0, 8):
-            ways.append(
-                (
-                    "without klplug, and without a weight for reused samples",
-                    "actor_rollout_ref.actor.use_kl_loss=True "
-                    f"actor_rollout_ref.actor.kl_loss_type=k3+ "
-                    f"actor_rollout_ref.actor.kl_loss_coef={beta}",
-                )
-            )
-    else:
-        ways.append(
-            (
-                "with klplug",
-                f"python -m klplug_openrlhf --klplug.kl_type {kl_type} --klplug.kl_coef {beta}",
-            )
-        )
-        if kl_type == "k2_as_loss" and _release(setup.version) >= (0, 11, 1):
-            ways.append(
-                (
-                    "without klplug",
-                    f"--algo.kl.use_loss --algo.kl.unbiased_gradient --algo.kl.init_coef {beta}",
-                )
-            )
-        if kl_type == "k1_in_reward":
-            flag = (
-                "--algo.kl.estimator"
-                if _release(setup.version) >= (0, 10, 2)
-                else ("--kl_estimator")
-            )
-            ways.append(("without klplug, clamped at 10 nats per token", f"{flag} k1"))
-    return ways
+        return _Advice(choices[0])
+    own = host.room("edit")
+    for kl_type in choices:
+        coef = _coefficient(run, kl_type)
+        edits = host.edit(kl_type, coef, settings)
+        edited = settings.edited(edits)
+        if any(host.refused(edited)):
+            continue
+        added = (word for edit in edits for word in edit.words)
+        with_klplug = (own.how(edited), own.written(added))
+        ways = (with_klplug, *own.without_klplug(kl_type, coef, settings))
+        return _Advice(kl_type, ways, settings.after(edits))
+    return _Advice(kl_type, tuple(own.without_klplug(kl_type, coef, settings)))
 
 
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+def _coefficient(run: Run, kl_type: str) -> str:
+    """beta as it would be written again, of the term that stands where ``kl_type`` will."""
+    placed = [t for t in run.active if t.spec is not None and t.spec.placement in kl_type]
+    term = (placed or list(run.active))[0]
+    return f"{term.coef:g}" if term.coef == term.coef else str(term.amount.value)

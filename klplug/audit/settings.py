@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from klplug.audit.shell import Cut, Word
 from klplug.audit.tables import Table
-from klplug.spec import KLSpec, check_kl_coef
+from klplug.hosting.settings import Edit, Unknown
 
 
 @dataclass(frozen=True)
@@ -42,20 +44,134 @@ class Rejected:
     reason: str
 
 
-class Settings:
-    """The settings of one run; what was not written has the table's default."""
+@dataclass(frozen=True)
+class Launch:
+    """One training command of a script, or a command line.
 
-    def __init__(self, table: Table, written: Mapping[str, Setting]) -> None:
-        self.table = table
-        self.written = dict(written)
+    Attributes:
+        words: all of it, the launcher before the trainer included.
+        main: which of them starts the trainer.
+        folder: where files that it names are looked for from.
+        line: where it begins; ``None`` for a command line.
+        cut: what a broken line continuation keeps from it.
+        around: the text of the script, or of the command line.
+        sourced: lines on which other scripts are read first, which may set anything.
+    """
+
+    words: tuple[Word, ...]
+    main: int
+    folder: Path
+    line: int | None = None
+    cut: Cut | None = None
+    around: str = ""
+    sourced: tuple[int, ...] = ()
+
+    @property
+    def trainer(self) -> str:
+        return self.words[self.main].text
+
+    @property
+    def args(self) -> tuple[Word, ...]:
+        return self.words[self.main + 1 :]
+
+
+MAIN = "the trainer"
+"""The key of an edit that starts another trainer."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one run; what was not written has the table's default.
+
+    Attributes:
+        table: what the release knows.
+        version_from: ``installed``, ``given`` or ``guessed``.
+        written: by key, what command and config files say.
+        spelled: by key, the words of the command that say it; nothing for a config file.
+        launch: the command; ``None`` for a config file on its own.
+        names: by key, what the release calls it, where that is another name.
+        prefix: what stands before a name on a command line.
+        rejected: settings that the host would not take.
+        unread: config files that could not be read.
+        holes: whole arguments that can't be known, with the reasons.
+    """
+
+    table: Table
+    version_from: str
+    written: Mapping[str, Setting]
+    spelled: Mapping[str, tuple[Word, ...]] = field(default_factory=dict)
+    launch: Launch | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
+    rejected: tuple[Rejected, ...] = ()
+    unread: tuple[Setting, ...] = ()
+    holes: tuple[tuple[Setting, str], ...] = ()
 
     def __getitem__(self, key: str) -> Setting:
         if key in self.written:
             return self.written[key]
         return Setting(key, self.table.defaults.get(key))
 
+    # As klplug.hosting.settings.Settings.
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value, or ``default`` for none; ``Unknown`` where only a run could tell."""
+        setting = self[key]
+        if setting.unknown or self.holes:
+            raise Unknown(key)
+        return default if setting.value is None else setting.value
+
     def has(self, key: str) -> bool:
-        return key in self.written or key in self.table.defaults
+        inside = f"{key}."
+        return (
+            key in self.written
+            or self.table.knows(key)
+            or any(known.startswith(inside) for known in self.written)
+        )
+
+    def wrote(self, key: str) -> bool:
+        return key in self.spelled
+
+    def named(self, key: str) -> str:
+        return self.prefix + self.names.get(key, key)
+
+    def below(self, key: str) -> Any:
+        inside = f"{key}."
+        found = {
+            known[len(inside) :]: setting.value
+            for known, setting in self.written.items()
+            if known.startswith(inside)
+        }
+        return found or self[key].value
+
+    # What edits make of them.
+
+    def edited(self, edits: Iterable[Edit]) -> Settings:
+        """The settings once the edits are made."""
+        written, spelled = dict(self.written), dict(self.spelled)
+        for edit in edits:
+            if edit.key in spelled or edit.words:
+                written.pop(edit.key, None)
+            spelled.pop(edit.key, None)
+            if edit.words:
+                written[edit.key] = Setting(edit.key, edit.value, written=True)
+                spelled[edit.key] = tuple(Word(word) for word in edit.words)
+        return replace(self, written=written, spelled=spelled)
+
+    def after(self, edits: Iterable[Edit]) -> tuple[str, ...] | None:
+        """The words of the command once the edits are made; ``None`` where there is no command."""
+        if self.launch is None:
+            return None
+        edits = list(edits)
+        gone = {id(word) for edit in edits for word in self.spelled.get(edit.key, ())}
+        words: list[str] = []
+        for index, word in enumerate(self.launch.words):
+            if index == self.launch.main:
+                trainer = [w for edit in edits if edit.key == MAIN for w in edit.words]
+                words += trainer or [word.text]
+            elif id(word) not in gone:
+                words.append(word.text)
+        return (*words, *(w for edit in edits if edit.key != MAIN for w in edit.words))
 
     def on(self, key: str) -> bool:
         value = self[key].value
@@ -114,17 +230,6 @@ def unknown_settings(
             f"the nearest, lacks {names}{more}",
         )
     ]
-
-
-def refused_coefficient(spec: KLSpec, own: Setting, amount: Setting) -> list[Rejected]:
-    """What klplug says to the coefficient of a kl_type, if it refuses it."""
-    if amount.unknown:
-        return []
-    try:
-        check_kl_coef(spec, amount.value)
-    except ValueError as error:
-        return [Rejected(amount if amount.written else own, f"klplug refuses it: {error}")]
-    return []
 
 
 def scalar(text: str) -> Any:

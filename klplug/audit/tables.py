@@ -1,20 +1,16 @@
 """What each release of a host knows: its settings and their defaults.
 
-Read from the release that is installed, or from the table kept here, made by
+Read from the release that is installed, or from the table that its adapter keeps, made by
 ``python -m klplug.audit.tables HOST VERSION FOLDER`` from an unpacked wheel; tests run it again.
 """
 
 from __future__ import annotations
 
-import argparse
-import ast
-import contextlib
 import importlib.metadata
 import importlib.util
 import json
 import sys
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,9 +18,7 @@ from typing import Any
 import yaml
 
 from klplug.audit.errors import AuditError
-
-DATA = Path(__file__).parent / "data"
-HOSTS = ("verl", "openrlhf")
+from klplug.hosting.host import hosts
 
 
 @dataclass(frozen=True)
@@ -32,12 +26,12 @@ class Table:
     """The settings of one release of a host.
 
     Attributes:
-        host: ``verl`` or ``openrlhf``.
+        host: its name.
         version: the release.
         installed: read from the release installed here, not from a table.
         defaults: name of a setting to its default.
-        choices: OpenRLHF's flags that take one of a list.
-        switches: OpenRLHF's flags that take no value.
+        choices: settings that take one of a list.
+        switches: flags that take no value.
     """
 
     host: str
@@ -63,7 +57,7 @@ def _prefixes(keys: tuple[str, ...]) -> frozenset[str]:
 
 def versions(host: str) -> list[str]:
     """The releases that there is a table for, newest first."""
-    names = [path.stem.removeprefix(f"{host}-") for path in DATA.glob(f"{host}-*.json")]
+    names = [path.stem for path in hosts()[host].tables.glob("*.json")]
     return sorted(names, key=_release, reverse=True)
 
 
@@ -73,7 +67,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 @cache
 def stored(host: str, version: str) -> Table:
-    content = json.loads((DATA / f"{host}-{version}.json").read_text())
+    content = json.loads((hosts()[host].tables / f"{version}.json").read_text())
     return Table(host, version, False, **content)
 
 
@@ -120,19 +114,8 @@ def candidates(host: str) -> list[Table]:
 
 def read(host: str, package: Path) -> dict[str, Any]:
     """The content of a table, from the folder of the host's package."""
-    return _read_verl(package) if host == "verl" else _read_openrlhf(package)
-
-
-def _read_verl(package: Path) -> dict[str, Any]:
-    """verl's own flattened configs; those of other engines only add names."""
-    folder = package / "trainer" / "config"
-    main = folder / "_generated_ppo_trainer.yaml"
-    others = sorted(path for path in folder.glob("_generated_ppo_*_trainer.yaml") if path != main)
-    defaults: dict[str, Any] = {}
-    for path in [main, *others]:
-        for key, value in flattened(load_yaml(path.read_text())).items():
-            defaults.setdefault(key, value)
-    return {"defaults": defaults, "choices": {}, "switches": {}}
+    content: dict[str, Any] = hosts()[host].room("reading").table(package)
+    return content
 
 
 def load_yaml(text: str) -> Any:
@@ -151,60 +134,12 @@ def flattened(node: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-class _Parsed(Exception):
-    """Stops the host's argument section once its parser is complete."""
-
-
-def openrlhf_parser(package: Path) -> argparse.ArgumentParser:
-    """OpenRLHF's own parser, built by running the argument section of its script and no more."""
-    path = package / "cli" / "train_ppo_ray.py"
-    tree = ast.parse(path.read_text())
-    section = next(
-        node.body
-        for node in tree.body
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
-    )
-    made: list[argparse.ArgumentParser] = []
-
-    class Parser(argparse.ArgumentParser):
-        def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-            if not made:
-                made.append(self)
-                raise _Parsed
-            return super().parse_args(*args, **kwargs)
-
-    module = argparse.Namespace(**{**vars(argparse), "ArgumentParser": Parser})
-    code = compile(ast.Module(section, type_ignores=[]), str(path), "exec")
-    with contextlib.suppress(_Parsed):
-        exec(code, {"argparse": module, "datetime": datetime, "__name__": "__main__"})
-    return made[0]
-
-
-def _read_openrlhf(package: Path) -> dict[str, Any]:
-    defaults: dict[str, Any] = {}
-    choices: dict[str, list[Any]] = {}
-    switches: dict[str, bool] = {}
-    for action in openrlhf_parser(package)._actions:
-        for option in action.option_strings:
-            if not option.startswith("--") or option == "--help":
-                continue
-            name, default = option[2:], action.default
-            # One holds the time, another has no end.
-            unstable = name.endswith("run_name") or default == float("inf")
-            defaults[name] = None if unstable else default
-            if action.choices is not None:
-                choices[name] = list(action.choices)
-            if action.nargs == 0:
-                switches[name] = bool(action.const)
-    return {"defaults": defaults, "choices": choices, "switches": switches}
-
-
 def main() -> None:
     host, version, folder = sys.argv[1:]
     content = read(host, Path(folder))
-    path = DATA / f"{host}-{version}.json"
+    path = hosts()[host].tables / f"{version}.json"
     path.write_text(json.dumps(content, indent=0, sort_keys=True) + "\n")
-    print(f"{path.name}: {len(content['defaults'])} settings")
+    print(f"{path}: {len(content['defaults'])} settings")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import klplug
-from klplug.audit.setup import ADVANTAGE, COEF, Setup, Term
+from klplug.audit.run import ADVANTAGE, COEF, Run, Term
 from klplug.catalogue import KLType
 from klplug.spec import TermSpec, parse
 
@@ -51,26 +51,26 @@ class Verdict:
     dead_zone: tuple[tuple[float, float], ...]
 
 
-def verdict(setup: Setup, term: Term) -> Verdict:
+def verdict(run: Run, term: Term) -> Verdict:
     """The verdict on one term of a run."""
     spec = term.spec
     assert spec is not None
     gradient, target = gradient_of(spec)
-    if not term.as_loss and setup.advantage.best_only:
+    if not term.as_loss and run.advantage.best_only:
         gradient, target = NEITHER, "the KL of the best answer of each group alone"
-    scaled = setup.known(COEF, ADVANTAGE)
-    own_token = spec.horizon == "token" or setup.advantage.discount == 0
+    scaled = run.known(COEF, ADVANTAGE)
+    own_token = spec.horizon == "token" or run.advantage.discount == 0
     return Verdict(
         kl_type=str(spec),
         gradient=gradient,
         target=target,
         scope="token" if own_token else "sequence",
-        corrected=setup.corrected(term),
-        ratio=setup.ratio_of(term),
-        rollout_corrected=setup.rollout_corrected(term),
-        beta=term.coef if setup.known(COEF) else None,
-        beta_absolute=setup.absolute(term) if scaled else None,
-        beta_relative=setup.relative(term) if scaled else None,
+        corrected=run.corrected(term),
+        ratio=run.ratio_of(term),
+        rollout_corrected=run.rollout_corrected(term),
+        beta=term.coef if run.known(COEF) else None,
+        beta_absolute=run.absolute(term) if scaled else None,
+        beta_relative=run.relative(term) if scaled else None,
         dead_zone=tuple(term.dead_zone()),
     )
 
@@ -128,18 +128,18 @@ def equivalent(verdicts: Sequence[Verdict]) -> str | None:
     return "+".join(v.kl_type for v in verdicts)
 
 
-def recommended(setup: Setup, verdicts: Sequence[Verdict]) -> str:
-    """What klplug would suggest to somebody who wants what this run seems to want."""
+def recommended(run: Run, verdicts: Sequence[Verdict]) -> tuple[str, ...]:
+    """What klplug would suggest for what this run seems to want, the best first.
+
+    A host may not serve the best of them.
+    """
     if not verdicts:
-        return "none"
-    terms = setup.active
+        return ("none",)
+    terms = run.active
     # Somebody who names js or forward to klplug means it; k1, k3 and abs have findings.
     chosen = all(t.as_loss and t.estimator not in ("k1", "k3", "abs") for t in terms)
     if all(t.from_klplug for t in terms) and (chosen or together(verdicts) == REVERSE):
-        return "+".join(v.kl_type for v in verdicts)
+        return ("+".join(v.kl_type for v in verdicts), "k2_as_loss")
     if any(term.as_loss for term in terms):
-        return "k2_as_loss"
-    if setup.host == "verl" and setup.advantage.whitens:
-        # Joined after whitening it has no definite strength; klplug refuses it there.
-        return "k1_in_reward,reward_norm=group"
-    return "k1_in_reward"
+        return ("k2_as_loss",)
+    return ("k1_in_reward", "k1_in_reward,reward_norm=group", "k2_as_loss")

@@ -16,11 +16,11 @@ from klplug.audit import AuditError, Finding, Report
 from klplug.audit import audit as report_on
 from klplug.cli.output import AsJson, console, print_json
 from klplug.cli.status import Status, Unreadable
+from klplug.hosting.host import hosts
 
 FailOn = Literal["info", "warning", "error", "never"]
 
 _STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
-_HOSTS = {"verl": "verl", "openrlhf": "OpenRLHF"}
 _ORIGINS = {
     "installed": "its defaults as installed here",
     "given": "as asked for",
@@ -57,7 +57,7 @@ def audit(
         FailOn, typer.Option(help="The least severity that makes the exit status 1.")
     ] = "warning",
     host: Annotated[
-        str | None, typer.Option(help="Look for commands of this host only: verl, openrlhf.")
+        str | None, typer.Option(help="Look for commands of this host only, by its package's name.")
     ] = None,
     host_version: Annotated[
         str | None, typer.Option(help="The host's release, where it is not the installed one.")
@@ -92,7 +92,7 @@ def show(report: Report, out: Console, name: str) -> None:
         if report.commands > 1
         else ""
     )
-    version = f"{_HOSTS[report.host]} {report.host_version}"
+    version = f"{hosts()[report.host].title} {report.host_version}"
     out.print(Text(f"{where}: {version} ({_ORIGINS[report.version_from]}){more}"))
     out.print()
     out.print(Padding(_facts(report), (0, 0, 0, 2), expand=False))

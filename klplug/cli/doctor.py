@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import json
 import os
@@ -21,22 +20,12 @@ import typer
 import klplug
 from klplug.cli.output import AsJson, print_json
 from klplug.cli.status import Status
+from klplug.hosting.host import Host, hosts
 
-HOSTS = ("openrlhf", "verl")
 PACKAGES = (
     "torch", "wrapt", "ray", "vllm", "deepspeed", "transformers", "flash-attn", "hydra-core",
 )  # fmt: skip
-VARIABLES = (
-    "KLPLUG_DISABLE",
-    "VERL_USE_EXTERNAL_PLUGINS",
-    "VERL_USE_EXTERNAL_MODULES",
-    "RAY_ADDRESS",
-    "RAY_JOB_CONFIG_JSON_ENV_VAR",
-    "PYTHONPATH",
-    "CUDA_VISIBLE_DEVICES",
-)
-NAMES = ("klplug", "klplug_openrlhf", "klplug_verl", *HOSTS)
-_WITHOUT_PLUGINS = ("0.7.", "0.8.")
+VARIABLES = ("KLPLUG_DISABLE", "RAY_ADDRESS", "PYTHONPATH", "CUDA_VISIBLE_DEVICES")
 TIMEOUT = 300  # seconds; a host's first import on a cold disk is slow
 
 
@@ -84,12 +73,12 @@ def doctor(ray: bool = True, timeout: float = TIMEOUT) -> Diagnosis:
         ray: also ask a Ray worker.
         timeout: seconds for each host's process.
     """
-    hosts = {host: _host(host, ray, timeout) for host in HOSTS}
-    environment = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    found = {name: _host(host, ray, timeout) for name, host in hosts().items()}
+    environment = {name: os.environ[name] for name in variables() if name in os.environ}
     problems = [
-        *_environment_problems(environment, hosts),
+        *_environment_problems(environment, found),
         *shadowed_names(Path.cwd(), sys.path),
-        *(problem for host, report in hosts.items() for problem in _host_problems(host, report)),
+        *(problem for host, report in found.items() for problem in _host_problems(host, report)),
     ]
     return Diagnosis(
         klplug=klplug.__version__,
@@ -97,7 +86,7 @@ def doctor(ray: bool = True, timeout: float = TIMEOUT) -> Diagnosis:
         python=platform.python_version(),
         platform=platform.platform(),
         packages={name: _version(name) for name in PACKAGES},
-        hosts=hosts,
+        hosts=found,
         environment=environment,
         problems=problems,
     )
@@ -110,11 +99,16 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _host(host: str, ray: bool, timeout: float) -> HostReport:
-    tested: str = importlib.import_module(f"klplug_{host}.hooks").PATCH.tested
-    version = _version(host)
-    probes = {} if version is None else _probes(host, ray, timeout)
-    return HostReport(version, tested, probes)
+def variables() -> list[str]:
+    """The variables of the environment that are looked at."""
+    return [*VARIABLES, *(name for host in hosts().values() for name in host.variables)]
+
+
+def _host(host: Host, ray: bool, timeout: float) -> HostReport:
+    version = _version(host.name)
+    hooked = version is not None and host.patch is not None
+    probes = _probes(host.name, ray, timeout) if hooked else {}
+    return HostReport(version, host.tested_text, probes)
 
 
 def _probes(host: str, ray: bool, timeout: float) -> dict[str, Probe]:
@@ -156,42 +150,18 @@ def _host_problems(host: str, report: HostReport) -> list[str]:
     return problems
 
 
-def _environment_problems(environment: dict[str, str], hosts: dict[str, HostReport]) -> list[str]:
+def _environment_problems(environment: dict[str, str], found: dict[str, HostReport]) -> list[str]:
     problems = []
     if environment.get("KLPLUG_DISABLE") == "1":
         problems.append("KLPLUG_DISABLE=1 keeps klplug out: unset it")
-    plugins = environment.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
-    if plugins != "auto" and "klplug" not in plugins.split(","):
-        problems.append(
-            f"VERL_USE_EXTERNAL_PLUGINS={plugins} keeps klplug out of verl: unset it, or name "
-            "klplug and klplug_guard in it"
-        )
-    job = environment.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    try:
-        hook = (json.loads(job).get("runtime_env") or {}).get("worker_process_setup_hook")
-    except (ValueError, AttributeError):
-        hook = None
-        problems.append("RAY_JOB_CONFIG_JSON_ENV_VAR is no JSON object")
-    if hook not in (None, "klplug_openrlhf.install.install"):
-        problems.append(
-            f"the Ray job has worker_process_setup_hook={hook!r}, whose place klplug needs on "
-            "OpenRLHF: call klplug_openrlhf.install.install() from it"
-        )
-    verl = hosts["verl"].version
-    if verl is not None and verl.startswith(_WITHOUT_PLUGINS):
-        if "klplug_verl" not in environment.get("VERL_USE_EXTERNAL_MODULES", "").split(","):
-            problems.append(
-                f"verl {verl} knows no plugins: set VERL_USE_EXTERNAL_MODULES=klplug_verl in every "
-                "process"
-            )
-    elif verl is not None:
-        found = {entry.name for entry in importlib.metadata.entry_points(group="verl.plugins")}
-        if missing := {"klplug", "klplug_guard"} - found:
-            problems.append(
-                f"verl can't find klplug: the entry points {', '.join(sorted(missing))} of group "
-                "verl.plugins are not installed. Install klplug, rather than putting it on a path"
-            )
+    for name, report in found.items():
+        problems += hosts()[name].problems(environment, report.version)
     return problems
+
+
+def names() -> list[str]:
+    """The packages that a directory of their name would hide."""
+    return ["klplug", *(n for host in hosts().values() for n in (*host.packages, host.name))]
 
 
 def shadowed_names(folder: Path, path: Sequence[str]) -> list[str]:
@@ -199,7 +169,7 @@ def shadowed_names(folder: Path, path: Sequence[str]) -> list[str]:
     here = str(folder)
     elsewhere = [place for place in path if place and os.path.abspath(place) != here]
     problems = []
-    for name in NAMES:
+    for name in names():
         installed = PathFinder.find_spec(name, elsewhere)
         found = PathFinder.find_spec(name, [here, *elsewhere])
         if installed is None or found is None or found.origin == installed.origin:

@@ -17,6 +17,7 @@ from klplug.cli.catalogue import WORDS
 from klplug.cli.output import AsJson, console, print_json
 from klplug.cli.plot import COLOURS, LETTERS, text_plot
 from klplug.cli.status import Unreadable
+from klplug.hosting.host import hosts
 from klplug.spec import TermSpec
 
 REACH = 4.0  # nats: where the curves of c end
@@ -35,8 +36,6 @@ _ROWS = {
     "off_policy": "off-policy",
     "source": "source",
     "test": "held to it by",
-    "verl": "verl",
-    "openrlhf": "OpenRLHF",
 }
 
 
@@ -196,6 +195,9 @@ def text_table(explained: Sequence[Explanation]) -> Table:
     for field, heading in _ROWS.items():
         cells = [[str(getattr(row, field)) for row in e.rows] for e in explained]
         table.add_row(heading, *("\n+ ".join(parts) for parts in cells))
+    for name, host in hosts().items():
+        cells = [[row.served[name] for row in e.rows] for e in explained]
+        table.add_row(f"served by {host.title}", *("\n+ ".join(parts) for parts in cells))
     table.add_row("needs", *(", ".join(("log_probs", *e.requires)) for e in explained))
     table.add_row("options", *(_options(e) for e in explained))
     return table

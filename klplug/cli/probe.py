@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from klplug.hosting.host import hosts
+
 Answer = dict[str, Any]
 
 
@@ -20,16 +22,20 @@ def probe(host: str, install: bool) -> Answer:
     """``hooks``, by path whether klplug's function runs there, and ``error``, if there was one.
 
     Args:
-        host: ``openrlhf`` or ``verl``.
+        host: its name.
         install: install klplug first, as the launcher does; else only look.
     """
-    adapter = importlib.import_module(f"klplug_{host}")
+    row = hosts()[host]
     try:
-        if install and host == "openrlhf":
-            importlib.import_module("klplug_openrlhf.install").install()
-        importlib.import_module(host)  # verl finds its plugins here
-        adapter.check()
-        return {"hooks": adapter.status(), "error": None}
+        if install and row.setup is not None:
+            module, _, function = row.setup.rpartition(".")
+            getattr(importlib.import_module(module), function)()
+        importlib.import_module(host)  # some find their plugins here
+        patch = row.hooks
+        if patch is None:
+            return {"hooks": {}, "error": None}
+        patch.check()
+        return {"hooks": patch.status(), "error": None}
     except (Exception, SystemExit) as problem:
         return {"hooks": {}, "error": f"{type(problem).__name__}: {problem}"}
 
@@ -38,9 +44,8 @@ def probe_in_ray(host: str) -> Answer:
     """The same in a worker of a Ray that is started for this, on this machine."""
     import ray
 
-    runtime_env: dict[str, Any] = {}
-    if host == "openrlhf":
-        runtime_env["worker_process_setup_hook"] = "klplug_openrlhf.install.install"
+    setup = hosts()[host].setup
+    runtime_env = {} if setup is None else {"worker_process_setup_hook": setup}
     try:
         ray.init(
             address="local",

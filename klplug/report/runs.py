@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from klplug.hosting.host import hosts
 from klplug.report.logs import CONSOLE, EVENTS, WANDB, Log, kind, read
 
 
@@ -23,36 +24,38 @@ class Metric:
 
     name: str
     title: str
-    tags: tuple[str, ...]
+    own: tuple[str, ...] = ()
     bounds: tuple[float, float] = (-math.inf, math.inf)
     kl: bool = False
 
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """klplug's own, then the hosts'."""
+        theirs = (tag for host in hosts().values() for tag in host.tags.get(self.name, ()))
+        return (*self.own, *theirs)
+
 
 _SHARE, _POSITIVE = (0.0, 1.0), (0.0, math.inf)
-_HOST_KL = ("kl", "actor/kl_loss", "actor/reward_kl_penalty")
 METRICS = (
-    Metric("reward", "reward", ("reward", "critic/score/mean", "critic/rewards/mean")),
+    Metric("reward", "reward"),
     Metric("kl", "KL, estimate", ("klplug/kl",), kl=True),
     Metric("kl_k1", "KL, k1", ("klplug/k1",), kl=True),
     Metric("kl_k2", "KL, k2", ("klplug/k2",), _POSITIVE, kl=True),
     Metric("kl_k3", "KL, k3", ("klplug/k3",), _POSITIVE, kl=True),
     Metric("kl_abs", "KL, abs", ("klplug/abs",), _POSITIVE, kl=True),
-    Metric("kl_host", "KL, the trainer's own", _HOST_KL, kl=True),
-    Metric("entropy", "entropy", ("actor/entropy", "entropy", "entropy_loss")),
-    Metric("length", "tokens per answer", ("response_length", "response_length/mean"), _POSITIVE),
-    Metric("grad_norm", "gradient norm", ("actor_grad_norm", "actor/grad_norm"), _POSITIVE),
+    Metric("kl_host", "KL, the trainer's own", kl=True),
+    Metric("entropy", "entropy"),
+    Metric("length", "tokens per answer", bounds=_POSITIVE),
+    Metric("grad_norm", "gradient norm", bounds=_POSITIVE),
     Metric("weight_mean", "mean weight", ("klplug/weight_mean",), _POSITIVE),
     Metric("ess", "effective sample size", ("klplug/ess",), _SHARE),
     Metric("capped_share", "share of weights at the cap", ("klplug/capped_share",), _SHARE),
     Metric("nonfinite_share", "tokens left out", ("klplug/nonfinite_share",), _SHARE),
     Metric("cosine", "cosine to the reverse KL's", ("klplug/gradient_cosine",), (-1.0, 1.0)),
     Metric("top_share", "gradient of the top 1 %", ("klplug/top_share",), _SHARE),
-    Metric(
-        "seconds", "seconds per step",
-        ("perf/time_per_step", "timing_s/step", "timing/step_total"), _POSITIVE,
-    ),
-    Metric("throughput", "tokens per second and GPU", ("perf/throughput",), _POSITIVE),
-)  # fmt: skip
+    Metric("seconds", "seconds per step", bounds=_POSITIVE),
+    Metric("throughput", "tokens per second and GPU", bounds=_POSITIVE),
+)
 KL_ORDER = ("kl", "kl_k3", "kl_k1", "kl_k2", "kl_host")  # for one number
 VALIDATION = re.compile(r"(?:val-core|val|eval)/(?!.*(?:global_step|epoch)$).+")
 
@@ -204,7 +207,7 @@ def not_finite(metrics: dict[str, Series]) -> list[str]:
 
     A hole that closes again is not told: trainers skip what they have no sample for.
     """
-    titles = {metric.name: metric.tags[0] for metric in METRICS}
+    titles = {metric.name: next(iter(metric.tags), metric.name) for metric in METRICS}
     told = []
     for name, series in metrics.items():
         first = None

@@ -49,6 +49,10 @@ CASES = {
         _verl(f"\\\n {_LOSS}k2 \\\n # off\n {_A}.kl_loss_coef=0.1"),
         _verl(f"\\\n {_LOSS}k2 \\\n {_A}.kl_loss_coef=0.1"),
     ),
+    "klplug-refuses": (
+        _GOOD.replace("+klplug.kl_coef=0.01", ""),
+        _GOOD.replace("+klplug.kl_coef=0.01", "+klplug.kl_coef=$BETA"),
+    ),
     "rejected-setting": (_verl(f"{_LOSS}k2 {_A}.kl_los=3"), _verl(f"{_LOSS}k2 +{_A}.kl_los=3")),
     "unknown-value": (_verl(f"{_LOSS}$(pick)"), _verl(f"{_LOSS}k2 trainer.project_name=$(pick)")),
     "sourced-script": (f"source env.sh\n{_GOOD}", _GOOD),

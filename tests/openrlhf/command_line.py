@@ -18,6 +18,12 @@ from klplug_openrlhf.launcher import HOST_MODULE
 
 # What a release without dots calls the options that the tests and the quickstart set.
 FLAT = keys.FLAT | {
+    "actor.model_name_or_path": "pretrain",
+    "data.input_key": "input_key",
+    "data.label_key": "label_key",
+    "data.prompt_dataset": "prompt_data",
+    "eval.dataset": "eval_dataset",
+    "reward.model_name_or_path": "reward_pretrain",
     "actor.adam.lr": "actor_learning_rate",
     "actor.entropy_coef": "entropy_loss_coef",
     "actor.eps_clip_low_high": "eps_clip_low_high",

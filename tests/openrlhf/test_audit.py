@@ -9,14 +9,15 @@ from typing import Any, Optional
 
 import pytest
 import torch
+from klplug_openrlhf import reading as model
+from klplug_openrlhf.keys import FLAT
 from torch import Tensor
 
 import klplug
 from klplug.audit import audit
-from klplug.audit.hosts import openrlhf as model
-from klplug.audit.setup import dead_zone
+from klplug.audit.run import dead_zone
 from klplug.audit.shell import Script, Word
-from klplug.audit.tables import installed, openrlhf_parser, read, stored, versions
+from klplug.audit.tables import installed, read, stored, versions
 from tests.audit.verdicts import SCRIPTS
 from tests.one_meaning import BETA, TOLERANCE, batch, loss_gradient
 from tests.openrlhf.test_experience import Samples, advantages
@@ -85,12 +86,12 @@ def words(path: Path) -> list[Word]:
 )
 def test_flags_are_those_of_argparse(name: str) -> None:
     given = words(SCRIPTS / f"{name}.sh")
-    theirs = vars(openrlhf_parser(package()).parse_args([word.text for word in given]))
+    theirs = vars(model.parser(package()).parse_args([word.text for word in given]))
     table = installed("openrlhf")
     assert table is not None
-    ours, rejected = model.read(table, model.launch(given, through_klplug=False))
-    assert not rejected
-    for key in model.FLAGS:
+    ours = model.settings(table, model.arguments(given, through_klplug=False))
+    assert not ours.rejected
+    for key in FLAT:
         assert ours[key].value == theirs.get(key), key
 
 
@@ -111,9 +112,11 @@ def test_what_argparse_refuses_is_rejected(
 ) -> None:
     table = installed("openrlhf")
     assert table is not None
-    _, rejected = model.read(table, model.launch([Word(f) for f in flags], through_klplug=False))
+    rejected = model.settings(
+        table, model.arguments([Word(f) for f in flags], through_klplug=False)
+    ).rejected
     try:
-        openrlhf_parser(package()).parse_args(flags)
+        model.parser(package()).parse_args(flags)
         accepted = True
     except SystemExit:
         accepted = False

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from klplug_verl import reading as model
 from omegaconf import OmegaConf
 from torch import Tensor
 
 import klplug
 from klplug.audit import audit
-from klplug.audit.hosts import verl as model
-from klplug.audit.settings import Settings
-from klplug.audit.setup import dead_zone
+from klplug.audit.run import dead_zone
 from klplug.audit.shell import Script, Word
 from klplug.audit.tables import installed, read, stored, versions
 from tests.audit.verdicts import SCRIPTS
@@ -78,10 +77,10 @@ def words(path: Path) -> list[Word]:
 
 @pytest.mark.parametrize("path", sorted(SCRIPTS.glob("verl-*.sh")), ids=lambda path: path.stem)
 def test_settings_are_those_of_hydra(path: Path) -> None:
-    launched = model.launch(words(path), path.parent)
+    launched = model.arguments(words(path), path.parent)
     table = installed("verl")
     assert table is not None
-    ours = Settings(table, launched.written)
+    ours = model.settings(table, launched, "installed")
     overrides = [w.text for w in words(path) if "=" in w.text and not w.text.startswith("--")]
     if "megatron" in path.stem:
         overrides.append("model_engine=megatron")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from klplug_verl.settings import Plan
+from klplug_verl.plan import Plan
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
 from tests.verl.trainer import derived, quoted
@@ -117,136 +115,186 @@ def test_a_ratio_to_the_rollout_records_its_log_probs() -> None:
     derived(*own("k2_as_loss"), off)
 
 
-def test_what_was_written_and_agrees_is_fine() -> None:
-    derived(*own("k2_as_loss"), f"{ACTOR}.use_kl_loss=True", f"{ACTOR}.kl_loss_type=k2")
-    derived(*own("k2_as_loss"), f"{ACTOR}.kl_loss_type=mse", f"{ACTOR}.kl_loss_coef=0.01")
-    derived("+klplug.kl_type=k2_as_loss", f"{ACTOR}.kl_loss_coef=0.01")
+def overrides(line: str | None) -> list[str]:
+    assert line is not None
+    return line.partition("and overrides ")[2].split(", ")
+
+
+def test_what_was_written_and_agrees_is_not_named() -> None:
+    _, line = derived(*own("k2_as_loss"), f"{ACTOR}.use_kl_loss=True", f"{ACTOR}.kl_loss_coef=0.01")
+    assert line is not None and "overrides" not in line
+
+
+STOCK = (
+    f"{ACTOR}.use_kl_loss=False",
+    f"{ACTOR}.kl_loss_type=low_var_kl",
+    "algorithm.use_kl_in_reward=True",
+    "algorithm.kl_penalty=k3",
+)
+
+
+@pytest.mark.parametrize("key", STOCK)
+def test_a_stock_key_is_overridden_and_named(key: str) -> None:
+    config, line = derived(*own("k2_as_loss"), key)
+    plain, _ = derived(*own("k2_as_loss"))
+    assert overrides(line) == [key]
+    if "penalty" not in key:  # which nobody reads
+        assert config == plain
+    assert config.actor_rollout_ref.actor.use_kl_loss and not config.algorithm.use_kl_in_reward
+
+
+def test_stock_keys_are_overridden_by_a_kl_type_in_verls_own_key() -> None:
+    kl_type = f"{ACTOR}.kl_loss_type=k2_as_loss"
+    for key in (f"{ACTOR}.use_kl_loss=False", "algorithm.use_kl_in_reward=True"):
+        config, line = derived(kl_type, f"{ACTOR}.kl_loss_coef=0.02", key)
+        assert overrides(line) == [key]
+        assert config.actor_rollout_ref.actor.use_kl_loss and not config.algorithm.use_kl_in_reward
+    _, line = derived("algorithm.kl_penalty=k1_in_reward", "algorithm.use_kl_in_reward=False")
+    assert overrides(line) == ["algorithm.use_kl_in_reward=False"]
+
+
+@pytest.mark.parametrize(
+    ("kl_type", "key"),
+    [
+        ("k2_as_loss", f"{ACTOR}.kl_loss_coef"),
+        ("k1_in_reward", "algorithm.kl_ctrl.kl_coef"),
+        ("k3_in_reward+k3_as_loss", f"{ACTOR}.kl_loss_coef"),
+    ],
+)
+def test_a_stock_coefficient_in_the_same_place_is_taken(kl_type: str, key: str) -> None:
+    config, line = derived(f"+klplug.kl_type={quoted(kl_type)}", f"{key}=0.02")
+    assert config.klplug.kl_coef == 0.02
+    assert line is not None and "overrides" not in line
+    same, _ = derived(*own(kl_type), f"{key}=0.01")
+    assert same.klplug.kl_coef == 0.01
+
+
+def test_a_coefficient_of_another_place_or_of_zero_is_overridden() -> None:
+    for key in ("algorithm.kl_ctrl.kl_coef=0.5", f"{ACTOR}.kl_loss_coef=0.0"):
+        config, line = derived(*own("k2_as_loss"), key)
+        assert config.klplug.kl_coef == 0.01 and overrides(line) == [key]
+    config, line = derived(*own("none"), f"{ACTOR}.kl_loss_coef=0.5")
+    assert "kl_coef" not in config.klplug and overrides(line) == [f"{ACTOR}.kl_loss_coef=0.5"]
+    # Nor is a coefficient of the other place one for this.
+    with pytest.raises(ValueError, match="needs a kl_coef"):
+        derived("+klplug.kl_type=k2_as_loss", "algorithm.kl_ctrl.kl_coef=0.5")
+
+
+def test_a_controller_of_verls_that_does_not_move_is_overridden() -> None:
+    _, line = derived(*own("k1_in_reward"), "algorithm.kl_ctrl.target_kl=0.1")
+    assert overrides(line) == ["algorithm.kl_ctrl.target_kl=0.1"]
+    _, line = derived(*own("k1_in_reward"), "algorithm.kl_ctrl.type=fixed")
+    assert line is not None and "overrides" not in line
 
 
 MEAN = f"{ACTOR}.loss_agg_mode=seq-mean-token-mean"
 
 
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (["+klplug.kl_type=k4_as_loss", COEF], ["k4_as_loss", "known", "k3_as_loss"]),
-        (["+klplug.kl_type=k3", COEF], ["k3_as_loss", "k3_in_reward"]),
-        (["+klplug.kl_type=k2_as_loss"], ["needs a kl_coef"]),
-        (["+klplug.kl_type=k2_as_loss", "+klplug.kl_coef=0"], ["kl_coef is 0", "none"]),
-        (["+klplug.kl_type=k2_as_loss", "+klplug.kl_coef=-1"], ["positive", "-1"]),
-        (["+klplug.kl_type=k2_as_loss", "+klplug.kl_coef=much"], ["number", "much"]),
-        (["+klplug.kl_type=none", COEF], ["takes no kl_coef"]),
-        ([COEF], ["klplug.kl_type is missing"]),
-        (["+klplug.kltype=k2_as_loss", COEF], ["klplug.kltype", "Did you mean 'kl_type'"]),
-        (["+klplug=k2_as_loss"], ["one by one"]),
-        (["+klplug.kl_type=3", COEF], ["not a string"]),
-        (own("k2_as_loss", "+klplug.kl_ctrl=adaptive"), ["kl_target"]),
-        (own("k2_as_loss", "+klplug.kl_ctrl=pid"), ["pid", "adaptive"]),
-        (own("k2_as_loss", "+klplug.kl_target=0.1"), ["kl_target", "fixed"]),
-        # What was written and contradicts: both are named.
-        (own("k2_as_loss", f"{ACTOR}.use_kl_loss=False"), ["use_kl_loss=False", "k2_as_loss"]),
-        (own("k1_in_reward", f"{ACTOR}.use_kl_loss=True"), ["use_kl_loss=True", "k1_in_reward"]),
-        (own("k2_as_loss", "algorithm.use_kl_in_reward=True"), ["use_kl_in_reward", "k2_as_loss"]),
-        (own("none", f"{ACTOR}.use_kl_loss=True"), ["use_kl_loss=True", "none"]),
-        (own("k2_as_loss", f"{ACTOR}.kl_loss_type=k3"), ["kl_loss_type=k3", "k2_as_loss"]),
-        (own("k2_as_loss", f"{ACTOR}.kl_loss_type=k3_as_loss"), ["k3_as_loss", "k2_as_loss"]),
-        (own("k1_in_reward", "algorithm.kl_penalty=k3"), ["kl_penalty=k3", "k1_in_reward"]),
-        (own("k2_as_loss", f"{ACTOR}.kl_loss_coef=0.5"), ["kl_loss_coef=0.5", "0.01"]),
-        (own("k1_in_reward", "algorithm.kl_ctrl.kl_coef=0.5"), ["kl_coef=0.5", "0.01"]),
-        (own("k1_in_reward", "algorithm.kl_ctrl.type=adaptive"), ["type=adaptive", "kl_ctrl"]),
-        # kl_types in verl's own keys.
-        (
-            [f"{ACTOR}.kl_loss_type=k2_as_loss", f"{ACTOR}.use_kl_loss=False"],
-            ["use_kl_loss=False", "kl_loss_type=k2_as_loss"],
-        ),
-        (
-            ["algorithm.kl_penalty=k1_in_reward", "algorithm.use_kl_in_reward=False"],
-            ["use_kl_in_reward=False", "kl_penalty=k1_in_reward"],
-        ),
-        ([f"{ACTOR}.kl_loss_type=k1_in_reward"], ["_as_loss", "+klplug.kl_type=k1_in_reward"]),
-        (["algorithm.kl_penalty=k2_as_loss"], ["_in_reward", "+klplug.kl_type=k2_as_loss"]),
-        ([f"{ACTOR}.kl_loss_type=k2_as_los"], ["kl_loss_type", "k2_as_loss", "low_var_kl"]),
-        (
-            [f"{ACTOR}.kl_loss_type=k2_as_loss", "algorithm.use_kl_in_reward=True"],
-            ["both placements", "k1_in_reward+k2_as_loss"],
-        ),
-        (
-            [f"{ACTOR}.kl_loss_type=k2_as_loss", "algorithm.kl_penalty=k3_in_reward"],
-            ["both placements", "k3_in_reward+k2_as_loss"],
-        ),
-        *(
-            (
-                own(
-                    f"k2_as_loss,head={head}",
-                    f"actor_rollout_ref.actor.policy_loss.loss_mode={mode}",
-                ),
-                [f"loss_mode={mode}", f"head={head}", "vanilla"],
-            )
-            for head, mode in [("clipped", "gspo"), *(("combined", m) for m in OTHER_LOSSES)]
-        ),
-        (
-            own("k2_as_loss,reference=rollout", "+klplug.kl_ctrl=adaptive", "+klplug.kl_target=1"),
-            ["kl_ctrl=adaptive", "sampler"],
-        ),
-        (
-            own("k2_as_loss,horizon=sequence,baseline=group", "actor_rollout_ref.rollout.n=1"),
-            ["rollout.n=1", "baseline=none"],
-        ),
-        (
-            own("k1_in_reward,baseline=group", "actor_rollout_ref.rollout.n=1"),
-            ["rollout.n=1", "baseline=none"],
-        ),
+MISTAKES: list[tuple[list[str], list[str]]] = [
+    (["+klplug.kl_type=k4_as_loss", COEF], ["k4_as_loss", "known", "k3_as_loss"]),
+    (["+klplug.kl_type=k3", COEF], ["k3_as_loss", "k3_in_reward"]),
+    (["+klplug.kl_type=k2_as_loss"], ["needs a kl_coef"]),
+    (["+klplug.kl_type=k2_as_loss", "+klplug.kl_coef=0"], ["kl_coef is 0", "none"]),
+    (["+klplug.kl_type=k2_as_loss", "+klplug.kl_coef=-1"], ["positive", "-1"]),
+    (["+klplug.kl_type=k2_as_loss", "+klplug.kl_coef=much"], ["number", "much"]),
+    (["+klplug.kl_type=none", COEF], ["takes no kl_coef"]),
+    ([COEF], ["klplug.kl_type is missing"]),
+    (["+klplug.kltype=k2_as_loss", COEF], ["klplug.kltype", "Did you mean 'kl_type'"]),
+    (["+klplug=k2_as_loss"], ["one by one"]),
+    (["+klplug.kl_type=3", COEF], ["not a string"]),
+    (own("k2_as_loss", "+klplug.kl_ctrl=adaptive"), ["kl_target"]),
+    (own("k2_as_loss", "+klplug.kl_ctrl=pid"), ["pid", "adaptive"]),
+    (own("k2_as_loss", "+klplug.kl_target=0.1"), ["kl_target", "fixed"]),
+    # What was written and contradicts: both are named.
+    (own("k2_as_loss", f"{ACTOR}.kl_loss_type=k3_as_loss"), ["k3_as_loss", "k2_as_loss"]),
+    (own("k2_as_loss", f"{ACTOR}.kl_loss_coef=0.5"), ["kl_loss_coef=0.5", "0.01"]),
+    (own("k1_in_reward", "algorithm.kl_ctrl.kl_coef=0.5"), ["kl_coef=0.5", "0.01"]),
+    (
+        own("k1_in_reward", "algorithm.kl_ctrl.type=adaptive"),
+        ["type=adaptive", "+klplug.kl_ctrl=adaptive"],
+    ),
+    # kl_types in verl's own keys.
+    ([f"{ACTOR}.kl_loss_type=k1_in_reward"], ["_as_loss", "+klplug.kl_type=k1_in_reward"]),
+    (["algorithm.kl_penalty=k2_as_loss"], ["_in_reward", "+klplug.kl_type=k2_as_loss"]),
+    ([f"{ACTOR}.kl_loss_type=k2_as_los"], ["kl_loss_type", "k2_as_loss", "low_var_kl"]),
+    (
+        [f"{ACTOR}.kl_loss_type=k2_as_loss", "algorithm.kl_penalty=k3_in_reward"],
+        ["one place", "k3_in_reward+k2_as_loss"],
+    ),
+    *(
         (
             own(
-                "k1_in_reward,baseline=batch",
-                "actor_rollout_ref.rollout.n=1",
-                "data.train_batch_size=1",
+                f"k2_as_loss,head={head}",
+                f"actor_rollout_ref.actor.policy_loss.loss_mode={mode}",
             ),
-            ["no other answers"],
+            [f"loss_mode={mode}", f"head={head}", "vanilla"],
+        )
+        for head, mode in [("clipped", "gspo"), *(("combined", m) for m in OTHER_LOSSES)]
+    ),
+    (
+        own("k2_as_loss,reference=rollout", "+klplug.kl_ctrl=adaptive", "+klplug.kl_target=1"),
+        ["kl_ctrl=adaptive", "sampler"],
+    ),
+    (
+        own("k2_as_loss,horizon=sequence,baseline=group", "actor_rollout_ref.rollout.n=1"),
+        ["rollout.n=1", "baseline=none"],
+    ),
+    (
+        own("k1_in_reward,baseline=group", "actor_rollout_ref.rollout.n=1"),
+        ["rollout.n=1", "baseline=none"],
+    ),
+    (
+        own(
+            "k1_in_reward,baseline=batch",
+            "actor_rollout_ref.rollout.n=1",
+            "data.train_batch_size=1",
         ),
-        (
-            own("k2_as_loss,reference=rollout,horizon=sequence,baseline=group"),
-            ["baseline with reference=rollout"],
+        ["no other answers"],
+    ),
+    (
+        own("k2_as_loss,reference=rollout,horizon=sequence,baseline=group"),
+        ["baseline with reference=rollout"],
+    ),
+    (
+        own(
+            "k2_as_loss,horizon=sequence,baseline=group+js_as_loss,horizon=sequence,baseline=batch"
         ),
-        (
-            own(
-                "k2_as_loss,horizon=sequence,baseline=group"
-                "+js_as_loss,horizon=sequence,baseline=batch"
-            ),
-            ["one term as loss"],
+        ["one term as loss"],
+    ),
+    (
+        own(
+            "k2_as_loss,reference=rollout",
+            "actor_rollout_ref.rollout.calculate_log_probs=False",
         ),
-        (
-            own(
-                "k2_as_loss,reference=rollout",
-                "actor_rollout_ref.rollout.calculate_log_probs=False",
-            ),
-            ["rollout log-probs", "calculate_log_probs=False"],
+        ["rollout log-probs", "calculate_log_probs=False"],
+    ),
+    # What is not served, by name.
+    (own("k2_as_loss", "+async_training.x=1"), ["asynchronous", "separate_async"]),
+    (own("k1_in_reward", "algorithm.adv_estimator=gae"), ["gae", "reward_norm=group"]),
+    (
+        own("k1_in_reward,reward_norm=group", "algorithm.adv_estimator=gdpo"),
+        ["gdpo_reward_keys", "k2_as_loss"],
+    ),
+    (
+        own("k1_in_reward", "algorithm.adv_estimator=reinforce_plus_plus"),
+        ["reinforce_plus_plus", "grpo"],
+    ),
+    (
+        own("k1_in_reward", MEAN, "actor_rollout_ref.rollout.n=1"),
+        ["rollout.n=1", "long answers"],
+    ),
+    (
+        own(
+            "k2_as_loss",
+            "distillation.enabled=True",
+            "distillation.distillation_loss.use_task_rewards=False",
         ),
-        # What is not served, by name.
-        (own("k2_as_loss", "+async_training.x=1"), ["asynchronous", "separate_async"]),
-        (own("k1_in_reward", "algorithm.adv_estimator=gae"), ["gae", "reward_norm=group"]),
-        (
-            own("k1_in_reward,reward_norm=group", "algorithm.adv_estimator=gdpo"),
-            ["gdpo_reward_keys", "k2_as_loss"],
-        ),
-        (
-            own("k1_in_reward", "algorithm.adv_estimator=reinforce_plus_plus"),
-            ["reinforce_plus_plus", "grpo"],
-        ),
-        (
-            own("k1_in_reward", MEAN, "actor_rollout_ref.rollout.n=1"),
-            ["rollout.n=1", "long answers"],
-        ),
-        (
-            own(
-                "k2_as_loss",
-                "distillation.enabled=True",
-                "distillation.distillation_loss.use_task_rewards=False",
-            ),
-            ["use_task_rewards=False"],
-        ),
-    ],
-)
+        ["use_task_rewards=False"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "words"), MISTAKES)
 def test_a_mistake_is_told_with_what_is_allowed(overrides: list[str], words: list[str]) -> None:
     with pytest.raises(ValueError) as error:
         derived(*overrides)
@@ -257,26 +305,3 @@ def test_a_mistake_is_told_with_what_is_allowed(overrides: list[str], words: lis
 @pytest.mark.parametrize("estimator", ["gae", "reinforce_plus_plus", "optimal_token_baseline"])
 def test_a_kl_in_the_loss_goes_with_every_estimator(estimator: str) -> None:
     derived(*own("k2_as_loss"), f"algorithm.adv_estimator={estimator}")
-
-
-def test_paths_and_columns_are_checked(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-    from klplug_verl.settings import check_files
-
-    from tests.verl.trainer import config
-
-    path = tmp_path / "train.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"question": ["1+1"]}), path)
-    files = [f"data.train_files={path}", f"data.val_files={path}"]
-    model = "actor_rollout_ref.model.path=owner/name"
-    check_files(config(*files, model, "data.prompt_key=question"))
-    with pytest.raises(ValueError, match=r"no column 'prompt'.*question.*data\.prompt_key"):
-        check_files(config(*files, model))
-    with pytest.raises(ValueError, match=r"data.train_files=.*no such path"):
-        check_files(config(f"data.train_files={tmp_path}/none.parquet", model))
-    with pytest.raises(ValueError, match=r"model.path=.*no such path"):
-        check_files(config(*files, f"actor_rollout_ref.model.path={tmp_path}/no/model"))
-    path.write_text("text")
-    with pytest.raises(ValueError, match="not a parquet file"):
-        check_files(config(*files, model))

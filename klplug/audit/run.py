@@ -1,6 +1,6 @@
-"""What both hosts' settings come down to: the KL terms of a run and what surrounds them.
+"""What a host's settings come down to: the KL terms of a run and what surrounds them.
 
-The gradient follows from here on without a word about hosts; ``hosts/`` fills it in.
+The gradient follows from here on without a word about hosts; each host's ``reading`` fills it in.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ class Term:
         clamped: the host clamps the value at 10.
         reaches: ``False`` where the host computes the term and then drops it.
         joins_after: in the reward, joined after everything the host does to it.
+        without_baseline: in the reward, joined after the baseline of the group and with none.
         from_klplug: a kl_type, not a stock estimator.
     """
 
@@ -89,6 +90,7 @@ class Term:
     clamped: bool = False
     reaches: bool = True
     joins_after: bool = False
+    without_baseline: bool = False
     from_klplug: bool = False
 
     @property
@@ -107,7 +109,7 @@ class Term:
         return dead_zone(str(self.spec.estimator))
 
 
-# Both hosts hold the value of an estimator at 10 at most.
+# The clamp that hosts have on the value of an estimator.
 CLAMP = 10.0
 
 
@@ -144,6 +146,7 @@ class Advantage:
         before: factor on the reward before a KL joins it.
         after: factor on reward and KL together.
         groups: it compares the answers of one prompt.
+        takes_one: it goes on where a prompt has one answer.
         mean_with_self: the group's mean includes the answer itself.
         discount: gamma, where it discounts a KL in the reward; else 1.
         whitens: it divides by the batch's standard deviation after a KL has joined.
@@ -154,6 +157,7 @@ class Advantage:
     before: Scale = NO_SCALE
     after: Scale = NO_SCALE
     groups: bool = False
+    takes_one: bool = False
     discount: float = 1.0
     discount_setting: Setting | None = None
     whitens: bool = False
@@ -169,10 +173,11 @@ class Controller:
     drives: bool  # it changes a coefficient that is in use
     fed: str  # the value it is fed
     right: bool  # that value estimates KL(pi||ref)
+    only: str = ""  # where it drives nothing: what it would drive
 
 
 @dataclass(frozen=True)
-class Setup:
+class Run:
     """One run, as far as its KL goes.
 
     Attributes:
@@ -211,9 +216,10 @@ class Setup:
     idle: tuple[Setting, ...] = ()  # KL settings that nothing reads, another KL being meant
     not_enabled: tuple[Setting, ...] = ()  # those of a KL that nobody switched on or off
     not_loaded: Setting | None = None  # KL asked for, with a coefficient of zero
-    not_hooked: Setting | None = None  # a kl_type, and nothing has this release load klplug
+    not_hooked: tuple[str, Setting] | None = None  # a kl_type, and why klplug is not loaded
     no_effect: tuple[tuple[Setting, str], ...] = ()
     rejected: tuple[Rejected, ...] = ()
+    refused: tuple[Rejected, ...] = ()  # what klplug would say in place of starting
     cut: Cut | None = None
     unread: tuple[Setting, ...] = ()  # config files that could not be read
     unknown: dict[str, tuple[tuple[Setting, str], ...]] = field(default_factory=dict)

@@ -7,58 +7,52 @@ Sources, in OpenRLHF 0.11.2: ``models/utils.py`` (``compute_approx_kl``),
 
 from __future__ import annotations
 
+import argparse
+import ast
+import contextlib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
-from klplug.audit import setup as aspects
-from klplug.audit.settings import (
-    Rejected,
-    Setting,
-    Settings,
-    refused_coefficient,
-    scalar,
-    unknown_settings,
-)
-from klplug.audit.setup import Advantage, Controller, Scale, Setup, Term
+from klplug.audit import run as aspects
+from klplug.audit.run import Advantage, Controller, Run, Scale, Term
+from klplug.audit.settings import Launch, Rejected, Setting, Settings, scalar, unknown_settings
 from klplug.audit.shell import Word
 from klplug.audit.tables import Table, flattened
-from klplug.spec import TermSpec, parse
-
-# What the audit reads: the dotted name, and the flat one that it had.
-FLAGS = {
-    "algo.kl.init_coef": "init_kl_coef",
-    "algo.kl.estimator": "kl_estimator",
-    "algo.kl.use_loss": "use_kl_loss",
-    "algo.kl.target": "kl_target",
-    "algo.kl.horizon": "kl_horizon",
-    "algo.kl.unbiased_gradient": "unbiased_kl_gradient",
-    "algo.advantage.estimator": "advantage_estimator",
-    "algo.advantage.gamma": "gamma",
-    "algo.advantage.no_std_norm": "no_advantage_std_norm",
-    "algo.advantage.is_correction_level": "vllm_is_correction_level",
-    "algo.advantage.is_correction_enable": "enable_vllm_is_correction",
-    "actor.policy_loss_type": "policy_loss_type",
-    "actor.loss_agg_mode": "loss_agg_mode",
-    "rollout.batch_size": "rollout_batch_size",
-    "rollout.n_samples_per_prompt": "n_samples_per_prompt",
-    "train.batch_size": "train_batch_size",
-    "train.max_epochs": "max_epochs",
-    "train.async_enable": "async_train",
-}
-USE_LOSS, KIND, COEF = "algo.kl.use_loss", "algo.kl.estimator", "algo.kl.init_coef"
-TARGET, UNBIASED = "algo.kl.target", "algo.kl.unbiased_gradient"
-ESTIMATOR, GAMMA = "algo.advantage.estimator", "algo.advantage.gamma"
-NO_STD = "algo.advantage.no_std_norm"
-IS_LEVEL, IS_ENABLE = "algo.advantage.is_correction_level", "algo.advantage.is_correction_enable"
-POLICY_LOSS, LOSS_AGG = "actor.policy_loss_type", "actor.loss_agg_mode"
-ROLLOUT_BATCH, N = "rollout.batch_size", "rollout.n_samples_per_prompt"
-TRAIN_BATCH, EPOCHS = "train.batch_size", "train.max_epochs"
-ASYNC = "train.async_enable"
-KL_TYPE, KL_COEF = "klplug.kl_type", "klplug.kl_coef"
-KL_CTRL, KL_TARGET, KL_HORIZON = "klplug.kl_ctrl", "klplug.kl_target", "klplug.kl_horizon"
-OWN = (KL_TYPE, KL_COEF, KL_CTRL, KL_TARGET, KL_HORIZON)
+from klplug.hosting.settings import Unknown
+from klplug.spec import parse
+from klplug_openrlhf.host import HOST
+from klplug_openrlhf.keys import (
+    ASYNC,
+    COEF,
+    EPOCHS,
+    ESTIMATOR,
+    FLAT,
+    GAMMA,
+    IS_ENABLE,
+    IS_LEVEL,
+    KIND,
+    KL_COEF,
+    KL_CTRL,
+    KL_HORIZON,
+    KL_TARGET,
+    KL_TYPE,
+    LOSS_AGG,
+    NO_STD,
+    OWN,
+    POLICY_LOSS,
+    ROLLOUT_BATCH,
+    STOCK_ESTIMATORS,
+    TARGET,
+    TRAIN_BATCH,
+    UNBIASED,
+    USE_LOSS,
+    N,
+)
+from klplug_openrlhf.plan import coefficient
 
 ASPECTS = {
     USE_LOSS: aspects.KL,
@@ -83,16 +77,23 @@ ASPECTS = {
 
 
 @dataclass(frozen=True)
-class Launch:
+class Parsed:
     """The flags of one command, under the names they were written by."""
 
     flags: tuple[tuple[str, tuple[Word, ...], Word], ...]
     holes: tuple[tuple[Setting, str], ...]
     through_klplug: bool
     bare: tuple[Setting, ...] = ()  # words that belong to no flag
+    launch: Launch | None = None  # the command; of a config file on its own there is none
 
 
-def launch(args: Iterable[Word], through_klplug: bool) -> Launch:
+def parsed(launch: Launch) -> Parsed:
+    """What a command says."""
+    return replace(arguments(launch.args, launch.trainer == HOST.launcher), launch=launch)
+
+
+def arguments(args: Iterable[Word], through_klplug: bool) -> Parsed:
+    """argparse's view of a command line."""
     flags: list[tuple[str, list[Word], Word]] = []
     holes, bare = [], []
     for word in args:
@@ -108,7 +109,7 @@ def launch(args: Iterable[Word], through_klplug: bool) -> Launch:
             flags[-1][1].append(word)
         else:
             bare.append(Setting(word.text, None, word.line, True))
-    return Launch(
+    return Parsed(
         tuple((name, tuple(values), word) for name, values, word in flags),
         tuple(holes),
         through_klplug,
@@ -120,7 +121,13 @@ def _part(word: Word, text: str) -> Word:
     return Word(text, word.line, word.unknown)
 
 
-def from_yaml(content: Mapping[str, Any], lines: Mapping[str, int]) -> Launch:
+def is_config(content: Mapping[str, Any]) -> bool:
+    heads = {str(key).partition(".")[0] for key in content}
+    ours = "klplug" in heads and heads & {"actor", "rollout", "train"}
+    return bool("algo" in heads or ours or set(content) & {*FLAT, *FLAT.values()})
+
+
+def parsed_yaml(content: Mapping[str, Any], lines: Mapping[str, int]) -> Parsed:
     """Flags kept in a file, nested or flat."""
     flags: list[tuple[str, tuple[Word, ...], Word]] = []
     for key, value in flattened(dict(content)).items():
@@ -130,10 +137,10 @@ def from_yaml(content: Mapping[str, Any], lines: Mapping[str, int]) -> Launch:
             flags.append((key, (), word))
         elif value is not False and value is not None:
             flags.append((key, tuple(Word(str(v), lines.get(key)) for v in values), word))
-    return Launch(tuple(flags), (), any(key == KL_TYPE for key, _, _ in flags))
+    return Parsed(tuple(flags), (), any(key == KL_TYPE for key, _, _ in flags))
 
 
-def unknown_keys(table: Table, launched: Launch) -> list[Setting]:
+def misses(table: Table, launched: Parsed) -> list[Setting]:
     """Flags that argparse would refuse: unknown, or an ambiguous abbreviation."""
     return [
         Setting(name, " ".join(v.text for v in values) or True, word.line, True)
@@ -151,14 +158,13 @@ def _full_name(table: Table, name: str, through_klplug: bool) -> str | None:
     return near[0] if len(near) == 1 else None
 
 
-def read(
-    table: Table, launched: Launch, version_from: str = "installed"
-) -> tuple[Settings, list[Rejected]]:
+def settings(table: Table, launched: Parsed, version_from: str = "installed") -> Settings:
     """The flags under their dotted names, whichever the release writes."""
-    dotted = {flat: name for name, flat in FLAGS.items()}
+    dotted = {flat: name for name, flat in FLAT.items()}
     written: dict[str, Setting] = {}
-    misses = unknown_keys(table, launched)
-    rejected = unknown_settings("OpenRLHF", table, misses, version_from) if misses else []
+    spelled: dict[str, tuple[Word, ...]] = {}
+    missing = misses(table, launched)
+    rejected = unknown_settings("OpenRLHF", table, missing, version_from) if missing else []
     rejected += [Rejected(setting, "a word that belongs to no flag") for setting in launched.bare]
     for name, values, word in launched.flags:
         full = _full_name(table, name, launched.through_klplug)
@@ -174,17 +180,37 @@ def read(
             setting = Setting(full, None, word.line, True)
             rejected.append(Rejected(setting, f"--{full} needs a value"))
         else:
-            value = scalar(values[0].text) if len(values) == 1 else [v.text for v in values]
+            value = _value(key, values[0].text) if len(values) == 1 else [v.text for v in values]
             setting = Setting(full, value, word.line, True, unknown)
             allowed = table.choices.get(full)
             if allowed and not unknown and value not in allowed and not _kl_type(value):
                 rejected.append(Rejected(setting, f"--{full} takes {', '.join(map(str, allowed))}"))
         written[key] = setting
+        if launched.launch is not None:
+            spelled[key] = (*spelled.get(key, ()), word, *values)
     defaults = {dotted.get(name, name): value for name, value in table.defaults.items()}
-    renamed = Table(
-        table.host, table.version, table.installed, defaults, table.choices, table.switches
+    return Settings(
+        replace(table, defaults=defaults),
+        version_from,
+        written,
+        spelled,
+        launched.launch,
+        names={dotted[name]: name for name in table.defaults if name in dotted},
+        prefix="--",
+        rejected=tuple(rejected),
+        holes=launched.holes,
     )
-    return Settings(renamed, written), rejected
+
+
+_FLOATS = (COEF, GAMMA, TARGET, KL_COEF, KL_TARGET, KL_HORIZON)
+
+
+def _value(key: str, text: str) -> Any:
+    """As argparse reads it, which knows some flags to be no whole numbers."""
+    if key in _FLOATS:
+        with contextlib.suppress(ValueError):
+            return float(text)
+    return scalar(text)
 
 
 def _kl_type(value: Any) -> bool:
@@ -195,10 +221,11 @@ def _kl_type(value: Any) -> bool:
     return True
 
 
-def setup(table: Table, launched: Launch, version_from: str) -> Setup:
+def run(settings: Settings) -> Run:
     """What OpenRLHF does with these flags."""
-    settings, rejected = read(table, launched, version_from)
-    terms = _terms(settings, launched, rejected)
+    rejected = list(settings.rejected)
+    through_klplug = _through_klplug(settings)
+    terms = _terms(settings, through_klplug, rejected)
     gspo = settings.text(POLICY_LOSS) == "gspo"
     by_answer = gspo or settings.text(LOSS_AGG) == "seq-mean-token-mean"
     n = None if settings[N].unknown else max(1, int(settings.number(N, 1)))
@@ -209,11 +236,12 @@ def setup(table: Table, launched: Launch, version_from: str) -> Setup:
     if not (estimator.unknown or settings[N].unknown) and estimator.value in _NEED_GROUP and n == 1:
         reason = f"{estimator.value} needs more than one answer per prompt"
         rejected.append(Rejected(settings[N], reason))
-    stock_klplug = any(term.from_klplug for term in terms)
-    return Setup(
+    refused = list(HOST.refused(settings)) if through_klplug else []
+    launch = settings.launch
+    return Run(
         host="openrlhf",
-        version=table.version,
-        version_from=version_from,
+        version=settings.table.version,
+        version_from=settings.version_from,
         advantage=_advantage(settings, n),
         terms=tuple(terms),
         n=n,
@@ -225,7 +253,7 @@ def setup(table: Table, launched: Launch, version_from: str) -> Setup:
         policy_loss=settings[POLICY_LOSS],
         policy_by_answer=by_answer,
         # A stock KL loss is always the token mean; klplug's is aggregated as the policy loss.
-        kl_by_answer=by_answer and stock_klplug,
+        kl_by_answer=by_answer and through_klplug,
         loss_agg=settings[POLICY_LOSS] if gspo else settings[LOSS_AGG],
         corrects_rollout=corrects,
         correction=level,
@@ -235,8 +263,19 @@ def setup(table: Table, launched: Launch, version_from: str) -> Setup:
         not_loaded=_not_loaded(settings, terms),
         no_effect=tuple(_no_effect(settings, terms)),
         rejected=tuple(rejected),
-        unknown=_unknown(settings, launched),
+        refused=tuple(Rejected(settings[r.key or KL_TYPE], r.words) for r in refused),
+        unknown=_unknown(settings),
+        cut=None if launch is None else launch.cut,
+        line=None if launch is None else launch.line,
+        sourced=() if launch is None else launch.sourced,
     )
+
+
+def _through_klplug(settings: Settings) -> bool:
+    """Whether klplug's launcher starts the run, and not OpenRLHF's own."""
+    if settings.launch is None:
+        return settings[KL_TYPE].written
+    return settings.launch.trainer == HOST.launcher
 
 
 _NEED_GROUP = ("rloo", "reinforce_baseline", "group_norm", "dr_grpo")
@@ -272,14 +311,14 @@ def _advantage(settings: Settings, n: int | None) -> Advantage:
     )
 
 
-def _terms(settings: Settings, launched: Launch, rejected: list[Rejected]) -> list[Term]:
+def _terms(settings: Settings, through_klplug: bool, rejected: list[Rejected]) -> list[Term]:
     own, kind = settings[KL_TYPE], settings[KIND]
-    if launched.through_klplug and not own.written and str(kind.value) not in ("k1", "k2", "k3"):
+    if through_klplug and not own.written and str(kind.value) not in STOCK_ESTIMATORS:
         own = kind
-    if launched.through_klplug and not own.unknown:
-        return _klplug_terms(settings, own, rejected)
+    if through_klplug and not own.unknown:
+        return _klplug_terms(settings, own)
     name = str(kind.value)
-    if name not in ("k1", "k2", "k3"):
+    if name not in STOCK_ESTIMATORS:
         if not kind.unknown and not any(r.setting.key == kind.key for r in rejected):
             rejected.append(Rejected(kind, "the estimator is one of k1, k2, k3"))
         return []
@@ -288,11 +327,9 @@ def _terms(settings: Settings, launched: Launch, rejected: list[Rejected]) -> li
         return []  # the reference model is not even started
     as_loss, unbiased = settings.on(USE_LOSS), settings.on(UNBIASED)
     if as_loss and unbiased:
-        spec = TermSpec("k2", "as_loss")
-    elif as_loss:
-        spec = TermSpec(name, "as_loss", ratio="none")
+        (spec,) = parse("k2_as_loss").terms
     else:
-        spec = TermSpec(name, "in_reward")
+        (spec,) = parse(HOST.stock["as_loss" if as_loss else "in_reward"][name]).terms
     return [
         Term(
             spec=spec,
@@ -302,27 +339,21 @@ def _terms(settings: Settings, launched: Launch, rejected: list[Rejected]) -> li
             amount=settings[COEF],
             straight_through=as_loss and unbiased and name != "k2",
             clamped=not (as_loss and unbiased),
+            without_baseline=not as_loss,
         )
     ]
 
 
-def _klplug_terms(settings: Settings, own: Setting, rejected: list[Rejected]) -> list[Term]:
-    if own.value is None:
-        rejected.append(Rejected(Setting(KL_TYPE, None), "--klplug.kl_type is missing"))
-        return []
+def _klplug_terms(settings: Settings, own: Setting) -> list[Term]:
     try:
         spec = parse(str(own.value))
-    except ValueError as error:
-        rejected.append(Rejected(own, str(error)))
-        return []
-    # The flag's default is not a coefficient that anybody chose.
-    amount = settings[COEF if settings[COEF].written and not settings[KL_COEF].written else KL_COEF]
-    rejected += refused_coefficient(spec, own, amount)
-    if settings.on(USE_LOSS) and not spec.placed("as_loss").terms:
-        reason = f"klplug refuses it beside kl_type {spec}, which puts no KL in the loss"
-        rejected.append(Rejected(settings[USE_LOSS], reason))
-    if not spec.terms:
-        return []
+    except ValueError:
+        return []  # klplug refuses it, in its own words
+    amount = settings[KL_COEF]
+    with contextlib.suppress(Unknown):
+        # The flag's default is not a coefficient that anybody chose.
+        if amount.value is None and coefficient(spec, settings) is not None:
+            amount = settings[COEF]
     coef = settings.coefficient(amount.key)
     return [Term(term, coef, own, own, amount, from_klplug=True) for term in spec.terms]
 
@@ -365,7 +396,7 @@ def _no_effect(settings: Settings, terms: list[Term]) -> Iterable[tuple[Setting,
         yield target, "a target of 0 means no controller at all: beta stays as it is"
 
 
-def _unknown(settings: Settings, launched: Launch) -> dict[str, tuple[tuple[Setting, str], ...]]:
+def _unknown(settings: Settings) -> dict[str, tuple[tuple[Setting, str], ...]]:
     unknown: dict[str, list[tuple[Setting, str]]] = {}
     for key, aspect in ASPECTS.items():
         setting = settings[key]
@@ -373,7 +404,56 @@ def _unknown(settings: Settings, launched: Launch) -> dict[str, tuple[tuple[Sett
             unknown.setdefault(aspect, []).append((setting, reason))
             if key == N:  # answers fill the batches
                 unknown.setdefault(aspects.UPDATES, []).append((setting, reason))
-    for setting, reason in launched.holes:
+    for setting, reason in settings.holes:
         for aspect in set(ASPECTS.values()):
             unknown.setdefault(aspect, []).append((setting, reason))
     return {aspect: tuple(reasons) for aspect, reasons in unknown.items()}
+
+
+class _Parsed(Exception):
+    """Stops the host's argument section once its parser is complete."""
+
+
+def parser(package: Path) -> argparse.ArgumentParser:
+    """OpenRLHF's own parser, built by running the argument section of its script and no more."""
+    path = package / "cli" / "train_ppo_ray.py"
+    tree = ast.parse(path.read_text())
+    section = next(
+        node.body
+        for node in tree.body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+    )
+    made: list[argparse.ArgumentParser] = []
+
+    class Parser(argparse.ArgumentParser):
+        def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+            if not made:
+                made.append(self)
+                raise _Parsed
+            return super().parse_args(*args, **kwargs)
+
+    module = argparse.Namespace(**{**vars(argparse), "ArgumentParser": Parser})
+    code = compile(ast.Module(section, type_ignores=[]), str(path), "exec")
+    with contextlib.suppress(_Parsed):
+        exec(code, {"argparse": module, "datetime": datetime, "__name__": "__main__"})
+    return made[0]
+
+
+def table(package: Path) -> dict[str, Any]:
+    """What a release knows: the flags of its own parser."""
+    defaults: dict[str, Any] = {}
+    choices: dict[str, list[Any]] = {}
+    switches: dict[str, bool] = {}
+    for action in parser(package)._actions:
+        for option in action.option_strings:
+            if not option.startswith("--") or option == "--help":
+                continue
+            name, default = option[2:], action.default
+            # One holds the time, another has no end.
+            unstable = name.endswith("run_name") or default == float("inf")
+            defaults[name] = None if unstable else default
+            if action.choices is not None:
+                choices[name] = list(action.choices)
+            if action.nargs == 0:
+                switches[name] = bool(action.const)
+    return {"defaults": defaults, "choices": choices, "switches": switches}

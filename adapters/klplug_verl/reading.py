@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -16,48 +17,45 @@ from typing import Any
 
 import yaml
 
-from klplug.audit import setup as aspects
+from klplug.audit import run as aspects
 from klplug.audit.errors import AuditError
-from klplug.audit.settings import (
-    Rejected,
-    Setting,
-    Settings,
-    refused_coefficient,
-    scalar,
-    unknown_settings,
-)
-from klplug.audit.setup import Advantage, Controller, Scale, Setup, Term
+from klplug.audit.run import Advantage, Controller, Run, Scale, Term
+from klplug.audit.settings import Launch, Rejected, Setting, Settings, scalar, unknown_settings
 from klplug.audit.shell import Word
 from klplug.audit.tables import Table, flattened, load_yaml
+from klplug.hosting.settings import Unknown
 from klplug.spec import KLSpec, TermSpec, parse
-
-_ACTOR = "actor_rollout_ref.actor."
-USE_LOSS = _ACTOR + "use_kl_loss"
-LOSS_TYPE = _ACTOR + "kl_loss_type"
-LOSS_COEF = _ACTOR + "kl_loss_coef"
-LOSS_AGG = _ACTOR + "loss_agg_mode"
-LOSS_MODE = _ACTOR + "policy_loss.loss_mode"
-MINI_BATCH = _ACTOR + "ppo_mini_batch_size"
-EPOCHS = _ACTOR + "ppo_epochs"
-N = "actor_rollout_ref.rollout.n"
-TRAIN_BATCH = "data.train_batch_size"
-USE_REWARD = "algorithm.use_kl_in_reward"
-PENALTY = "algorithm.kl_penalty"
-CTRL_TYPE = "algorithm.kl_ctrl.type"
-CTRL_COEF = "algorithm.kl_ctrl.kl_coef"
-CTRL_TARGET = "algorithm.kl_ctrl.target_kl"
-CTRL_HORIZON = "algorithm.kl_ctrl.horizon"
-ESTIMATOR = "algorithm.adv_estimator"
-NORM_BY_STD = "algorithm.norm_adv_by_std_in_grpo"
-GAMMA = "algorithm.gamma"
-GDPO_KEYS = "algorithm.gdpo_reward_keys"
-ROLLOUT_IS = "algorithm.rollout_correction.rollout_is"
-BYPASS = "algorithm.rollout_correction.bypass_mode"
-TRAINER_MODE = "trainer.v1.trainer_mode"
-KL_TYPE = "klplug.kl_type"
-KL_COEF = "klplug.kl_coef"
-KL_CTRL = "klplug.kl_ctrl"
-KL_TARGET = "klplug.kl_target"
+from klplug_verl.host import HOST
+from klplug_verl.keys import (
+    ACTOR,
+    BYPASS,
+    CTRL_COEF,
+    CTRL_HORIZON,
+    CTRL_TARGET,
+    CTRL_TYPE,
+    EPOCHS,
+    ESTIMATOR,
+    GAMMA,
+    GDPO_KEYS,
+    KL_COEF,
+    KL_CTRL,
+    KL_TARGET,
+    KL_TYPE,
+    LOSS_AGG,
+    LOSS_COEF,
+    LOSS_MODE,
+    LOSS_TYPE,
+    MINI_BATCH,
+    NORM_BY_STD,
+    PENALTY,
+    ROLLOUT_IS,
+    TRAIN_BATCH,
+    TRAINER_MODE,
+    USE_LOSS,
+    USE_REWARD,
+    N,
+)
+from klplug_verl.plan import coefficients
 
 ASPECTS = {
     USE_LOSS: aspects.KL,
@@ -83,31 +81,37 @@ ASPECTS = {
     CTRL_TARGET: aspects.CONTROLLER,
 }
 
-_NAMES = {
-    **{"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2"},
-    **{"low_var_kl": "k3", "k3": "k3"},
-}
+_STOCK = HOST.stock
 _KL_KEYS = (LOSS_TYPE, LOSS_COEF, PENALTY, CTRL_COEF, CTRL_TYPE, CTRL_TARGET, CTRL_HORIZON)
 _COUNTS = (TRAIN_BATCH, MINI_BATCH, EPOCHS)
 _OPENED = ("ray_kwargs", "hydra", "klplug")
 
 
 @dataclass(frozen=True)
-class Launch:
+class Parsed:
     """The arguments of one ``main_ppo``, taken apart: settings, and config files they name."""
 
     written: dict[str, Setting]
+    spelled: dict[str, tuple[Word, ...]]  # by key, the words of the command that set it
     added: frozenset[str]  # written with '+': they need not exist
     bare: tuple[Setting, ...]  # arguments that Hydra would not take
     files: tuple[Path, ...]
     unread: tuple[Setting, ...]
     holes: tuple[tuple[Setting, str], ...]  # whole arguments that can't be known
     own_config: bool = False  # a recipe, whose config has settings beyond verl's
+    launch: Launch | None = None  # the command; of a config file on its own there is none
 
 
-def launch(args: Iterable[Word], folder: Path, own_config: bool = False) -> Launch:
+def parsed(launch: Launch) -> Parsed:
+    """What a command sets, over the config files that it names."""
+    given = arguments(launch.args, launch.folder, own_config="recipe" in launch.trainer)
+    return replace(_with_files(given), launch=launch)
+
+
+def arguments(args: Iterable[Word], folder: Path, own_config: bool = False) -> Parsed:
     """Hydra's view of a command line; config files are looked for from ``folder``."""
     written: dict[str, Setting] = {}
+    spelled: dict[str, tuple[Word, ...]] = {}
     added: set[str] = set()
     bare, unread, holes = [], [], []
     files: list[Path] = []
@@ -127,6 +131,8 @@ def launch(args: Iterable[Word], folder: Path, own_config: bool = False) -> Laun
         elif match := re.match(r"(\+{0,2})([\w@./-]+)=(.*)$", text, re.DOTALL):
             settings = _values(match[2], match[3], word)
             written |= settings
+            for key in settings:
+                spelled[key] = (*spelled.get(key, ()), word)
             if match[1]:
                 added |= settings.keys()
             if _sweeps(match[3]) and not (multirun or word.unknown):
@@ -143,8 +149,9 @@ def launch(args: Iterable[Word], folder: Path, own_config: bool = False) -> Laun
             named = config.get("name", config.get("path", Word("")))
             flag_name = "--config-name" if "name" in config else "--config-path"
             unread.append(Setting(flag_name, named.text, named.line, True, named.unknown))
-    return Launch(
+    return Parsed(
         written,
+        spelled,
         frozenset(added),
         tuple(bare),
         tuple(files),
@@ -197,7 +204,18 @@ def _config_file(config: dict[str, Word], folder: Path) -> Path | None:
     return None
 
 
-def from_yaml(content: Mapping[str, Any], lines: Mapping[str, int]) -> dict[str, Setting]:
+def is_config(content: Mapping[str, Any]) -> bool:
+    heads = {str(key).partition(".")[0] for key in content}
+    return bool(heads & {"actor_rollout_ref", "algorithm"})
+
+
+def parsed_yaml(content: Mapping[str, Any], lines: Mapping[str, int]) -> Parsed:
+    """What a config file on its own sets."""
+    written = _from_yaml(content, lines)
+    return Parsed(written, {}, frozenset(written), (), (), (), ())
+
+
+def _from_yaml(content: Mapping[str, Any], lines: Mapping[str, int]) -> dict[str, Setting]:
     """The settings in a config file, with the line of each."""
     body = {key: value for key, value in content.items() if key not in ("defaults", "hydra")}
     return {
@@ -206,7 +224,7 @@ def from_yaml(content: Mapping[str, Any], lines: Mapping[str, int]) -> dict[str,
     }
 
 
-def with_files(launched: Launch) -> Launch:
+def _with_files(launched: Parsed) -> Parsed:
     """The settings of the config files a command names, under those of the command itself."""
     written: dict[str, Setting] = {}
     for path in launched.files:
@@ -215,13 +233,13 @@ def with_files(launched: Launch) -> Launch:
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise AuditError(f"{path}: not a readable YAML file ({error})") from None
         if isinstance(content, dict):
-            written |= from_yaml(content, {})
+            written |= _from_yaml(content, {})
     # A config file may hold keys of its own.
     added = launched.added | (written.keys() - launched.written.keys())
     return replace(launched, written={**written, **launched.written}, added=added)
 
 
-def unknown_keys(table: Table, launched: Launch) -> list[Setting]:
+def misses(table: Table, launched: Parsed) -> list[Setting]:
     """Overrides that Hydra would refuse: no such key, and no '+' before it."""
     if launched.own_config:
         return []
@@ -242,21 +260,22 @@ def _inside_open(table: Table, key: str) -> bool:
     return any(isinstance(table.defaults.get(head), dict) for head in heads)
 
 
-def setup(settings: Settings, launched: Launch, version_from: str) -> Setup:
-    """What verl does with these settings."""
-    settings = _resolved(settings)
-    advantage = _advantage(settings)
-    by_answer = settings.text(LOSS_AGG) == "seq-mean-token-mean"
-    mode = settings.text(LOSS_MODE) or "vanilla"
-    policy_by_answer = (
-        by_answer
-        or mode in _ALWAYS_BY_ANSWER
-        or (mode == "gspo" and _before(settings.table.version, (0, 9)))
-    )
-    terms, rejected = _terms(settings)
-    rejected += _bad_values(settings)
-    if misses := unknown_keys(settings.table, launched):
-        rejected += unknown_settings("verl", settings.table, misses, version_from)
+def table(package: Path) -> dict[str, Any]:
+    """What a release knows: verl's own flattened configs; other engines' only add names."""
+    folder = package / "trainer" / "config"
+    main = folder / "_generated_ppo_trainer.yaml"
+    others = sorted(path for path in folder.glob("_generated_ppo_*_trainer.yaml") if path != main)
+    defaults: dict[str, Any] = {}
+    for path in [main, *others]:
+        for key, value in flattened(load_yaml(path.read_text())).items():
+            defaults.setdefault(key, value)
+    return {"defaults": defaults, "choices": {}, "switches": {}}
+
+
+def settings(table: Table, launched: Parsed, version_from: str) -> Settings:
+    """The settings of a run, and what verl or Hydra would not take of them."""
+    missing = misses(table, launched)
+    rejected = unknown_settings("verl", table, missing, version_from) if missing else []
     rejected += [
         Rejected(
             s,
@@ -266,12 +285,42 @@ def setup(settings: Settings, launched: Launch, version_from: str) -> Setup:
         )
         for s in launched.bare
     ]
+    return _resolved(
+        Settings(
+            table,
+            version_from,
+            launched.written,
+            launched.spelled,
+            launched.launch,
+            rejected=tuple(rejected),
+            unread=launched.unread,
+            holes=launched.holes,
+        )
+    )
+
+
+def run(settings: Settings) -> Run:
+    """What verl does with these settings."""
+    advantage = _advantage(settings)
+    by_answer = settings.text(LOSS_AGG) == "seq-mean-token-mean"
+    mode = settings.text(LOSS_MODE) or "vanilla"
+    policy_by_answer = (
+        by_answer
+        or mode in _ALWAYS_BY_ANSWER
+        or (mode == "gspo" and _before(settings.table.version, (0, 9)))
+    )
+    terms, rejected = _terms(settings)
+    rejected += [*_bad_values(settings), *settings.rejected]
+    refused = [
+        Rejected(settings[r.key or _asked_by(settings)], r.words) for r in HOST.refused(settings)
+    ]
+    launch = settings.launch
     idle, never = _idle(settings, terms)
     n = None if settings[N].unknown else max(1, int(settings.number(N, 1)))
-    return Setup(
+    return Run(
         host="verl",
         version=settings.table.version,
-        version_from=version_from,
+        version_from=settings.version_from,
         advantage=advantage,
         terms=tuple(terms),
         n=n,
@@ -292,10 +341,20 @@ def setup(settings: Settings, launched: Launch, version_from: str) -> Setup:
         idle=tuple(idle),
         not_enabled=tuple(never),
         no_effect=tuple(_no_effect(settings, terms)),
+        not_hooked=_not_hooked(settings, terms),
         rejected=tuple(rejected),
-        unread=launched.unread,
-        unknown=_unknown(settings, launched),
+        refused=tuple(refused),
+        unread=settings.unread,
+        unknown=_unknown(settings),
+        cut=None if launch is None else launch.cut,
+        line=None if launch is None else launch.line,
+        sourced=() if launch is None else launch.sourced,
     )
+
+
+def _asked_by(settings: Settings) -> str:
+    """The key that holds the kl_type."""
+    return next((key for key in (KL_TYPE, LOSS_TYPE, PENALTY) if settings.wrote(key)), KL_TYPE)
 
 
 _ALWAYS_BY_ANSWER = ("sapo", "geo_mean")
@@ -309,11 +368,19 @@ def _before(version: str, release: tuple[int, int]) -> bool:
     return tuple(int(part) for part in version.split(".")[:2]) < release
 
 
-def not_hooked(setup: Setup) -> Setting | None:
+def _not_hooked(settings: Settings, terms: list[Term]) -> tuple[str, Setting] | None:
     """A kl_type in a release without plugins, which needs a variable that stands elsewhere."""
-    if setup.host != "verl" or not _before(setup.version, (0, 9)):
+    version, launch = settings.table.version, settings.launch
+    if launch is None or launch.sourced or not _before(version, (0, 9)):
         return None
-    return next((term.kind for term in setup.terms if term.from_klplug), None)
+    environment = f"VERL_USE_EXTERNAL_MODULES={os.environ.get('VERL_USE_EXTERNAL_MODULES')}"
+    if loads_klplug(launch.around) or loads_klplug(environment):
+        return None
+    words = (
+        f"verl {version} knows no plugins, and nothing here sets "
+        "VERL_USE_EXTERNAL_MODULES=klplug_verl in the environment: without it klplug does not run."
+    )
+    return next(((words, term.kind) for term in terms if term.from_klplug), None)
 
 
 def loads_klplug(text: str) -> bool:
@@ -336,7 +403,7 @@ def _resolved(settings: Settings) -> Settings:
             target = settings[match[1]]
             setting = replace(setting, value=target.value, unknown=target.unknown)
         written[key] = setting
-    return Settings(settings.table, written)
+    return replace(settings, written=written)
 
 
 def _updates(settings: Settings) -> float:
@@ -367,6 +434,7 @@ def _advantage(settings: Settings) -> Advantage:
         setting=settings[ESTIMATOR],
         after=after,
         groups=name in _GROUPS,
+        takes_one=True,
         discount=gamma if discounts else 1.0,
         discount_setting=settings[GAMMA],
         whitens=bool(after.batch),
@@ -387,13 +455,15 @@ def _terms(settings: Settings) -> tuple[list[Term], list[Rejected]]:
     if own.written and not own.unknown:
         return _klplug_terms(settings, own, rejected)
     terms = []
+    # A kl_type in one of verl's own keys decides over the other place too.
+    is_klplugs = any(_full(settings.text(key)) is not None for key in (PENALTY, LOSS_TYPE))
     for switch, kind, amount, placement in (
         (USE_REWARD, PENALTY, CTRL_COEF, "in_reward"),
         (USE_LOSS, LOSS_TYPE, LOSS_COEF, "as_loss"),
     ):
         name = settings.text(kind)
         full = _full(name)
-        if not settings.on(switch) and full is None:
+        if full is None and (is_klplugs or not settings.on(switch)):
             continue
         spec, straight, clamped = _stock(name, placement, settings.table)
         if full is not None and [term.placement for term in full.terms] == [placement]:
@@ -422,7 +492,7 @@ def _terms(settings: Settings) -> tuple[list[Term], list[Rejected]]:
 
 def _full(name: str) -> KLSpec | None:
     """A whole kl_type in one of verl's own keys, which turns klplug on."""
-    if name in _NAMES or name.removesuffix("+") in _NAMES:
+    if name.removesuffix("+") in _STOCK["in_reward"]:
         return None
     try:
         return parse(name)
@@ -435,19 +505,12 @@ def _klplug_terms(
 ) -> tuple[list[Term], list[Rejected]]:
     try:
         spec = parse(str(own.value))
-    except ValueError as error:
-        return [], [*rejected, Rejected(own, str(error))]
+    except ValueError:
+        return [], rejected  # klplug refuses it, in its own words
     amount = settings[KL_COEF]
-    if amount.value is None:
-        amount = next((settings[k] for k in (LOSS_COEF, CTRL_COEF) if settings[k].written), amount)
-    rejected += refused_coefficient(spec, own, amount)
-    for placement, switch in (("as_loss", USE_LOSS), ("in_reward", USE_REWARD)):
-        setting, present = settings[switch], bool(spec.placed(placement).terms)
-        if setting.written and not setting.unknown and settings.on(switch) != present:
-            reason = f"klplug refuses it beside kl_type {spec}, which sets it itself"
-            rejected.append(Rejected(setting, reason))
-    if not spec.terms:
-        return [], rejected
+    with contextlib.suppress(Unknown):
+        if amount.value is None and (said := coefficients(spec, settings)):
+            amount = settings[said[0][0]]
     coef = settings.coefficient(amount.key)
     terms = [
         Term(
@@ -466,21 +529,17 @@ def _klplug_terms(
 
 def _stock(name: str, placement: str, table: Table) -> tuple[TermSpec | None, bool, bool]:
     """verl's ``kl_penalty``: (the same gradient, straight-through, clamped)."""
-    base = name.removesuffix("+")
-    estimator = _NAMES.get(base)
-    if estimator is None or (name.endswith("+") and _before(table.version, (0, 8))):
+    base, plus = name.removesuffix("+"), name.endswith("+")
+    if base not in _STOCK[placement] or (plus and _before(table.version, (0, 8))):
         return None, False, False
-    straight = name.endswith("+") and placement == "as_loss"
-    if placement == "in_reward":
-        # A value in the reward has no gradient of its own: '+' changes nothing there.
-        spec = TermSpec(estimator, "in_reward", reward_norm="group")
-    else:
-        spec = TermSpec("k2" if straight else estimator, "as_loss", ratio="none")
-    return spec, straight, estimator == "k3" and not straight
+    straight = plus and placement == "as_loss"
+    # A value in the reward has no gradient of its own: '+' changes nothing there.
+    (spec,) = parse(_STOCK[placement][name if straight else base]).terms
+    return spec, straight, spec.estimator == "k3" and not straight
 
 
 def _why_no_estimator(name: str, table: Table) -> str:
-    if name.endswith("+") and name[:-1] in _NAMES:
+    if name.endswith("+") and name[:-1] in _STOCK["in_reward"]:
         return (
             f"verl {table.version} documents the suffix '+' and does not take it off: "
             "kl_penalty raises NotImplementedError at the first step (0.8.0 mended it)"
@@ -488,7 +547,7 @@ def _why_no_estimator(name: str, table: Table) -> str:
     if name == "full":
         return "verl's kl_penalty raises NotImplementedError for 'full' at the first step"
     return (
-        f"verl's kl_penalty knows {', '.join(_NAMES)}; for another name it raises "
+        f"verl's kl_penalty knows {', '.join(_STOCK['in_reward'])}; for another name it raises "
         "NotImplementedError at the first step"
     )
 
@@ -506,7 +565,7 @@ def _bad_values(settings: Settings) -> list[Rejected]:
         rejected.append(Rejected(ctrl, "kl_ctrl.type takes fixed, adaptive"))
     batch, mini = settings[TRAIN_BATCH], settings[MINI_BATCH]
     if not (
-        batch.unknown or mini.unknown or settings.on(_ACTOR + "use_dynamic_bsz")
+        batch.unknown or mini.unknown or settings.on(ACTOR + "use_dynamic_bsz")
     ) and settings.number(TRAIN_BATCH, 1) < settings.number(MINI_BATCH, 1):
         rejected.append(Rejected(mini, f"it must not exceed data.train_batch_size={batch.value}"))
     return rejected
@@ -529,6 +588,7 @@ def _controller(settings: Settings, terms: list[Term]) -> Controller | None:
     return Controller(
         setting,
         settings[CTRL_TARGET],
+        only=": verl's acts on a KL in the reward only, and kl_loss_coef stays as it is",
         drives=reward is not None,
         fed=f"the mean of {estimator}",
         right=estimator in ("k1", "k3"),
@@ -548,7 +608,7 @@ def _idle(settings: Settings, terms: list[Term]) -> tuple[list[Setting], list[Se
         setting = settings[key]
         zero = key in (LOSS_COEF, CTRL_COEF) and settings.number(key) == 0
         if setting.written and not setting.unknown and key not in on and not zero:
-            switch = settings[USE_LOSS if key.startswith(_ACTOR) else USE_REWARD]
+            switch = settings[USE_LOSS if key.startswith(ACTOR) else USE_REWARD]
             (off if terms or switch.written else never).append(setting)
     return [s for s in off if s.value != "fixed"], [s for s in never if s.value != "fixed"]
 
@@ -563,7 +623,7 @@ def _no_effect(settings: Settings, terms: list[Term]) -> Iterable[tuple[Setting,
             )
 
 
-def _unknown(settings: Settings, launched: Launch) -> dict[str, tuple[tuple[Setting, str], ...]]:
+def _unknown(settings: Settings) -> dict[str, tuple[tuple[Setting, str], ...]]:
     unknown: dict[str, list[tuple[Setting, str]]] = {}
     for key, aspect in ASPECTS.items():
         setting = settings[key]
@@ -577,7 +637,7 @@ def _unknown(settings: Settings, launched: Launch) -> dict[str, tuple[tuple[Sett
         if setting.written and not setting.unknown and setting.value not in known:
             reason = f"{setting} is not one of verl's own"
             unknown.setdefault(aspect, []).append((setting, reason))
-    for setting, reason in launched.holes:
+    for setting, reason in settings.holes:
         for aspect in set(ASPECTS.values()):
             unknown.setdefault(aspect, []).append((setting, reason))
     return {aspect: tuple(reasons) for aspect, reasons in unknown.items()}

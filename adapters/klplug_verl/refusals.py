@@ -1,0 +1,288 @@
+"""What klplug refuses on verl, each once: asked by a run before it starts, and by its audit.
+
+A row yields the key that it is about, and one line. A row that needs a value which only a run could
+tell says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from klplug import parse
+from klplug.hosting import settings as hosting
+from klplug.hosting.settings import Refusal, Settings
+from klplug.spec import TermSpec
+from klplug_verl.keys import (
+    CTRL_TYPE,
+    DISTILLS,
+    DISTILLS_BESIDE,
+    ESTIMATOR,
+    KL_COEF,
+    KL_CTRL,
+    LEGACY,
+    LOSS_AGG,
+    LOSS_MODE,
+    PLACES,
+    RECORDS,
+    STRATEGY,
+    TRAIN_BATCH,
+    N,
+    is_stock,
+)
+from klplug_verl.plan import Plan, coefficients, divides_by_length
+
+REWARD_ESTIMATORS = (
+    "grpo",
+    "grpo_vectorized",
+    "grpo_passk",
+    "rloo",
+    "rloo_vectorized",
+    "opo",
+    "remax",
+    "gpg",
+)
+"""Advantage estimators whose result a KL can be joined to: one number per answer. The others whiten
+over the batch, bootstrap, or weigh each token."""
+
+Said = Iterator[tuple[str | None, str]]
+
+
+def refusals(plan: Plan, settings: Settings) -> Iterator[Refusal]:
+    """Why verl can't be told what ``plan`` asks; none where it is served."""
+    return hosting.refusals(ROWS, plan, settings)
+
+
+# What contradicts: klplug's keys beside verl's own.
+
+
+def another_kl_type(plan: Plan, settings: Settings) -> Said:
+    if settings.below("klplug") is None:
+        return
+    for placement, _, key, _ in PLACES:
+        if not settings.wrote(key):
+            continue
+        name = str(settings.get(key))
+        try:
+            agrees = is_stock(name) or parse(name) == plan.spec.placed(placement)
+        except ValueError as error:
+            yield key, f"{key}: {error}"
+            continue
+        if not agrees:
+            yield (
+                key,
+                f"{key}={name} contradicts kl_type {plan.spec}: two formulations are named. Leave "
+                "the key out",
+            )
+
+
+def two_coefficients(plan: Plan, settings: Settings) -> Said:
+    if settings.below("klplug") is None:
+        return
+    own = settings.get(KL_COEF)
+    for key, value in coefficients(plan.spec, settings):
+        said = plan.kl_coef if own is None else own
+        if value != said:
+            yield (
+                key,
+                f"{key}={value} contradicts kl_type {plan.spec}: klplug.kl_coef is {said:g}. Leave "
+                "one out",
+            )
+
+
+def moving_controller(plan: Plan, settings: Settings) -> Said:
+    if settings.below("klplug") is None or not settings.wrote(CTRL_TYPE):
+        return
+    kind = settings.get(CTRL_TYPE)
+    if kind not in (None, "fixed"):
+        yield (
+            CTRL_TYPE,
+            f"{CTRL_TYPE}={kind} contradicts kl_type {plan.spec}: klplug has its own controller: "
+            f"write +{KL_CTRL}={kind}, with +klplug.kl_target",
+        )
+
+
+# What verl can't do, or klplug does not reach.
+
+
+def another_main(plan: Plan, settings: Settings) -> Said:
+    if not settings.has("trainer") or not settings.has("actor_rollout_ref"):
+        yield None, f"kl_type {plan.spec}: klplug serves verl.trainer.main_ppo, not this one"
+
+
+def another_trainer(plan: Plan, settings: Settings) -> Said:
+    for key in ("async_training", "rollout"):
+        if settings.has(key):
+            yield (
+                key,
+                f"kl_type {plan.spec}: verl's fully asynchronous and one-step-off recipes have "
+                "trainers of their own, which klplug does not reach. Use verl.trainer.main_ppo, "
+                "with trainer.v1.trainer_mode=separate_async if need be",
+            )
+
+
+def rewards_past_the_kl(plan: Plan, settings: Settings) -> Said:
+    if _in_reward(plan) and settings.get(ESTIMATOR) == "gdpo":
+        yield (
+            ESTIMATOR,
+            f"kl_type {plan.spec} with {ESTIMATOR}=gdpo: it takes its rewards from "
+            "algorithm.gdpo_reward_keys, past any KL in the tokens' rewards, and whitens them. Use "
+            "k2_as_loss",
+        )
+
+
+def no_definite_strength(plan: Plan, settings: Settings) -> Said:
+    joined_after = [t for t in _in_reward(plan) if t.reward_norm == "none"]
+    if not joined_after:
+        return
+    estimator = str(settings.get(ESTIMATOR))
+    if estimator not in (*REWARD_ESTIMATORS, "gdpo"):
+        yield (
+            ESTIMATOR,
+            f"kl_type {plan.spec} with {ESTIMATOR}={estimator}: it whitens, bootstraps "
+            f"or weighs what it is given, so a KL has no definite strength there. Use one of "
+            f"{', '.join(REWARD_ESTIMATORS)}, or k2_as_loss, or verl's own order: "
+            f"{joined_after[0].estimator}_in_reward,reward_norm=group",
+        )
+
+
+def length_tilts(plan: Plan, settings: Settings) -> Said:
+    if (
+        any(t.reward_norm == "none" for t in _in_reward(plan))
+        and divides_by_length(settings)
+        and int(settings.get(N, 1)) < 2
+    ):
+        yield (
+            N,
+            f"kl_type {plan.spec} with a policy loss that divides by the answer's length would "
+            f"tilt the optimum to long answers, and with {N}=1 there is no "
+            f"group to take a baseline from. Use {LOSS_AGG}=token-mean, "
+            "n > 1, or k2_as_loss",
+        )
+
+
+def head_of_another_loss(plan: Plan, settings: Settings) -> Said:
+    heads = [term.head for term in plan.spec.terms if term.head in ("combined", "clipped")]
+    if not heads:
+        return
+    mode = str(settings.get(LOSS_MODE, "vanilla"))
+    if mode != "vanilla":
+        yield (
+            LOSS_MODE,
+            f"kl_type {plan.spec} with {LOSS_MODE}={mode}: "
+            f"head={heads[0]} has the token ratio and the clip of PPO's loss, and {mode} has "
+            "others. Use loss_mode=vanilla, or head=separate",
+        )
+
+
+def two_baselines(plan: Plan, settings: Settings) -> Said:
+    as_loss = [term for term in _compared(plan) if term.placement == "as_loss"]
+    if len(as_loss) > 1:
+        yield (
+            None,
+            f"kl_type {plan.spec}: one term as loss may have a baseline on verl, not "
+            f"{len(as_loss)}",
+        )
+
+
+def baseline_of_nothing(plan: Plan, settings: Settings) -> Said:
+    if any(t.reference == "rollout" and t.placement == "as_loss" for t in _compared(plan)):
+        yield (
+            None,
+            f"kl_type {plan.spec}: a baseline with reference=rollout does nothing: it is measured "
+            "at the start of a step, where the KL to the sampler is 0. Leave baseline out",
+        )
+
+
+def no_other_answers(plan: Plan, settings: Settings) -> Said:
+    compared = _compared(plan)
+    if not compared:
+        return
+    n = int(settings.get(N, 1))
+    answers = n
+    if not any(term.baseline == "group" for term in compared):
+        answers = n * int(settings.get(TRAIN_BATCH, 2))
+    if answers < 2:
+        yield (
+            N,
+            f"kl_type {plan.spec} with {N}={n}: there are no other answers "
+            "to compare with. Use n > 1, or baseline=none",
+        )
+
+
+def legacy_worker(plan: Plan, settings: Settings) -> Said:
+    """verl 0.7 runs its own workers, and not the engine's, by default."""
+    as_loss = [term for term in plan.spec.terms if term.placement == "as_loss"]
+    if not as_loss or settings.get(LEGACY, "disable") == "disable":
+        return
+    strategy = str(settings.get(STRATEGY))
+    unserved = [
+        *([f"strategy={strategy}"] if strategy not in ("fsdp", "fsdp2") else ()),
+        *(["head=combined"] if any(t.head == "combined" for t in as_loss) else ()),
+        *([f"baseline={t.baseline}" for t in as_loss if t.baseline != "none"]),
+        *(["reference=rollout"] if not plan.needs_reference else ()),
+    ]
+    if unserved:
+        yield (
+            LEGACY,
+            f"kl_type {plan.spec} with {unserved[0]} is not served on verl 0.7's own workers. Set "
+            f"{LEGACY}=disable",
+        )
+
+
+def controller_of_nothing(plan: Plan, settings: Settings) -> Said:
+    if plan.kl_ctrl != "fixed" and plan.spec.terms and not plan.needs_reference:
+        yield (
+            KL_CTRL,
+            f"{KL_CTRL}={plan.kl_ctrl} with kl_type {plan.spec}: it is fed the KL at the start of "
+            "a step, where the policy is the sampler and their KL 0. Leave klplug.kl_ctrl out",
+        )
+
+
+def policy_loss_thrown_away(plan: Plan, settings: Settings) -> Said:
+    if (
+        any(term.placement == "as_loss" for term in plan.spec.terms)
+        and settings.get(DISTILLS, False)
+        and not settings.get(DISTILLS_BESIDE, False)
+    ):
+        yield (
+            DISTILLS_BESIDE,
+            f"kl_type {plan.spec} with {DISTILLS_BESIDE}=False: verl "
+            "throws the policy loss away there, and a KL in it too",
+        )
+
+
+def rollout_not_recorded(plan: Plan, settings: Settings) -> Said:
+    if (
+        "rollout_log_probs" in plan.spec.requires
+        and settings.wrote(RECORDS)
+        and settings.get(RECORDS) is False
+    ):
+        yield RECORDS, f"kl_type {plan.spec} needs rollout log-probs, and {RECORDS}=False"
+
+
+def _in_reward(plan: Plan) -> list[TermSpec]:
+    return [term for term in plan.spec.terms if term.placement == "in_reward"]
+
+
+def _compared(plan: Plan) -> list[TermSpec]:
+    return [term for term in plan.spec.terms if term.baseline != "none"]
+
+
+ROWS = (
+    another_kl_type,
+    two_coefficients,
+    moving_controller,
+    another_main,
+    another_trainer,
+    rewards_past_the_kl,
+    no_definite_strength,
+    length_tilts,
+    head_of_another_loss,
+    two_baselines,
+    baseline_of_nothing,
+    no_other_answers,
+    legacy_worker,
+    controller_of_nothing,
+    policy_loss_thrown_away,
+    rollout_not_recorded,
+)

@@ -1,1 +1,0 @@
-"""What each host makes of its settings."""
