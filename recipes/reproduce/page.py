@@ -216,7 +216,7 @@ class Runs:
 def points(found: Effect | None) -> str:
     """A difference of accuracies, in points."""
     if found is None:
-        return "no seed has both"
+        return "no pair of runs yet"
     if found.seeds == 1:
         return f"{100 * found.mean:+.1f} points (1 seed)"
     low, high = 100 * found.low, 100 * found.high
@@ -226,7 +226,7 @@ def points(found: Effect | None) -> str:
 def factor(found: Effect | None) -> str:
     """A difference of logarithms, as a factor."""
     if found is None:
-        return "no seed has both"
+        return "no pair of runs yet"
     if found.seeds == 1:
         return f"a factor {math.exp(found.mean):.3g} (1 seed)"
     low, high = math.exp(found.low), math.exp(found.high)
@@ -235,7 +235,7 @@ def factor(found: Effect | None) -> str:
 
 def nats(found: Effect | None) -> str:
     if found is None:
-        return "no seed has both"
+        return "no pair of runs yet"
     if found.seeds == 1:
         return f"{found.mean:+.3g} nats (1 seed)"
     return f"{found.mean:+.3g} nats, {found.low:+.3g} to {found.high:+.3g} ({found.seeds} seeds)"
@@ -454,7 +454,8 @@ COLUMNS = """\
 Mean over seeds, with the lowest and the highest seed. 30 rollouts of 32 problems, 8 answers each.
 Accuracy is pass@1 at temperature 1, on 500 held-out problems with 16 answers each. KL and entropy
 are in nats per answer, summed over the vocabulary. A rollout is lost if its mean reward is below
-half of the first one's. `stock:k3` is OpenRLHF's own, without klplug.
+half of the first one's. The gradient norm is the median over the rollouts. `stock:k3` is OpenRLHF's
+own, without klplug.
 """
 
 
@@ -469,6 +470,8 @@ def page(rows: Sequence[Row], docs: Path) -> str:
     found = findings(runs)
     studies = [study for study in STUDIES if (docs / study[0]).is_file()]
     enumerable = "[the closed form](closed-form.md)" if (docs / "closed-form.md").is_file() else ""
+    drift = runs.effect(runs.log_kl, "stock:k3", "k2_as_loss")
+    beside = {"c": f"here the KL of `stock:k3` to `k2_as_loss`'s: {factor(drift)}; "}
     lines = [
         "<!-- Made by `python -m recipes.reproduce.page` from recipes/reproduce/results. -->",
         "",
@@ -482,7 +485,8 @@ def page(rows: Sequence[Row], docs: Path) -> str:
         "| --- | --- | --- | --- |",
         *(f"| {f.part} | {f.asked} | {f.measured} | **{f.verdict}** |" for f in found),
         *(
-            f"| {part} | {asked} | on the enumerable task{': ' + enumerable if enumerable else ''} "
+            f"| {part} | {asked} | {beside.get(part, '')}on the enumerable task"
+            f"{': ' + enumerable if enumerable else ''} "
             f"| {'see there' if enumerable else '**not decided yet**'} |"
             for part, asked in ELSEWHERE
         ),
@@ -550,7 +554,8 @@ def figures(rows: Sequence[Row], folder: Path) -> None:
         style = {"color": colour[kl_type], "linewidth": 1.6}
         curve(reward, there, style, kl_type, rewards)
         curve(correct, there, style, kl_type, along("sampled_accuracy"))
-        curve(drift, there, style, kl_type, along("kl_nats_per_answer"))
+        # At the start it is 0, which a logarithmic axis has no place for.
+        curve(drift, there, style, kl_type, along("kl_nats_per_answer", first=1))
     drift.set_yscale("log")
     for axes, title in (
         (reward, "reward of the rollouts"),
@@ -590,11 +595,11 @@ def rewards(row: Row) -> Curve:
     return list(range(1, len(values) + 1)), values
 
 
-def along(name: str) -> Callable[[Row], Curve]:
-    """A measure of the policies that were saved along the run."""
+def along(name: str, first: int = 0) -> Callable[[Row], Curve]:
+    """A measure of the policies that were saved along the run, from the `first` on."""
 
     def of(row: Row) -> Curve:
-        there = [found for found in row["evaluations"] if found.get(name) is not None]
+        there = [found for found in row["evaluations"][first:] if found.get(name) is not None]
         return [found["step"] for found in there], [found[name] for found in there]
 
     return of

@@ -373,3 +373,35 @@ def test_the_copies_along_the_run_are_found_where_openrlhf_leaves_them(tmp_path:
     assert measure.policies(without, tmp_path) == [(5, tmp_path / "policy")]
     plain = openrlhf.command(without, without.recipe, "m", tmp_path / "p", tmp_path / "policy")
     assert not any("save_steps" in word for word in plain)
+
+
+# A run of the real host
+
+
+@pytest.mark.slow
+def test_a_run_of_the_real_host_is_a_row(tmp_path: Path) -> None:
+    """OpenRLHF with DeepSpeed, Ray and vLLM: two steps, measured at each, and never made twice."""
+    text = """
+steps: 2
+save_every: 1
+seeds: [1]
+problems: 8
+samples: 2
+runs: [{kl_type: k2_as_loss, kl_coef: 0.5, updates: 4}]
+"""
+    words = [written(tmp_path, text), "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    (row,) = read_rows(tmp_path / "out" / "results.jsonl")
+    assert row["status"] == "done"
+    before, along, after = row["evaluations"]
+    assert [before["step"], along["step"], after["step"]] == [0, 1, 2]
+    assert before["kl_nats_per_answer"] == before["forward_kl_nats_per_answer"] == 0
+    # bfloat16 holds the first rollout's small steps only in part; after two the policy has moved.
+    assert after["kl_nats_per_answer"] > 0 and after["forward_kl_nats_per_answer"] > 0
+    assert after["entropy_nats_per_answer"] > 0
+    assert set(after["pass_at"]) == {"1", "2"}
+    assert len(row["training"]["reward"]) == len(row["training"]["klplug/k3"]) == 2
+    assert row["training"]["actor_grad_norm"][0] > 0
+    written_at = (tmp_path / "out" / "results.jsonl").stat().st_mtime_ns
+    assert main(words) == 0
+    assert (tmp_path / "out" / "results.jsonl").stat().st_mtime_ns == written_at
