@@ -70,7 +70,7 @@ say = @echo "make $@: $(1)"
 
 test-core: .venv
 	$(call say,mathematics$(comma) command line$(comma) audit$(comma) wheel; about 3 minutes)
-	KLPLUG_TEST_HOSTS= $(call PYTEST) tests/core tests/packaging tests/cli tests/audit
+	KLPLUG_TEST_HOSTS= $(call PYTEST) tests/core tests/hosting tests/packaging tests/cli tests/audit
 
 # Ends of whole runs come last: they cost minutes each, mostly of imports in Ray's workers.
 HOST_TESTS_openrlhf = tests/recipes tests/openrlhf

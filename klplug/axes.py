@@ -148,8 +148,8 @@ AXES: dict[str, Axis] = {
             "reward_norm",
             ("none", "group"),
             lambda term: "none" if term.placement == "in_reward" else None,
-            "joined after group normalisation, so that its force is kl_coef; or before, as verl "
-            "does it: kl_coef over the group's standard deviation",
+            "joined after group normalisation, so that its force is kl_coef; or before it: kl_coef "
+            "over the group's standard deviation",
             elsewhere="in the reward only",
         ),
     )

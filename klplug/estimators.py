@@ -313,7 +313,7 @@ ESTIMATORS: dict[str, Estimator] = {
                 gradient_bias="wrong: below the reference the wrong way",
                 off_policy=_REWARD_OFF_POLICY,
             ),
-            source="verl's `abs`; f-divergence with f = |t - 1| / 2",
+            source="`abs` of trainers' KL penalties; f-divergence with f = |t - 1| / 2",
         ),
         _divergence(
             "forward",

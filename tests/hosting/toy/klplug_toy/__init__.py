@@ -1,0 +1,1 @@
+"""klplug for the toy trainer: what a third host is."""
