@@ -5,14 +5,19 @@
 >>> loss = policy_loss + kl_coef * klplug.aggregate(term.loss, mask)  # doctest: +SKIP
 """
 
-from klplug.aggregation import aggregate
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from klplug.catalogue import KLType, kl_types
 from klplug.controllers import AdaptiveKL, FixedKL, KLController, kl_controller
-from klplug.exact import ExactKL, exact_kl
 from klplug.spec import KLSpec, check_kl_coef, parse
-from klplug.step import KLStep, policy_loss
-from klplug.tally import Tally
-from klplug.term import KLTerm, kl_return_baseline, kl_term, reward_to_go
+
+if TYPE_CHECKING:
+    from klplug.aggregation import aggregate
+    from klplug.exact import ExactKL, exact_kl
+    from klplug.step import KLStep, policy_loss
+    from klplug.tally import Tally
+    from klplug.term import KLTerm, kl_return_baseline, kl_term, reward_to_go
 
 __version__ = "0.1.0"
 
@@ -38,3 +43,30 @@ __all__ = [
     "policy_loss",
     "reward_to_go",
 ]
+
+# What works on tensors, and where it is. It is loaded when asked for: torch takes seconds, and the
+# command line does without.
+_ON_TENSORS = {
+    "ExactKL": "exact",
+    "KLStep": "step",
+    "KLTerm": "term",
+    "Tally": "tally",
+    "aggregate": "aggregation",
+    "exact_kl": "exact",
+    "kl_return_baseline": "term",
+    "kl_term": "term",
+    "policy_loss": "step",
+    "reward_to_go": "term",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_TENSORS:
+        raise AttributeError(f"module 'klplug' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"klplug.{_ON_TENSORS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,17 +12,32 @@ from klplug.cli.status import Status, Unreadable
 __all__ = ["Status", "Unreadable", "main"]
 
 
+# The extra that each package comes with which a command may lack.
+EXTRAS = {
+    "typer": "cli",
+    "rich": "cli",
+    "yaml": "cli",
+    "tree_sitter": "cli",
+    "tree_sitter_bash": "cli",
+    "jinja2": "report",
+    "matplotlib": "report",
+    "tensorboard": "report",
+    "google": "report",
+    "torch": "torch",
+}
+
+
 def main() -> None:
     """Run ``klplug`` with the process's arguments, and exit with a ``Status``."""
     try:
         from klplug.cli.app import app
+
+        app(prog_name="klplug")
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in ("typer", "rich", "yaml"):
+        if package not in EXTRAS:
             raise
-        _end(f"the command line needs {package}: pip install 'klplug[cli]'")
-    try:
-        app(prog_name="klplug")
+        _end(f"there is no module {package}: pip install 'klplug[{EXTRAS[package]}]'")
     except Unreadable as error:
         _end(str(error))
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.table import Table
 
@@ -60,7 +60,7 @@ class Explanation:
         requires: what it needs from a batch, beside ``log_probs`` and the mask.
         log_ratio: a grid of log pi - log ref, nats.
         coefficient: c there, for an answer of one token: the number that multiplies
-            ``grad log pi``, before the importance weight.
+            ``grad log pi``, before the importance weight. ``None`` where there is no torch.
     """
 
     kl_type: str
@@ -69,7 +69,7 @@ class Explanation:
     options: tuple[dict[str, Option], ...]
     requires: tuple[str, ...]
     log_ratio: tuple[float, ...]
-    coefficient: tuple[float, ...]
+    coefficient: tuple[float, ...] | None
 
 
 def explain(kl_type: str) -> Explanation:
@@ -80,15 +80,15 @@ def explain(kl_type: str) -> Explanation:
     """
     spec = klplug.parse(kl_type)
     ends = round(REACH * STEPS)
-    grid = torch.arange(-ends, ends + 1, dtype=torch.float64) / STEPS
+    log_ratio = tuple(step / STEPS for step in range(-ends, ends + 1))
     return Explanation(
         kl_type=str(spec),
         written=kl_type,
         rows=registered(spec),
         options=tuple(options(term) for term in spec.terms),
         requires=spec.requires,
-        log_ratio=tuple(grid.tolist()),
-        coefficient=tuple(coefficient(spec, grid).tolist()),
+        log_ratio=log_ratio,
+        coefficient=coefficient(spec, log_ratio) if find_spec("torch") else None,
     )
 
 
@@ -127,11 +127,13 @@ def options(term: TermSpec) -> dict[str, Option]:
     }
 
 
-def coefficient(spec: klplug.KLSpec, log_ratio: torch.Tensor) -> torch.Tensor:
+def coefficient(spec: klplug.KLSpec, log_ratio: Sequence[float]) -> tuple[float, ...]:
     """c at each log-ratio, for answers of one token: ``kl_term``'s own, without the weight."""
-    total = torch.zeros_like(log_ratio)
-    log_probs = torch.zeros_like(log_ratio)[:, None]
-    reference = -log_ratio[:, None]
+    import torch
+
+    reference = -torch.tensor(log_ratio, dtype=torch.float64)[:, None]
+    log_probs = torch.zeros_like(reference)
+    total = torch.zeros_like(reference)
     for term in spec.terms:
         alone = klplug.parse(_without(str(term), OF_THE_BATCH))
         inputs = dict.fromkeys(alone.requires, log_probs)
@@ -143,8 +145,8 @@ def coefficient(spec: klplug.KLSpec, log_ratio: torch.Tensor) -> torch.Tensor:
             torch.ones_like(log_probs),
             old_log_probs=inputs.get("old_log_probs"),
             rollout_log_probs=inputs.get("rollout_log_probs"),
-        ).coefficient[:, 0]
-    return total
+        ).coefficient
+    return tuple(total[:, 0].tolist())
 
 
 def _without(kl_type: str, names: Sequence[str]) -> str:
@@ -176,9 +178,12 @@ def explain_command(
         return
     out = console()
     out.print(text_table(explained))
-    out.print(value_table(explained))
+    curves = {e.kl_type: e.coefficient for e in explained if e.coefficient is not None}
+    if not curves:
+        out.print("The curve of c needs torch: pip install 'klplug[torch]'")
+        return
+    out.print(value_table(explained[0].log_ratio, curves))
     out.print("c against log(pi/ref) of a token, in nats:")
-    curves = {e.kl_type: e.coefficient for e in explained}
     out.print(text_plot(explained[0].log_ratio, curves, limit=REACH), end="")
     if png is not None:
         out.print(f"drawn in {png}")
@@ -214,16 +219,16 @@ def _options(explanation: Explanation) -> str:
     return "\n+\n".join(terms)
 
 
-def value_table(explained: Sequence[Explanation]) -> Table:
+def value_table(log_ratio: Sequence[float], curves: Mapping[str, Sequence[float]]) -> Table:
     """c itself at a few log-ratios."""
     table = Table(title="c at log(pi/ref) =", title_justify="left")
     table.add_column("kl_type", no_wrap=True)
-    for log_ratio in TABLED:
-        table.add_column(f"{log_ratio:g}", justify="right")
-    for explanation in explained:
-        at = dict(zip(explanation.log_ratio, explanation.coefficient, strict=True))
+    for heading in TABLED:
+        table.add_column(f"{heading:g}", justify="right")
+    for kl_type, coefficient in curves.items():
+        at = dict(zip(log_ratio, coefficient, strict=True))
         # Adding 0 leaves no -0.
-        table.add_row(explanation.kl_type, *(f"{at[x] + 0:.3g}" for x in TABLED))
+        table.add_row(kl_type, *(f"{at[x] + 0:.3g}" for x in TABLED))
     return table
 
 
@@ -231,6 +236,7 @@ def picture(explained: Sequence[Explanation], path: Path) -> None:
     """The curves of c as a PNG.
 
     Raises:
+        ModuleNotFoundError: torch or matplotlib is missing.
         Unreadable: the file can't be written.
     """
     from matplotlib.figure import Figure
@@ -240,9 +246,9 @@ def picture(explained: Sequence[Explanation], path: Path) -> None:
     axes.axhline(0, color="0.7", linewidth=0.8)
     axes.axvline(0, color="0.7", linewidth=0.8)
     for explanation, colour in zip(explained, COLOURS, strict=False):
-        axes.plot(
-            explanation.log_ratio, explanation.coefficient, color=colour, label=explanation.kl_type
-        )
+        x, kl_type = explanation.log_ratio, explanation.kl_type
+        curve = explanation.coefficient or coefficient(klplug.parse(kl_type), x)
+        axes.plot(x, curve, color=colour, label=kl_type)
     axes.set(
         ylim=(-REACH, REACH),
         xlabel="log(pi/ref) of a token, nats",

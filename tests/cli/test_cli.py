@@ -6,9 +6,13 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
+
+import pytest
 
 import klplug
 from tests.cli.conftest import Klplug
+from tests.cli.test_report import tensorboard
 
 
 def python(script: str) -> subprocess.CompletedProcess[str]:
@@ -46,6 +50,51 @@ def test_without_the_extra_it_says_what_to_install() -> None:
         assert done.returncode == 2
         assert missing in done.stderr and "pip install 'klplug[cli]'" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("missing", "words", "extra"),
+    [
+        ("tree_sitter", ["audit", "SCRIPT"], "cli"),
+        ("matplotlib", ["explain", "k2_as_loss", "--png", "c.png"], "report"),
+        ("torch", ["explain", "k2_as_loss", "--png", "c.png"], "torch"),
+        ("matplotlib", ["report", "RUN"], "report"),
+        ("tensorboard", ["report", "RUN"], "report"),
+        ("google", ["report", "RUN"], "report"),
+    ],
+)
+def test_without_an_extra_every_command_says_what_to_install(
+    missing: str, words: list[str], extra: str, tmp_path: Path
+) -> None:
+    tensorboard(tmp_path / "RUN")
+    (tmp_path / "SCRIPT").write_text("python -m verl.trainer.main_ppo\n")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import sys; sys.modules[{missing!r}] = None; import klplug.cli as c; c.main()",
+            *words,
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert f"pip install 'klplug[{extra}]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_importing_klplug_loads_no_torch() -> None:
+    done = python(
+        "import sys, klplug\n"
+        "klplug.parse('k2_as_loss+k1_in_reward'), klplug.kl_types(), klplug.kl_controller\n"
+        "assert set(klplug.__all__) <= set(dir(klplug))\n"
+        "assert 'torch' not in sys.modules\n"
+        "from klplug import *\n"
+        "assert policy_loss.__module__ == 'klplug.step' and 'torch' in sys.modules\n"
+        "assert hasattr(klplug, 'kl_term') and not hasattr(klplug, 'kl_terms')\n"
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_importing_klplug_loads_nothing_of_the_command_line() -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import venv
 import zipfile
+from collections.abc import Iterator
+from importlib.metadata import Distribution, distribution, distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {path.name for path in (ROOT / "adapters").iterdir() if path.is_dir()} | {"klplug"}
@@ -51,7 +56,7 @@ def test_no_host_is_a_dependency(wheel: Path) -> None:
     lines = archive.read(metadata).decode().splitlines()
     needed = [line for line in lines if line.startswith("Requires-Dist: ")]
     plain = {line.split()[1].split(">")[0] for line in needed if "extra ==" not in line}
-    assert plain == {"torch", "wrapt"}
+    assert plain == {"wrapt"}
     assert not any(host in line for line in needed for host in ("verl", "openrlhf", "ray", "vllm"))
     assert "Requires-Python: >=3.10" in lines
 
@@ -90,3 +95,66 @@ def test_importing_an_adapter_is_cheap() -> None:
         )
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
         assert done.returncode == 0, f"{module}: {done.stderr}"
+
+
+def declared(found: Distribution, extra: str = "") -> Iterator[Distribution]:
+    """What ``found`` asks for, as it is installed here, with all that those ask for."""
+    for text in found.requires or ():
+        needed = Requirement(text)
+        if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+            yield distribution(needed.name)
+            yield from declared(distribution(needed.name))
+
+
+@pytest.fixture(scope="module")
+def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment that has ``klplug[cli]`` and what that declares, and nothing else."""
+    home = tmp_path_factory.mktemp("bare")
+    venv.create(home, symlinks=True)
+    (site,) = home.glob("lib/python*/site-packages")
+    zipfile.ZipFile(wheel).extractall(site)
+    (klplug,) = distributions(path=[str(site)])
+    needed = {found.metadata["Name"]: found for found in declared(klplug, extra="cli")}
+    for file in (file for found in needed.values() for file in found.files or ()):
+        if ".." not in file.parts:  # a command, in bin
+            (site / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file.locate(), site / file)
+    return home
+
+
+def run(bare: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    # Nothing of the checkout or of the caller's environment.
+    return subprocess.run(
+        [bare / "bin" / "python", "-I", *words], cwd=bare, env={}, capture_output=True, text=True
+    )
+
+
+def test_the_command_line_is_small(bare: Path) -> None:
+    (site,) = bare.glob("lib/python*/site-packages")
+    assert sum(path.stat().st_size for path in site.rglob("*") if path.is_file()) < 40e6
+
+
+def test_the_command_line_needs_no_torch(bare: Path) -> None:
+    script = ROOT / "tests" / "audit" / "scripts" / "verl-grpo.sh"
+    assert run(bare, "-c", "import torch").returncode != 0
+    for words in (["--version"], ["list"], ["list", "--json"], ["audit", str(script)]):
+        done = run(bare, "-m", "klplug", *words)
+        here = subprocess.run(
+            [sys.executable, "-m", "klplug", *words], env={}, capture_output=True, text=True
+        )
+        assert (done.stdout, done.returncode) == (here.stdout, here.returncode), done.stderr
+
+
+def test_without_torch_explain_has_its_words(bare: Path) -> None:
+    done = run(bare, "-m", "klplug", "explain", "k3_as_loss", "k3_in_reward+k3_as_loss,cap=5")
+    assert done.returncode == 0, done.stderr
+    assert "LOC of the forward KL" in done.stdout and "bound of the ratio" in done.stdout
+    assert done.stdout.endswith("The curve of c needs torch: pip install 'klplug[torch]'\n")
+    done = run(bare, "-m", "klplug", "explain", "k2_as_loss", "--json")
+    assert '"coefficient": null' in done.stdout
+
+
+def test_without_torch_the_core_says_what_is_missing(bare: Path) -> None:
+    done = run(bare, "-c", "import klplug; print(klplug.parse('mse_as_loss')); klplug.kl_term")
+    assert done.stdout == "k2_as_loss\n"
+    assert done.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'torch'"
