@@ -35,7 +35,8 @@ from recipes.reproduce.stock_kl import STOCK
 RESULTS = Path(__file__).parent / "results" / "enumerable.jsonl"
 GROUP = 16  # answers to one prompt that are compared with each other
 GROUPS = 4  # of them in a rollout
-CLIP = 0.2
+NO_CLIP = 1e6
+DRAWN = ("reward", "kl", "to_optimum", "to_myopic", "to_forward")
 SPREAD = 1.0  # standard deviation of the reference's logits
 
 Levels = list[Tensor]
@@ -56,6 +57,7 @@ class Cell:
     advantage: str = "leave-one-out"  # r less the others' mean, or "std": GRPO's own
     start: float = 0.0  # how far, in logits, the start is from the reference
     spike: float = 1.0  # what the first rollout's learning rate is multiplied by
+    clip: float = 0.2  # of the policy loss; NO_CLIP for none
     reward: bool = True  # without one only the KL pulls
     total_updates: int = 2048
     rate: float = 2.0
@@ -191,7 +193,7 @@ def train(cell: Cell, seeds: int) -> Iterator[tuple[int, int, Levels]]:
         old, ref = flat(old_levels, answers), flat(task.ref, answers)
         reward = task.reward.gather(1, answers) * float(cell.reward)
         penalty = torch.zeros_like(old)
-        if in_reward.terms and in_reward.placement == "in_reward":
+        if in_reward.terms:
             penalty = cell.beta * kl_term(in_reward, old, ref, mask).coefficient
         if inside_norm:
             # verl's order: the KL is subtracted first, and divided by the group's spread with it.
@@ -203,11 +205,11 @@ def train(cell: Cell, seeds: int) -> Iterator[tuple[int, int, Levels]]:
         if cell.decay:
             rate *= 1 - rollout / cell.rollouts
         for update in range(cell.updates):
-            current = [level.log_softmax(-1) for level in logits]
-            yield rollout, update, current
             for level in logits:
                 level.requires_grad_()
-            log_probs = flat([level.log_softmax(-1) for level in logits], answers)
+            current = [level.log_softmax(-1) for level in logits]
+            yield rollout, update, [level.detach() for level in current]
+            log_probs = flat(current, answers)
             loss = policy_loss(
                 as_loss,
                 log_probs,
@@ -216,7 +218,7 @@ def train(cell: Cell, seeds: int) -> Iterator[tuple[int, int, Levels]]:
                 old_log_probs=old,
                 advantages=advantage,
                 kl_coef=cell.beta,
-                clip_range=CLIP,
+                clip_range=cell.clip,
             )
             if stock is not None:
                 loss = loss + cell.beta * stock(log_probs, ref)
@@ -300,9 +302,10 @@ def run(cell: Cell, seeds: int) -> dict[str, object]:
         "seeds": seeds,
         "klplug": klplug.__version__,
         "torch": torch.__version__.partition("+")[0],
-        "cpu_seconds": round(time.process_time() - started, 1),
-        "at": at,
-        "curve": curve,
+        "process_seconds": round(time.process_time() - started, 1),
+        # What is drawn, of the study that is drawn: all curves would be most of the file.
+        "at": at if cell.study == "closed" else [],
+        "curve": {name: curve[name] for name in DRAWN} if cell.study == "closed" else {},
         "end": {name: [_rounded(x) for x in value.tolist()] for name, value in end.items()},
     }
 
@@ -323,67 +326,52 @@ FORMS = (
     "k2_as_loss,horizon=sequence",
 )
 OWN, UNCORRECTED, WHOLE = "k2_as_loss", "k2_as_loss,ratio=none", "k2_as_loss,horizon=sequence"
+BOUNDED, CLAMPED = "k2_as_loss,bound=2", ("stock:verl:k3", "stock:openrlhf:k2")
 
-GRID = [
-    *(
-        Cell("closed", form, 0.3, total_updates=4096, rate=4.0, decay=True)
-        for form in (*FORMS, "k3_as_loss")
-    ),
-    *(
-        Cell("a", form, 0.3, updates=n)
-        for n in (1, 4, 16)
-        for form in ("none", "k1_as_loss,ratio=none", "k1_as_loss", OWN)
-    ),
-    *(
-        Cell("b", form, beta)
-        for beta in (0.1, 0.3)
-        for form in ("none", "k3_in_reward", "k2_in_reward", "k1_in_reward")
-    ),
-    *(
-        Cell("c", form, beta, share=share, tokens=tokens, symbols=symbols)
-        for tokens, symbols in ((1, 32), (4, 4))
-        for share in (0.02, 0.8)
-        for beta in (0.1, 0.3, 0.6)
-        for form in (OWN, "k3_as_loss", "stock:verl:k3")
-    ),
-    *(
-        Cell("d", form, beta, symbols=2, tokens=tokens)
-        for tokens in (2, 4, 8)
-        for beta in (0.1, 0.3)
-        for form in (OWN, WHOLE, "k1_in_reward")
-    ),
-    *(
-        Cell("e", form, 0.3, updates=n)
-        for n in (1, 4, 16, 64)
-        for form in (OWN, UNCORRECTED, "k1_in_reward")
-    ),
-    *(
-        Cell("f", form, 0.3, start=3.0, reward=False)
-        for form in (
-            "stock:verl:k3",
-            "stock:openrlhf:k2",
-            "stock:openrlhf:k3",
-            OWN,
-            "k2_as_loss,bound=2",
-            "k3_as_loss",
-        )
-    ),
-    *(
-        Cell("f", form, 0.3, spike=100.0)
-        for form in ("stock:verl:k3", "stock:openrlhf:k2", OWN, "k2_as_loss,bound=2")
-    ),
-    *(
-        Cell("g", form, beta)
-        for beta in (0.05, 0.1, 0.2, 0.4, 0.8)
-        for form in (OWN, WHOLE, "k1_in_reward", "stock:verl:k3", "k3_in_reward")
-    ),
-    *(
-        Cell("h", form, beta, share=share, advantage="std")
-        for share in (0.05, 0.5)
-        for beta in (0.1, 0.3)
-        for form in ("k1_in_reward", "k1_in_reward,reward_norm=group")
-    ),
-]
+SHORT = {"total_updates": 1024, "rate": 4.0}
+
+
+def cells() -> Iterator[Cell]:
+    for form in (*FORMS, "k3_as_loss"):
+        yield Cell("closed", form, 0.3, total_updates=4096, rate=4.0, decay=True)
+    for n in (1, 4, 16):
+        for form in ("none", "k1_as_loss,ratio=none", "k1_as_loss", OWN):
+            yield Cell("a", form, 0.3, updates=n)
+    for beta in (0.1, 0.3):
+        for form in ("none", "k3_in_reward", "k2_in_reward", "k1_in_reward"):
+            yield Cell("b", form, beta, **SHORT)
+    for tokens, symbols in ((1, 32), (4, 4)):
+        for share in (0.02, 0.8):
+            for beta in (0.1, 0.3, 0.6):
+                for form in (OWN, "k3_as_loss", *(["stock:verl:k3"] if beta == 0.3 else [])):
+                    yield Cell(
+                        "c", form, beta, share=share, tokens=tokens, symbols=symbols, **SHORT
+                    )
+    for tokens in (2, 4, 8):
+        for beta in (0.1, 0.3):
+            for form in (OWN, WHOLE, *(["k1_in_reward"] if beta == 0.3 else [])):
+                yield Cell("d", form, beta, symbols=2, tokens=tokens, **SHORT)
+    for n in (1, 4, 16, 64):
+        for form in (OWN, UNCORRECTED, "k1_in_reward"):
+            yield Cell("e", form, 0.3, updates=n)
+    for form in (*CLAMPED, "stock:openrlhf:k3", OWN, BOUNDED, "k3_as_loss"):
+        yield Cell("f", form, 0.3, start=3.0, reward=False, **SHORT)
+    for form in (*CLAMPED, OWN, BOUNDED):
+        yield Cell("f", form, 0.3, spike=100.0, **SHORT)
+    for beta in (0.1, 0.2, 0.4):
+        for form in (OWN, WHOLE, "k1_in_reward", "stock:verl:k3", "k3_in_reward"):
+            yield Cell("g", form, beta, **SHORT)
+    for share in (0.05, 0.5):
+        for beta in (0.1, 0.3):
+            for form in ("k1_in_reward", "k1_in_reward,reward_norm=group"):
+                yield Cell("h", form, beta, share=share, advantage="std", **SHORT)
+    for clip in (0.2, NO_CLIP):
+        for form in (OWN, f"{OWN},head=combined", WHOLE, f"{WHOLE},head=combined", "k1_in_reward"):
+            for tokens in (2, 4):
+                yield Cell("clip", form, 0.3, symbols=2, tokens=tokens, clip=clip, **SHORT)
+
+
+GRID = list(cells())
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -400,19 +388,23 @@ def main(argv: list[str] | None = None) -> None:
     done = set()
     if given.out.exists():
         done = {_key(json.loads(line)) for line in given.out.read_text().splitlines()}
-    cells = [cell for cell in GRID if given.only is None or cell.study in given.only]
-    for i, cell in enumerate(cells):
+    wanted = [cell for cell in GRID if given.only is None or cell.study in given.only]
+    for i, cell in enumerate(wanted):
         if _key({**dataclasses.asdict(cell), "seeds": given.seeds}) in done:
             continue
         line = run(cell, given.seeds)
         with given.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        done_in = f"{line['cpu_seconds']} s"
-        print(f"{i + 1}/{len(cells)} {cell.study} {cell.kl_type}: {done_in}", flush=True)
+        done.add(_key(line))
+        done_in = f"{line['process_seconds']} s"
+        print(f"{i + 1}/{len(wanted)} {cell.study} {cell.kl_type}: {done_in}", flush=True)
 
 
 def _key(line: dict[str, object]) -> tuple[object, ...]:
-    return (*(line[field.name] for field in dataclasses.fields(Cell)), line["seeds"])
+    """What a run depends on: a cell of two studies is run once."""
+    fields = [field for field in dataclasses.fields(Cell) if field.name != "study"]
+    # A field that came later has its default in earlier lines.
+    return (*(line.get(field.name, field.default) for field in fields), line["seeds"])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,58 @@
+"""The same gradient on every device and in every dtype: against the CPU's float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from klplug import kl_term, kl_types, parse, reward_to_go
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+# Inputs are exact in each dtype, and the work is done in float32: what is lost is float32's.
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def tensors(dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Log-probs that the dtype holds exactly, with nan behind the mask, on the device."""
+    draw = torch.Generator().manual_seed(0)
+    made = {
+        name: (-3 * torch.rand(6, 17, generator=draw)).bfloat16().to(dtype)
+        for name in (
+            "log_probs",
+            "ref_log_probs",
+            "old_log_probs",
+            "rollout_log_probs",
+            "advantages",
+        )
+    }
+    mask = torch.arange(17) < torch.tensor([17, 9, 1, 0, 12, 5])[:, None]
+    for tensor in made.values():
+        tensor[~mask] = torch.nan
+    made = {name: tensor.to(device) for name, tensor in made.items()}
+    made["log_probs"].requires_grad_()
+    return {**made, "response_mask": mask.to(device)}
+
+
+def gradient(kl_type: str, given: dict[str, Tensor]) -> Tensor:
+    term = kl_term(kl_type, **given, kl_coef=0.5, clip_range=0.2)
+    if all(part.placement == "in_reward" for part in parse(kl_type).terms):
+        return reward_to_go(term.coefficient)
+    (found,) = torch.autograd.grad(term.loss.sum(), given["log_probs"])
+    return found
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "kl_type", [name for name in kl_types() if name not in ("none", "monitor")]
+)
+def test_devices_agree(kl_type: str, dtype: torch.dtype, device: str) -> None:
+    found = gradient(kl_type, tensors(dtype, device))
+    expected = gradient(kl_type, tensors(torch.float64, "cpu"))
+    options: dict[str, Any] = {"rtol": 2e-5, "atol": 1e-6}
+    if dtype == torch.bfloat16 and "as_loss" in kl_type:
+        options["rtol"] = 2**-8  # the gradient comes back in the dtype of log_probs
+    torch.testing.assert_close(found.double().cpu(), expected, **options)
