@@ -66,6 +66,8 @@ def part(grid: Grid, asked: str) -> Grid:
     number, count = map(int, match.groups()) if match else (0, 0)
     if not 1 <= number <= count:
         raise GridError(f"--part {asked}: a part and their number are needed, as 2/3")
+    if count > len(grid.runs):
+        raise GridError(f"--part {asked}: {grid.name} has {len(grid.runs)} runs")
     return replace(grid, runs=grid.runs[number - 1 :: count])
 
 

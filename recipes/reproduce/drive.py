@@ -81,10 +81,18 @@ def append(path: Path, row: Row) -> None:
         os.fsync(file.fileno())
 
 
-def is_of(row: Row, run: Run) -> bool:
-    """Whether a row is this run's; a setting that came later is not in older rows."""
+def is_of(row: Row, run: Run, grid: Grid) -> bool:
+    """Whether a row is this run's, measured as the grid asks for.
+
+    A setting that came later is not in older rows.
+    """
     asked = run.as_dict()
-    return all(asked.get(key) == value for key, value in row["settings"].items())
+    same = all(asked.get(key) == value for key, value in row["settings"].items())
+    return same and row["evaluation"] == measures(grid)
+
+
+def measures(grid: Grid) -> dict[str, int]:
+    return {"problems": grid.problems, "samples": grid.samples}
 
 
 # What a row says beside the run
@@ -257,7 +265,7 @@ def drive(
     with claimed(folder):
         rows = read_rows(folder / RESULTS)
         here, changed = commit()
-        missing = [run for run in grid.runs if not any(is_of(row, run) for row in rows)]
+        missing = [run for run in grid.runs if not any(is_of(row, run, grid) for row in rows)]
         others = {row["commit"] for row in rows} - {here}
         done = len(grid.runs) - len(missing)
         say(f"{grid.name}: {len(grid.runs)} runs, {done} of them in {folder / RESULTS}")
@@ -296,7 +304,7 @@ def made_row(
         "grid": grid.name,
         "settings": run.as_dict(),
         "recipe": asdict(run.recipe),
-        "evaluation": {"problems": grid.problems, "samples": grid.samples},
+        "evaluation": measures(grid),
         **found,
         "cpu_seconds": round(cpu_seconds() - before, 1),
         "load": {"before": round(load, 2), "after": round(os.getloadavg()[0], 2)},

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -158,7 +159,7 @@ def evaluation(
     """What the quickstart's evaluation measures, with `samples` answers to each problem.
 
     Raises:
-        Diverged: A weight of the policy is not finite.
+        Diverged: A weight of the policy is not finite, or what comes of it.
     """
     import torch
     from transformers import AutoModelForCausalLM, logging
@@ -173,16 +174,28 @@ def evaluation(
         raise Diverged(f"{Path(policy).name}: a weight is not finite")
     source = {"count": problems} if settings.data == "words" else {}
     rows = load_problems(settings.data, "test", gsm8k_path=settings.gsm8k, **source)
-    return evaluate(
-        policy,
-        reference,
-        quickstart.asked(rows[:problems], settings),
-        max_new_tokens=settings.recipe.max_new_tokens,
-        batch_size=BATCH if settings.recipe.threads == 1 else 16,
-        samples=samples,
-        kl_samples=1,
-        seed=SEED,
-    )
+    try:
+        found = evaluate(
+            policy,
+            reference,
+            quickstart.asked(rows[:problems], settings),
+            max_new_tokens=settings.recipe.max_new_tokens,
+            batch_size=BATCH if settings.recipe.threads == 1 else 16,
+            samples=samples,
+            kl_samples=1,
+            seed=SEED,
+        )
+    except RuntimeError as error:  # torch's, of sampling
+        if NOT_FINITE.search(str(error)):
+            raise Diverged(f"{Path(policy).name} cannot be sampled: {error}") from error
+        raise
+    if bad := [key for key, value in found.items() if is_not_finite(value)]:
+        raise Diverged(f"{Path(policy).name}: {', '.join(bad)} is not finite")
+    return found
+
+
+def is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 @cache

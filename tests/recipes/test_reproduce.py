@@ -147,6 +147,8 @@ def test_parts_of_a_grid_share_its_runs(tmp_path: Path, capsys: pytest.CaptureFi
     for asked in ("0/2", "3/2", "2", "half"):
         with pytest.raises(GridError, match=f"--part {asked}: a part and their number"):
             part(grid, asked)
+    with pytest.raises(GridError, match="--part 1/7: small has 6 runs"):
+        part(grid, "1/7")
 
 
 # Going on
@@ -282,11 +284,14 @@ def test_two_drivers_on_one_folder_are_refused_and_a_killed_one_leaves_no_lock(
     assert driven(small(tmp_path), out, Runner())[0] == 0
 
 
-def test_a_setting_that_came_later_is_not_asked_of_older_rows() -> None:
-    run = settings(seed=3)
-    row = {"settings": {k: v for k, v in run.as_dict().items() if k != "save_every"}}
-    assert is_of(row, run)
-    assert not is_of(row, settings(seed=4))
+def test_a_row_is_a_runs_by_its_settings_and_its_measures(tmp_path: Path) -> None:
+    """A setting that came later is not asked of older rows."""
+    run, grid = settings(seed=3), small(tmp_path)
+    older = {k: v for k, v in run.as_dict().items() if k != "save_every"}
+    row = {"settings": older, "evaluation": {"problems": 4, "samples": 2}}
+    assert is_of(row, run, grid)
+    assert not is_of(row, settings(seed=4), grid)
+    assert not is_of({**row, "evaluation": {"problems": 4, "samples": 1}}, run, grid)
 
 
 # A run that diverges
@@ -355,7 +360,39 @@ def test_a_policy_with_a_weight_that_is_nan_has_diverged(tmp_path: Path) -> None
         measure.evaluation(run, tmp_path / "policy", start, problems=1, samples=1)
 
 
+@pytest.mark.parametrize(
+    ("result", "told"),
+    [
+        ({"kl_nats_per_answer": float("inf")}, "policy: kl_nats_per_answer is not finite"),
+        (RuntimeError("probability tensor contains either `inf`, `nan` or element < 0"), "sampled"),
+    ],
+)
+def test_an_evaluation_that_is_not_finite_is_a_divergence(
+    result: Any, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a policy with finite weights."""
+    from recipes.quickstart import evaluate as module
+
+    def evaluate(*_: Any, **__: Any) -> dict[str, float]:
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    monkeypatch.setattr(module, "evaluate", evaluate)
+    run = settings(seed=1)
+    start = quickstart.policy_folder(run, Path("log.txt"))
+    with pytest.raises(measure.Diverged, match=told):
+        measure.evaluation(run, start, start, problems=1, samples=1)
+
+
 # Where a run leaves its policies
+
+
+def test_the_copies_along_the_run_are_found_where_verl_leaves_them(tmp_path: Path) -> None:
+    steps = [tmp_path / "policy" / f"global_step_{step}" for step in (2, 4, 5)]
+    expected = [(int(f.name[12:]), f / "actor" / "huggingface") for f in steps]
+    made = settings(host="verl", steps=5, save_every=2)
+    assert measure.policies(made, tmp_path) == expected
 
 
 def test_the_copies_along_the_run_are_found_where_openrlhf_leaves_them(tmp_path: Path) -> None:
