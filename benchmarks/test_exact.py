@@ -1,0 +1,246 @@
+"""The exact KL beside what else computes it: the same tensors, one process, taking turns.
+
+    KLPLUG_TEST_HOSTS= .venv-openrlhf/bin/python -m pytest -q -s benchmarks/test_exact.py
+
+Peers (TRL, Liger) are in no lock: `pip download --no-deps trl==1.16.0 liger-kernel==0.8.5`, unpack,
+and name the folder in KLPLUG_PEERS. Without it they are left out. Time is what the thread itself
+spent, on a CPU; a step is forward, per-token weights and backward.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.measure import DEVICE, peak_bytes, seconds
+from klplug import exact, exact_kl
+
+PEERS = os.environ.get("KLPLUG_PEERS")
+if PEERS:
+    sys.path.append(PEERS)
+
+Results = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass
+class Problem:
+    """Hidden states of a policy that has drifted a little, over the reference's output matrix."""
+
+    tokens: int
+    vocabulary: int
+    width: int
+    dtype: torch.dtype
+    trained: bool
+    results: int  # kl alone, or kl, entropy and log_probs
+    tensors: list[Tensor] = field(init=False)
+    weights: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        draw = torch.Generator().manual_seed(0)
+        hidden = torch.randn((self.tokens, self.width), generator=draw)
+        ref_hidden = hidden + 0.1 * torch.randn((self.tokens, self.width), generator=draw)
+        matrix = torch.randn((self.vocabulary, self.width), generator=draw).mul_(
+            2 / self.width**0.5
+        )
+        targets = torch.randint(self.vocabulary, (self.tokens,), generator=draw)
+        hidden, ref_hidden, matrix = (
+            x.to(DEVICE, self.dtype) for x in (hidden, ref_hidden, matrix)
+        )
+        hidden.requires_grad_()
+        # The reference shares the matrix: it is the initial policy, and memory is for logits.
+        trained = matrix.clone().requires_grad_() if self.trained else matrix
+        self.tensors = [hidden, trained, ref_hidden, matrix, targets.to(DEVICE)]
+        self.weights = torch.rand((3, self.tokens), generator=draw).to(DEVICE)
+
+    def step(self, function: Callable[..., Any]) -> Callable[[], tuple[Tensor, ...]]:
+        """A step of it, which gives the gradients: they must agree."""
+        leaves = [x for x in self.tensors if x.requires_grad]
+
+        def run() -> tuple[Tensor, ...]:
+            found = function(*self.tensors)
+            if isinstance(found, Tensor):
+                loss = found
+            else:
+                used = zip(self.weights[: self.results], found, strict=False)
+                loss = sum(((w * x).sum() for w, x in used), start=torch.zeros((), device=DEVICE))
+            return torch.autograd.grad(loss, leaves)
+
+        return run
+
+
+def naive(h: Tensor, weight: Tensor, ref_h: Tensor, ref_weight: Tensor, y: Tensor) -> Results:
+    """Both matrices of logits, in float32 as every host makes them."""
+    log_p = (h @ weight.T).float().log_softmax(-1)
+    with torch.no_grad():
+        log_q = (ref_h @ ref_weight.T).float().log_softmax(-1)
+    p = log_p.exp()
+    kl, entropy = (p * (log_p - log_q)).sum(-1), -(p * log_p).sum(-1)
+    return kl, entropy, log_p.gather(-1, y[:, None])[:, 0]
+
+
+def trl(h: Tensor, weight: Tensor, ref_h: Tensor, ref_weight: Tensor, y: Tensor) -> Results:
+    """TRL's divergence, whose entropy has no gradient, and its log-probs with their entropy."""
+    from trl.kernels import chunked_divergence, chunked_logprob
+
+    kl, _ = chunked_divergence.ChunkedDivergenceFunction.apply(
+        h, weight, None, ref_h, ref_weight, None, 1.0
+    )
+    log_probs, entropy, *_ = chunked_logprob.ChunkedLogProbFunction.apply(
+        h, weight, None, y, 1.0, chunked_divergence.VOCAB_CHUNK_SIZE, None, 1.0, ("entropy",)
+    )
+    return kl, entropy, log_probs
+
+
+def trl_kl(h: Tensor, weight: Tensor, ref_h: Tensor, ref_weight: Tensor, y: Tensor) -> Any:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    return ChunkedDivergenceFunction.apply(h, weight, None, ref_h, ref_weight, None, 1.0)
+
+
+def liger_mean(h: Tensor, weight: Tensor, ref_h: Tensor, ref_weight: Tensor, y: Tensor) -> Tensor:
+    """Liger's plain-torch fused linear JSD at beta 1: a mean of KL(pi||ref) and nothing else."""
+    from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(0.0, 1.0, beta=1.0, compiled=False)
+    return loss(h, weight, ref_h, ref_weight, y)
+
+
+def klplug_mean(h: Tensor, weight: Tensor, ref_h: Tensor, ref_weight: Tensor, y: Tensor) -> Tensor:
+    return exact_kl(h, weight, ref_h, ref_weight, y).kl.mean()
+
+
+def naive_mean(h: Tensor, weight: Tensor, ref_h: Tensor, ref_weight: Tensor, y: Tensor) -> Tensor:
+    return naive(h, weight, ref_h, ref_weight, y)[0].mean()
+
+
+# What is asked for: whether the output matrix is trained, how many results, and who can do it.
+TASKS: dict[str, tuple[bool, int, dict[str, Callable[..., Any]]]] = {
+    "all three, matrix trained": (True, 3, {"naive": naive, "klplug": exact_kl, "TRL": trl}),
+    "kl alone, matrix trained": (True, 1, {"naive": naive, "klplug": exact_kl, "TRL": trl_kl}),
+    "all three, matrix frozen": (False, 3, {"naive": naive, "klplug": exact_kl, "TRL": trl}),
+    "kl alone, matrix frozen": (False, 1, {"naive": naive, "klplug": exact_kl, "TRL": trl_kl}),
+    "mean of kl, matrix trained": (
+        True,
+        1,
+        {"naive": naive_mean, "klplug": klplug_mean, "Liger": liger_mean},
+    ),
+}
+# Tokens, vocabulary, hidden size, dtype, rounds. Time is linear in tokens: a wide matrix gets few.
+SHAPES = [
+    (1024, 32_000, 512, torch.float32, 3),
+    (1024, 32_000, 512, torch.bfloat16, 3),
+    (1024, 152_064, 512, torch.float32, 1),
+    (8192, 32_000, 512, torch.float32, 1),
+    (256, 152_064, 2048, torch.float32, 1),
+    (1024, 32_000, 2048, torch.float32, 1),
+]
+TASKS_OF_LARGE = ("all three, matrix trained", "kl alone, matrix frozen")
+
+
+def spent(function: Callable[[], object]) -> float:
+    if DEVICE == "cuda":
+        return seconds(function)
+    started = time.thread_time()
+    function()
+    return time.thread_time() - started
+
+
+@pytest.fixture(scope="module")
+def lines() -> Any:
+    found: list[str] = []
+    yield found
+    print("\n".join(["", HEADING, *found]))
+
+
+HEADING = """\
+| task | N, V, H, dtype | who | seconds | over naive | extra MiB | over naive |
+| --- | --- | --- | --- | --- | --- | --- |"""
+CASES = [
+    (task, *shape) for shape in SHAPES for task in (TASKS if shape[-1] > 1 else TASKS_OF_LARGE)
+]
+
+
+@pytest.mark.parametrize(("task", "tokens", "vocabulary", "width", "dtype", "rounds"), CASES)
+def test_exact(
+    lines: list[str],
+    task: str,
+    tokens: int,
+    vocabulary: int,
+    width: int,
+    dtype: torch.dtype,
+    rounds: int,
+) -> None:
+    trained, results, functions = TASKS[task]
+    problem = Problem(tokens, vocabulary, width, dtype, trained, results)
+    steps = {
+        who: problem.step(function)
+        for who, function in functions.items()
+        if PEERS or who in ("naive", "klplug")
+    }
+    # The gradients themselves are no extra: everyone hands them over.
+    handed = sum(x.nbytes for x in problem.tensors if x.requires_grad)
+    times: dict[str, list[float]] = {who: [] for who in steps}
+    memory: dict[str, int] = {}
+    expected: tuple[Tensor, ...] = ()
+
+    def run(who: str) -> None:
+        nonlocal expected
+        found: list[tuple[Tensor, ...]] = []
+        times[who].append(spent(lambda: found.append(steps[who]())))
+        expected = expected or found[0]
+        for one, other in zip(found[0], expected, strict=True):
+            # In halves, to the rounding of naive's own logits.
+            error = (one.float() - other.float()).norm() / other.float().norm()
+            assert error < (1e-4 if dtype == torch.float32 else 0.05), (who, error)
+
+    for _ in range(rounds):
+        for who in steps:
+            if who in memory:
+                run(who)
+            else:
+                memory[who] = peak_bytes(lambda who=who: run(who)) - handed
+    shape = f"{tokens}, {vocabulary}, {width}, {str(dtype).removeprefix('torch.')}"
+    for who, seen in times.items():
+        ratios = [mine / theirs for mine, theirs in zip(seen, times["naive"], strict=True)]
+        lines.append(
+            f"| {task} | {shape} | {who} | {statistics.median(seen):.2f} | "
+            f"{statistics.median(ratios):.2f} | {memory[who] / 2**20:.0f} | "
+            f"{memory[who] / memory['naive']:.3f} |"
+        )
+        print(lines[-1], flush=True)
+    assert memory["klplug"] < memory["naive"]
+
+
+def test_the_chunks_that_are_in_use(lines: list[str]) -> None:
+    """Time by the sizes of `exact_kl`'s chunks: what its constants were chosen by."""
+    problem = Problem(1024, 32_000, 512, torch.float32, True, 3)
+    step = problem.step(exact_kl)
+    held, tile, rows = exact._HELD, exact._TILE, exact._ROWS
+    try:
+        times: dict[tuple[int, int, int], list[float]] = {}
+        for _ in range(4):
+            for sizes in (
+                (22, 20, 1024),
+                (24, 18, 1024),
+                (24, 20, 256),
+                (24, 20, 1024),
+                (24, 22, 1024),
+                (26, 20, 1024),
+            ):
+                exact._HELD, exact._TILE, exact._ROWS = 2 ** sizes[0], 2 ** sizes[1], sizes[2]
+                times.setdefault(sizes, []).append(spent(step))
+    finally:
+        exact._HELD, exact._TILE, exact._ROWS = held, tile, rows
+    for sizes, seen in times.items():
+        print(
+            f"held 2^{sizes[0]}, tile 2^{sizes[1]}, rows {sizes[2]}: {min(seen):.2f} s", flush=True
+        )
