@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -146,6 +146,12 @@ SHAPES = [
 TASKS_OF_LARGE = ("all three, matrix trained", "kl alone, matrix frozen")
 
 
+def wide_copy(x: Tensor) -> Tensor:
+    if not x.is_floating_point():
+        return x
+    return x.detach().float().requires_grad_(x.requires_grad)
+
+
 def spent(function: Callable[[], object]) -> float:
     if DEVICE == "cuda":
         return seconds(function)
@@ -162,8 +168,8 @@ def lines() -> Any:
 
 
 HEADING = """\
-| task | N, V, H, dtype | who | seconds | over naive | extra MiB | over naive |
-| --- | --- | --- | --- | --- | --- | --- |"""
+| task | N, V, H, dtype | who | seconds | over naive | extra MiB | over naive | gradient's error |
+| --- | --- | --- | --- | --- | --- | --- | --- |"""
 CASES = [
     (task, *shape) for shape in SHAPES for task in (TASKS if shape[-1] > 1 else TASKS_OF_LARGE)
 ]
@@ -190,17 +196,24 @@ def test_exact(
     handed = sum(x.nbytes for x in problem.tensors if x.requires_grad)
     times: dict[str, list[float]] = {who: [] for who in steps}
     memory: dict[str, int] = {}
+    errors: dict[str, float] = {}
     expected: tuple[Tensor, ...] = ()
+    if dtype != torch.float32:
+        # Of the same numbers, with no rounding on the way.
+        wide = replace(problem, dtype=torch.float32)
+        wide.tensors = [wide_copy(x) for x in problem.tensors]
+        expected = wide.step(functions["naive"])()
 
     def run(who: str) -> None:
         nonlocal expected
         found: list[tuple[Tensor, ...]] = []
         times[who].append(spent(lambda: found.append(steps[who]())))
         expected = expected or found[0]
-        for one, other in zip(found[0], expected, strict=True):
-            # In halves, to the rounding of naive's own logits.
-            error = (one.float() - other.float()).norm() / other.float().norm()
-            assert error < (1e-4 if dtype == torch.float32 else 0.05), (who, error)
+        pairs = zip(found[0], expected, strict=True)
+        errors[who] = max(((a.float() - b).norm() / b.norm()).item() for a, b in pairs)
+        # Halves are summed up in more: what is left is the rounding of the gradient itself.
+        limit = 1e-4 if dtype == torch.float32 else 0.01
+        assert who != "klplug" or errors[who] < limit, errors
 
     for _ in range(rounds):
         for who in steps:
@@ -214,7 +227,7 @@ def test_exact(
         lines.append(
             f"| {task} | {shape} | {who} | {statistics.median(seen):.2f} | "
             f"{statistics.median(ratios):.2f} | {memory[who] / 2**20:.0f} | "
-            f"{memory[who] / memory['naive']:.3f} |"
+            f"{memory[who] / memory['naive']:.3f} | {errors[who]:.0e} |"
         )
         print(lines[-1], flush=True)
     assert memory["klplug"] < memory["naive"]

@@ -31,7 +31,7 @@ LONGEST = 220  # tokens of question and answer
 HEADING = """# What the top K tokens hold of a KL
 
 `python -m benchmarks.top_k`: SmolLM2-135M-Instruct against itself, on {tokens} tokens of {answers}
-worked answers of GSM8K (test). KL is KL(pi||ref) in nats per token over the whole vocabulary (49152); the
+worked answers of GSM8K (test). KL is KL(pi||ref) in nats per token over all 49152 tokens; the
 columns are the share of it that K tokens and one category of all others hold, and in brackets the
 cosine of its gradient towards the logits with the exact one. The K tokens are the most likely ones
 of the reference (what a teacher can send) or of the policy (what it can ask for)."""

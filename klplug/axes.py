@@ -52,7 +52,14 @@ def _default_ratio(term: TermSpec) -> Value:
         return "none"
     if term.head != "separate":
         return None
+    if term.vocab == "exact" and term.horizon == "token":
+        return "none"
     return "rollout" if term.reference == "rollout" else "old"
+
+
+def _default_level(term: TermSpec) -> Value:
+    prefix = term.horizon == "sequence" or term.vocab == "exact"
+    return _weighted(term, "prefix" if prefix else "token")
 
 
 def _weighted(term: TermSpec, value: Value) -> Value:
@@ -80,6 +87,15 @@ AXES: dict[str, Axis] = {
             needs={"ref": ("ref_log_probs",), "rollout": ("rollout_log_probs",)},
         ),
         Axis(
+            "vocab",
+            ("sample", "exact"),
+            lambda term: "sample",
+            "what stands for a token's distribution: the token that was sampled, or the whole "
+            "vocabulary. The gradient is the same without the own token's noise and ratio: what a "
+            "ratio then weighs is the tokens before it",
+            needs={"exact": ("exact_kl",)},
+        ),
+        Axis(
             "horizon",
             ("token", "sequence"),
             lambda term: "sequence" if term.placement == "in_reward" else "token",
@@ -102,16 +118,16 @@ AXES: dict[str, Axis] = {
             _default_ratio,
             "the policy that the samples are corrected for, by the weight pi/old or pi/rollout: "
             "detached, and exactly 1 on-policy",
-            elsewhere="in the reward: none",
+            elsewhere="in the reward, and of an own token with vocab=exact: none",
             needs={"old": ("old_log_probs",), "rollout": ("rollout_log_probs",)},
         ),
         Axis(
             "level",
             ("token", "prefix", "sequence"),
-            lambda term: _weighted(term, "prefix" if term.horizon == "sequence" else "token"),
+            _default_level,
             "the product that makes up the ratio: this token's, the answer's so far, or the whole "
             "answer's (never a geometric mean)",
-            elsewhere="with horizon=sequence: prefix, sequence",
+            elsewhere="with horizon=sequence: prefix, sequence; with vocab=exact: prefix",
         ),
         Axis(
             "baseline",
@@ -158,6 +174,7 @@ AXES: dict[str, Axis] = {
 # In the order in which they are written.
 OPTIONS = (
     "alpha",
+    "vocab",
     "ratio",
     "level",
     "cap",

@@ -122,6 +122,34 @@ _HEADS = (
         off_policy="biased by the later tokens' ratios, less what PPO's clip drops",
     ),
 )
+
+
+def _over_the_vocabulary(options: str, **changed: Any) -> KLType:
+    return _row(
+        f"k2_as_loss,vocab=exact{options}",
+        formula="sum_v pi (log pi - log ref)",
+        value_bias="exact, never negative",
+        source="Rao-Blackwell form, arXiv 2504.10637",
+        test="test_off_policy_the_exact_kl_needs_a_ratio_of_the_tokens_before_alone",
+        **changed,
+    )
+
+
+_EXACT = (
+    _over_the_vocabulary(
+        "",
+        coefficient="none: the gradient of sum_v pi lr itself; also exact_as_loss",
+        gradient_bias="unbiased for LOC, without noise of the own token",
+        off_policy="OLDPREF, without a ratio; LOC with ratio=old, that of the tokens before",
+    ),
+    _over_the_vocabulary(
+        ",horizon=sequence",
+        coefficient="the exact KLs of all later tokens, beside the own one's gradient",
+        target="FULL: grad KL(pi||ref) over whole answers",
+        gradient_bias="unbiased",
+        off_policy="the same (weights of the tokens before, inside the sum), exact below the cap",
+    ),
+)
 _SAMPLER = _row(
     "k2_as_loss,reference=rollout",
     coefficient="log pi - log rollout",
@@ -160,12 +188,13 @@ _NONE = KLType(
 def kl_types() -> dict[str, KLType]:
     """Every registered ``kl_type`` by name, with formula, target gradient, bias and source.
 
-    Options that change whose gradient it is (``horizon=sequence``, ``head``, ``reference``) have
-    rows of their own, and the one useful sum; the others refine a row.
+    Options that change whose gradient it is (``horizon=sequence``, ``head``, ``reference``) or what
+    it is made of (``vocab``) have rows of their own, and the one useful sum; the others refine a
+    row.
     """
     rows = [_row(f"{e}_{p}") for e in ESTIMATORS for p in PLACEMENTS]
     rows += [_over_answers(e) for e in ESTIMATORS.values() if e.sequence_target]
-    rows += [*_HEADS, _SAMPLER, _SUM, _NONE]
+    rows += [*_HEADS, *_EXACT, _SAMPLER, _SUM, _NONE]
     from klplug.hosting.host import hosts  # the floor above: it knows the hosts
 
     found = hosts().values()

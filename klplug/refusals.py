@@ -91,6 +91,10 @@ def _on_answers(term: TermSpec) -> bool:
     return term.placement == "as_loss" and term.horizon == "sequence"
 
 
+def _exact(term: TermSpec) -> bool:
+    return term.vocab == "exact"
+
+
 def _weight_given(term: TermSpec) -> bool:
     return any(getattr(term, option) is not None for option in _WEIGHT)
 
@@ -141,6 +145,61 @@ REFUSALS: tuple[Refusal, ...] = (
         "alpha-1",
         lambda t: t.alpha == 1,
         "alpha=1 is refused: the divergence's limit there is that of 'k2_as_loss'",
+    ),
+    Refusal(
+        "exact-in-reward",
+        lambda t: _exact(t) and _in_reward(t),
+        "vocab=exact is refused: a reward goes to the sampled tokens, and an exact KL has a "
+        "gradient of its own. Use 'exact_as_loss,horizon=sequence'",
+    ),
+    Refusal(
+        "exact-of-k1",
+        lambda t: _exact(t) and t.estimator == "k1",
+        "vocab=exact is refused: the derivative of k1 is 1, which over the vocabulary is exactly "
+        "no gradient. Use 'exact_as_loss'",
+    ),
+    Refusal(
+        "exact-of-twin",
+        lambda t: _exact(t) and t.estimator in _TWINS,
+        "vocab=exact is refused: over the vocabulary the derivative of {estimator} is that of "
+        "'{twin}_as_loss,vocab=exact'. For KL(pi||ref) use 'exact_as_loss'",
+    ),
+    Refusal(
+        "exact-of-answers",
+        lambda t: _exact(t) and _on_answers(t) and not t.exact_by_values,
+        "horizon=sequence with vocab=exact is refused: KL(ref||pi) of whole answers is no sum over "
+        "tokens that follow the policy. Use '{estimator}_as_loss,horizon=sequence', or "
+        "horizon=token",
+    ),
+    Refusal(
+        "exact-under-head",
+        lambda t: _exact(t) and _under_a_head(t),
+        "head={head} with vocab=exact is refused: a head has the ratio of the sampled token, and "
+        "there is none. Leave one of them out",
+    ),
+    Refusal(
+        "exact-to-sampler",
+        lambda t: _exact(t) and t.reference == "rollout",
+        "reference=rollout with vocab=exact is refused: a sampler hands over the log-probs of what "
+        "it sampled, not of the vocabulary. Use 'k2_as_loss,reference=rollout'",
+    ),
+    Refusal(
+        "exact-bound",
+        lambda t: _exact(t) and t.bound < math.inf,
+        "bound={bound} with vocab=exact is refused: it holds the coefficient of a sampled token, "
+        "and there is none. Leave one of them out",
+    ),
+    Refusal(
+        "exact-baseline",
+        lambda t: _exact(t) and t.baseline != "none",
+        "baseline={baseline} with vocab=exact is refused: a baseline is a mean of sampled KLs. "
+        "Leave one of them out",
+    ),
+    Refusal(
+        "exact-level",
+        lambda t: _exact(t) and t.level in ("token", "sequence"),
+        "level={level} with vocab=exact is refused: the own token and later ones need no ratio, "
+        "and those before it need their product. Use level=prefix (the default there)",
     ),
     Refusal(
         "token-in-reward",

@@ -30,6 +30,9 @@ __all__ = [
 _NAMES = tuple(f"{e}_{p}" for e in ESTIMATORS for p in PLACEMENTS)
 _ALIAS_NAMES = tuple(f"{a}_{p}" for a in ALIASES for p in PLACEMENTS)
 
+EXACT = "exact_as_loss"
+"""Another name of ``k2_as_loss,vocab=exact``."""
+
 LEFT_OUT: Any = None
 """An axis that a term does not give: it takes its default."""
 
@@ -98,6 +101,7 @@ class TermSpec(KLSpec):
     estimator: str
     placement: str
     alpha: float | None = LEFT_OUT
+    vocab: str = LEFT_OUT
     ratio: str | None = LEFT_OUT
     level: str | None = LEFT_OUT
     cap: float | None = LEFT_OUT
@@ -139,6 +143,11 @@ class TermSpec(KLSpec):
     def exact_on_answers(self) -> bool:
         """Whether the estimator's divergence has a form that is exact on whole answers."""
         return self.definition.later is not None or self.definition.of_answer is not None
+
+    @property
+    def exact_by_values(self) -> bool:
+        """Whether that form adds up values of later tokens, which a vocabulary has too."""
+        return self.definition.later is not None
 
     def __str__(self) -> str:
         written = [self.name]
@@ -263,6 +272,13 @@ def _part(text: str) -> KLSpec:
         if key in values:
             raise Refused(f"kl_type {text!r}: option {key!r} is given twice", "option-twice")
         values[key] = _number(text, AXES[key], value) if AXES[key].number else value
+    if name == EXACT:
+        if values.setdefault("vocab", "exact") != "exact":
+            raise Refused(
+                f"kl_type {text!r}: {EXACT} is 'k2_as_loss,vocab=exact'. Leave vocab out",
+                "unknown-value",
+            )
+        return TermSpec("k2", "as_loss", **values)
     if name != "none":
         return TermSpec(*_estimator_and_placement(name), **values)
     if values:
@@ -284,6 +300,12 @@ def _number(text: str, axis: Axis, value: str) -> float:
 
 
 def _estimator_and_placement(name: str) -> tuple[str, str]:
+    if name in ("full", "full_as_loss", "full_in_reward"):
+        raise Refused(
+            f"kl_type {name!r} is unknown: the KL over the whole vocabulary is {EXACT!r}, that of "
+            "whole answers 'k2_as_loss,horizon=sequence'",
+            "unknown-name",
+        )
     for placement in PLACEMENTS:
         estimator = name.removesuffix(f"_{placement}")
         if estimator != name and ALIASES.get(estimator, estimator) in ESTIMATORS:
@@ -297,7 +319,7 @@ def _estimator_and_placement(name: str) -> tuple[str, str]:
     known = (*_NAMES, "none")
     raise Refused(
         f"kl_type {name!r} is unknown; known: {', '.join(known)}, and the aliases "
-        f"{', '.join(_ALIAS_NAMES)}." + _nearest(name, (*known, *_ALIAS_NAMES)),
+        f"{', '.join((*_ALIAS_NAMES, EXACT))}." + _nearest(name, (*known, *_ALIAS_NAMES, EXACT)),
         "unknown-name",
     )
 

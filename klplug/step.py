@@ -55,7 +55,8 @@ class KLStep:
         for part in self.beside:
             gradient = finite(gradient + part.gradient)
         with torch.enable_grad():
-            return with_gradient(self.term._log_probs, self.term.value, gradient)
+            loss = with_gradient(self.term._log_probs, self.term.value, gradient)
+            return loss if self.term.pathwise is None else loss + self.term.pathwise
 
     @property
     def tally(self) -> Tally:
@@ -75,6 +76,7 @@ def policy_loss(
     rollout_log_probs: Tensor | None = None,
     group_ids: Groups = None,
     return_baseline: Tensor | None = None,
+    exact_kl: Tensor | None = None,
 ) -> Tensor:
     """PPO's and GRPO's clipped surrogate with its KL, per token: (B, T), differentiable.
 
@@ -113,6 +115,7 @@ def policy_loss(
         clip_range=clip_range,
         group_ids=group_ids,
         return_baseline=return_baseline,
+        exact_kl=exact_kl,
     )
     step = KLStep(term)
     clip = low, high = low_and_high(clip_range)
@@ -126,4 +129,5 @@ def policy_loss(
     for part in step.beside:
         value, gradient = value + kl_coef * part.value, gradient + kl_coef * part.gradient
     # Not by autograd, to which the gradient of a saturated exponent is no number.
-    return with_gradient(log_probs, finite(value), finite(gradient))
+    loss = with_gradient(log_probs, finite(value), finite(gradient))
+    return loss if term.pathwise is None else loss + kl_coef * term.pathwise

@@ -57,7 +57,9 @@ class Tally:
 
         ``klplug/active``: 1, proof in a log that klplug computed the term.
         ``klplug/k1``, ``k2``, ``k3``, ``abs``: masked means of the estimates, nats per token.
-        ``klplug/coef_mean``, ``coef_max``: mean and largest ``|c|``.
+        ``klplug/exact_kl``: with vocab=exact, the masked mean over the whole vocabulary.
+        ``klplug/coef_mean``, ``coef_max``: mean and largest ``|c|``; without vocab=exact, as are
+        the gradient's below.
         ``klplug/ess``: effective sample size of the weights as a share of the tokens,
         ``(sum w)^2 / (n sum w^2)``, 1 where all weights are equal.
         ``klplug/capped_share``, ``bounded_share``, ``overflow_share``: shares of tokens whose
@@ -76,14 +78,17 @@ class Tally:
             "k2": self.sums["k2"] / n,
             "k3": self.sums["k3"] / n,
             "abs": self.sums["abs"] / n,
-            "coef_mean": self.sums["coef"] / n,
-            "coef_max": self.maxima["coef"],
             "ess": torch.where(weight_square > 0, ess, 0.0),
             "capped_share": self.sums["capped"] / n,
             "bounded_share": self.sums["bounded"] / n,
             "overflow_share": self.sums["overflow"] / n,
-            **gradient_metrics(self.sums),
         }
+        if "coef" in self.sums:
+            values["coef_mean"] = self.sums["coef"] / n
+            values["coef_max"] = self.maxima["coef"]
+            values |= gradient_metrics(self.sums)
+        if "exact" in self.sums:
+            values["exact_kl"] = self.sums["exact"] / n
         return {PREFIX + name: value for name, value in values.items()}
 
 
@@ -95,18 +100,21 @@ class Diagnosis:
     something did, and anything where masked; the others are zero there.
 
     Attributes:
+        coefficient: c; ``None`` where sampled tokens have none, or not the whole of it.
         gradient: what multiplies each token's score.
         principled: what would with ``c = lr``.
         k3: its values, where they are at hand.
+        exact: the divergence over the whole vocabulary, where it is.
     """
 
     mask: Tensor
     log_ratio: Tensor
-    coefficient: Tensor
+    coefficient: Tensor | None
     gradient: Tensor
     principled: Tensor
     overflowed: Tensor
     k3: Tensor | None = None
+    exact: Tensor | None = None
     weight: Tensor | None = None
     capped: Tensor | None = None
     bounded: Tensor | None = None
@@ -126,7 +134,20 @@ class Diagnosis:
         def share(flags: Tensor | None) -> Tensor:
             return never if flags is None else total(masked_(flags, self.mask))
 
-        largest = size(self.coefficient)
+        of_coefficient, maxima = {}, {}
+        if self.coefficient is not None:
+            largest = size(self.coefficient)
+            of_coefficient = {
+                "coef": total(largest),
+                "gradient_square": squares(self.gradient),
+                "principled_square": squares(self.principled),
+                "gradient_principled": together,
+                "gradient_size": total(size(self.gradient)),
+                "top_size": top_total(size(self.gradient), tokens),
+            }
+            maxima["coef"] = largest.amax() if largest.numel() else largest.new_zeros(())
+        if self.exact is not None:
+            of_coefficient["exact"] = total(self.exact)
         return Tally(
             sums={
                 "tokens": tokens,
@@ -134,19 +155,14 @@ class Diagnosis:
                 "k2": squares(self.log_ratio) / 2,
                 "k3": total(k3(self.log_ratio) if self.k3 is None else self.k3),
                 "abs": total(size(self.log_ratio)),
-                "coef": total(size(self.coefficient)),
+                **of_coefficient,
                 "weight": weight,
                 "weight_square": weight_square,
                 "capped": share(self.capped),
                 "bounded": share(self.bounded),
                 "overflow": share(self.overflowed),
-                "gradient_square": squares(self.gradient),
-                "principled_square": squares(self.principled),
-                "gradient_principled": together,
-                "gradient_size": total(size(self.gradient)),
-                "top_size": top_total(size(self.gradient), tokens),
             },
-            maxima={"coef": largest.amax() if largest.numel() else largest.new_zeros(())},
+            maxima=maxima,
         )
 
 

@@ -36,6 +36,8 @@ class KLTerm:
         coefficient: detached c; for ``in_reward`` the number to join to each token's reward.
         gradient: detached ``weight * coefficient``: that of ``loss.sum()`` with respect to
             ``log_probs``, whatever the estimate's own derivative is.
+        pathwise: with vocab=exact, what of ``loss`` goes through ``exact_kl`` instead: 0, with the
+            gradient ``weight * grad exact_kl``; otherwise ``None``. Of an own token it is all.
         parts: the terms of a sum, and of ``none`` none; a single term is its own only part.
 
     For a sum of terms ``value`` and ``gradient`` are the sums of the parts', ``coefficient`` is
@@ -52,6 +54,7 @@ class KLTerm:
     # What only some callers ask for is made when they do: most of the cost is here.
     _diagnose: Callable[[], Diagnosis] = field(repr=False)
     _parts: tuple[KLTerm, ...] = field(default=(), repr=False)
+    pathwise: Tensor | None = field(default=None, repr=False)
 
     @property
     def parts(self) -> tuple[KLTerm, ...]:
@@ -62,7 +65,8 @@ class KLTerm:
         """Differentiable: its value is ``value``, its gradient ``gradient``."""
         # Made on first use, which may be under no_grad: what counts is how kl_term was called.
         with torch.enable_grad():
-            return with_gradient(self._log_probs, self.value, self.gradient)
+            loss = with_gradient(self._log_probs, self.value, self.gradient)
+            return loss if self.pathwise is None else loss + self.pathwise
 
     @functools.cached_property
     def weight(self) -> Tensor:
@@ -93,6 +97,7 @@ def kl_term(
     clip_range: ClipRange | None = None,
     group_ids: Groups = None,
     return_baseline: Tensor | None = None,
+    exact_kl: Tensor | None = None,
 ) -> KLTerm:
     """The KL term that ``spec`` names, per token: ``KL(pi_theta || pi_ref)``, in nats per token.
 
@@ -122,10 +127,12 @@ def kl_term(
             device is waited for.
         return_baseline: (B, T), used as the baseline instead of one from this batch, for batches
             that cut groups: ``klplug.kl_return_baseline`` of the whole one.
+        exact_kl: (B, T), for vocab=exact: the ``kl`` of ``klplug.exact_kl`` with the divergence of
+            that name, at the same tokens; carries the gradient of the policy.
 
     Raises:
-        ValueError: an input that the formulation needs is missing, shapes differ, or an answer is
-            alone under a baseline.
+        ValueError: an input that the formulation needs is missing, shapes differ, an answer is
+            alone under a baseline, or ``exact_kl`` carries no gradient where ``log_probs`` does.
 
     Source: arXiv 2510.01555 for one token; ``tests/core/test_oracle.py`` proves whose gradient each
     formulation has on answers of many tokens.
@@ -137,6 +144,7 @@ def kl_term(
         "rollout_log_probs": rollout_log_probs,
         "advantages": advantages,
         "return_baseline": return_baseline,
+        "exact_kl": exact_kl,
     }
     options = {"kl_coef": kl_coef, "clip_range": clip_range, "group_ids": group_ids}
     _check(spec, log_probs, response_mask, supplied, options)
@@ -144,7 +152,12 @@ def kl_term(
     batch = _Batch.of(spec, log_probs, response_mask, supplied)
     if not spec.terms:
         return _nothing(spec, batch)
-    terms = [_single(term, batch, kl_coef, clip, group_ids) for term in spec.terms]
+    terms = [
+        _over_the_vocabulary(term, batch, exact_kl)
+        if term.vocab == "exact" and exact_kl is not None
+        else _single(term, batch, kl_coef, clip, group_ids)
+        for term in spec.terms
+    ]
     return terms[0] if len(terms) == 1 else _sum(spec, terms)
 
 
@@ -327,6 +340,59 @@ def _single(
     )
 
 
+def _over_the_vocabulary(spec: TermSpec, batch: _Batch, exact_kl: Tensor) -> KLTerm:
+    """``Q_t grad D_t``, and over whole answers ``s_t sum_{s>t} Q_s D_s`` too (LOC, FULL).
+
+    D is the exact KL, Q the weight of the tokens before: the expectation over a token is in its D,
+    so neither ``grad D_t`` nor a later token's ``D_s`` needs that token's own ratio.
+    """
+    log_ratio = batch.log_ratio(f"{spec.reference}_log_probs")
+    value = batch.masked(batch.others["exact_kl"])
+    importance = _importance(spec, batch)
+    weight = before = None if importance is None else importance.weight
+    gradient = coefficient = torch.zeros_like(value)
+    if spec.horizon == "sequence":
+        to_go = reward_to_go(value if before is None else finite_(before * value))
+        later = torch.nn.functional.pad(to_go[:, 1:], (0, 1))
+        gradient = coefficient = masked_(finite_(later), batch.mask)
+        if before is not None:
+            # A token whose own weight is 0 (dropped by mode=mask) still answers for later ones.
+            weight = torch.where(before > 0, before, batch.ones)
+            coefficient = masked_(finite_(gradient / weight), batch.mask)
+    pathwise = None
+    if exact_kl.requires_grad and torch.is_grad_enabled():
+        own = exact_kl.where(batch.mask, 0.0)
+        pathwise = (own - own.detach()) * (1.0 if before is None else before)
+
+    def diagnose() -> Diagnosis:
+        overflowed = flags(torch.lt, log_ratio, -largest_exponent(log_ratio))
+        if importance is not None:
+            overflowed += importance.overflowed()
+        return Diagnosis(
+            mask=batch.mask,
+            log_ratio=log_ratio,
+            coefficient=None,
+            gradient=gradient,
+            principled=gradient,
+            overflowed=overflowed.clamp_(max=1),
+            exact=value,
+            weight=before,
+            capped=None if importance is None else importance.capped(),
+        )
+
+    return KLTerm(
+        spec,
+        value,
+        coefficient,
+        gradient,
+        batch.differentiable,
+        batch.mask,
+        weight,
+        diagnose,
+        pathwise=pathwise,
+    )
+
+
 def _own_token(log_ratio: Tensor, own: Tensor, weight: Tensor | None) -> _Acting:
     """``w_t c_t``: prefixes held fixed (LOC)."""
     if weight is None:
@@ -437,6 +503,7 @@ def _importance(spec: TermSpec, batch: _Batch) -> ImportanceWeight | None:
         level=spec.level or "token",
         cap=math.inf if spec.cap is None else spec.cap,
         mode=spec.mode or "truncate",
+        own=spec.vocab == "sample",
     )
 
 
@@ -481,6 +548,7 @@ def _sum(spec: KLSpec, terms: list[KLTerm]) -> KLTerm:
     zero = torch.zeros_like(first.value)
     gradient = finite(sum((t.gradient for t in terms), zero))
     value = finite(sum((t.value for t in terms), zero))
+    paths = [t.pathwise for t in terms if t.pathwise is not None]
 
     def diagnose() -> Diagnosis:
         seen = [t._diagnose() for t in terms]
@@ -488,7 +556,8 @@ def _sum(spec: KLSpec, terms: list[KLTerm]) -> KLTerm:
         bounded = [s.bounded for s in seen if s.bounded is not None]
         return dataclasses.replace(
             seen[0],
-            coefficient=gradient,
+            coefficient=None if any(s.coefficient is None for s in seen) else gradient,
+            exact=next((s.exact for s in seen if s.exact is not None), None),
             weight=of_weight.weight,
             capped=of_weight.capped,
             gradient=finite(sum((s.gradient for s in seen), zero)),
@@ -506,6 +575,7 @@ def _sum(spec: KLSpec, terms: list[KLTerm]) -> KLTerm:
         None,
         diagnose,
         tuple(terms),
+        torch.stack(paths).sum(0) if paths else None,
     )
 
 
@@ -541,6 +611,20 @@ def _check(
         given = tensors.get("return_baseline" if name == "group_ids" else name)
         if given is None and options.get(name) is None:
             raise ValueError(f"kl_type {str(spec)!r} needs {name}, which is missing")
+    over = {(t.estimator, t.alpha) for t in spec.terms if t.vocab == "exact"}
+    if len(over) > 1:
+        raise ValueError(
+            f"kl_type {str(spec)!r} has several divergences over the vocabulary, and exact_kl is "
+            "of one divergence: use kl_term for each, and add the losses"
+        )
+    exact_kl = tensors.get("exact_kl")
+    if over and exact_kl is not None:
+        lost = log_probs.requires_grad and torch.is_grad_enabled() and not exact_kl.requires_grad
+        if lost:
+            raise ValueError(
+                f"kl_type {str(spec)!r}: exact_kl carries no gradient, so the term would do "
+                "nothing: hand in the kl of klplug.exact_kl as it is"
+            )
     shape = log_probs.shape
     if log_probs.dim() != 2 or not log_probs.is_floating_point():
         raise ValueError(

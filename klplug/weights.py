@@ -33,7 +33,7 @@ class ImportanceWeight:
 
 
 def importance_weight(
-    log_ratio: Tensor, mask: Tensor, *, level: str, cap: float, mode: str
+    log_ratio: Tensor, mask: Tensor, *, level: str, cap: float, mode: str, own: bool = True
 ) -> ImportanceWeight:
     """``pi_theta / pi_behaviour`` of each token, prefix or whole answer, bounded above by ``cap``.
 
@@ -45,10 +45,12 @@ def importance_weight(
             (product over the answer; never the geometric mean, which weighs nothing).
         cap: ``truncate`` holds weights at it, ``mask`` drops those above; ``inf`` for no bound.
         mode: ``truncate`` or ``mask``.
+        own: whether the product of a prefix goes up to the token itself, or to the one before it.
     """
     log_weight = log_ratio
     if level == "prefix":
         log_weight = masked(log_ratio, mask).cumsum(-1)
+        log_weight = log_weight if own else torch.nn.functional.pad(log_weight[:, :-1], (1, 0))
     elif level == "sequence":
         log_weight = masked(log_ratio, mask).sum(-1, keepdim=True).expand_as(mask)
     weight = saturating_exp(log_weight, at_most=cap if mode == "truncate" else math.inf)

@@ -15,7 +15,7 @@ WITHOUT_PLUGINS = ("0.7.", "0.8.")
 def served(spec: KLSpec) -> str:
     if any(term.head in ("combined", "clipped") for term in spec.terms):
         return "with loss_mode=vanilla"
-    return "yes"
+    return "not yet" if any(term.vocab == "exact" for term in spec.terms) else "yes"
 
 
 def problems(environment: Mapping[str, str], version: str | None) -> list[str]:

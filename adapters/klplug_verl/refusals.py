@@ -269,6 +269,7 @@ def _compared(plan: Plan) -> list[TermSpec]:
 
 
 ROWS = (
+    hosting.no_hidden_states,
     another_kl_type,
     two_coefficients,
     moving_controller,

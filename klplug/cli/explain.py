@@ -25,7 +25,7 @@ STEPS = 10  # a nat
 TABLED = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
 MOST = len(LETTERS)
 # What these do depends on the rest of the batch; c itself is the same without.
-OF_THE_BATCH = ("baseline", "head", "cap", "mode")
+OF_THE_BATCH = ("baseline", "head", "cap", "mode", "vocab")
 
 _ROWS = {
     "formula": "estimate of the KL",

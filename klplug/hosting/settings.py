@@ -87,6 +87,18 @@ def refusals(rows: Iterable[Row], plan: Asked, settings: Settings) -> Iterator[R
             continue
 
 
+def no_hidden_states(plan: Asked, settings: Settings) -> Iterator[tuple[str | None, str]]:
+    """A row of every host: what the core can do, and no adapter hands over yet."""
+    for term in plan.spec.terms:
+        if term.vocab == "exact":
+            yield (
+                None,
+                f"kl_type {term}: vocab=exact is refused: klplug gets no hidden states from this "
+                f"host yet. In a loop of your own klplug.exact_kl serves it; here use "
+                f"'{term.estimator}_as_loss'",
+            )
+
+
 @dataclass(frozen=True)
 class Edit:
     """One change to a command: all that sets ``key`` is deleted, and ``words`` are added.

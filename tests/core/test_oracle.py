@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from klplug import kl_return_baseline, kl_term, kl_types, parse, policy_loss, reward_to_go
+from klplug import (
+    exact_kl,
+    kl_return_baseline,
+    kl_term,
+    kl_types,
+    parse,
+    policy_loss,
+    reward_to_go,
+)
 from klplug.weights import importance_weight
 from tests.core.enumeration import PROBLEMS, Problem
 
@@ -591,8 +599,139 @@ def test_a_baseline_from_the_start_of_the_step_is_unbiased_too() -> None:
     assert_equal(problem.gradient((weight * term.loss).sum()), problem.full())
 
 
+# ── Exact over the vocabulary ───────────────────────────────────────────────────────────────────
+
+
+def over_the_vocabulary(problem: Problem, kl_type: str) -> Tensor:
+    """``exact_kl`` at each prefix, from logits as hidden states; no number where masked."""
+    spec = parse(kl_type)
+    identity = torch.eye(problem.vocabulary, dtype=torch.float64)
+    logits = problem.features @ problem.theta
+    targets = torch.zeros(len(logits), dtype=torch.long)
+    kl = exact_kl(
+        logits,
+        identity,
+        problem.ref_logits,
+        identity,
+        targets,
+        divergence=spec.estimator,
+        alpha=spec.alpha,
+    ).kl
+    return torch.where(problem.mask, kl[problem.prefix_of], torch.nan)
+
+
+def exact_gradients(problem: Problem, kl_type: str, behaviour: Tensor) -> list[Tensor]:
+    """The gradient of each answer's loss, and their expectation last."""
+    term = kl_term(
+        kl_type,
+        problem.log_probs(problem.policy()),
+        problem.log_probs(problem.ref()),
+        problem.mask,
+        old_log_probs=problem.log_probs(behaviour),
+        rollout_log_probs=problem.log_probs(behaviour),
+        exact_kl=over_the_vocabulary(problem, kl_type),
+    )
+    each = [problem.gradient(loss) for loss in term.loss.sum(-1)]
+    probability = problem.answer_probability(behaviour).detach()
+    return [*each, (probability[:, None] * torch.stack(each)).sum(0)]
+
+
+EXACT = {"exact": "reverse"} | {f"{name}": name for name in DIVERGENCES}
+EXACT_NAMES = {
+    name: "exact_as_loss" if name == "exact" else f"{name}_as_loss,vocab=exact" for name in EXACT
+}
+ON_ANSWERS = [name for name in EXACT if name != "forward"]
+
+
+@pytest.mark.parametrize("ratio", ["none", "old", "rollout"])
+@pytest.mark.parametrize("name", EXACT)
+def test_on_policy_the_exact_kl_has_the_gradient_of_the_sampled_one(
+    problem: Problem, name: str, ratio: str
+) -> None:
+    on_policy, kl_type = problem.policy().detach(), f"{EXACT_NAMES[name]},ratio={ratio}"
+    assert_equal(exact_gradients(problem, kl_type, on_policy)[-1], problem.loc(EXACT[name]))
+    if name in ON_ANSWERS:
+        found = exact_gradients(problem, f"{kl_type},horizon=sequence", on_policy)[-1]
+        expected = problem.full() if name == "exact" else problem.expected(EXACT[name])
+        assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_off_policy_the_exact_kl_needs_a_ratio_of_the_tokens_before_alone(
+    problem: Problem, name: str
+) -> None:
+    old, kl_type, divergence = problem.old(), EXACT_NAMES[name], EXACT[name]
+    oldpref, loc = problem.oldpref(divergence), problem.loc(divergence)
+    assert_equal(exact_gradients(problem, kl_type, old)[-1], oldpref)
+    for ratio in ("old", "rollout"):
+        weighted = f"{kl_type},ratio={ratio},cap=none"
+        assert_equal(exact_gradients(problem, weighted, old)[-1], loc)
+    if many_tokens(problem):
+        assert_different(oldpref, loc)
+    if name not in ON_ANSWERS:
+        return
+    full = problem.full() if name == "exact" else problem.expected(divergence)
+    found = exact_gradients(problem, f"{kl_type},horizon=sequence,cap=none", old)[-1]
+    assert_equal(found, full)
+    if many_tokens(problem):
+        assert_different(full, loc)
+        unweighted = exact_gradients(problem, f"{kl_type},horizon=sequence,ratio=none", old)[-1]
+        assert_different(unweighted, full)
+
+
+def test_the_exact_kl_has_no_noise_of_its_own_token() -> None:
+    one_token = PROBLEMS["one token"]()
+    *each, mean = exact_gradients(one_token, "exact_as_loss", one_token.old())
+    for gradient in each:
+        assert_equal(gradient, mean)
+    sampled = kl_term(
+        "k2_as_loss,cap=none",
+        one_token.log_probs(one_token.policy()),
+        one_token.log_probs(one_token.ref()),
+        one_token.mask,
+        old_log_probs=one_token.log_probs(one_token.old()),
+    )
+    assert_different(one_token.gradient(sampled.loss[0].sum()), mean)
+
+
+@pytest.mark.parametrize("kl_type", ["exact_as_loss,horizon=sequence", "exact_as_loss"])
+def test_under_a_policy_loss_the_exact_kl_is_what_it_is_beside_it(kl_type: str) -> None:
+    problem = PROBLEMS["varying length"]()
+    old, log_probs = problem.log_probs(problem.old()), problem.log_probs(problem.policy())
+    ref, kl = problem.log_probs(problem.ref()), over_the_vocabulary(problem, kl_type)
+    advantages = torch.randn(log_probs.shape, dtype=torch.float64)
+    given = {"old_log_probs": old, "advantages": advantages, "kl_coef": 0.3}
+    both = policy_loss(kl_type, log_probs, ref, problem.mask, **given, exact_kl=kl)
+    alone = policy_loss("none", log_probs, None, problem.mask, **given)
+    term = kl_term(kl_type, log_probs, ref, problem.mask, old_log_probs=old, exact_kl=kl)
+    assert_equal(both, alone + 0.3 * term.loss)
+    found, expected = (problem.gradient(x.sum()) for x in (both, alone + 0.3 * term.loss))
+    assert_equal(found, expected)
+
+
+def test_a_sum_of_an_exact_kl_and_a_sampled_one() -> None:
+    problem = PROBLEMS["three tokens"]()
+    old, kl = problem.old(), over_the_vocabulary(problem, "exact_as_loss")
+    log_probs, ref = problem.log_probs(problem.policy()), problem.log_probs(problem.ref())
+    probability = problem.answer_probability(old).detach()[:, None]
+
+    def gradient(kl_type: str) -> Tensor:
+        term = kl_term(
+            kl_type, log_probs, ref, problem.mask, old_log_probs=problem.log_probs(old), exact_kl=kl
+        )
+        assert_equal(term.loss.detach(), term.value)
+        return problem.gradient((probability * term.loss).sum())
+
+    sampled = "k3_as_loss,cap=none"
+    expected = problem.oldpref() + problem.oldpref("forward")
+    assert_equal(gradient(f"exact_as_loss+{sampled}"), expected)
+    assert_equal(gradient(f"{sampled}+exact_as_loss"), expected)
+
+
 def test_every_catalogued_kl_type_is_in_an_oracle() -> None:
     tested = {
+        "k2_as_loss,vocab=exact",
+        "k2_as_loss,vocab=exact,horizon=sequence",
         *ON_POLICY_LOSS,
         *ON_POLICY_REWARD,
         *HEADS,

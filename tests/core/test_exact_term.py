@@ -1,0 +1,152 @@
+"""``vocab=exact``: what it is written as, refused for, and reported as."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import klplug
+
+SHAPE = (2, 4)
+
+
+def tensors() -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    log_probs, ref, old, kl = -torch.rand((4, *SHAPE), generator=draw)
+    mask = torch.tensor([[1, 0, 1, 1], [1, 1, 0, 0]])
+    return {
+        "log_probs": log_probs.requires_grad_(),
+        "ref_log_probs": ref,
+        "response_mask": mask,
+        "old_log_probs": old,
+        "exact_kl": (-kl).requires_grad_(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("written", "canonical"),
+    [
+        ("exact_as_loss", "k2_as_loss,vocab=exact"),
+        ("exact_as_loss,vocab=exact", "k2_as_loss,vocab=exact"),
+        ("exact_as_loss,ratio=none", "k2_as_loss,vocab=exact"),
+        ("exact_as_loss,ratio=old", "k2_as_loss,vocab=exact,ratio=old"),
+        ("exact_as_loss,ratio=old,level=prefix", "k2_as_loss,vocab=exact,ratio=old"),
+        ("exact_as_loss,horizon=sequence", "k2_as_loss,vocab=exact,horizon=sequence"),
+        (
+            "exact_as_loss,horizon=sequence,ratio=none",
+            "k2_as_loss,vocab=exact,ratio=none,horizon=sequence",
+        ),
+        ("js_as_loss,vocab=exact", "js_as_loss,vocab=exact"),
+        ("alpha_as_loss,alpha=2,vocab=exact", "alpha_as_loss,alpha=2,vocab=exact"),
+        ("k2_as_loss,vocab=sample", "k2_as_loss"),
+    ],
+)
+def test_one_canonical_form(written: str, canonical: str) -> None:
+    assert str(klplug.parse(written)) == canonical
+    assert klplug.parse(canonical) == klplug.parse(written)
+
+
+def test_what_it_needs() -> None:
+    assert klplug.parse("exact_as_loss").requires == ("ref_log_probs", "exact_kl")
+    needs = klplug.parse("exact_as_loss,horizon=sequence").requires
+    assert set(needs) == {"ref_log_probs", "exact_kl", "old_log_probs"}
+    given = tensors() | {"exact_kl": None}
+    with pytest.raises(ValueError, match="needs exact_kl, which is missing"):
+        klplug.kl_term("exact_as_loss", **given)
+
+
+@pytest.mark.parametrize(
+    ("kl_type", "message"),
+    [
+        ("k1_in_reward,vocab=exact", "Use 'exact_as_loss,horizon=sequence'"),
+        ("k1_as_loss,vocab=exact", "exactly no gradient"),
+        ("k3_as_loss,vocab=exact", "'forward_as_loss,vocab=exact'"),
+        ("abs_as_loss,vocab=exact", "'tv_as_loss,vocab=exact'"),
+        ("forward_as_loss,vocab=exact,horizon=sequence", "no sum over tokens"),
+        ("exact_as_loss,head=combined", "head=combined with vocab=exact is refused"),
+        ("exact_as_loss,head=clipped", "head=clipped with vocab=exact is refused"),
+        ("exact_as_loss,reference=rollout", "reference=rollout with vocab=exact is refused"),
+        ("exact_as_loss,bound=2", "bound=2 with vocab=exact is refused"),
+        ("exact_as_loss,horizon=sequence,baseline=group", "baseline=group with vocab=exact"),
+        ("exact_as_loss,ratio=old,level=token", "level=token with vocab=exact is refused"),
+        ("exact_as_loss,ratio=old,level=sequence", "level=sequence with vocab=exact is refused"),
+        ("exact_as_loss,cap=5", "with ratio=none there is no weight"),
+        ("exact_as_loss,vocab=sample", "Leave vocab out"),
+        ("full", "'exact_as_loss'"),
+        ("full_as_loss", "'exact_as_loss'"),
+        ("exact_in_reward", "Did you mean"),
+    ],
+)
+def test_refused_with_a_reason(kl_type: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        klplug.parse(kl_type)
+
+
+def test_one_exact_kl_serves_one_divergence() -> None:
+    with pytest.raises(ValueError, match="several divergences over the vocabulary"):
+        klplug.kl_term("exact_as_loss+js_as_loss,vocab=exact", **tensors())
+    term = klplug.kl_term("exact_as_loss+exact_as_loss,horizon=sequence", **tensors())
+    assert torch.equal(term.value, 2 * klplug.kl_term("exact_as_loss", **tensors()).value)
+
+
+def test_a_detached_exact_kl_is_an_error_and_not_a_term_that_does_nothing() -> None:
+    given = tensors()
+    given["exact_kl"] = given["exact_kl"].detach()
+    with pytest.raises(ValueError, match="exact_kl carries no gradient"):
+        klplug.kl_term("exact_as_loss", **given)
+    with torch.no_grad():
+        klplug.kl_term("exact_as_loss", **given)
+
+
+@pytest.mark.parametrize("kl_type", ["exact_as_loss,ratio=old", "exact_as_loss,horizon=sequence"])
+def test_masked_tokens_reach_nothing_and_enter_no_product(kl_type: str) -> None:
+    """Row 0 has a hole: the token after it has the ratio of the one before it."""
+    given = tensors()
+    mask = given["response_mask"].bool()
+    garbage = {
+        name: x.detach().where(mask, torch.nan).requires_grad_(x.requires_grad)
+        if x.is_floating_point()
+        else x
+        for name, x in given.items()
+    }
+    clean, dirty = klplug.kl_term(kl_type, **given), klplug.kl_term(kl_type, **garbage)
+    assert torch.equal(clean.loss, dirty.loss)
+    for name in ("log_probs", "exact_kl"):
+        found, expected = (
+            torch.autograd.grad(x.loss.sum(), y[name], retain_graph=True)[0]
+            for x, y in ((dirty, garbage), (clean, given))
+        )
+        assert torch.equal(found, expected)
+        assert (found[~mask] == 0).all()
+    ratio = (given["log_probs"] - given["old_log_probs"]).detach().exp()
+    expected = torch.stack([ratio[0, 0].new_ones(()), ratio[0, 0], ratio[0, 0] * ratio[0, 2]])
+    torch.testing.assert_close(dirty.weight[0][mask[0]], expected)
+
+
+def test_the_parts_of_the_term() -> None:
+    given = tensors()
+    mask = given["response_mask"]
+    own = klplug.kl_term("exact_as_loss", **given)
+    kl = given["exact_kl"].detach() * mask
+    assert torch.equal(own.value, kl)
+    assert torch.equal(own.weight, mask.float())
+    assert not own.coefficient.any() and not own.gradient.any()
+    (of_kl,) = torch.autograd.grad(own.loss.sum(), given["exact_kl"])
+    assert torch.equal(of_kl, mask.float())
+    whole = klplug.kl_term("exact_as_loss,horizon=sequence,ratio=none", **given)
+    later = torch.tensor([[kl[0, 2] + kl[0, 3], 0, kl[0, 3], 0], [kl[1, 1], 0, 0, 0]])
+    torch.testing.assert_close(whole.gradient, later)
+    (of_score,) = torch.autograd.grad(whole.loss.sum(), given["log_probs"])
+    torch.testing.assert_close(of_score, later)
+
+
+def test_metrics_have_the_exact_kl_and_no_coefficient() -> None:
+    given = tensors()
+    metrics = klplug.kl_term("exact_as_loss", **given).metrics
+    kl = given["exact_kl"].detach()[given["response_mask"].bool()]
+    assert metrics["klplug/exact_kl"].item() == pytest.approx(kl.mean().item())
+    assert metrics["klplug/ess"] == 1
+    assert {"klplug/k1", "klplug/k2", "klplug/k3"} <= set(metrics)
+    assert not any("coef" in name or "gradient" in name for name in metrics)
+    assert "klplug/exact_kl" not in klplug.kl_term("k2_as_loss", **given).metrics
