@@ -49,8 +49,8 @@ def test_the_audit_refuses_nothing_that_starts(overrides: list[str]) -> None:
     assert refusals(overrides) == []
 
 
-# Those that no command of this release has: another main's config, and 0.7's workers.
-ELSEWHERE = {"another_main", "legacy_worker"}
+# No command has it: main_ppo's config has all that it looks for.
+ELSEWHERE = {"another_main"}
 
 
 def test_every_row_is_among_the_mistakes() -> None:

@@ -291,6 +291,10 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
         ),
         ["use_task_rewards=False"],
     ),
+    (
+        own("k2_as_loss", "++trainer.use_legacy_worker_impl=auto", f"{ACTOR}.strategy=megatron"),
+        ["strategy=megatron", "use_legacy_worker_impl=disable"],
+    ),
 ]
 
 
