@@ -11,7 +11,7 @@ Served: ``verl.trainer.main_ppo`` of verl 0.9 (found as a plugin), 0.8 and 0.7 (
 ``trainer.v1.trainer_mode`` or ``RayPPOTrainer``; every engine that calls ``ppo_loss`` (FSDP2
 tested; FSDP and Megatron have the same call and scaling, and were not run) and 0.7's own FSDP
 worker; every policy loss, every aggregation. An in-reward KL needs an advantage estimator that
-leaves it as it is (``settings.REWARD_ESTIMATORS``). Refused by name: 0.8's ``main_ppo_sync``, 0.7's
+leaves it as it is (``refusals.REWARD_ESTIMATORS``). Refused by name: 0.8's ``main_ppo_sync``, 0.7's
 own Megatron worker, the fully asynchronous and one-step-off recipes, an in-reward KL under an
 estimator that whitens, bootstraps or weighs it, ``head=combined`` and ``clipped`` with another
 policy loss than ``vanilla``, a KL in the loss beside a distillation that throws the policy loss

@@ -282,3 +282,58 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_what_the_host_would_refuse_is_a_finding(words: list[str], message: str) -> None:
     reasons = [f.message for f in audit(words).findings if f.id == "rejected-setting"]
     assert any(message in reason for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([*_VERL, "+klplug.kl_type=k4_as_loss", "+klplug.kl_coef=1"], "k4_as_loss"),
+        ([*_VERL, "+klplug.kl_type=k2_as_loss"], "needs a kl_coef"),
+        ([*_VERL, "+klplug.kl_type=k2_as_loss", "+klplug.kl_coef=0"], "would do nothing"),
+        ([*_VERL, "+klplug.kl_type=none", "+klplug.kl_coef=1"], "takes no kl_coef"),
+        (["python", "-m", "klplug_openrlhf"], "kl_type is missing"),
+        (["klplug_openrlhf", "--klplug.kl_type", "k2_as_loss"], "needs a kl_coef"),
+    ],
+)
+def test_what_klplug_would_refuse_is_a_finding(words: list[str], message: str) -> None:
+    report = audit(words)
+    reasons = [f.message for f in report.findings if f.id == "klplug-refuses"]
+    assert len(reasons) == 1 and message in reasons[0]
+    assert report.fails("error")
+
+
+_ASKS = ["+klplug.kl_type=k1_in_reward", "+klplug.kl_coef=1"]
+
+
+def _refused(tmp_path: Path, *words: str) -> bool:
+    report = audit(_write(tmp_path, " ".join([*_VERL[:3], *words]) + "\n"))
+    return "klplug-refuses" in [f.id for f in report.findings]
+
+
+def test_a_refusal_that_hangs_on_the_unknown_is_not_said(tmp_path: Path) -> None:
+    estimator = "algorithm.adv_estimator="
+    assert _refused(tmp_path, *_ASKS, f"{estimator}gae")
+    assert not _refused(tmp_path, *_ASKS, f"{estimator}$ADV")
+    assert not _refused(tmp_path, *_ASKS, f"{estimator}gae", "$EXTRA")
+    # One that hangs on another value is.
+    assert _refused(tmp_path, *_ASKS[:1], "+klplug.kl_coef=$BETA", f"{estimator}gae")
+
+
+def test_advice_deletes_what_it_decides_and_keeps_the_rest(tmp_path: Path) -> None:
+    words = [*_VERL, *_LOSS, "actor_rollout_ref.actor.kl_loss_coef=0.02", "trainer.nnodes=2"]
+    after = ("+klplug.kl_type=k2_as_loss", "+klplug.kl_coef=0.02")
+    assert audit(words).after == (*_VERL, _LOSS[1], "trainer.nnodes=2", *after)
+    script = _write(tmp_path, "set -e\n" + " \\\n  ".join(words) + "\n")
+    assert audit(script).after == audit(words).after
+    assert audit(_VERL).after is None  # no KL, and so nothing to change
+    config = "algorithm: {adv_estimator: grpo}\nactor_rollout_ref: {actor: {use_kl_loss: true}}\n"
+    assert audit(_write(tmp_path, config, "run.yaml")).after is None  # no command
+
+
+def test_advice_is_what_the_host_serves() -> None:
+    reward = "algorithm.use_kl_in_reward=True"
+    whitened = [*_VERL[:3], "algorithm.adv_estimator=reinforce_plus_plus", reward]
+    assert audit([*_VERL, reward]).recommended == "k1_in_reward"
+    assert audit(whitened).recommended == "k1_in_reward,reward_norm=group"
+    # Whitened, and past the KL: neither order of the reward is served.
+    assert audit([*_VERL[:3], "algorithm.adv_estimator=gdpo", reward]).recommended == "k2_as_loss"
