@@ -138,7 +138,7 @@ def effect(differences: Sequence[float]) -> Effect:
     return Effect(float(values.mean()), low, high, tuple(values.tolist()))
 
 
-Verdict = Literal["reproduced", "not reproduced", "not decided", "not decided yet"]
+Verdict = Literal["reproduced", "not reproduced", "not decided", "not decided yet", "see below"]
 
 
 def above(found: Effect | None, threshold: float) -> bool:
@@ -317,6 +317,12 @@ def findings(runs: Runs) -> list[Finding]:
             verdict([drift], below(drift, 0), above(drift, 0)),
         ),
         at_equal_kl(runs),
+        Finding(
+            "c",
+            "stock k3 beside k2 as a loss: reported, decides nothing here",
+            f"KL {factor(runs.effect(runs.log_kl, 'stock:k3', 'k2_as_loss'))}",
+            "see below",
+        ),
     ]
 
 
@@ -426,18 +432,27 @@ def provenance(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-ELSEWHERE = (
-    ("c", "k2 against k3 as a loss, good answers rare or common"),
-    ("e", "many updates per rollout: corrected, uncorrected, frozen"),
-    ("f", "a bounded coefficient where a stock clamp lets go"),
-    ("h", "the strength of a coefficient: divided by the group's standard deviation or not"),
+# What the enumerable task says of each hypothesis, and where docs/closed-form.md says it.
+ENUMERABLE = (
+    ("a", "k1 as a loss, 1, 4 and 16 updates", "a-k1-as-loss"),
+    ("b", "k2 and k3 in the reward", "b-k2-and-k3-in-the-reward"),
+    (
+        "c",
+        "k2 against k3 as a loss, good answers rare or common",
+        "c-k2-against-k3-as-loss-good-answers-rare-and-common",
+    ),
+    ("d", "own token against whole answer, 2 to 8 tokens", "d-own-token-against-whole-answer"),
+    ("e", "many updates per rollout", "e-many-updates-per-rollout"),
+    ("f", "a bounded coefficient where a clamp lets go", "f-a-clamps-dead-zone-and-a-bound"),
+    ("g", "the frontier over coefficients", "g-the-frontier"),
+    ("h", "divided by the group's standard deviation", "h-divided-by-the-groups-spread"),
 )
-STUDIES = (
-    ("closed-form.md", "The closed form", "every formulation on a task that can be enumerated"),
-    ("gradient-study.md", "Gradients on a real model", "how many answers each estimator needs"),
-)
-
-
+ENUMERATED = """\
+The other task has policies that are tables, 100 seeds and exact distances. [The closed
+form](closed-form.md) has each comparison, with its interval and how it was decided. How many
+sampled answers each estimator's gradient needs stands in [gradients on a real
+model](gradient-study.md).
+"""
 INTRODUCTION = """\
 Does the formulation of the KL matter in training? Each run on this page is a run of the real host:
 OpenRLHF with DeepSpeed, Ray and vLLM, on a CPU. The policy has 0.75 M parameters and learns
@@ -457,21 +472,29 @@ are in nats per answer, summed over the vocabulary. A rollout is lost if its mea
 half of the first one's. The gradient norm is the median over the rollouts. `stock:k3` is OpenRLHF's
 own, without klplug.
 """
+HOW = """\
+## How it is made
+
+```bash
+make reproduce FAST=1                         # the main contrast, two runs
+make reproduce                                # tier 1; the same command goes on
+python -m recipes.reproduce tier1 --dry-run   # what there is to make, and what it costs
+python -m recipes.reproduce.page              # this page, from recipes/reproduce/results
+```
+
+A run's row is a line of `runs/reproduce/tier1/results.jsonl`. Rows come into this page by being
+copied to `recipes/reproduce/results/tier1.jsonl`.
+"""
 
 
-def page(rows: Sequence[Row], docs: Path) -> str:
+def page(rows: Sequence[Row]) -> str:
     """The page's text.
 
     Args:
         rows: Of tier 1, any number.
-        docs: The folder of the documentation; the studies that lie there are linked.
     """
     runs = Runs(rows)
     found = findings(runs)
-    studies = [study for study in STUDIES if (docs / study[0]).is_file()]
-    enumerable = "[the closed form](closed-form.md)" if (docs / "closed-form.md").is_file() else ""
-    drift = runs.effect(runs.log_kl, "stock:k3", "k2_as_loss")
-    beside = {"c": f"here the KL of `stock:k3` to `k2_as_loss`'s: {factor(drift)}; "}
     lines = [
         "<!-- Made by `python -m recipes.reproduce.page` from recipes/reproduce/results. -->",
         "",
@@ -479,27 +502,21 @@ def page(rows: Sequence[Row], docs: Path) -> str:
         "",
         *INTRODUCTION.splitlines(),
         "",
-        "## Verdicts",
+        "## Verdicts on the host",
         "",
         "| | hypothesis | measured | verdict |",
         "| --- | --- | --- | --- |",
         *(f"| {f.part} | {f.asked} | {f.measured} | **{f.verdict}** |" for f in found),
-        *(
-            f"| {part} | {asked} | {beside.get(part, '')}on the enumerable task"
-            f"{': ' + enumerable if enumerable else ''} "
-            f"| {'see there' if enumerable else '**not decided yet**'} |"
-            for part, asked in ELSEWHERE
-        ),
         "",
         *RULE.splitlines(),
         "",
     ]
-    if studies:
-        lines += ["Two more pages:", ""]
-        lines += [f"- [{title}]({name}): {what}" for name, title, what in studies] + [""]
+    lines += ["## Verdicts on the enumerable task", "", *ENUMERATED.splitlines(), ""]
+    lines += [f"- ({part}) [{what}](closed-form.md#{anchor})" for part, what, anchor in ENUMERABLE]
+    lines += [""]
     lines += ["## Tier 1: seven formulations, kl_coef 0.5, 4 updates per rollout", ""]
     if not rows:
-        return "\n".join([*lines, "No run was made yet.", ""])
+        return "\n".join([*lines, "No run was made yet.", "", *HOW.splitlines(), ""])
     lines += [
         start_line(rows),
         "",
@@ -520,19 +537,7 @@ def page(rows: Sequence[Row], docs: Path) -> str:
         lines += [*table(runs, ("stock:k3", "k2_as_loss"), 4, coef), ""]
     if absent := missing_lines(rows):
         lines += ["## Missing", "", "Runs of tier 1 that were not made yet:", "", *absent, ""]
-    lines += [
-        "## How it was made",
-        "",
-        *provenance(rows),
-        "",
-        "```bash",
-        "make reproduce FAST=1                       # the main contrast, two runs",
-        "make reproduce                              # tier 1; the same command goes on",
-        "python -m recipes.reproduce tier1 --dry-run # what there is to make, and what it costs",
-        "python -m recipes.reproduce.page            # this page, from recipes/reproduce/results",
-        "```",
-        "",
-    ]
+    lines += ["## Made with", "", *provenance(rows), "", *HOW.splitlines(), ""]
     return "\n".join(lines)
 
 
@@ -642,7 +647,7 @@ def main(argv: list[str] | None = None) -> int:
     except DriveError as error:
         print(f"page: error: {error}", file=sys.stderr)
         return 2
-    arguments.page.write_text(page(rows, PAGE.parent), "utf-8")
+    arguments.page.write_text(page(rows), "utf-8")
     if rows:
         figures(rows, arguments.images)
     print(f"{arguments.page}: {len(rows)} runs")

@@ -1,6 +1,7 @@
 """The page of the evidence: what decides a verdict, and what is said where runs are missing."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 from recipes.quickstart.settings import settings
 from recipes.reproduce.drive import FORM, append
 from recipes.reproduce.page import (
+    IMAGES,
+    PAGE,
     Runs,
     above,
     accuracy,
@@ -134,7 +137,7 @@ def test_a_run_that_diverged_counts_against_its_formulation() -> None:
     assert accuracy(rows[-1]) == 0
     assert Runs(rows).log_kl(rows[-1]) == pytest.approx(0.0)  # the largest KL there is 1
     assert of_part(rows, "a2").verdict == "reproduced"
-    assert "| 3, 1 diverged |" in page(rows, Path("nowhere"))
+    assert "| 3, 1 diverged |" in page(rows)
 
 
 def test_lost_rollouts_are_those_below_half_of_the_first() -> None:
@@ -161,25 +164,28 @@ def test_accuracy_at_equal_kl_is_read_off_each_formulations_line() -> None:
 
 
 def test_what_is_missing_shows_as_missing() -> None:
-    text = page([row("k2_as_loss", seed, 0.7, 1.0) for seed in (1, 2, 4)], Path("nowhere"))
+    text = page([row("k2_as_loss", seed, 0.7, 1.0) for seed in (1, 2, 4)])
     assert "- `k2_as_loss`, kl_coef 0.5, 4 updates: seeds 3, 5\n" in text
     assert "- `none`, 1 update: seeds 1, 2, 3, 4, 5\n" in text
     assert "| `stock:k3` | 0 |" in text
-    assert text.count("**not decided yet**") == 12  # eight on the host, four on the other task
+    assert text.count("**not decided yet**") == 8
 
 
 def test_rows_of_other_commits_are_labelled() -> None:
     rows = [row("none", 1, 0.7, 1.0), row("none", 2, 0.7, 1.0, commit="b" * 40, changed=True)]
-    text = page(rows, Path("nowhere"))
+    text = page(rows)
     assert f"- 1 runs of commit `{'a' * 12}`\n" in text
     assert f"- 1 runs of commit `{'b' * 12}`, with changes that were not committed\n" in text
 
 
-def test_the_studies_are_linked_once_they_are_there(tmp_path: Path) -> None:
-    rows = [row("none", 1, 0.7, 1.0)]
-    assert "closed-form.md" not in page(rows, tmp_path)
-    (tmp_path / "closed-form.md").touch()
-    assert "[The closed form](closed-form.md)" in page(rows, tmp_path)
+def test_each_hypothesis_is_linked_to_its_section_on_the_other_task() -> None:
+    text = (PAGE.parent / "closed-form.md").read_text()
+    headings = dict(re.findall(r"^## \(([a-h])\) (.+)$", text, re.MULTILINE))
+    links = re.findall(r"^- \(([a-h])\) \[.+\]\(closed-form\.md#(.+)\)$", page([]), re.MULTILINE)
+    assert [part for part, _ in links] == list("abcdefgh")
+    for part, anchor in links:
+        heading = f"({part}) {headings[part]}".lower()
+        assert re.sub(r"[^\w\s-]", "", heading).replace(" ", "-") == anchor
 
 
 def test_the_same_rows_make_the_same_files(tmp_path: Path) -> None:
@@ -209,8 +215,6 @@ def test_rows_of_another_form_are_refused(
 
 
 def test_the_committed_page_is_that_of_the_committed_rows(tmp_path: Path) -> None:
-    from recipes.reproduce.page import IMAGES, PAGE
-
     assert main(["--page", str(tmp_path / "evidence.md"), "--images", str(tmp_path)]) == 0
     assert (tmp_path / "evidence.md").read_text() == PAGE.read_text()
     for drawn in tmp_path.glob("*.svg"):
