@@ -58,7 +58,7 @@ def audit(
         text = _read(path)
         if path.suffix in (".yaml", ".yml"):
             return _of_yaml(path, text, host, host_version)
-        script = Script(text)
+        script = Script(text, path.parent)
         found = [
             f for c in script.commands if (f := _launch(c.words, c, script, path.parent, text))
         ]

@@ -87,13 +87,13 @@ def test_scripts_are_read_as_bash_reads_them(path: Path) -> None:
         ("run a=$B", "$B is not set in the script"),
         ("run a=${B}", "${B} is not set in the script"),
         ("run a=$1", "$1 is not set in the script"),
-        ("B=1; run a=${B%x}", "${B%x} is an expansion that only a shell computes"),
+        ("B=$(date); run a=${B%x}", "${B%x} is worked out from what is not known"),
+        ("run a=${B@Q}", "${B@Q} is worked out from what is not known"),
+        ("A=<where it is>; run a=$A", "<where it is> is a placeholder"),
         ("run a=$((B + 1))", "$((B + 1)) is arithmetic on what is not known"),
-        ("B=1\nif x; then\nB=2\nfi\nrun a=$B", "$B is set in a branch (line 2)"),
-        ("[ -f x ] && B=2\nrun a=$B", "$B is set in a branch (line 1)"),
-        ("for B in 1 2; do run a=$B; done", "$B is a loop variable (line 1)"),
-        ("case $X in a) B=1;; esac\nrun a=$B", "$B is set in a branch (line 1)"),
-        ('A=(x); if y; then A+=(z); fi; run "${A[@]}"', "${A[@]} is set in a branch"),
+        ("for B in $(ls); do run a=$B; done", "$B is a loop variable (line 1)"),
+        ("while read B; do run a=$B; done < list", "$B is read when the script runs"),
+        ("B=1; while ask; do B=$B$B; done; run a=$B", "$B is set in a loop (line 1)"),
     ],
 )
 def test_what_only_a_run_could_tell_is_unknown(script: str, reason: str) -> None:
@@ -151,12 +151,28 @@ def test_a_sound_continuation_is_not_cut() -> None:
         "run a=$(date\n",
         "A=(1 2\nrun $A\n",
         "if x; then run a\n",
-        "A=<HERE>\nrun\n",
+        "case x in a) run\n",
+        "run ${A\n",
+        "f() { run a\n",
+        "cat <(run\n",
+        "run `date\n",
+        "(( 1 +\n",
+        "[[ -n a\n",
+        ") run\n",
+        "if x; then run; done\n",
     ],
 )
 def test_what_is_never_closed_is_named(script: str) -> None:
     with pytest.raises(AuditError, match=r"line \d"):
         Script(script)
+
+
+def test_what_stands_before_a_broken_line_is_read() -> None:
+    # bash reads and runs a line at a time, and stops at the one it cannot read.
+    script = "run a\nrun 'b\n"
+    read = Script(script)
+    assert [[w.text for w in c.words] for c in read.commands] == _bash(script) == [["run", "a"]]
+    assert "line 2 (a quote ' that is never closed)" in str(read.broken)
 
 
 def test_thousands_of_lines_are_quick() -> None:
@@ -167,3 +183,124 @@ def test_thousands_of_lines_are_quick() -> None:
     )
     assert time.process_time() - started < 2
     assert len(words[0]) == 2001
+
+
+# Conditions that are not decided.
+
+
+def _ways(script: str, bears: str = "") -> list[list[list[str]]]:
+    commands = [c for c in Script(script).commands if c.words[0].text == "run"]
+    return [
+        [[w.text for w in words] for words in c.alternatives(lambda text: bears in text)]
+        for c in commands
+    ]
+
+
+@pytest.mark.parametrize(
+    ("script", "ways"),
+    [
+        ("B=1\nif x; then B=2; fi\nrun a=$B", [["run", "a=1"], ["run", "a=2"]]),
+        ("[ -f x ] && B=2 || B=3\nrun a=$B", [["run", "a=3"], ["run", "a=2"]]),
+        (
+            'A=(x); if grep -q y; then A+=(z); fi; run "${A[@]}" end',
+            [["run", "x", "end"], ["run", "x", "z", "end"]],
+        ),
+        # One condition, two variables: two ways, not four.
+        (
+            "if [ -f x ]; then A=1 B=2; else A=3 B=4; fi; run $A $B",
+            [["run", "3", "4"], ["run", "1", "2"]],
+        ),
+        (
+            "if [ -f x ]; then A=1; else A=2; fi; if [ $A = 1 ]; then B=$A; else B=9; fi; run $A$B",
+            [["run", "29"], ["run", "11"]],
+        ),
+        (
+            "case $(uname) in a) B=1;; b) B=2;; *) B=3;; esac; run $B",
+            [["run", "3"], ["run", "1"], ["run", "2"]],
+        ),
+        # Whoever runs it gets past what would end it.
+        ("[ -f x ] || exit 1; A=1; run $A", [["run", "1"]]),
+        ("if [ $# -lt 1 ]; then echo usage; exit 1; fi; run a", [["run", "a"]]),
+        (
+            "f() { if [ -f x ]; then B=1; return; fi; B=2; }; f; run $B",
+            [["run", "2"], ["run", "1"]],
+        ),
+    ],
+)
+def test_a_condition_that_is_not_decided_keeps_both(script: str, ways: list[list[str]]) -> None:
+    assert _ways(script) == [ways]
+
+
+def test_only_what_bears_on_the_question_makes_another_command() -> None:
+    script = "if [ -f x ]; then A=1; fi; if [ -f y ]; then B=2; fi; run a=$A b=$B"
+    assert len(_ways(script)[0]) == 4
+    assert len(_ways(script, "b=")[0]) == 2
+
+
+def test_too_many_conditions_make_the_words_unknown() -> None:
+    lines = [f"if ask; then A{n}=1; else A{n}=2; fi" for n in range(8)]
+    (command,) = (
+        c
+        for c in Script("\n".join([*lines, "run " + " ".join(f"$A{n}" for n in range(8))])).commands
+        if c.words[0].text == "run"
+    )
+    (words,) = command.alternatives()
+    assert all("conditions that are not decided" in w.unknown[0] for w in words[1:])
+    assert not words[0].unknown
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ('run a "$@"', ["run", "a"]),
+        ("run a $EXTRA ${MORE} b", ["run", "a", "b"]),
+        ('ARGS="a $EXTRA b"; run $ARGS', ["run", "a", "b"]),
+        ('run "${EXTRA[@]}" a', ["run", "a"]),
+        ('while [[ $# -gt 0 ]]; do case $1 in --n) N=$2; shift;; esac; shift; done; run ${N:-3}',
+         ["run", "3"]),
+        ("while getopts n: o; do N=$OPTARG; done; run ${N:-3}", ["run", "3"]),
+        ("E=vllm; if [ $E = vllm ]; then N=8; else N=1; fi; run $N", ["run", "8"]),
+    ],
+)  # fmt: skip
+def test_what_nobody_passes_is_none(script: str, words: list[str]) -> None:
+    assert _ways(script) == [[words]]
+    assert _bash(script) == [words]
+
+
+def test_a_branch_that_somebody_must_ask_for_is_read_and_said() -> None:
+    script = 'if [ "${MODE:-train}" = train ]; then run a; else run b; fi; [ -n "$1" ] && run c'
+    read = [(c.words[1].text, c.reached) for c in Script(script).commands]
+    assert read == [("a", True), ("b", False), ("c", False)]
+    assert _bash(script) == [["run", "a"]]
+
+
+def test_settings_that_reach_no_command_are_found() -> None:
+    script = Script(
+        "UNUSED=(a.b=1 --c.d 2)\nrun x.y=3 \\\n  # comment.in=between\n  z.w=4\n"
+        'run "$(date)" k.l=5\n'
+    )
+    assert [(w.text, w.line) for w in script.unreached()] == [("a.b", 1), ("--c.d", 1), ("z.w", 4)]
+
+
+# Other files.
+
+
+def test_a_sourced_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "common.sh").write_text("N=4\nf() { run f $1; }\n")
+    script = 'DIR=$(cd "$(dirname "$0")" && pwd)\nsource "$DIR/common.sh"\nf $N\n. gone.sh\n'
+    read = Script(script, tmp_path)
+    assert [w.text for w in read.commands[-1].words] == ["run", "f", "4"]
+    assert read.sourced == [4]
+
+
+def test_a_script_that_sources_itself_ends(tmp_path: Path) -> None:
+    path = tmp_path / "self.sh"
+    path.write_text("source self.sh\nbash self.sh\nrun a\nf() { f; f; }\nf\n")
+    assert "run" in [c.words[0].text for c in Script(path.read_text(), tmp_path).commands]
+
+
+def test_a_script_for_another_shell_has_what_is_exported(tmp_path: Path) -> None:
+    (tmp_path / "inner.sh").write_text("run $A $B $1\n")
+    script = "export A=1; B=2; bash inner.sh x; bash -c 'run $A$B'; C=3 bash -c 'run $C'"
+    read = [[w.text for w in c.words] for c in Script(script, tmp_path).commands]
+    assert read == [["run", "1", "x"], ["run", "1$B"], ["run", "3"]]

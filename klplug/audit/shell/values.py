@@ -1,0 +1,280 @@
+"""What a shell variable may hold when some of it can't be known: pieces, and choices among them.
+
+A value is a row of pieces. A piece is text, or something only a run could tell, which stands as
+written and says why. Where a condition is not decided, a value holds a choice with an option per
+branch; two choices on one decision are made alike, so what is read off is always a whole run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+
+@dataclass(frozen=True)
+class Word:
+    """One argument after expansion.
+
+    Attributes:
+        text: what the program would get; parts that can't be known stand as written.
+        line: line of the script, counted from 1; ``None`` for a command line.
+        unknown: why parts of the text can't be known; empty where all is known.
+        span: where the word stands in the script, from and to; ``None`` where it is made of
+            more than one place, or of a part of one.
+    """
+
+    text: str
+    line: int | None = None
+    unknown: tuple[str, ...] = ()
+    span: tuple[int, int] | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """A condition that is not decided; ``usual`` is the branch taken if nobody sets anything."""
+
+    line: int
+    options: int
+    usual: int = 0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of text on one line, on its way to become part of a word.
+
+    Attributes:
+        splits: an unquoted expansion: blanks in it part words.
+        quoted: even without text it makes a word.
+        unknown: why the text is not known.
+        unset: nothing in the script sets it.
+        soft: true as long as nobody sets a variable from outside, or passes an argument.
+        end: no text, but the end of an array's element.
+    """
+
+    text: str
+    line: int = field(default=0, compare=False)
+    splits: bool = False
+    quoted: bool = False
+    unknown: str | None = None
+    unset: bool = False
+    soft: bool = False
+    end: bool = False
+    span: tuple[int, int] | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Choice:
+    decision: Decision
+    options: tuple[Value, ...]
+
+
+Value: TypeAlias = "tuple[Piece | Choice, ...]"
+Flat: TypeAlias = "tuple[Piece, ...]"
+END = Piece("", end=True)
+
+# Bound on the runs that one value is worked out for.
+MOST_RUNS = 64
+
+
+def decisions(*values: Value) -> dict[Decision, None]:
+    """The decisions that these values hang on, in the order they are met."""
+    found: dict[Decision, None] = {}
+    for value in values:
+        for piece in value:
+            if isinstance(piece, Choice):
+                found[piece.decision] = None
+                found |= decisions(*piece.options)
+    return found
+
+
+def decided(value: Value, taken: dict[Decision, int]) -> Value:
+    """The value once some decisions are taken."""
+    if not any(isinstance(piece, Choice) for piece in value):
+        return value
+    result: list[Piece | Choice] = []
+    for piece in value:
+        if not isinstance(piece, Choice):
+            result.append(piece)
+        elif piece.decision in taken:
+            result += decided(piece.options[taken[piece.decision]], taken)
+        else:
+            result.append(
+                Choice(piece.decision, tuple(decided(option, taken) for option in piece.options))
+            )
+    return tuple(result)
+
+
+def usual(value: Value) -> Flat:
+    """The value if every decision goes its usual way."""
+    return flat(decided(value, {decision: decision.usual for decision in decisions(value)}))
+
+
+def flat(value: Value) -> Flat:
+    """The same value, for a reader that knows it holds no choice."""
+    return tuple(piece for piece in value if isinstance(piece, Piece))
+
+
+def runs(found: Sequence[Decision]) -> Iterator[dict[Decision, int]]:
+    """Every way to take these decisions, the usual one first."""
+    if not found:
+        yield {}
+        return
+    first, rest = found[0], found[1:]
+    options = sorted(range(first.options), key=lambda option: option != first.usual)
+    for option in options:
+        for others in runs(rest):
+            yield {first: option, **others}
+
+
+def number_of_runs(found: Sequence[Decision]) -> int:
+    number = 1
+    for decision in found:
+        number *= decision.options
+    return number
+
+
+def lifted(function: Callable[..., Value], *values: Value) -> Value:
+    """``function`` of values without choices, applied in each run that these values allow."""
+    found = list(decisions(*values))
+    if not found:
+        return function(*values)
+    if number_of_runs(found) > MOST_RUNS:
+        return function(*(_collapsed(value) for value in values))
+    first = found[0]
+    options = tuple(
+        lifted(function, *(decided(value, {first: option}) for value in values))
+        for option in range(first.options)
+    )
+    return chosen(first, options)
+
+
+def _collapsed(value: Value) -> Value:
+    """Choices, of which there are too many, as what is not known."""
+    return tuple(
+        piece
+        if isinstance(piece, Piece)
+        else Piece(
+            text(usual(piece.options[piece.decision.usual])),
+            piece.decision.line,
+            unknown=f"too much hangs on the condition on line {piece.decision.line}",
+        )
+        for piece in value
+    )
+
+
+def chosen(decision: Decision, options: Sequence[Value]) -> Value:
+    """A choice, of no more than what differs between its options."""
+    first, *others = options
+    if all(other == first for other in others):
+        return first
+    start = 0
+    while all(start < len(o) for o in options) and all(o[start] == first[start] for o in others):
+        start += 1
+    stop = 0
+    shortest = min(len(option) for option in options) - start
+    while stop < shortest and all(o[-1 - stop] == first[-1 - stop] for o in others):
+        stop += 1
+    middle = tuple(option[start : len(option) - stop] for option in options)
+    if any(piece == END for option in middle for piece in option) or END in first:
+        # Whole elements of an array only.
+        while start and not _closes(first[start - 1]):
+            start -= 1
+        while stop and not (stop == len(first) or _closes(first[-1 - stop])):
+            stop -= 1
+        middle = tuple(option[start : len(option) - stop] for option in options)
+    tail = first[len(first) - stop :] if stop else ()
+    return (*first[:start], Choice(decision, middle), *tail)
+
+
+def _closes(piece: Piece | Choice) -> bool:
+    """True for what an element of an array may end with."""
+    if isinstance(piece, Piece):
+        return piece.end
+    return any(option and _closes(option[-1]) for option in piece.options)
+
+
+def text(pieces: Flat) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+def why_unknown(pieces: Flat) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(piece.unknown for piece in pieces if piece.unknown))
+
+
+def elements(pieces: Flat) -> list[Flat]:
+    """An array's elements."""
+    result: list[Flat] = []
+    current: list[Piece] = []
+    for piece in pieces:
+        if piece.end:
+            result.append(tuple(current))
+            current = []
+        else:
+            current.append(piece)
+    return result
+
+
+def array(items: Sequence[Value]) -> Value:
+    return tuple(piece for item in items for piece in (*item, END))
+
+
+def fields(pieces: Flat, ifs: str = " \t\n") -> Iterator[Flat]:
+    """Field splitting: what one written word becomes."""
+    current: list[Piece] = []
+    exists = False
+    separator = _separator(ifs)
+    for piece in pieces:
+        if piece.end:
+            if exists:
+                yield tuple(current)
+            current, exists = [], False
+        elif not piece.splits or piece.unknown or separator is None:
+            if piece.text or piece.quoted or piece.unknown:
+                exists = True
+            current.append(piece)
+        else:
+            position = 0
+            for match in separator.finditer(piece.text):
+                if match.start() > position:
+                    current.append(replace(piece, text=piece.text[position : match.start()]))
+                    exists = True
+                if exists or not match[0].isspace():
+                    if not _nothing(current):
+                        yield tuple(current) or (replace(piece, text="", quoted=True),)
+                    current, exists = [], False
+                position = match.end()
+            if position < len(piece.text):
+                current.append(replace(piece, text=piece.text[position:]))
+                exists = True
+    if exists and not _nothing(current):
+        yield tuple(current)
+
+
+def _nothing(pieces: list[Piece]) -> bool:
+    """An unquoted variable that nobody sets makes no word."""
+    return bool(pieces) and all(
+        (piece.unset and piece.splits and not piece.quoted) or not (piece.text or piece.quoted)
+        for piece in pieces
+    )
+
+
+def _separator(ifs: str) -> re.Pattern[str] | None:
+    if not ifs:
+        return None
+    blank = "".join(re.escape(c) for c in ifs if c.isspace())
+    other = "".join(re.escape(c) for c in ifs if not c.isspace())
+    around = f"[{blank}]*" if blank else ""
+    ways = [f"{around}[{other}]{around}"] if other else []
+    return re.compile("|".join([*ways, *([f"[{blank}]+"] if blank else [])]))
+
+
+def word(pieces: Flat) -> Word:
+    spans = {piece.span for piece in pieces}
+    return Word(
+        text(pieces),
+        pieces[0].line if pieces else None,
+        why_unknown(pieces),
+        spans.pop() if len(spans) == 1 else None,
+    )

@@ -1,0 +1,77 @@
+"""What the audit reads in a script beside what bash passes: generated scripts, in one box."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from klplug.audit import AuditError
+from klplug.audit.shell import Command, Script
+from tests.audit.box import bash, bash_without_a_box, namespaces
+from tests.audit.generated import script
+
+HOW_MANY = 2000
+
+_TOO_MUCH = ("it hangs on", "too much", "it is too long")
+TOO_MANY = "more ways than are told apart"
+
+
+def disagreement(read: Sequence[Command], ran: Sequence[tuple[str, ...]]) -> str | None:
+    """Where what was read is not what ran, if there is no run that was read and is the real one."""
+    commands = [c for c in read if c.reached and c.words[0].text == "run"]
+    ways = [command.alternatives() for command in commands]
+    for words in (words for way in ways for words in way):
+        if any(why.startswith(_TOO_MUCH) for word in words for why in word.unknown):
+            return TOO_MANY
+        if any(word.unknown for word in words):
+            return f"unknown: {[w for w in words if w.unknown]}"
+    texts = [{tuple(word.text for word in words) for words in way} for way in ways]
+    # How many of bash's commands may have been met, after each that was read.
+    met = {0}
+    for command, possible in zip(commands, texts, strict=True):
+        after = {at + 1 for at in met if at < len(ran) and ran[at] in possible}
+        if not command.sure:
+            after |= met
+        if not after:
+            at = max(met)
+            real = ran[at] if at < len(ran) else None
+            return f"read {[w.text for w in command.words]}; bash {real}"
+        met = after
+    return None if len(ran) in met else f"not read: {ran[max(met)]}"
+
+
+def test_generated_scripts_are_read_as_bash_reads_them() -> None:
+    made = [script(seed) for seed in range(HOW_MANY)]
+    if namespaces():
+        ran = bash(made, quick=True)
+    else:
+        warnings.warn("no namespaces here: generated scripts are run without a box", stacklevel=1)
+        ran = bash_without_a_box(made)
+    wrong = []
+    for text, real in zip(made, ran, strict=True):
+        try:
+            found = disagreement(Script(text).commands, real.commands)
+        except AuditError as error:
+            found = str(error)
+        if found is not None:
+            wrong.append((text, found))
+    if wrong:
+        text, found = min(wrong, key=lambda pair: len(pair[0]))
+        pytest.fail(f"{len(wrong)} of {len(made)} scripts; the shortest:\n{text}\n{found}")
+
+
+@pytest.mark.skipif(not namespaces(), reason="NO NAMESPACES HERE: the box is not tried")
+def test_nothing_leaves_the_box(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    escapes = [
+        f"echo x > {mark}", f"builtin printf x >> {mark}", f"exec 9> {mark}", f": >| {mark}",
+        f"/bin/bash -c 'echo x > {mark}'", f"printf x | while read l; do echo $l > {mark}; done",
+        f"/usr/bin/env bash -c 'echo > {mark}'", f"cd /; cd ../..; echo x > {mark}",
+        f"/usr/bin/touch {mark}", f"mapfile < <(echo x > {mark})", f"trap 'echo x > {mark}' EXIT",
+        f"echo x > /proc/1/root{mark}", f"/usr/bin/python3 -c 'open(\"{mark}\", \"w\")'",
+    ]  # fmt: skip
+    bash(escapes)
+    assert not mark.exists()
