@@ -47,7 +47,8 @@ command_not_found_handle() {
       return
     fi
   done
-  { printf '%s\0' "$@"; printf '\1\0'; } >> /box/record
+  # A file each: two programs of one pipe write at once.
+  { printf '%s\0' "$@"; printf '\1\0'; } > "/box/records/$EPOCHREALTIME-$BASHPID"
   return 0
 }
 """
@@ -79,7 +80,6 @@ _INSIDE = r"""
 /box/umount -l /old
 export PATH=/box/bin:/bin BASH_ENV=/box/env
 for script in /box/scripts/*; do
-  : > /box/record
   number=${script##*/}
   cd /box/place
   (
@@ -89,13 +89,15 @@ for script in /box/scripts/*; do
   )
   status=$?
   printf '\2%s\0%s\0' "$number" "$status" >&3
-  /box/bin/cat /box/record >&3
+  /box/bin/cat /box/records/* >&3
+  /box/rm -f /box/records/*
 done
 """
 
 # For scripts of builtins and one program, run: they are read by one bash, each in a subshell.
 _QUICK = r"""
 /box/umount -l /old
+export PATH=/box/bin:/bin:/usr/bin
 cd /box/place
 command_not_found_handle() { return 0; }
 run() { { printf '%s\0' run "$@"; printf '\1\0'; } >&3; }
@@ -141,7 +143,7 @@ def _furnish(folder: Path, stand_ins: Sequence[str]) -> None:
         if found := shutil.which(tool):
             programs[f"/box/bin/{tool}"] = found
     programs["/usr/bin/env"] = programs["/box/bin/env"]
-    for tool in ("timeout", "umount"):
+    for tool in ("rm", "timeout", "umount"):
         found = shutil.which(tool)
         assert found is not None
         programs[f"/box/{tool}"] = found
@@ -187,6 +189,7 @@ def bash(
         furniture = folder / "furniture"
         (furniture / "box" / "scripts").mkdir(parents=True)
         (furniture / "box" / "place").mkdir()
+        (furniture / "box" / "records").mkdir()
         _furnish(furniture, stand_ins)
         (furniture / "box" / "env").write_text(_RECORD + (_LENIENT if lenient else ""))
         (furniture / "box" / "driver").write_text(_QUICK if quick else _INSIDE)

@@ -108,23 +108,24 @@ def digest(words: Sequence[str]) -> str:
 
 
 def compared(read: Sequence[Command], ran: Sequence[Sequence[str]]) -> tuple[bool, str]:
-    """Whether bash's training commands are those that were read, in order."""
-    position = 0
-    mine = [c for c in read if trains([w.text for w in c.words])]
-    for command in (c for c in mine if c.reached):
-        wanted = ran[position] if position < len(ran) else None
-        if wanted is not None and any(same(ws, wanted) for ws in command.alternatives()):
-            position += 1
+    """Whether bash's training commands are those that were read; some run side by side."""
+    left = list(ran)
+    for command in read:
+        if not (command.reached and trains([w.text for w in command.words])):
+            continue
+        ways = command.alternatives()
+        real = next((r for r in left if any(same(words, r) for words in ways)), None)
+        if real is not None:
+            left.remove(real)
         elif command.sure:
-            if wanted is None:
-                return False, f"read on line {command.line}, not run"
             texts = [w.text for w in command.words]
-            odd = [t for t in texts if t not in wanted][:2]
-            other = [w for w in wanted if w not in texts][:2]
+            closest = max(left, key=lambda r: len({*r} & {*texts}), default=None)
+            if closest is None:
+                return False, f"read on line {command.line}, not run"
+            odd = [t for t in texts if t not in closest][:2]
+            other = [w for w in closest if w not in texts][:2]
             return False, f"line {command.line}: read {odd}, bash {other}"
-    if position < len(ran):
-        return False, f"run, not read: {' '.join(ran[position])[:80]}"
-    return True, ""
+    return (False, f"run, not read: {' '.join(left[0])[:80]}") if left else (True, "")
 
 
 def checked(checkout: Path, commit: str) -> list[Row]:

@@ -50,14 +50,16 @@ def test_generated_scripts_are_read_as_bash_reads_them() -> None:
     else:
         warnings.warn("no namespaces here: generated scripts are run without a box", stacklevel=1)
         ran = bash_without_a_box(made)
-    wrong = []
+    wrong, skipped = [], 0
     for text, real in zip(made, ran, strict=True):
         try:
             found = disagreement(Script(text).commands, real.commands)
         except AuditError as error:
             found = str(error)
-        if found is not None:
+        skipped += found == TOO_MANY
+        if found not in (None, TOO_MANY):
             wrong.append((text, found))
+    assert skipped < HOW_MANY / 50
     if wrong:
         text, found = min(wrong, key=lambda pair: len(pair[0]))
         pytest.fail(f"{len(wrong)} of {len(made)} scripts; the shortest:\n{text}\n{found}")

@@ -43,8 +43,8 @@ from klplug.audit.shell.values import (
 
 # Bounds, so that a script that calls itself or loops for ever is read in no time.
 _MAX_DEPTH = 30
-_MAX_ROUNDS = 200
-_MAX_STEPS = 60_000
+_MAX_ROUNDS = 64
+_MAX_STEPS = 30_000
 _MAX_CALLS = 2_000
 _MAX_ALTERNATIVES = 64
 _MAX_LISTS = 16
