@@ -49,7 +49,7 @@ _MAX_CALLS = 2_000
 _MAX_ALTERNATIVES = 64
 _MAX_LISTS = 16
 _MAX_PIECES = 64
-_MAX_TEXT = 100_000
+_MAX_TEXT = 20_000
 _MAX_FILE = 1_000_000
 
 _DEFAULT_IFS = " \t\n"
@@ -501,7 +501,7 @@ class Reader:
         elif number_of_runs(over) <= _MAX_LISTS:
             self._split_on(over[0], lambda taken: self._for_over(loop, decided(listed, taken)))
         else:
-            why = f"${loop.name} is a loop variable (line {loop.line})"
+            why = f"too much hangs on what is looped over (line {loop.line})"
             unknown = Scalar((Piece(f"${loop.name}", loop.line, unknown=why),))
 
             def body() -> None:
