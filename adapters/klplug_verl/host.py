@@ -55,9 +55,9 @@ HOST = Host(
     packages=("klplug_verl", "klplug_verl_guard"),
     trainers=(
         r"verl\.trainer\.main_ppo(?:_v0)?",
-        r"(?:verl\.)?recipe\.\w+\.main_\w+",
+        r"(?:verl\.)?recipe\.\w+\.main_(?!eval|gen)\w+",
         r".*verl/trainer/main_ppo\.py",
-        r".*recipe/\w+/main_\w+\.py",
+        r".*recipe/\w+/main_(?!eval|gen)\w+\.py",
     ),
     other_trainers=(r"verl\.(?:trainer|experimental)\.[\w.]+",),
     command="python -m verl.trainer.main_ppo",

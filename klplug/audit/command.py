@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from klplug.audit.alternatives import bears, together
 from klplug.audit.errors import AuditError
 from klplug.audit.report import Report, report
 from klplug.audit.settings import Launch
@@ -52,30 +53,44 @@ def audit(
     """
     if host is not None and host not in hosts():
         raise AuditError(f"host {host!r} is not known; there is {', '.join(hosts())}")
-    found: list[tuple[Host, Launch]]
+    found: list[tuple[Host, list[Launch]]]
+    others: list[str] = []
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         text = _read(path)
         if path.suffix in (".yaml", ".yml"):
             return _of_yaml(path, text, host, host_version)
         script = Script(text, path.parent)
-        found = [
-            f for c in script.commands if (f := _launch(c.words, c, script, path.parent, text))
-        ]
+        found = []
+        # Commands that somebody must ask for come last.
+        for at in sorted(script.commands, key=lambda command: not command.reached):
+            launched = _launch(at.words, at, script, path.parent, text)
+            if launched is not None:
+                found.append((launched[0], _ways(*launched, at)))
+            others += _others(at.words)
+        if script.broken is not None and not found:
+            raise script.broken
         name = str(path)
     else:
         words = tuple(Word(str(word)) for word in source)
         text = " ".join(word.text for word in words)
         one = _launch(words, None, None, Path("."), text)
-        found = [one] if one is not None else []
+        found = [(one[0], [one[1]])] if one is not None else []
+        others = _others(words)
         name = "the command"
     found = [f for f in found if host is None or f[0].name == host]
+    if not found and others:
+        raise AuditError(
+            f"{others[0]} is not audited: it has a trainer of its own; klplug audits {_accepted()}"
+        )
     if not found:
         raise AuditError(f"{name}: no training command; klplug audits {_accepted()}")
     if not 1 <= command <= len(found):
         raise AuditError(f"{name}: command {command} of {len(found)} does not exist")
-    chosen, launch = found[command - 1]
-    done = _report(chosen, chosen.room("reading").parsed(launch), host_version)
+    chosen, ways = found[command - 1]
+    reading = chosen.room("reading")
+    reports = [_report(chosen, reading.parsed(way), host_version) for way in ways]
+    done = together(reports, ways[0].conditions) if len(ways) > 1 else reports[0]
     return replace(done, command=command, commands=len(found))
 
 
@@ -108,12 +123,24 @@ def _launch(
                 sourced=() if script is None else tuple(script.sourced),
             )
             return host, launch
-        if any(host.has_another(word.text) for host in hosts().values()):
-            raise AuditError(
-                f"{word.text} is not audited: it has a trainer of its own; klplug audits "
-                f"{_accepted()}"
-            )
     return None
+
+
+def _others(words: Sequence[Word]) -> list[str]:
+    """What starts a trainer, or another program, of a host that klplug does not serve."""
+    return [
+        word.text for word in words if any(host.has_another(word.text) for host in hosts().values())
+    ]
+
+
+def _ways(host: Host, launch: Launch, at: Command) -> list[Launch]:
+    """The command in each way that it may come out, as far as that bears on the report."""
+    ways = []
+    for words in at.alternatives(bears(host.room("reading").ASPECTS)):
+        main = next((n for n, word in enumerate(words) if host.starts(word.text)), None)
+        if main is not None:
+            ways.append(replace(launch, words=words, main=main, conditions=at.conditions))
+    return ways or [launch]
 
 
 def _report(host: Host, parsed: Any, version: str | None) -> Report:

@@ -56,6 +56,7 @@ class Launch:
         cut: what a broken line continuation keeps from it.
         around: the text of the script, or of the command line.
         sourced: lines on which other scripts are read first, which may set anything.
+        conditions: lines of conditions that it hangs on and that only a run decides.
     """
 
     words: tuple[Word, ...]
@@ -65,6 +66,7 @@ class Launch:
     cut: Cut | None = None
     around: str = ""
     sourced: tuple[int, ...] = ()
+    conditions: tuple[int, ...] = ()
 
     @property
     def trainer(self) -> str:

@@ -104,6 +104,11 @@ class Command:
     unsplit: tuple[Value, ...] = field(default=(), repr=False, compare=False)
     ifs: str = field(default=_DEFAULT_IFS, repr=False, compare=False)
 
+    @property
+    def conditions(self) -> tuple[int, ...]:
+        """Lines of the conditions that it hangs on and that are not decided."""
+        return tuple(sorted({decision.line for decision in decisions(*self.unsplit)}))
+
     def alternatives(
         self, bears: Callable[[str], bool] = lambda text: True
     ) -> list[tuple[Word, ...]]:
