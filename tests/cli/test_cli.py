@@ -55,7 +55,7 @@ def test_without_the_extra_it_says_what_to_install() -> None:
 @pytest.mark.parametrize(
     ("missing", "words", "extra"),
     [
-        ("tree_sitter", ["audit", "SCRIPT"], "cli"),
+        ("yaml", ["audit", "SCRIPT"], "cli"),
         ("matplotlib", ["explain", "k2_as_loss", "--png", "c.png"], "report"),
         ("torch", ["explain", "k2_as_loss", "--png", "c.png"], "torch"),
         ("matplotlib", ["report", "RUN"], "report"),

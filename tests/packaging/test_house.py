@@ -21,7 +21,7 @@ ALLOWED = {
     "klplug/catalogue.py": ("klplug", "klplug.hosting"),
     "klplug/__main__.py": ("klplug.cli",),
     "klplug/hosting": ("klplug", "wrapt", "ray"),
-    "klplug/audit": ("klplug", "klplug.hosting", "yaml", "tree_sitter", "tree_sitter_bash"),
+    "klplug/audit": ("klplug", "klplug.hosting", "yaml"),
     "klplug/report": (
         *("klplug", "klplug.hosting", "matplotlib", "jinja2", "markupsafe"),
         *("tensorboard", "google", "wandb"),
