@@ -352,7 +352,10 @@ def study_f(r: Results) -> list[Compared]:
 
 
 def beta_at(task: Task, kl: Tensor) -> Tensor:
-    """The beta' at which pi*(beta') has this KL(pi‖ref), seed by seed, by bisection in log."""
+    """The beta' at which pi*(beta') has this KL(pi‖ref), seed by seed, by bisection in log.
+
+    0 where no pi* has as much: theirs is bounded, by minus the log of the good answers' mass.
+    """
     low, high = torch.full_like(kl, math.log(1e-3)), torch.full_like(kl, math.log(1e3))
     log_ref = joint(task.ref)
     for _ in range(60):
@@ -360,13 +363,14 @@ def beta_at(task: Task, kl: Tensor) -> Tensor:
         log_p = (log_ref + task.reward / middle.exp().unsqueeze(-1)).log_softmax(-1)
         more_kl = (log_p.exp() * (log_p - log_ref)).sum(-1) > kl
         low, high = torch.where(more_kl, middle, low), torch.where(more_kl, high, middle)
-    return ((low + high) / 2).exp()
+    found = ((low + high) / 2).exp()
+    return torch.where(found < 1.01e-3, 0.0, found)
 
 
 def gap(r: Results, c: Cell) -> Tensor:
     """Reward lost against the best policy of the same KL, seed by seed."""
     task = Task.drawn(c, SEEDS)
-    beta = beta_at(task, r.end(c, "kl"))
+    beta = beta_at(task, r.end(c, "kl")).clamp(min=1e-3)
     log_p = (joint(task.ref) + task.reward / beta.unsqueeze(-1)).log_softmax(-1)
     return (log_p.exp() * task.reward).sum(-1) - r.end(c, "reward")
 
@@ -408,9 +412,9 @@ def study_h(r: Results) -> list[Compared]:
             found += [
                 more(f"{at} larger under `reward_norm=group`", group, absolute),
                 more(
-                    f"{at} nearer to beta (in log) under `reward_norm=group`",
-                    (absolute / beta).log().abs(),
-                    (group / beta).log().abs(),
+                    f"{at} nearer to beta under `reward_norm=group`",
+                    (absolute - beta).abs(),
+                    (group - beta).abs(),
                 ),
             ]
     return found

@@ -50,6 +50,13 @@ def test_beta_is_found_from_the_kl_of_its_optimum() -> None:
         torch.testing.assert_close(beta_at(task, kl), expected, rtol=1e-6, atol=0)
 
 
+def test_more_kl_than_any_optimum_has_is_a_beta_of_zero() -> None:
+    task = Task.drawn(Cell("test", "none", 0.3, tokens=3, symbols=3), seeds=4)
+    most = -(joint(task.ref).exp() * task.reward).sum(-1).log()
+    assert (beta_at(task, most + 0.1) == 0).all()
+    assert (beta_at(task, most - 0.1) > 0).all()
+
+
 def test_a_page_without_the_place_is_refused(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- one -->\nold\n<!-- end -->\nafter\n")
