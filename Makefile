@@ -4,6 +4,7 @@
 # make test-latest             the newest release of each host that the registry has: a line each
 # make lint                    ruff and mypy
 # make docs                    the documentation into site/, strictly
+# make pages                   tables, curves and output in README and docs made anew
 # make reproduce               the runs behind docs/evidence.md (GRID=tier1); FAST=1: two of them, 15 minutes
 # make bench                   the KL term beside each host's own: time and memory, as ratios
 # make clean                   what can be made again: caches and builds (never runs/)
@@ -63,10 +64,15 @@ lint: .venv
 	.venv/bin/mypy
 
 docs: .venv
+	.venv/bin/python -m docs.build --check
 	.venv/bin/mkdocs build --strict --quiet
 
 PYTEST = .venv$(1)/bin/python -m pytest -q
 say = @echo "make $@: $(1)"
+
+.PHONY: pages
+pages: .venv
+	.venv/bin/python -m docs.build
 
 test-core: .venv
 	$(call say,mathematics$(comma) command line$(comma) audit$(comma) wheel; about 3 minutes)

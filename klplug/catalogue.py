@@ -18,7 +18,7 @@ class KLType:
 
     Attributes:
         name: canonical ``kl_type``, with its default options.
-        formula: the estimate of KL(pi||ref), ``lr = log pi - log ref`` of a token, nats.
+        formula: the estimate of KL(pi||ref), ``x = log pi - log ref`` of a token, nats.
         coefficient: c, the number that multiplies ``grad log pi`` of the token.
         target: whose gradient the expectation is, on-policy, with tokens summed per answer.
         value_bias: bias of the estimate, under samples from pi.
@@ -78,9 +78,9 @@ def _row(name: str, **changed: Any) -> KLType:
 
 
 def _over_answers(estimator: Estimator) -> KLType:
-    coefficient = "lr of this token and all later ones"
+    coefficient = "x of this token and all later ones"
     if estimator.of_answer is not None:
-        coefficient = "1 - the product of exp(-lr) up to this token"
+        coefficient = "1 - the product of exp(-x) up to this token"
     elif estimator.name != "k2":
         coefficient = f"{estimator.as_loss.formula}, and the values of all later tokens"
     of_kl = "unbiased" if estimator.name == "k2" else "another divergence: unbiased for that"
@@ -105,18 +105,18 @@ def _head(options: str, **changed: Any) -> KLType:
 
 _CLIPPED = "OLDPREF, less what PPO's clip drops"
 _HEADS = (
-    _head("head=combined", coefficient="lr, inside the policy loss", off_policy=_CLIPPED),
+    _head("head=combined", coefficient="x, inside the policy loss", off_policy=_CLIPPED),
     _head("head=clipped", off_policy=_CLIPPED),
     _head(
         "head=combined,horizon=sequence",
-        coefficient="lr of this token and all later ones, inside the policy loss",
+        coefficient="x of this token and all later ones, inside the policy loss",
         target="FULL: grad KL(pi||ref) over whole answers; also k1_in_reward,head=combined",
         gradient_bias="unbiased",
         off_policy="biased by the later tokens' ratios, less what PPO's clip drops",
     ),
     _head(
         "head=clipped,horizon=sequence",
-        coefficient="lr of this token and all later ones",
+        coefficient="x of this token and all later ones",
         target="FULL: grad KL(pi||ref) over whole answers",
         gradient_bias="unbiased",
         off_policy="biased by the later tokens' ratios, less what PPO's clip drops",
@@ -162,7 +162,7 @@ _SAMPLER = _row(
 _SUM = KLType(
     name="k3_in_reward+k3_as_loss",
     formula=f"2 ({ESTIMATORS['k3'].formula})",
-    coefficient="lr (of one token)",
+    coefficient="x (of one token)",
     target="FULL: grad KL(pi||ref) over whole answers",
     value_bias="twice KL(pi||ref): both terms count",
     gradient_bias="unbiased",

@@ -230,7 +230,7 @@ ESTIMATORS: dict[str, Estimator] = {
         Estimator(
             name="k1",
             value=k1,
-            formula="lr",
+            formula="x",
             value_bias="unbiased for KL(pi||ref)",
             as_loss=Role(
                 coefficient=k1_derivative,
@@ -241,7 +241,7 @@ ESTIMATORS: dict[str, Estimator] = {
             ),
             in_reward=Role(
                 coefficient=k1,
-                formula="lr",
+                formula="x",
                 target="FULL: grad KL(pi||ref) over whole answers",
                 gradient_bias="unbiased",
                 off_policy=_REWARD_OFF_POLICY,
@@ -251,19 +251,19 @@ ESTIMATORS: dict[str, Estimator] = {
         Estimator(
             name="k2",
             value=k2,
-            formula="lr^2 / 2",
+            formula="x^2 / 2",
             value_bias="biased for KL(pi||ref), second order near the reference",
             as_loss=Role(
                 coefficient=k1,
-                formula="lr",
+                formula="x",
                 target="LOC: grad KL(pi||ref) of each token, prefixes held fixed",
                 gradient_bias="unbiased for LOC; myopic on answers of more than one token",
                 off_policy="OLDPREF: the same at the prefixes of old, exact below the cap",
             ),
             in_reward=Role(
                 coefficient=k2,
-                formula="lr^2 / 2",
-                target="grad E[k2] - grad KL(pi||ref)",
+                formula="x^2 / 2",
+                target="grad E[k2] - LOC of KL(pi||ref)",
                 gradient_bias="wrong: second order near the reference, below it the wrong way",
                 off_policy=_REWARD_OFF_POLICY,
             ),
@@ -274,11 +274,11 @@ ESTIMATORS: dict[str, Estimator] = {
         Estimator(
             name="k3",
             value=k3,
-            formula="exp(-lr) - 1 + lr",
+            formula="exp(-x) - 1 + x",
             value_bias="unbiased for KL(pi||ref)",
             as_loss=Role(
                 coefficient=k3_derivative,
-                formula="1 - exp(-lr)",
+                formula="1 - exp(-x)",
                 target="LOC of the forward KL: grad KL(ref||pi) of each token",
                 gradient_bias="biased for KL(pi||ref), by -k3: first-order right near the "
                 "reference, saturates at 1 above it, explodes below it",
@@ -286,7 +286,7 @@ ESTIMATORS: dict[str, Estimator] = {
             ),
             in_reward=Role(
                 coefficient=k3,
-                formula="exp(-lr) - 1 + lr",
+                formula="exp(-x) - 1 + x",
                 target="FULL of the reverse minus LOC of the forward KL",
                 gradient_bias="wrong: next to nothing near the reference, below it the wrong way",
                 off_policy=_REWARD_OFF_POLICY,
@@ -297,19 +297,19 @@ ESTIMATORS: dict[str, Estimator] = {
         Estimator(
             name="abs",
             value=absolute,
-            formula="|lr|",
+            formula="|x|",
             value_bias="biased: an upper bound of KL(pi||ref) in expectation",
             as_loss=Role(
                 coefficient=sign,
-                formula="sign(lr)",
+                formula="sign(x)",
                 target="LOC of twice the total variation",
                 gradient_bias="unbiased for 2 grad TV; does not fade near the reference",
                 off_policy="the same at the prefixes of old, exact below the cap",
             ),
             in_reward=Role(
                 coefficient=absolute,
-                formula="|lr|",
-                target="grad E[|lr|] - 2 grad TV",
+                formula="|x|",
+                target="grad E[|x|] - LOC of twice the total variation",
                 gradient_bias="wrong: below the reference the wrong way",
                 off_policy=_REWARD_OFF_POLICY,
             ),
@@ -318,9 +318,9 @@ ESTIMATORS: dict[str, Estimator] = {
         _divergence(
             "forward",
             "KL(ref||pi)",
-            "-lr exp(-lr)",
+            "-x exp(-x)",
             forward,
-            "1 - exp(-lr)",
+            "1 - exp(-x)",
             k3_derivative,
             of_answer=forward_of_answer,
             sequence_target="grad KL(ref||pi) over whole answers",
@@ -328,7 +328,7 @@ ESTIMATORS: dict[str, Estimator] = {
         _divergence(
             "js",
             "2 JS(pi, ref)",
-            "lr - (1 + 1/u) log((u+1)/2)",
+            "x - (1 + 1/u) log((u+1)/2)",
             js,
             "log(2u / (u+1))",
             js_derivative,
@@ -336,9 +336,9 @@ ESTIMATORS: dict[str, Estimator] = {
         _divergence(
             "jeffreys",
             "KL(pi||ref) + KL(ref||pi)",
-            "lr (1 - exp(-lr))",
+            "x (1 - exp(-x))",
             jeffreys,
-            "lr + 1 - exp(-lr)",
+            "x + 1 - exp(-x)",
             jeffreys_derivative,
         ),
         _divergence(
@@ -353,12 +353,12 @@ ESTIMATORS: dict[str, Estimator] = {
         _divergence(
             "hellinger",
             "H2(pi, ref)",
-            "(1 - exp(-lr/2))^2",
+            "(1 - exp(-x/2))^2",
             hellinger,
-            "1 - exp(-lr/2)",
+            "1 - exp(-x/2)",
             hellinger_derivative,
         ),
-        _divergence("tv", "TV(pi, ref)", "|1 - exp(-lr)| / 2", tv, "sign(lr) / 2", tv_derivative),
+        _divergence("tv", "TV(pi, ref)", "|1 - exp(-x)| / 2", tv, "sign(x) / 2", tv_derivative),
         alpha_divergence(0.5),
     )
 }

@@ -9,7 +9,7 @@ from rich.table import Table
 import klplug
 from klplug.cli.output import AsJson, console, print_json
 
-WORDS = "lr = log pi - log ref of one token, nats; u = exp(lr)"
+WORDS = "x = log pi - log ref of one token, nats; u = exp(x)"
 
 
 def list_kl_types(as_json: AsJson = False) -> None:

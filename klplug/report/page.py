@@ -76,15 +76,9 @@ def report(folders: Sequence[Path], out: Path) -> Report:
     out.mkdir(parents=True, exist_ok=True)
     pictures = {name: out / f"{name.replace('/', '_')}.svg" for name in drawn}
     for name, path in pictures.items():
-        path.write_text(_alone(drawn[name]), encoding="utf-8")
+        path.write_text(plots.standalone(drawn[name]), encoding="utf-8")
     (out / PAGE).write_text(page, encoding="utf-8")
     return Report(out / PAGE, pictures, found, finals, problems)
-
-
-def _alone(svg: str) -> str:
-    """A picture as a file: ink on paper, whatever the page around it would be."""
-    style = "<style>svg { color: #222; background: #fff }</style>"
-    return svg.replace(">", f">{style}", 1) + "\n"
 
 
 def _page(

@@ -31,7 +31,8 @@ def style(index: int) -> tuple[str, str]:
     return COLOURS[index % len(COLOURS)], LINES[index // len(COLOURS) % len(LINES)]
 
 
-def _svg(name: str, draw: Callable[[Axes], None]) -> str:
+def svg(name: str, draw: Callable[[Axes], None]) -> str:
+    """A picture to stand inside of a page, its identifiers its own by ``name``."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -54,11 +55,20 @@ def _svg(name: str, draw: Callable[[Axes], None]) -> str:
         draw(axes)
         made = StringIO()
         figure.savefig(made, format="svg", transparent=True, metadata={"Date": None})
-    svg = made.getvalue()[made.getvalue().index("<svg") :]
+    text = made.getvalue()[made.getvalue().index("<svg") :]
     # Identifiers are the page's: no two pictures may share one.
     own = re.sub(r"[^a-z0-9]", "-", name.lower())
-    svg = re.sub(r'(id="|xlink:href="#|url\(#)', rf"\g<1>{own}-", svg)
-    return svg.replace(INK, "currentColor")
+    text = re.sub(r'(id="|xlink:href="#|url\(#)', rf"\g<1>{own}-", text)
+    return text.replace(INK, "currentColor")
+
+
+def standalone(picture: str) -> str:
+    """A picture as a file of its own, light or dark as its reader's screen is."""
+    style = (
+        "<style>svg { color: #222; background: #fff }"
+        "@media (prefers-color-scheme: dark) { svg { color: #ddd; background: #16181c } }</style>"
+    )
+    return picture.replace(">", f">{style}", 1) + "\n"
 
 
 def curves(metric: Metric, found: Sequence[Group]) -> str:
@@ -79,7 +89,7 @@ def curves(metric: Metric, found: Sequence[Group]) -> str:
         ]
         _set_scale(axes, metric, every)
 
-    return _svg(metric.name, draw)
+    return svg(metric.name, draw)
 
 
 def _set_scale(axes: Axes, metric: Metric, values: Sequence[float]) -> None:
@@ -164,4 +174,4 @@ def frontier(found: Sequence[Group], finals: dict[str, dict[str, Final]]) -> str
             axes.set_xscale("symlog", linthresh=positive[len(positive) // 2])
             axes.xaxis.set_major_formatter("{x:g}")
 
-    return _svg("frontier", draw)
+    return svg("frontier", draw)

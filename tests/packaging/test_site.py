@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import klplug
+from docs.build import made, stale
 from klplug.estimators import ESTIMATORS
 from klplug.refusals import MISSPELT, REFUSALS, Refused
 
@@ -39,12 +40,27 @@ def test_every_registered_kl_type_has_a_section(site: Path) -> None:
             assert re.search(rf"<h3[^>]*><code>{re.escape(name)}</code>", pages), name
 
 
-def test_every_curve_is_drawn(site: Path) -> None:
+def test_what_is_made_is_fresh() -> None:
+    """Tables, curves, refusals and output in README and docs are what the code says."""
+    assert [str(path.relative_to(ROOT)) for path in stale(write=False)] == [], "run: make pages"
+
+
+def test_a_stale_page_is_found(tmp_path: Path) -> None:
+    page = DOCS / "kl-types" / "k1.md"
+    old = tmp_path / "k1.md"
+    text = page.read_text(encoding="utf-8")
+    assert text.count("| estimate | x |") == 2
+    old.write_text(text.replace("| estimate | x |", "| estimate | y |"), encoding="utf-8")
+    assert made(old) != old.read_text(encoding="utf-8")
+    assert made(page) == text
+
+
+def test_every_curve_is_on_its_page(site: Path) -> None:
     for source in (DOCS / "kl-types").glob("[!i]*.md"):
-        (picture,) = re.findall(r"<!-- curves: (\S+) ", source.read_text(encoding="utf-8"))
-        assert (site / "img" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+        (picture,) = re.findall(r"\(\.\./img/(\S+)\.svg\)", source.read_text(encoding="utf-8"))
+        assert (site / "img" / f"{picture}.svg").read_text().startswith("<svg")
         page = (site / "kl-types" / source.stem / "index.html").read_text()
-        assert f'src="../../img/{picture}.png"' in page
+        assert f'src="../../img/{picture}.svg"' in page
 
 
 def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
@@ -67,8 +83,10 @@ def _refusal(kl_type: str) -> str | None:
 
 def test_every_refusal_is_listed_and_nothing_else() -> None:
     page = (DOCS / "options.md").read_text(encoding="utf-8")
-    examples = page.partition("<!-- refused -->")[2].partition("\n#")[0]
-    listed = [_refusal(kl_type) for kl_type in re.findall(r"^- `(.+)`$", examples, re.MULTILINE)]
+    examples = page.partition("<!-- made: refused -->")[2].partition("<!-- /made -->")[0]
+    listed = [
+        _refusal(kl_type) for kl_type in re.findall(r"^\| `(.+?)` \|", examples, re.MULTILINE)
+    ]
     ids = [*MISSPELT, *(refusal.id for refusal in REFUSALS)]
     assert set(listed) == set(ids)
     assert len(set(ids)) == len(ids)
@@ -78,7 +96,8 @@ def test_every_kl_type_that_the_pages_name_parses() -> None:
     name = rf"\b(?:{'|'.join(ESTIMATORS)})_(?:as_loss|in_reward)(?:,[a-z_]+=[\w.]+)*"
     for page in DOCS.rglob("*.md"):
         text = page.read_text(encoding="utf-8")
-        text = re.sub(r"^- `.+`$", "", text, flags=re.MULTILINE) if page.stem == "options" else text
+        if page.stem == "options":
+            text = re.sub(r"<!-- made: refused -->.*?<!-- /made -->", "", text, flags=re.DOTALL)
         for kl_type in set(re.findall(name, text)):
             klplug.parse(kl_type)
 
