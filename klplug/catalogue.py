@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -202,47 +201,3 @@ def kl_types() -> dict[str, KLType]:
         row.name: replace(row, served={h.name: h.served(parse(row.name)) for h in found})
         for row in rows
     }
-
-
-_HEADINGS = (
-    "`kl_type`",
-    "coefficient c",
-    "whose gradient, on-policy",
-    "bias as a gradient of KL(pi||ref)",
-    "off-policy",
-    "needs",
-    "test",
-)
-
-
-def markdown_table() -> str:
-    """The table in README.md, as a test compares it."""
-    from klplug.hosting.host import hosts
-
-    *first, last = _HEADINGS
-    headings = (*first, *(host.title for host in hosts().values()), last)
-    lines = [headings, ("---",) * len(headings)]
-    for row in kl_types().values():
-        test = f"[oracle](tests/core/test_oracle.py) `{row.test}`" if row.test else ""
-        needs = ", ".join(f"`{name}`" for name in row.requires)
-        lines.append(
-            (
-                f"`{row.name}`",
-                row.coefficient,
-                row.target,
-                row.gradient_bias,
-                row.off_policy,
-                needs,
-                *row.served.values(),
-                test,
-            )
-        )
-    bars = re.compile(r"\|([^|]+)\|")
-    return "\n".join(
-        "| " + " | ".join(bars.sub(r"abs(\1)", cell.replace("||", "‖")) for cell in line) + " |"
-        for line in lines
-    )
-
-
-if __name__ == "__main__":
-    print(markdown_table())
