@@ -137,7 +137,7 @@ def _over_the_vocabulary(options: str, **changed: Any) -> KLType:
 _EXACT = (
     _over_the_vocabulary(
         "",
-        coefficient="none: the gradient of sum_v pi lr itself; also exact_as_loss",
+        coefficient="none: the gradient of sum_v pi x itself; also exact_as_loss",
         gradient_bias="unbiased for LOC, without noise of the own token",
         off_policy="OLDPREF, without a ratio; LOC with ratio=old, that of the tokens before",
     ),
