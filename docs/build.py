@@ -9,6 +9,7 @@ says what comes next, and until where:
     <!-- made: options -->              each option, its values and what it means
     <!-- made: refused -->              of the kl_types in the first column, parse's answer
     <!-- made: curves NAME kl_type ... -->    c against the log-ratio: docs/img/NAME.svg
+    <!-- made: papers -->               papers, and the kl_type of each
     <!-- made: output N WORDS -->       the first N lines that a command of klplug prints
     # made: findings                    in mkdocs.yml: a page for each finding
     <!-- /made -->
@@ -31,6 +32,7 @@ import klplug
 from klplug.axes import AXES, OPTIONS, Axis
 from klplug.cli.explain import explain
 from klplug.hosting.host import hosts
+from klplug.papers import PAPERS
 from klplug.report.plots import COLOURS, INK, standalone, svg
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,6 +173,20 @@ def findings(page: Path, words: list[str], old: str) -> str:
     return "".join(f"      - findings/{found.name}\n" for found in pages)
 
 
+def papers(page: Path, words: list[str], old: str) -> str:
+    """Papers, and the kl_type of each."""
+    rows = [
+        (
+            f"[{paper.name}](https://arxiv.org/abs/{paper.arxiv})",
+            f"`{paper.kl_type}`" if paper.kl_type else "none",
+            cell(paper.about),
+            f"`{paper.key}`",
+        )
+        for paper in PAPERS.values()
+    ]
+    return table(("paper", "`kl_type`", "what it has", "`--paper`"), rows)
+
+
 MAKERS: dict[str, Callable[[Path, list[str], str], str]] = {
     "kl_types": kl_types,
     "table": overview,
@@ -179,6 +195,7 @@ MAKERS: dict[str, Callable[[Path, list[str], str], str]] = {
     "refused": refused,
     "curves": curves,
     "output": output,
+    "papers": papers,
     "findings": findings,
 }
 PICTURES: dict[Path, str] = {}

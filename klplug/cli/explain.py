@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +20,7 @@ from klplug.cli.output import AsJson, console, print_json
 from klplug.cli.plot import COLOURS, LETTERS, text_plot
 from klplug.cli.status import Unreadable
 from klplug.hosting.host import hosts
+from klplug.papers import PAPERS, Paper
 from klplug.spec import TermSpec
 
 REACH = 4.0  # nats: where the curves of c end
@@ -156,15 +159,32 @@ def _without(kl_type: str, names: Sequence[str]) -> str:
 
 def explain_command(
     kl_types: Annotated[
-        list[str], typer.Argument(metavar="KL_TYPE...", help="One, or several side by side.")
-    ],
+        list[str] | None,
+        typer.Argument(metavar="KL_TYPE...", help="One, or several side by side."),
+    ] = None,
     png: Annotated[
         Path | None, typer.Option("--png", metavar="FILE", help="Draw the curves of c here too.")
+    ] = None,
+    paper: Annotated[
+        str | None,
+        typer.Option("--paper", metavar="NAME", help="The kl_type of a paper: frpo, 2510.01555."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Explain kl_types: formula, coefficient, whose gradient, bias, and a plot of c."""
-    kl_types = list(dict.fromkeys(kl_types))
+    of_paper = [] if paper is None else [_paper(paper)]
+    written = (kl_types or []) + [found.kl_type for found in of_paper if found.kl_type]
+    kl_types = list(dict.fromkeys(written))
+    if not kl_types and not of_paper:
+        raise Unreadable("name a kl_type, as in klplug explain k2_as_loss, or a --paper")
+    for found in of_paper if not as_json else ():
+        console().print(f"{found.name}, arXiv {found.arxiv}\n{found.about}")
+    if not kl_types:
+        if as_json:
+            print_json([asdict(found) for found in of_paper])
+        else:
+            console().print("klplug has no kl_type with this gradient.")
+        return
     if len(kl_types) > MOST:
         raise Unreadable(f"{len(kl_types)} kl_types are more than fit side by side: {MOST} at most")
     try:
@@ -187,6 +207,21 @@ def explain_command(
     out.print(text_plot(explained[0].log_ratio, curves, limit=REACH), end="")
     if png is not None:
         out.print(f"drawn in {png}")
+
+
+def _paper(name: str) -> Paper:
+    """A paper by its short name, or its number on arXiv.
+
+    Raises:
+        Unreadable: it is not listed; says what is.
+    """
+    number = re.sub(r"^arxiv:|v\d+$", "", name.lower())
+    for key, paper in PAPERS.items():
+        if name.lower() == key or number == paper.arxiv:
+            return paper
+    near = get_close_matches(name.lower(), PAPERS, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise Unreadable(f"--paper {name}: not listed; {hint}there are {', '.join(PAPERS)}")
 
 
 def text_table(explained: Sequence[Explanation]) -> Table:

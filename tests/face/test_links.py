@@ -80,6 +80,8 @@ def test_every_file_that_a_page_names_is_there() -> None:
         if page.name.startswith(("CHANGELOG", "HYPOTHESES")):
             continue  # of the past, or of what is to come
         for name in re.findall(rf"`((?:{rooms})/[\w./-]+)`", page.read_text(encoding="utf-8")):
+            if re.search(r"[A-Z]{2}|/results/\w+\.jsonl", name):
+                continue  # a placeholder, as adapters/klplug_HOST, or what a grid of runs leaves
             path = name.rstrip("/")
             found = path in tracked or any(file.startswith(f"{path}/") for file in tracked)
             assert found, f"{page.name}: {name}"

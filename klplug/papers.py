@@ -1,0 +1,87 @@
+"""Papers that say something about the gradient of a KL term, and the ``kl_type`` of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Paper:
+    """One paper's KL term.
+
+    Attributes:
+        key: a short name, for ``klplug explain --paper``.
+        name: what the paper or its method is called.
+        arxiv: its number.
+        kl_type: the same gradient here; empty where klplug has none.
+        about: what the paper has, and where klplug differs.
+    """
+
+    key: str
+    name: str
+    arxiv: str
+    kl_type: str
+    about: str
+
+
+PAPERS = {
+    paper.key: paper
+    for paper in (
+        Paper(
+            "rethinking", "Rethinking KL Regularization in RLHF (Liu et al.)", "2510.01555",
+            "k2_as_loss,horizon=sequence",
+            "k1 in the reward and k2 as a loss have one gradient, with the answer as one action. "
+            "Its heads are head=combined and head=clipped. docs/paper.md has every statement.",
+        ),
+        Paper(
+            "grpo", "GRPO (DeepSeekMath)", "2402.03300", "k3_as_loss,ratio=none",
+            "k3 as a loss: the gradient of the forward KL, without a weight for reused samples.",
+        ),
+        Paper(
+            "deepseek-v3.2", "DeepSeek-V3.2", "2512.02556", "k2_as_loss,cap=none",
+            "k3 times a differentiated pi/old. Its expected gradient is that of k2 with a detached "
+            "pi/old: the reverse KL of each token.",
+        ),
+        Paper(
+            "tang-munos", "On a few pitfalls in KL divergence gradient estimation (Tang, Munos)",
+            "2506.09477", "k2_as_loss,horizon=sequence",
+            "A loss per token has a part of the gradient only. The whole of it needs the later "
+            "tokens: horizon=sequence, or k1_in_reward.",
+        ),
+        Paper(
+            "comedy", "A Comedy of Estimators", "2512.21852", "k1_in_reward",
+            "Compares estimators by the gradient that they give; the right one is that of k1 in "
+            "the reward.",
+        ),
+        Paper(
+            "frpo", "FRPO (its first version: PRL)", "2601.10201", "k1_in_reward",
+            "The sum of later log-ratios, added after group-normalised advantages: the KL of whole "
+            "answers. k2_as_loss,horizon=sequence has the same gradient, at the current policy.",
+        ),
+        Paper(
+            "ctpo", "CTPO", "2605.07331", "k2_as_loss,level=prefix",
+            "Cumulative ratios of the prefix: level=prefix, and the default of horizon=sequence.",
+        ),
+        Paper(
+            "kimi-k2.5", "Kimi K2.5", "2602.02276", "k2_as_loss,reference=rollout",
+            "k2 to the sampler, without a weight. klplug's default there has the weight "
+            "pi/rollout, which makes it the gradient of KL(pi||rollout).",
+        ),
+        Paper(
+            "rao-blackwell", "Better estimation of the KL divergence between language models",
+            "2504.10637", "k2_as_loss,vocab=exact",
+            "The expectation over the whole vocabulary at each prefix. Differentiated, it is LOC "
+            "without the noise of the sampled token.",
+        ),
+        Paper(
+            "rpg", "RPG: design of KL-regularised policy gradient algorithms", "2505.17508", "",
+            "KL to the policy of the rollout, normalised or not. The nearest here is "
+            "k2_as_loss,reference=rollout, which has the reverse one.",
+        ),
+        Paper(
+            "chi2", "Correlated Proxies (chi-square regularisation)", "2403.03185",
+            "chi2_as_loss,horizon=sequence",
+            "The paper's is chi-square between whole answers; klplug's is the sum of the tokens'.",
+        ),
+    )
+}  # fmt: skip

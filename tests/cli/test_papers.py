@@ -1,0 +1,42 @@
+"""Papers and their kl_types, on the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import klplug
+from klplug.papers import PAPERS
+from tests.cli.conftest import Klplug
+
+
+@pytest.mark.parametrize("name", ["frpo", "2601.10201", "arXiv:2601.10201v2"])
+def test_a_paper_by_name_or_number(klplug_command: Klplug, name: str) -> None:
+    done = klplug_command("explain", "--paper", name)
+    assert done.status == 0
+    assert "FRPO" in done.out and "k1_in_reward" in done.out and "FULL" in done.out
+
+
+def test_a_paper_beside_a_kl_type(klplug_command: Klplug) -> None:
+    done = klplug_command("explain", "k2_as_loss", "--paper", "grpo", "--json")
+    names = [one["kl_type"] for one in json.loads(done.out)]
+    assert names == ["k2_as_loss", "k3_as_loss,ratio=none"]
+
+
+def test_a_paper_without_a_kl_type(klplug_command: Klplug) -> None:
+    done = klplug_command("explain", "--paper", "rpg")
+    assert done.status == 0 and "no kl_type" in done.out
+
+
+def test_an_unknown_paper_and_no_word_at_all(klplug_command: Klplug) -> None:
+    done = klplug_command("explain", "--paper", "frpoo")
+    assert done.status == 2 and "did you mean frpo?" in done.err
+    assert klplug_command("explain").status == 2
+
+
+def test_every_paper_s_kl_type_is_one() -> None:
+    for key, paper in PAPERS.items():
+        assert key == key.lower() and paper.arxiv[4] == "."
+        if paper.kl_type:
+            assert str(klplug.parse(paper.kl_type)) == paper.kl_type
