@@ -1,8 +1,10 @@
 """The audit on public training scripts, beside real bash.
 
-``python -m tests.audit.corpus FOLDER`` takes a folder of checkouts, one folder each, and prints a
-table: scripts read, verdicts, agreement with bash, time. With ``--rows FILE`` it writes what it
-found, a line of JSON per script: facts, and nothing of the text.
+``python -m tests.audit.corpus FOLDER`` takes a folder of checkouts, OWNER+NAME each, and prints a
+table: scripts read, verdicts, agreement with bash, time. ``--rows FILE`` writes what was found, a
+line of JSON per script; ``--facts`` writes ``corpus.jsonl``, of scripts whose right verdict is
+known, and the page made of it. Facts alone are kept, nothing of a script's text.
+``python -m tests.audit.corpus`` makes the page again from ``corpus.jsonl``.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 from klplug.audit import AuditError, audit
 from klplug.audit.shell import Command, Script, Word
 from tests.audit.box import bash, namespaces
+from tests.audit.right import right
 
 _SUFFIXES = (".sh", ".bash", ".slurm", ".sbatch")
 # A command that trains: by its entry point, or by what it sets.
@@ -57,6 +60,8 @@ class Row:
     agrees: bool | None = None
     why: str = ""
     verdict: list[str | None] = field(default_factory=list)
+    right: list[str | None] = field(default_factory=list)  # in the order of settings
+    updates: list[int | None] = field(default_factory=list)
     error: str = ""
     milliseconds: float = 0.0
     unknown: int = 0
@@ -169,16 +174,33 @@ def checked(checkout: Path, commit: str) -> list[Row]:
             training = [c for c in real.commands if trains(c)]
             row.commands = len(training)
             row.settings = [digest(c) for c in training]
+            told = [
+                right(row.repository, checkout, checkout / row.path, words) for words in training
+            ]
+            row.right = [gradient for gradient, _ in told]
+            row.updates = [number for _, number in told]
             row.agrees, row.why = compared(commands, training)
     elif paths:
         print("NO NAMESPACES HERE: real scripts are not run, nothing is compared", file=sys.stderr)
     return rows
 
 
+def judged(row: Row) -> bool:
+    """Whether the right verdict on each of its commands is known, and one was given on each."""
+    known = bool(row.right) and None not in row.right
+    return known and bool(row.verdict) and None not in row.verdict
+
+
+def wrong(row: Row) -> bool:
+    """A verdict that is not the right one."""
+    return judged(row) and Counter(row.verdict) != Counter(row.right)
+
+
 def table(rows: Sequence[Row]) -> str:
     lines = [
-        "| project | scripts | reach bash | read alike | verdict | refused | ms a script |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| project | scripts | reach bash | read alike | verdict | right known | wrong | refused "
+        "| ms |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -188,31 +210,113 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(
             f"| {name} | {len(group)} | {len(run)} | {sum(1 for r in run if r.agrees)} "
             f"| {sum(1 for r in group if r.verdict and None not in r.verdict)} "
+            f"| {sum(1 for r in group if judged(r))} | {sum(1 for r in group if wrong(r))} "
             f"| {sum(1 for r in group if r.error)} "
             f"| {sum(r.milliseconds for r in group) / max(len(group), 1):.1f} |"
         )
     return "\n".join(lines)
 
 
+FACTS = Path(__file__).with_name("corpus.jsonl")
+PAGE = Path(__file__).parents[2] / "docs" / "state-of-the-field.md"
+
+
+def facts(rows: Sequence[Row]) -> str:
+    """A line for each script that bash and the audit read alike and whose verdict is known."""
+    lines = []
+    for row in rows:
+        if row.agrees and row.right and None not in row.right:
+            kept = {name: getattr(row, name) for name in ("repository", "commit", "path")}
+            kept |= {"kl": row.settings, "right": row.right, "updates": row.updates}
+            lines.append(json.dumps(kept))
+    return "".join(f"{line}\n" for line in lines)
+
+
+_WORDS = {
+    "none": "no KL at all",
+    "reverse": "reverse: KL(pi\\|\\|ref), what people mean by the KL penalty",
+    "forward": "forward: KL(ref\\|\\|pi) of each token; all of them k3 as a loss, which verl "
+    "clamps at 10, so that it has a dead zone",
+    "zero": "zero: k1 as a loss",
+    "neither": "neither",
+    "away": "away from the reference: the loss is subtracted (verl 0.1)",
+}
+
+
+def page(known: Sequence[dict[str, Any]]) -> str:
+    """The page on what public scripts ask for."""
+    commands = [
+        (row["repository"], kl, right, updates)
+        for row in known
+        for kl, right, updates in zip(row["kl"], row["right"], row["updates"], strict=True)
+    ]
+    distinct = list(dict.fromkeys((kl, right, updates) for _, kl, right, updates in commands))
+    counts, single = (Counter(c[at] for c in group) for group, at in ((commands, 2), (distinct, 1)))
+    loss = ("forward", "neither", "zero", "away")
+    reused = [c for c in commands if c[2] in loss and c[3] is not None]
+    more = sum(1 for c in reused if c[3] > 1)
+    rows = "\n".join(
+        f"| {_WORDS[name]} | {number} | {single[name]} |" for name, number in counts.most_common()
+    )
+    return f"""# The state of the field
+
+What the KL term of public training scripts does, as their own release of the host computes it.
+
+Real bash ran {len(known)} scripts of {len({row["repository"] for row in known})} repositories, in a
+namespace of its own, with stand-ins in the place of every program. The words that reached the
+trainer, and the defaults of the release beside the script, decide the gradient. No verdict of
+klplug's audit is used. The scripts hold {len(commands)} training commands. Many are copies of
+examples: {len(distinct)} of them differ in what bears on the KL.
+
+| gradient of the KL term | commands | different ones |
+| --- | ---: | ---: |
+{rows}
+
+Of {len(reused)} commands with a KL in the loss that is not the reverse one, {more} make more
+than one update on a rollout. Neither host weights such a KL for the samples of an older policy.
+
+## How it was made, and what it leaves out
+
+- `python -m tests.audit.corpus FOLDER --facts` makes the table `tests/audit/corpus.jsonl` from a
+  folder of checkouts, and this page. Each row has repository, commit and path, so that anyone can
+  look.
+- A script counts if the audit reads it as bash does, and if its verl was compared with a release.
+  Forks with a loss of their own, and commands whose configuration file is not read, are left out.
+- The hosts' own examples are most of it. What people run behind closed doors is not in it.
+- Settings say what a run was asked for, not what it did to the model.
+"""
+
+
+def written_facts() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in FACTS.read_text().splitlines()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--rows", type=Path)
+    parser.add_argument("--facts", action="store_true")
     parser.add_argument("--only", default="")
     given = parser.parse_args()
-    commits: dict[str, Any] = {}
-    if (given.folder / "COMMITS").is_file():
-        commits = dict(line.split() for line in (given.folder / "COMMITS").read_text().splitlines())
     rows: list[Row] = []
-    for checkout in sorted(p for p in given.folder.iterdir() if p.is_dir()):
-        if given.only in checkout.name:
-            rows += checked(checkout, commits.get(checkout.name, ""))
-    print(table(rows))
-    reasons = Counter(re.sub(r"\d+", "N", r.why)[:60] for r in rows if r.agrees is False)
-    for reason, number in reasons.most_common(25):
-        print(f"{number:5d}  {reason}")
+    if given.folder is not None:
+        commits: dict[str, str] = {}
+        if (given.folder / "COMMITS").is_file():
+            lines = (given.folder / "COMMITS").read_text().splitlines()
+            commits = dict(line.split() for line in lines)
+        for checkout in sorted(p for p in given.folder.iterdir() if p.is_dir()):
+            if given.only in checkout.name:
+                rows += checked(checkout, commits.get(checkout.name, ""))
+        print(table(rows))
+        reasons = Counter(re.sub(r"\d+", "N", r.why)[:60] for r in rows if r.agrees is False)
+        for reason, number in reasons.most_common(25):
+            print(f"{number:5d}  {reason}")
     if given.rows:
         given.rows.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    if given.facts:
+        FACTS.write_text(facts(rows))
+    if given.facts or given.folder is None:
+        PAGE.write_text(page(written_facts()))
 
 
 if __name__ == "__main__":

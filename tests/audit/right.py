@@ -1,0 +1,180 @@
+"""The right verdict on a command of verl or OpenRLHF, from its words as bash passes them.
+
+Nothing of the audit is used: defaults are those in the checkout's own configuration, and what is
+made of them was read in the hosts' sources. verl from 0.3.1 on has ``algorithm.use_kl_in_reward``
+(``trainer/ppo/ray_trainer.py``, ``fit``; ``workers/utils/losses.py``, ``ppo_loss``); verl before it
+puts its KL in the reward unless ``use_kl_loss`` is set (the same file, ``fit``). OpenRLHF puts it
+in the reward unless ``use_kl_loss`` is set (``trainer/ppo_utils/experience_maker.py``).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# Whose gradient each estimator has: as a loss the token's own derivative, in the reward the value.
+_AS_LOSS = {
+    **{"kl": "zero", "k1": "zero", "abs": "neither", "mse": "reverse", "k2": "reverse"},
+    **{"low_var_kl": "forward", "k3": "forward"},
+}
+_IN_REWARD = {
+    **{"kl": "reverse", "k1": "reverse", "abs": "neither", "mse": "neither", "k2": "neither"},
+    **{"low_var_kl": "neither", "k3": "neither"},
+}
+_ACTOR = "actor_rollout_ref.actor."
+
+# Packages whose KL was compared with a release's: ``kl_penalty``, ``apply_kl_penalty``, and what
+# ``update_policy`` does with ``kl_loss``. Of others nothing is said here.
+READ = (
+    *("verl-project/verl", "volcengine/verl", "TIGER-AI-Lab/verl-tool", "Jiayi-Pan/TinyZero"),
+    *("PeterGriffinJin/Search-R1", "Unakar/Logic-RL", "agentica-project/rllm"),
+    *("Qihoo360/Light-R1", "pat-jj/DeepRetrieval", "OpenRLHF/OpenRLHF", "OpenRLHF/OpenRLHF-M"),
+)
+
+
+def right(
+    repository: str, checkout: Path, script: Path, words: Sequence[str]
+) -> tuple[str | None, int | None]:
+    """The gradient of a command and its updates per rollout; ``None`` where not said here.
+
+    ``away`` is the gradient of a KL loss which is subtracted, as verl 0.1 has it.
+    """
+    if repository not in READ:
+        return None, None
+    if "openrlhf.cli.train_ppo_ray" in words:
+        return of_openrlhf(words), None
+    if "verl.trainer.main_ppo" not in words:
+        return None, None
+    package = next(
+        (
+            folder / "verl"
+            for folder in script.parents
+            if (folder / "verl" / "trainer" / "config" / "ppo_trainer.yaml").is_file()
+            and folder.is_relative_to(checkout)
+        ),
+        None,
+    )
+    if package is None:
+        return None, None
+    trainer = (package / "trainer" / "ppo" / "ray_trainer.py").read_text()
+    actor = package / "workers" / "actor" / "dp_actor.py"
+    subtracted = actor.is_file() and "policy_loss - kl_loss" in actor.read_text()
+    given = defaults(package)
+    switched = "use_kl_in_reward" in trainer
+    return of_verl(words, given, switched, subtracted), updates(words, given)
+
+
+def written(words: Sequence[str], given: dict[str, Any]) -> dict[str, Any] | None:
+    """Defaults with the command's overrides; ``None`` where a file that it names decides."""
+    settings = dict(given)
+    for word in words:
+        if re.match(r"(--config|-c[pnd]\b)", word):
+            return None
+        match = re.match(r"\+{0,2}([\w.@/]+)=(.*)$", word, re.DOTALL)
+        if match:
+            try:
+                settings[match[1]] = yaml.safe_load(match[2]) if match[2] else None
+            except yaml.YAMLError:
+                settings[match[1]] = match[2]
+    return settings
+
+
+def updates(words: Sequence[str], given: dict[str, Any]) -> int | None:
+    """Optimizer steps on one rollout."""
+    settings = written(words, given)
+    if settings is None:
+        return None
+    batch = settings.get("data.train_batch_size")
+    mini, epochs = (settings.get(_ACTOR + k) for k in ("ppo_mini_batch_size", "ppo_epochs"))
+    if not all(isinstance(n, int) and n > 0 for n in (batch, mini, epochs)):
+        return None
+    return math.ceil(batch / mini) * epochs
+
+
+def defaults(package: Path) -> dict[str, Any]:
+    """A verl package's own defaults, flat."""
+    folder = package / "trainer" / "config"
+    generated = folder / "_generated_ppo_trainer.yaml"
+    path = generated if generated.is_file() else folder / "ppo_trainer.yaml"
+    flat: dict[str, Any] = {}
+
+    def flatten(node: Any, prefix: str) -> None:
+        for key, value in node.items():
+            name = f"{prefix}{key}"
+            if isinstance(value, dict):
+                flatten(value, f"{name}.")
+            else:
+                flat[name] = value
+
+    flatten(yaml.safe_load(path.read_text()), "")
+    return flat
+
+
+def of_verl(
+    words: Sequence[str], given: dict[str, Any], switched: bool, subtracted: bool = False
+) -> str | None:
+    """The gradient; ``None`` where it hangs on a file that the command names.
+
+    Args:
+        words: the command's.
+        given: the defaults.
+        switched: this verl has ``use_kl_in_reward``; else the KL is in the reward by default.
+        subtracted: its policy loss has the KL loss with a minus.
+    """
+    settings = written(words, given)
+    if settings is None:
+        return None
+
+    def on(key: str) -> bool:
+        return str(settings.get(key)).lower() in ("true", "1")
+
+    terms = []
+    loss = on(_ACTOR + "use_kl_loss")
+    reward = on("algorithm.use_kl_in_reward") if switched else not loss
+    if loss and float(settings[_ACTOR + "kl_loss_coef"]) != 0:
+        kind = str(settings[_ACTOR + "kl_loss_type"])
+        # k3+ and its kin: the value of one estimator, the gradient of k2.
+        terms.append("reverse" if kind.endswith("+") else _AS_LOSS[kind])
+        if subtracted and terms[-1] != "zero":
+            terms[-1] = "away"
+    if reward and float(settings["algorithm.kl_ctrl.kl_coef"]) != 0:
+        terms.append(_IN_REWARD[str(settings["algorithm.kl_penalty"]).removesuffix("+")])
+    return _together(terms)
+
+
+def _together(terms: Sequence[str]) -> str:
+    acting = {term for term in terms if term != "zero"}
+    if not terms:
+        return "none"
+    if not acting:
+        return "zero"
+    return acting.pop() if len(acting) == 1 else "neither"
+
+
+def of_openrlhf(words: Sequence[str]) -> str:
+    """OpenRLHF's flags, dotted and flat; its default is k1, in the reward, with 0.01."""
+    flags: dict[str, str] = {}
+    for at, word in enumerate(words):
+        match = re.fullmatch(r"--([\w.]+)(?:=(.*))?", word, re.DOTALL)
+        if match:
+            after = words[at + 1] if at + 1 < len(words) else ""
+            flags[match[1]] = match[2] or ("" if after.startswith("--") else after)
+
+    def flag(*names: str) -> str | None:
+        return next((flags[name] for name in names if name in flags), None)
+
+    coef = float(flag("algo.kl.init_coef", "init_kl_coef") or 0.01)
+    kind = flag("algo.kl.estimator", "kl_estimator") or "k1"
+    if "use_kl_estimator_k3" in flags:
+        kind = "k3"
+    loss = flag("algo.kl.use_loss", "use_kl_loss") is not None
+    if loss and "algo.kl.unbiased_gradient" in flags:
+        kind = "k2"
+    if coef == 0:
+        return "none"
+    return (_AS_LOSS if loss else _IN_REWARD)[kind]
