@@ -83,7 +83,7 @@ AXES: dict[str, Axis] = {
             ("ref", "rollout"),
             lambda term: "ref",
             "the policy that the KL is taken to: the reference model, or the sampler itself as "
-            "the trust region, with ratio=rollout and no reference model",
+            "the trust region, with ratio=rollout or none, and no reference model",
             needs={"ref": ("ref_log_probs",), "rollout": ("rollout_log_probs",)},
         ),
         Axis(
@@ -118,7 +118,8 @@ AXES: dict[str, Axis] = {
             _default_ratio,
             "the policy that the samples are corrected for, by the weight pi/old or pi/rollout: "
             "detached, and exactly 1 on-policy",
-            elsewhere="in the reward, and of an own token with vocab=exact: none",
+            elsewhere="in the reward, and of an own token with vocab=exact: none; with "
+            "reference=rollout: rollout, none",
             needs={"old": ("old_log_probs",), "rollout": ("rollout_log_probs",)},
         ),
         Axis(

@@ -158,6 +158,15 @@ _SAMPLER = _row(
     source="klplug; the sampler as the proximal policy",
     test="test_the_sampler_as_reference",
 )
+_SAMPLER_WITHOUT_RATIO = _row(
+    "k2_as_loss,ratio=none,reference=rollout",
+    coefficient="log pi - log rollout",
+    target="grad E_rollout[k2 to the sampler]: zero on-policy, a trust region from then on",
+    gradient_bias="another reference: near the sampler KL(pi||rollout), to second order",
+    off_policy="exact: the sampler's own tokens are what it is an expectation over",
+    source="Kimi K2.5, arXiv 2602.02276; prime-rl's default",
+    test="test_the_sampler_as_reference_without_a_ratio",
+)
 _SUM = KLType(
     name="k3_in_reward+k3_as_loss",
     formula=f"2 ({ESTIMATORS['k3'].formula})",
@@ -193,7 +202,7 @@ def kl_types() -> dict[str, KLType]:
     """
     rows = [_row(f"{e}_{p}") for e in ESTIMATORS for p in PLACEMENTS]
     rows += [_over_answers(e) for e in ESTIMATORS.values() if e.sequence_target]
-    rows += [*_HEADS, *_EXACT, _SAMPLER, _SUM, _NONE]
+    rows += [*_HEADS, *_EXACT, _SAMPLER, _SAMPLER_WITHOUT_RATIO, _SUM, _NONE]
     from klplug.hosting.host import hosts  # the floor above: it knows the hosts
 
     found = hosts().values()

@@ -276,9 +276,10 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "sampler-under-another-ratio",
-        lambda t: t.reference == "rollout" and t.ratio in ("old", "none"),
-        "ratio={ratio} with reference=rollout is refused: the answers come from the sampler, and "
-        "only its own ratio makes this a gradient of KL(pi||rollout). Leave ratio out",
+        lambda t: t.reference == "rollout" and t.ratio == "old",
+        "ratio=old with reference=rollout is refused: the answers come from the sampler, and only "
+        "its own ratio makes this a gradient of KL(pi||rollout). Leave ratio out, or write "
+        "ratio=none",
     ),
     Refusal(
         "baseline-of-token",

@@ -212,10 +212,12 @@ _ATTRIBUTES = ("estimator", "placement", *OPTIONS)
 def sum_of(terms: Iterable[TermSpec]) -> KLSpec:
     """The sum of ``terms``: ``none`` without any, and of one that term itself.
 
+    A sum has one order, whatever order it is given in: what is in the reward, then by name.
+
     Raises:
         ValueError: the same term twice.
     """
-    terms = tuple(terms)
+    terms = tuple(sorted(terms, key=lambda term: (PLACEMENTS.index(term.placement), str(term))))
     return terms[0] if len(terms) == 1 else SumSpec(terms)
 
 

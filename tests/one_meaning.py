@@ -79,6 +79,7 @@ BASELINES = (
 SAMPLER = (
     "k2_as_loss,reference=rollout",
     "k2_as_loss,reference=rollout,horizon=sequence",
+    "k2_as_loss,ratio=none,reference=rollout",
     "k2_as_loss+k3_as_loss,reference=rollout",
 )
 STEPS = (

@@ -52,7 +52,7 @@ def test_every_registered_kl_type_is_explained_by_its_own_row(name: str) -> None
         ("k2_as_loss,cap=5", ["k2_as_loss"]),
         ("k2_as_loss,cap=5,horizon=sequence", ["k2_as_loss,horizon=sequence"]),
         ("k3_as_loss+k3_in_reward", ["k3_in_reward+k3_as_loss"]),
-        ("k3_as_loss,cap=5+k3_in_reward", ["k3_as_loss", "k3_in_reward"]),
+        ("k3_as_loss,cap=5+k3_in_reward", ["k3_in_reward", "k3_as_loss"]),
     ],
 )
 def test_the_row_that_answers_for_a_kl_type(kl_type: str, rows: list[str]) -> None:

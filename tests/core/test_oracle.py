@@ -400,6 +400,24 @@ def test_the_sampler_as_reference(problem: Problem) -> None:
         assert_different(gradient, target(problem))
 
 
+def test_the_sampler_as_reference_without_a_ratio(problem: Problem) -> None:
+    """Kimi K2.5's and prime-rl's form: the gradient of E_rollout[log^2(pi/rollout) / 2]."""
+    kl_type, mask = "k2_as_loss,ratio=none,reference=rollout", problem.mask
+
+    def gradient_at(old: Tensor, kl_type: str) -> Tensor:
+        policy, rollout = problem.log_probs(problem.policy()), problem.log_probs(old)
+        term = kl_term(kl_type, policy, None, mask, rollout_log_probs=rollout)
+        return problem.gradient((problem.answer_probability(old)[:, None] * term.loss).sum())
+
+    old = problem.old()
+    square = (problem.log_probs(problem.policy()) - problem.log_probs(old)).square() / 2
+    expected = problem.answer_probability(old) * (square * mask).sum(-1)
+    gradient = gradient_at(old, kl_type)
+    assert_equal(gradient, problem.gradient(expected.sum()))
+    assert_different(gradient, gradient_at(old, "k2_as_loss,reference=rollout,cap=none"))
+    assert gradient_at(problem.policy().detach(), kl_type).abs().max() < 1e-12
+
+
 # An advantage of either sign for each answer, and a clip that acts on some tokens.
 CLIP = (0.2, 0.3)
 
@@ -736,6 +754,7 @@ def test_every_catalogued_kl_type_is_in_an_oracle() -> None:
         *ON_POLICY_REWARD,
         *HEADS,
         "k2_as_loss,reference=rollout",
+        "k2_as_loss,ratio=none,reference=rollout",
         "k3_in_reward+k3_as_loss",
         "none",
     }

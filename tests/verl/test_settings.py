@@ -100,7 +100,7 @@ def test_verls_own_keys_take_kl_types() -> None:
 def test_hydra_reads_what_the_recipe_writes() -> None:
     from recipes.quickstart.verl import quoted as written
 
-    kl_type = "k2_as_loss,ratio=none,horizon=sequence+k3_in_reward,bound=2"
+    kl_type = "k3_in_reward,bound=2+k2_as_loss,ratio=none,horizon=sequence"
     config, _ = derived(f"+klplug.kl_type={written(kl_type)}", COEF)
     assert config.klplug.kl_type == kl_type
 
