@@ -84,7 +84,7 @@ def _details(row: klplug.KLType) -> str:
         ("held to it by", test),
         ("source", cell(row.source)),
     )
-    return f"### `{row.name}`\n\n" + table(("", ""), [fact for fact in facts if fact[1]])
+    return f"### `{row.name}`\n\n" + table(("property", "value"), [fact for fact in facts if fact[1]])
 
 
 def overview(page: Path, words: list[str], old: str) -> str:
