@@ -9,6 +9,7 @@ says what comes next, and until where:
     <!-- made: options -->              each option, its values and what it means
     <!-- made: refused -->              of the kl_types in the first column, parse's answer
     <!-- made: curves NAME kl_type ... -->    c against the log-ratio: docs/img/NAME.svg
+    <!-- made: picture NAME -->         one of docs/pictures.py
     <!-- made: papers -->               papers, and the kl_type of each
     <!-- made: output N WORDS -->       the first N lines that a command of klplug prints
     # made: findings                    in mkdocs.yml: a page for each finding
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import klplug
+from docs import pictures
 from klplug.axes import AXES, OPTIONS, Axis
 from klplug.cli.explain import explain
 from klplug.hosting.host import hosts
@@ -84,7 +86,9 @@ def _details(row: klplug.KLType) -> str:
         ("held to it by", test),
         ("source", cell(row.source)),
     )
-    return f"### `{row.name}`\n\n" + table(("property", "value"), [fact for fact in facts if fact[1]])
+    return f"### `{row.name}`\n\n" + table(
+        ("property", "value"), [fact for fact in facts if fact[1]]
+    )
 
 
 def overview(page: Path, words: list[str], old: str) -> str:
@@ -151,6 +155,15 @@ def curves(page: Path, words: list[str], old: str) -> str:
     return f"![c of {', '.join(chosen)}]({to}/{name}.svg)\n"
 
 
+def picture(page: Path, words: list[str], old: str) -> str:
+    """One of docs/pictures.py, its docstring for those who can't see it."""
+    (name,) = words
+    draw = pictures.PICTURES[name]
+    PICTURES[ROOT / "docs" / "img" / f"{name}.svg"] = standalone(svg(name, draw))
+    to = os.path.relpath(ROOT / "docs" / "img", page.parent)
+    return f"![{' '.join((draw.__doc__ or '').split())}]({to}/{name}.svg)\n"
+
+
 def output(page: Path, words: list[str], old: str) -> str:
     """What a command prints, up to a number of lines."""
     count, *command = words
@@ -194,6 +207,7 @@ MAKERS: dict[str, Callable[[Path, list[str], str], str]] = {
     "options": options,
     "refused": refused,
     "curves": curves,
+    "picture": picture,
     "output": output,
     "papers": papers,
     "findings": findings,

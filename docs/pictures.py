@@ -1,0 +1,60 @@
+"""Pictures for people who look before they read; ``docs.build`` draws them into docs/img."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from klplug.report.plots import COLOURS, INK
+
+BLUE, ORANGE = COLOURS[:2]
+
+
+def full_and_loc(axes: Any) -> None:
+    """Who answers for a token's KL: LOC, the token alone; FULL, all that came before it too."""
+    axes.set(xlim=(-0.6, 5.6), ylim=(-1.75, 1.75))
+    axes.axis("off")
+    for token in range(5):
+        box = {"boxstyle": "round,pad=0.45", "facecolor": "none", "edgecolor": INK}
+        axes.text(token, 0, f"y{token + 1}", ha="center", va="center", bbox=box)
+    late = {"arrowstyle": "->", "color": BLUE, "connectionstyle": "arc3,rad=0.35", "shrinkB": 14}
+    for token in range(4):
+        axes.annotate("", (token, 0.2), (4, 0.3), arrowprops=late)
+    own = {"arrowstyle": "->", "color": BLUE, "connectionstyle": "arc3,rad=-1.6", "shrinkB": 10}
+    axes.annotate("", (4.12, 0.2), (4.3, 0.3), arrowprops=own)
+    axes.text(0, 1.55, "FULL: the KL of y5 is credited to every token before it", color=BLUE)
+    alone = {"arrowstyle": "->", "color": ORANGE, "connectionstyle": "arc3,rad=1.6", "shrinkB": 10}
+    for token in range(5):
+        axes.annotate("", (token + 0.12, -0.25), (token + 0.3, -0.35), arrowprops=alone)
+    axes.text(0, -1.35, "LOC: each token answers for its own KL alone", color=ORANGE)
+
+
+def dead_zone(axes: Any) -> None:
+    """c of k3 as a loss with verl's clamp of the value at 10, and without."""
+    x = [i / 50 for i in range(-200, 651)]
+    c = [1 - math.exp(-value) for value in x]
+    held = [
+        number if math.exp(-value) - 1 + value <= 10 else 0.0
+        for value, number in zip(x, c, strict=True)
+    ]
+    axes.plot(x, c, color=BLUE, label="k3_as_loss")
+    axes.plot(x, held, "--", color=ORANGE, label="k3 as a loss with the value clamped at 10")
+    axes.axhline(0, color="#808080", linewidth=0.8)
+    axes.set(ylim=(-16, 4), xlabel="x = log(pi/ref) of a token, nats", ylabel="c")
+    axes.legend(frameon=False, labelcolor=INK, loc="lower right")
+
+
+def group_norm(axes: Any) -> None:
+    """The force of an in-reward KL against the spread of a group's rewards, for beta = 1."""
+    sigma = [i / 100 for i in range(5, 101)]
+    axes.plot(sigma, [1 / s for s in sigma], color=ORANGE, label="joined before: beta / sigma")
+    axes.plot(sigma, [1.0 for _ in sigma], color=BLUE, label="joined after: beta")
+    axes.set(
+        ylim=(0, 12),
+        xlabel="sigma: standard deviation of the rewards in a group",
+        ylabel="force of the KL, beta = 1",
+    )
+    axes.legend(frameon=False, labelcolor=INK)
+
+
+PICTURES = {"full-and-loc": full_and_loc, "dead-zone": dead_zone, "group-norm": group_norm}
