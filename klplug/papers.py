@@ -63,9 +63,9 @@ PAPERS = {
             "Cumulative ratios of the prefix: level=prefix, and the default of horizon=sequence.",
         ),
         Paper(
-            "kimi-k2.5", "Kimi K2.5", "2602.02276", "k2_as_loss,reference=rollout",
-            "k2 to the sampler, without a weight. klplug's default there has the weight "
-            "pi/rollout, which makes it the gradient of KL(pi||rollout).",
+            "kimi-k2.5", "Kimi K2.5", "2602.02276", "k2_as_loss,ratio=none,reference=rollout",
+            "k2 to the sampler, without a weight; without the factor 1/2, so kl_coef is twice its "
+            "tau. With the weight, klplug's default, it is the gradient of KL(pi||rollout).",
         ),
         Paper(
             "rao-blackwell", "Better estimation of the KL divergence between language models",
