@@ -2,43 +2,72 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
+AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "token-sum")
 
 
-def aggregate(x: Tensor, response_mask: Tensor, mode: str = "token-mean") -> Tensor:
+def aggregate(
+    x: Tensor,
+    response_mask: Tensor,
+    mode: str = "token-mean",
+    *,
+    count: float | Tensor | None = None,
+    divisor: float | None = None,
+) -> Tensor:
     """A 0-d mean of ``x`` over its counted tokens or answers; 0 where none is counted.
 
-    Only token sums (``seq-mean-token-sum``) keep the gradients that ``kl_types()`` names exactly:
-    ``token-mean`` divides by a random length (a bias of order 1/batch), ``seq-mean-token-mean``
-    weighs every token by the inverse of its answer's length. A host knows its global batch and
-    aggregates itself: never aggregate twice.
+    Only token sums over a number that does not depend on the sampled lengths
+    (``seq-mean-token-sum``, and ``token-sum`` with its constant divisor) keep the gradients that
+    ``kl_types()`` names exactly: ``token-mean`` divides by a random length (a bias of order
+    1/batch), ``seq-mean-token-mean`` weighs every token by the inverse of its answer's length. A
+    host knows its global batch and aggregates itself: never aggregate twice.
 
     Args:
         x: (B, T), nats per token; may hold anything where masked.
         response_mask: (B, T), nonzero where a token counts.
-        mode: ``token-mean``, ``seq-mean-token-sum`` or ``seq-mean-token-mean``, the last two a
-            mean over the answers with at least one counted token.
+        mode: ``token-mean``; ``seq-mean-token-sum`` or ``seq-mean-token-mean``, a mean over the
+            answers with at least one counted token; or ``token-sum``.
+        count: of the whole batch that this is a micro-batch of, its counted tokens
+            (``token-mean``) or its answers (``seq-...``): the results then *add up* to the whole
+            batch's. ``None`` where this is the whole batch.
+        divisor: of ``token-sum``, a constant such as the number of answers times the longest
+            length; the results of micro-batches add up.
 
     Raises:
-        ValueError: an unknown mode, or shapes that differ.
+        ValueError: an unknown mode, shapes that differ, or a count or divisor that is not positive,
+            missing or not of that mode.
     """
     if mode not in AGGREGATIONS:
         raise ValueError(
             f"aggregation mode {mode!r} is unknown; allowed: {', '.join(AGGREGATIONS)}"
         )
+    if (divisor is None) == (mode == "token-sum"):
+        raise ValueError(
+            f"aggregation mode {mode!r} with divisor={divisor!r}: 'token-sum' needs one, a "
+            "constant, and no other mode takes one"
+        )
+    if count is not None and mode == "token-sum":
+        raise ValueError("aggregation mode 'token-sum' takes no count: its divisor is all")
+    for name, number in (("count", count), ("divisor", divisor)):
+        # A count on a device is not looked at.
+        if isinstance(number, (int, float)) and not 0 < number < math.inf:
+            raise ValueError(f"{name}={number!r} must be a positive number")
     if x.shape != response_mask.shape:
         raise ValueError(
             f"x has shape {tuple(x.shape)}, response_mask has {tuple(response_mask.shape)}"
         )
     mask = response_mask != 0
     x = torch.where(mask, x, 0.0)
+    if divisor is not None:
+        return x.sum() / divisor
     lengths = mask.sum(-1)
     if mode == "token-mean":
-        return x.sum() / lengths.sum().clamp(min=1)
+        return x.sum() / (lengths.sum().clamp(min=1) if count is None else count)
     per_answer = x.sum(-1)
     if mode == "seq-mean-token-mean":
         per_answer = per_answer / lengths.clamp(min=1)
-    return per_answer.sum() / (lengths > 0).sum().clamp(min=1)
+    return per_answer.sum() / ((lengths > 0).sum().clamp(min=1) if count is None else count)

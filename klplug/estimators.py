@@ -12,7 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from klplug.numerics import finite, largest_exponent, saturating_exp, saturating_expm1
+from klplug.numerics import (
+    finite,
+    largest_exponent,
+    saturating_expm1,
+    scaled_expm1,
+)
 
 if TYPE_CHECKING:  # the rows are read where there is no torch; a formula is a tensor's methods
     from torch import Tensor
@@ -36,16 +41,35 @@ def k2(log_ratio: Tensor) -> Tensor:
 
 def k3(log_ratio: Tensor) -> Tensor:
     """``exp(-lr) - 1 + lr``: unbiased for KL(pi||ref) under samples from pi, never negative."""
-    return saturating_expm1(-log_ratio).add_(log_ratio)
+    return k3_of_derivative(log_ratio, k3_derivative(log_ratio))
 
 
 def k3_derivative(log_ratio: Tensor) -> Tensor:
     return saturating_expm1(-log_ratio).neg_()
 
 
+_BERNOULLI = (
+    *(1 / 12, -1 / 720, 1 / 30240),
+    *(-1 / 1209600, 1 / 47900160, -691 / 1307674368000, 1 / 74724249600),
+)
+"""B_2k / (2k)!, of x / (exp(x) - 1) = 1 - x/2 + sum_k B_2k / (2k)! x^2k (Abramowitz 23.1.1)."""
+
+
 def k3_of_derivative(log_ratio: Tensor, derivative: Tensor) -> Tensor:
-    """``k3 = lr - k3'``, to the bit and without a second exponential."""
-    return log_ratio - derivative
+    """``k3 = lr - k3'``, without a second exponential.
+
+    Near the reference that difference has no digits left, and k3 is
+    ``k3' lr (1/2 + lr sum_k B_2k / (2k)! lr^(2k - 2))``.
+    """
+    square = log_ratio.square()
+    first, *others = reversed(_BERNOULLI[: 3 if log_ratio.element_size() == 4 else None])
+    series = square.mul(first)
+    for i, b in enumerate(others):
+        series = series.add_(b) if i == 0 else series.mul_(square).add_(b)
+    close = square < 0.25
+    del square  # a tensor less at the peak
+    near = series.mul_(log_ratio).add_(0.5).mul_(log_ratio).mul_(derivative)
+    return near.where(close, log_ratio - derivative)
 
 
 def absolute(log_ratio: Tensor) -> Tensor:
@@ -61,22 +85,27 @@ def sign(log_ratio: Tensor) -> Tensor:
 
 
 def forward(log_ratio: Tensor) -> Tensor:
-    return finite(-log_ratio * saturating_exp(-log_ratio))
-
-
-def forward_of_answer(log_ratio: Tensor) -> Tensor:
-    """``1 - prod_{i<=t} exp(-lr_i)``: the coefficient of KL(ref||pi) over whole answers."""
-    return k3_derivative(log_ratio.cumsum(-1))
+    root = (-log_ratio / 2).exp()
+    return finite(-log_ratio * root * root)
 
 
 def js(log_ratio: Tensor) -> Tensor:
-    half_sum = log_ratio - js_derivative(log_ratio)  # log((u + 1) / 2)
-    return finite(log_ratio - half_sum - half_sum * saturating_exp(-log_ratio))
+    # With t = (u - 1) / (u + 1): ((1 + t) log(1 + t) + (1 - t) log(1 - t)) / (1 + t).
+    t = (log_ratio / 2).tanh()
+    near = (t * log_ratio - (log_ratio / 2).sinh().square().log1p()) / (1 + t)
+    half_sum = log_ratio.clamp(min=0) + _log_mean(log_ratio)  # log((u + 1) / 2)
+    root = (-log_ratio / 2).exp()  # its square may be beyond the dtype where the value is not
+    far = js_derivative(log_ratio) - half_sum * root * root
+    return finite(near.where(log_ratio.abs() < 2, far))
 
 
 def js_derivative(log_ratio: Tensor) -> Tensor:
-    # log(2u / (u + 1)), with the digits that log(2) - log(1 + 1/u) loses near the reference.
-    return log_ratio.clamp(max=0) - log_ratio.abs().neg().expm1().div(2).log1p()
+    return log_ratio.clamp(max=0) - _log_mean(log_ratio)
+
+
+def _log_mean(log_ratio: Tensor) -> Tensor:
+    """``log((1 + exp(-|lr|)) / 2)``, with all its digits near the reference."""
+    return log_ratio.abs().neg().expm1().div(2).log1p()
 
 
 def jeffreys(log_ratio: Tensor) -> Tensor:
@@ -105,7 +134,7 @@ def hellinger_derivative(log_ratio: Tensor) -> Tensor:
 
 
 def tv(log_ratio: Tensor) -> Tensor:
-    return saturating_expm1(-log_ratio).abs() / 2
+    return finite(scaled_expm1(-log_ratio, 0.5).abs())
 
 
 def tv_derivative(log_ratio: Tensor) -> Tensor:
@@ -128,8 +157,9 @@ class Estimator:
     """One row of the registry: a value, what it does as a loss, and what it does in the reward.
 
     Over whole answers the gradient of a divergence is each token's own derivative plus the values
-    that ``later`` tokens have, or ``of_answer``, a coefficient of the answer so far; an estimator
-    with neither has no exact form there.
+    that ``later`` tokens have, or ``of_answer``, a coefficient by the log-ratio of the answer so
+    far; an estimator with neither has no exact form there. ``has_limit``: whether the value is
+    finite where the reference rules a token out, lr = inf.
     """
 
     name: str
@@ -144,6 +174,7 @@ class Estimator:
     sequence_target: str = ""
     # The value again, where the derivative has done its work already.
     value_of_derivative: Callable[[Tensor, Tensor], Tensor] | None = None
+    has_limit: bool = False
 
     def role(self, placement: str) -> Role:
         return self.as_loss if placement == "as_loss" else self.in_reward
@@ -165,6 +196,7 @@ def _divergence(
     source: str = _CSISZAR,
     of_answer: Function | None = None,
     sequence_target: str = "",
+    has_limit: bool = True,
 ) -> Estimator:
     return Estimator(
         name=name,
@@ -188,6 +220,7 @@ def _divergence(
         source=source,
         later=None if of_answer else value,
         of_answer=of_answer,
+        has_limit=has_limit,
         sequence_target=sequence_target
         or f"grad of the expected {divergence} of all tokens, prefixes included",
     )
@@ -200,18 +233,26 @@ def alpha_divergence(alpha: float) -> Estimator:
     Half of chi2 at 2, twice Hellinger at 1/2; the forward KL towards 0, the reverse towards 1.
     """
 
-    def held(log_ratio: Tensor) -> Tensor:
-        # The largest of the exponents below stays within the dtype, and keeps its sign.
-        limit = largest_exponent(log_ratio) / max(1.0, abs(alpha - 1)) - 2
-        return log_ratio.clamp(-limit, limit)
+    below = alpha - 1
 
     def value(log_ratio: Tensor) -> Tensor:
-        lr = held(log_ratio)
-        powers = ((alpha - 1) * lr).expm1() + (alpha - 1) * (-lr).expm1()
-        return finite(powers / (alpha * (alpha - 1)))
+        near = log_ratio.abs() < 2  # where each form's exponentials cancel to the first order
+        if alpha < 0.5:
+            # exp(-lr) (expm1(a lr) / a - expm1(lr)) / (a - 1); constant far above the reference.
+            lr = log_ratio.clamp(max=largest_exponent(log_ratio) - 1)
+            inner = (k3(-alpha * lr) / alpha - k3(-lr)).where(
+                near, (alpha * lr).expm1() / alpha - lr.expm1()
+            )
+            root = (-lr / 2).exp()
+            return finite(root * (inner / below) * root)
+        # Far below the reference both exponents could be inf, and their difference no number.
+        lr = log_ratio.clamp(min=-1.5 * largest_exponent(log_ratio))
+        powers = (k3(-below * lr) / below + k3(lr)) / alpha
+        far = scaled_expm1(below * lr, 1 / (alpha * below)) + scaled_expm1(-lr, 1 / alpha)
+        return finite(powers.where(near, far))
 
     def derivative(log_ratio: Tensor) -> Tensor:
-        return finite(((alpha - 1) * held(log_ratio)).expm1() / (alpha - 1))
+        return finite(scaled_expm1(below * log_ratio, 1 / below))
 
     return _divergence(
         "alpha",
@@ -221,6 +262,7 @@ def alpha_divergence(alpha: float) -> Estimator:
         "(u^(a-1) - 1) / (a-1)",
         derivative,
         source="alpha divergence, Amari 1985",
+        has_limit=alpha < 1,
     )
 
 
@@ -322,7 +364,7 @@ ESTIMATORS: dict[str, Estimator] = {
             forward,
             "1 - exp(-x)",
             k3_derivative,
-            of_answer=forward_of_answer,
+            of_answer=k3_derivative,  # 1 - prod_{i<=t} exp(-lr_i)
             sequence_target="grad KL(ref||pi) over whole answers",
         ),
         _divergence(
@@ -340,6 +382,7 @@ ESTIMATORS: dict[str, Estimator] = {
             jeffreys,
             "x + 1 - exp(-x)",
             jeffreys_derivative,
+            has_limit=False,
         ),
         _divergence(
             "chi2",
@@ -349,6 +392,7 @@ ESTIMATORS: dict[str, Estimator] = {
             "2 (u - 1)",
             chi2_derivative,
             source="arXiv 2403.03185",
+            has_limit=False,
         ),
         _divergence(
             "hellinger",

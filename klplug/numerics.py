@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 _LARGEST = {4: (2 - 2**-23) * 2.0**127, 8: sys.float_info.max}
 """The largest finite number of float32 and of float64, by their size in bytes."""
 
-SQUARABLE = 1e15
-"""Where numbers are held whose squares are added up: the squares stay finite in float32."""
+HUGE = 1e15
+"""What no log-ratio reaches, and whose square is finite in float32."""
 
 
 def largest(x: Tensor) -> float:
@@ -42,6 +42,12 @@ def saturating_exp(x: Tensor, at_most: float = math.inf) -> Tensor:
 def saturating_expm1(x: Tensor) -> Tensor:
     """``exp(x) - 1`` with all its digits near 0, held as ``saturating_exp`` is."""
     return x.expm1().clamp_(max=largest(x))
+
+
+def scaled_expm1(x: Tensor, scale: float) -> Tensor:
+    """``scale * (exp(x) - 1)``, inf only where that itself is beyond the dtype."""
+    half = (x / 2).expm1()  # exp(x) - 1 = half (half + 2)
+    return half * (half * scale + 2 * scale)
 
 
 def finite(x: Tensor) -> Tensor:
@@ -75,29 +81,3 @@ def _bits(x: Tensor) -> Tensor:
 def flags(compare: Callable[..., Tensor], x: Tensor, limit: float) -> Tensor:
     """1 where ``compare(x, limit)``, else 0, in ``x``'s dtype: on a CPU far quicker than bool."""
     return compare(x, limit, out=x.new_empty(x.shape))
-
-
-def total(x: Tensor) -> Tensor:
-    """The sum of all entries, 0-d, float64; finite where saturated numbers add up to more."""
-    # Rows in their own dtype, then in float64: all in float64 would copy the whole tensor first.
-    return finite(finite(x.sum(-1)).double().sum())
-
-
-def total_of_squares(x: Tensor) -> Tensor:
-    """The sum of squares, 0-d, float64, of numbers held within ``SQUARABLE``."""
-    import torch
-
-    norms: Tensor = torch.linalg.vector_norm(squarable(x), dim=-1)
-    return norms.double().square().sum()
-
-
-def count(mask: Tensor) -> Tensor:
-    """How many entries of a bool tensor are True, 0-d, float64."""
-    import torch
-
-    return mask.view(torch.uint8).sum(-1, dtype=torch.float32).double().sum()
-
-
-def squarable(x: Tensor) -> Tensor:
-    """``x`` held where its square is finite in float32."""
-    return x.clamp(-SQUARABLE, SQUARABLE)

@@ -45,18 +45,28 @@ class KLStep:
 
     @property
     def loss(self) -> Tensor:
-        """What is added to the policy loss, times kl_coef: (B, T), differentiable.
-
-        Its value is that of all terms, its gradient that of those beside the policy loss.
-        """
+        """What is added to the policy loss, times kl_coef: (B, T), differentiable."""
         if len(self.beside) == len(self.term.parts):
             return self.term.loss
-        gradient = torch.zeros_like(self.term.value)
-        for part in self.beside:
-            gradient = finite(gradient + part.gradient)
-        with torch.enable_grad():
-            loss = with_gradient(self.term._log_probs, self.term.value, gradient)
-            return loss if self.term.pathwise is None else loss + self.term.pathwise
+        return self.term.with_gradient(self.value, self._gradient)
+
+    @property
+    def value(self) -> Tensor:
+        """Of what is added, without a gradient: for a host that evaluates its loss."""
+        zero = torch.zeros_like(self.term.value)
+        return finite(sum((part.value for part in self.beside), zero))
+
+    @property
+    def reported(self) -> Tensor:
+        """The same with the value of all terms, for a host that logs what it adds."""
+        if len(self.beside) == len(self.term.parts):
+            return self.term.loss
+        return self.term.with_gradient(self.term.value, self._gradient)
+
+    @property
+    def _gradient(self) -> Tensor:
+        zero = torch.zeros_like(self.term.value)
+        return finite(sum((part.gradient for part in self.beside), zero))
 
     @property
     def tally(self) -> Tally:
@@ -119,9 +129,12 @@ def policy_loss(
     )
     step = KLStep(term)
     clip = low, high = low_and_high(clip_range)
-    mask, dtype = response_mask.bool(), term.value.dtype
-    advantages = step.advantages(masked(advantages.detach().to(dtype), mask), kl_coef)
+    dtype = term.value.dtype
     log_ratio = log_probs.detach().to(dtype) - old_log_probs.detach()
+    advantages = advantages.detach().to(dtype)
+    # A token with a number that is none leaves the policy loss as it leaves the KL.
+    mask = (response_mask != 0) & ((log_ratio + advantages).abs() < math.inf)
+    advantages = step.advantages(masked(advantages, mask), kl_coef)
     ratio = importance_weight(log_ratio, mask, level="token", cap=math.inf, mode="truncate")
     rho, held = ratio.weight, clipped_weight(ratio, -advantages, clip).weight
     value = -torch.minimum(rho * advantages, rho.clamp(1 - low, 1 + high) * advantages)

@@ -10,14 +10,14 @@ one coefficient of KL(pi||ref).
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from klplug.estimators import k3
-from klplug.numerics import count, masked_, squarable, total, total_of_squares
+from klplug.numerics import HUGE, finite, finite_, flags, largest, masked_
 
 PREFIX = "klplug/"
 
@@ -26,6 +26,9 @@ TOP = 0.01
 
 SAMPLE = 2**14
 """Beyond so many entries the threshold of the largest is read off a sample of about that size."""
+
+EVEN = 1e-5
+"""Of the second moment of w - 1, the variance below which all w are taken as one number."""
 
 
 @dataclass(frozen=True)
@@ -56,157 +59,260 @@ class Tally:
         """The metrics by their stable names, all finite, 0 where no token was counted.
 
         ``klplug/active``: 1, proof in a log that klplug computed the term.
-        ``klplug/k1``, ``k2``, ``k3``, ``abs``: masked means of the estimates, nats per token.
-        ``klplug/exact_kl``: with vocab=exact, the masked mean over the whole vocabulary.
-        ``klplug/coef_mean``, ``coef_max``: mean and largest ``|c|``; without vocab=exact, as are
-        the gradient's below.
+        ``klplug/kl``: the estimate of KL(pi||ref) to read, nats per token; see ``estimate``.
+        ``klplug/k1``, ``k2``, ``k3``, ``abs``: masked means of the estimators, nats per token.
+        ``klplug/exact_kl``: with vocab=exact, the masked mean over the whole vocabulary, in place
+        of the metrics of a coefficient.
+        ``klplug/coef_mean``, ``coef_max``: mean and largest size of a token's coefficient, the
+        number that stands beside its advantage: c, and over whole answers the sum to go, with its
+        weights inside.
+        ``klplug/weight_mean``: mean weight, near 1 while the KL has its strength.
         ``klplug/ess``: effective sample size of the weights as a share of the tokens,
         ``(sum w)^2 / (n sum w^2)``, 1 where all weights are equal.
         ``klplug/capped_share``, ``bounded_share``, ``overflow_share``: shares of tokens whose
-        weight met the cap, whose c met the bound, whose exponent met the dtype's maximum.
-        ``klplug/gradient_cosine``, ``gradient_norm_ratio``, ``top_share``: the term's gradient
-        beside the principled one; see ``gradient_metrics``.
+        weight met the cap, whose c met the bound, one of whose numbers is the dtype's largest.
+        ``klplug/nonfinite_share``: share of counted tokens with a nan or an infinite number;
+        ``klplug/nonfinite/<tensor>`` is 1 for each tensor that had one.
+        ``klplug/gradient_cosine``: between the term's gradient and the principled one, over tokens;
+        1 where neither has any. ``klplug/gradient_norm_ratio``: its norm over the principled one's;
+        0 where there is nothing to compare with. ``klplug/top_share``: of all |gradient|, what the
+        top 1 % of tokens have.
+
+        ``kl``, ``k1``, ``k2``, ``k3`` and ``abs`` are always to ref, and absent where no reference
+        is at hand. The terms of a sum, and a term to another policy, have all of them under
+        ``klplug/<term>/``, <term> being ``str(term)`` with ``.`` for ``,`` and ``-`` for ``=``; the
+        shares and weights of the whole are then those of the worst term.
         """
-        tokens = self.sums["tokens"]
+        names = sorted(k.removesuffix("tokens") for k in self.sums if k.endswith("tokens"))
+        means = self._means(names)
+        found = {"active": torch.ones_like(self.sums["tokens"]), **self.maxima}
+        metrics = {**_of_estimates(means), **_of_gradients(means), "exact_kl": means["exact"]}
+        for key, values in metrics.items():
+            for name, value in zip(names, values, strict=True):
+                if name + _MADE_OF.get(key, "tokens") in self.sums:
+                    found[name + key] = value
+        return {PREFIX + name: value for name, value in found.items()}
+
+    def _means(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """By key, the means per token, (names,) each; anything where there is no reference."""
+        sums = self.sums
+        tokens = torch.stack([sums[f"{name}tokens"] for name in names])
+        rows = [sums.get(name + key, sums["tokens"]) for key in _SUMS for name in names]
         # Not clamp(min=1): a host that averages over ranks hands in sums of less than a token.
-        n = torch.where(tokens > 0, tokens, 1.0)
-        weight_square = self.sums["weight_square"]
-        ess = self.sums["weight"].square() / (weight_square * n)
-        values = {
-            "active": torch.ones_like(tokens),
-            "k1": self.sums["k1"] / n,
-            "k2": self.sums["k2"] / n,
-            "k3": self.sums["k3"] / n,
-            "abs": self.sums["abs"] / n,
-            "ess": torch.where(weight_square > 0, ess, 0.0),
-            "capped_share": self.sums["capped"] / n,
-            "bounded_share": self.sums["bounded"] / n,
-            "overflow_share": self.sums["overflow"] / n,
-        }
-        if "coef" in self.sums:
-            values["coef_mean"] = self.sums["coef"] / n
-            values["coef_max"] = self.maxima["coef"]
-            values |= gradient_metrics(self.sums)
-        if "exact" in self.sums:
-            values["exact_kl"] = self.sums["exact"] / n
-        return {PREFIX + name: value for name, value in values.items()}
+        means = torch.stack(rows).view(len(_SUMS), -1) / tokens.clamp(min=1e-30)
+        return dict(zip(_SUMS, means, strict=True))
+
+
+_MADE_OF = {
+    **dict.fromkeys(("kl", "k1", "k2", "k3", "abs"), "k1"),
+    **dict.fromkeys(("coef_mean", "gradient_cosine", "gradient_norm_ratio", "top_share"), "coef"),
+    "exact_kl": "exact",
+}
+"""The sum without which a metric is absent: where there is no reference, or no coefficient."""
+_SUMS = (
+    *("k1", "k2", "k3", "abs", "growth_square", "k3_growth", "exact"),
+    *("coef", "weight", "weight_square", "capped", "bounded", "overflow", "nonfinite"),
+    *("gradient_square", "principled_square", "gradient_principled", "gradient_size", "top_size"),
+)
+
+
+def _of_estimates(means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {"kl": estimate(means), **{key: means[key] for key in ("k1", "k2", "k3", "abs")}}
+
+
+def estimate(means: Mapping[str, Tensor]) -> Tensor:
+    """KL(pi||ref) in nats per token: near the better of k1 and k3, by what the batch shows.
+
+    With ``w = exp(-lr)``, whose mean under samples of pi is 1, ``k1 + b (w - 1)`` is unbiased for
+    any b fixed beforehand: k1 at b = 0, k3 at b = 1. b is fitted on the batch, to the least
+    variance, which biases it by order 1/n. Where the batch has too little of w to fit anything, a
+    third of its effective sample size lost (``(sum w)^2 / (n sum w^2) < 2/3``) or a mean below 0.8
+    (the policy has left tokens that ref has), it is k1. ``benchmarks/results/estimates.md`` has its
+    error. A sampler that cuts its tail (top-p, top-k) biases all of them.
+
+    Args:
+        means: per token; ``growth`` is ``w - 1``.
+    """
+    k1, k3, square = means["k1"], means["k3"], means["growth_square"]
+    growth = k3 - k1
+    variance = torch.addcmul(square, growth, growth, value=-1)
+    covariance = torch.addcmul(means["k3_growth"], k3, growth, value=-1)
+    # k3 - (1 - b) (w - 1), which near the reference has more digits than k1 + b (w - 1). Where all
+    # w are one number there is no slope to see, and b is 0.
+    rest = torch.where(variance > EVEN * square, covariance / variance, 1.0)
+    fitted = torch.addcmul(k3, rest, growth, value=-1)
+    steady = ((1 + growth).square() > 2 * variance) & (growth > -0.2)
+    return torch.where(steady, fitted, k1).nan_to_num(nan=0.0)
+
+
+def _of_gradients(means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a term does, (terms,) each, the whole first."""
+    square, principled = means["gradient_square"], means["principled_square"]
+    # The slope of the gradient on the principled one is the cosine times the ratio of their norms.
+    above = [means["gradient_principled"], square, means["weight"].square(), means["top_size"]]
+    below = [principled, principled, means["weight_square"], means["gradient_size"]]
+    slope, ratio_square, ess, top = torch.stack(above) / torch.stack(below)
+    ratio = ratio_square.sqrt()
+    ratios = torch.stack([slope / ratio, ratio, ess, top]).nan_to_num(
+        nan=0.0, posinf=0.0, neginf=0.0
+    )
+    nothing = (square + principled) == 0
+    cosine, ratio = (ratios[:2] + nothing).unbind()
+    least = {"weight_mean": means["weight"], "ess": ratios[2]}
+    most = {f"{key}_share": means[key] for key in ("capped", "bounded", "overflow")}
+    # Of all that are counted: the tokens that were none are not among those of the means.
+    most["nonfinite_share"] = means["nonfinite"] / (1 + means["nonfinite"])
+    if len(nothing) > 1:  # of the whole, those of its worst term
+        least = {k: torch.cat([v[1:].amin(0, keepdim=True), v[1:]]) for k, v in least.items()}
+        most = {k: torch.cat([v[1:].amax(0, keepdim=True), v[1:]]) for k, v in most.items()}
+    return {
+        "coef_mean": means["coef"],
+        **least,
+        **most,
+        "gradient_cosine": cosine,
+        "gradient_norm_ratio": ratio,
+        "top_share": ratios[3].clamp(max=1.0),
+    }
 
 
 @dataclass(frozen=True)
-class Diagnosis:
-    """What the metrics of one term are made of; every tensor is (B, T).
+class Seen:
+    """What the metrics of one term are made of; tensors are (B, T), zero where masked.
 
-    Where there is no weight it is 1; where there are no flags nothing acted. Flags are 1 where
-    something did, and anything where masked; the others are zero there.
+    Where there is no weight it is 1; where there are no flags nothing acted.
 
     Attributes:
-        coefficient: c; ``None`` where sampled tokens have none, or not the whole of it.
+        name: of the term in its metrics, empty for the whole.
+        counted: the tokens that the caller counts.
+        numbers: those of them that are numbers.
+        log_ratio: of those, to the term's reference; ``None`` where the whole has none to ref.
+        coefficient: what stands beside an advantage; ``None`` where sampled tokens have none, or
+            not the whole of it.
         gradient: what multiplies each token's score.
         principled: what would with ``c = lr``.
         k3: its values, where they are at hand.
         exact: the divergence over the whole vocabulary, where it is.
+        capped, bounded: 1 where it acted, else 0.
+        inputs: the caller's tensors by name, anything where masked.
     """
 
-    mask: Tensor
-    log_ratio: Tensor
+    name: str
+    counted: Tensor
+    numbers: Tensor
+    log_ratio: Tensor | None
     coefficient: Tensor | None
     gradient: Tensor
     principled: Tensor
-    overflowed: Tensor
     k3: Tensor | None = None
     exact: Tensor | None = None
     weight: Tensor | None = None
     capped: Tensor | None = None
     bounded: Tensor | None = None
-
-    def tally(self) -> Tally:
-        # Often one tensor has several of the parts: each sum is taken of it once.
-        size, squares = functools.cache(torch.abs), functools.cache(total_of_squares)
-        tokens = count(self.mask)
-        never = torch.zeros_like(tokens)
-        weight = weight_square = tokens
-        if self.weight is not None:
-            weight, weight_square = total(squarable(self.weight)), squares(self.weight)
-        together = squares(self.gradient)
-        if self.gradient is not self.principled:
-            together = total(squarable(self.gradient).mul_(squarable(self.principled)))
-
-        def share(flags: Tensor | None) -> Tensor:
-            return never if flags is None else total(masked_(flags, self.mask))
-
-        of_coefficient, maxima = {}, {}
-        if self.coefficient is not None:
-            largest = size(self.coefficient)
-            of_coefficient = {
-                "coef": total(largest),
-                "gradient_square": squares(self.gradient),
-                "principled_square": squares(self.principled),
-                "gradient_principled": together,
-                "gradient_size": total(size(self.gradient)),
-                "top_size": top_total(size(self.gradient), tokens),
-            }
-            maxima["coef"] = largest.amax() if largest.numel() else largest.new_zeros(())
-        if self.exact is not None:
-            of_coefficient["exact"] = total(self.exact)
-        return Tally(
-            sums={
-                "tokens": tokens,
-                "k1": total(self.log_ratio),
-                "k2": squares(self.log_ratio) / 2,
-                "k3": total(k3(self.log_ratio) if self.k3 is None else self.k3),
-                "abs": total(size(self.log_ratio)),
-                **of_coefficient,
-                "weight": weight,
-                "weight_square": weight_square,
-                "capped": share(self.capped),
-                "bounded": share(self.bounded),
-                "overflow": share(self.overflowed),
-            },
-            maxima=maxima,
-        )
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def top_total(size: Tensor, tokens: Tensor) -> Tensor:
-    """The sum of the largest ``TOP`` of ``tokens`` entries of ``size``; 0-d, no device sync.
+def tally(seen: Sequence[Seen]) -> Tally:
+    """The sums of a term; or of a sum as a whole, and then of each of its terms."""
+    rows: dict[str, Tensor] = {}
+    maxima = {}
+    for one in seen:
+        rows |= {one.name + key: row for key, row in _rows(one).items()}
+        size = one.coefficient
+        if size is None:
+            continue
+        largest_c = torch.linalg.vector_norm(size, math.inf) if size.numel() else size.sum()
+        maxima[f"{one.name}coef_max"] = finite(largest_c)
+    together = torch.stack(list(rows.values()))
+    # The numbers of a row may be the dtype's largest, and their sum inf. float64 where there is.
+    wide = torch.float32 if together.device.type == "mps" else torch.float64
+    totals = finite_(finite_(together).sum(-1, dtype=wide))
+    return Tally(dict(zip(rows, totals, strict=True)), maxima | _nonfinite(seen[0]))
+
+
+def _rows(s: Seen) -> dict[str, Tensor]:
+    """The sums of each row, (B,) each: all in float64 would first copy what is (B, T)."""
+    # Often one tensor has several of the parts: each sum is taken of it once.
+    sizes = functools.cache(lambda x: torch.linalg.vector_norm(x, 1, dim=-1))
+    squares = functools.cache(lambda x: torch.linalg.vector_norm(x, dim=-1).square_())
+    tokens = s.numbers.view(torch.uint8).sum(-1, dtype=s.gradient.dtype)
+    counted = s.counted.view(torch.uint8).sum(-1, dtype=s.gradient.dtype)
+    never = torch.zeros_like(tokens)
+    rows = {
+        "tokens": tokens,
+        "nonfinite": counted.sub_(tokens),
+        "weight": tokens if s.weight is None else s.weight.sum(-1),
+        "weight_square": tokens if s.weight is None else squares(s.weight),
+        "capped": never if s.capped is None else s.capped.sum(-1),
+        "bounded": never if s.bounded is None else s.bounded.sum(-1),
+    }
+    if s.exact is not None:
+        rows["exact"] = s.exact.sum(-1)
+    if s.coefficient is not None:
+        together = squares(s.gradient)
+        if s.principled is not s.gradient:
+            together = (s.gradient * s.principled).sum(-1)
+        rows |= {
+            "coef": sizes(s.coefficient),
+            "gradient_square": squares(s.gradient),
+            "principled_square": squares(s.principled),
+            "gradient_principled": together,
+            "gradient_size": sizes(s.gradient),
+            "top_size": _top(s.gradient.abs(), tokens.sum()),
+        }
+    # Which numbers of a token might be held at the dtype's largest.
+    held = [] if s.weight is None else [s.weight]
+    if s.coefficient is not None and s.coefficient is not s.log_ratio:
+        held.append(s.coefficient.abs())
+    if s.log_ratio is not None:
+        growth = s.log_ratio.neg().expm1_()  # w - 1, as in ``estimate``
+        k3 = growth + s.log_ratio if s.k3 is None else s.k3
+        held.append(growth)
+        rows |= {
+            "k1": s.log_ratio.sum(-1),
+            "k2": squares(s.log_ratio) / 2,
+            "k3": k3.sum(-1),
+            "abs": sizes(s.log_ratio),
+        }
+    rows["overflow"] = never
+    if held:
+        reached = functools.reduce(torch.maximum, held)
+        rows["overflow"] = flags(torch.ge, reached, largest(reached)).sum(-1)
+    if s.log_ratio is not None:
+        growth.clamp_(max=HUGE)
+        rows["growth_square"] = squares(growth)
+        rows["k3_growth"] = growth.mul_(k3).sum(-1)
+    return rows
+
+
+def _nonfinite(whole: Seen) -> dict[str, Tensor]:
+    """By tensor, 1 if one of its counted numbers is none, else 0."""
+    if not whole.inputs:
+        return {}
+    dtype = whole.gradient.dtype
+    x = torch.stack([tensor.to(dtype) for tensor in whole.inputs.values()])
+    found = (masked_(x, whole.counted).sum((-2, -1)) * 0).nan_to_num(nan=1.0)
+    return {f"nonfinite/{name}": found[i] for i, name in enumerate(whole.inputs)}
+
+
+def _top(size: Tensor, tokens: Tensor) -> Tensor:
+    """The sum of the largest ``TOP`` of ``tokens`` entries, as parts that add up to it, (B,).
 
     The sum of the k largest is the least of ``k t + sum(max(x - t, 0))`` over thresholds t, reached
-    at the k-th largest (Rockafellar and Uryasev 2000). Beyond ``SAMPLE`` entries t is that of an
-    evenly spaced sample, for sorting costs more than all other metrics: near the minimum that
-    shifts the sum upwards by a second order, at most to all there is.
+    from the k-th largest to the next (Rockafellar and Uryasev 2000). Beyond ``SAMPLE`` entries t is
+    that of an evenly spaced sample, for sorting costs more than all other metrics: near the minimum
+    that shifts the sum upwards by a second order.
 
     Args:
         size: (B, T), not negative, zero where masked.
         tokens: how many are counted, 0-d.
     """
     sample = size.reshape(-1)[:: size.numel() // SAMPLE | 1]
-    most = sample.topk(min(len(sample), int(TOP * len(sample)) + 1)).values
+    most = sample.topk(min(len(sample), int(TOP * len(sample)) + 2)).values
     if not len(most):
-        return tokens
+        return size.sum(-1)
     # The mask's count is on the device, so the rank is taken there too.
-    k = (TOP * tokens).ceil()
-    rank = (k * (len(sample) / size.numel())).ceil().clamp(1, len(most)).long() - 1
+    k = (tokens / round(1 / TOP)).ceil_()
+    rank = (k * (len(sample) / size.numel())).clamp_(max=len(most) - 1).long()
     threshold = most.gather(0, rank.unsqueeze(0))
-    above = total((size - threshold).clamp_(min=0))
-    return torch.minimum(k * threshold.squeeze(0) + above, total(size))
-
-
-def gradient_metrics(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``gradient_cosine``, ``gradient_norm_ratio`` and ``top_share`` from merged sums.
-
-    ``gradient_cosine``: between the term's gradient and the principled one, over tokens; 1 where
-    neither has any. ``gradient_norm_ratio``: its norm over the principled one's; 0 where there is
-    nothing to compare with. ``top_share``: of all |gradient|, what the top 1 % of tokens have.
-    """
-    gradient, principled = sums["gradient_square"].sqrt(), sums["principled_square"].sqrt()
-    nothing = (gradient == 0) & (principled == 0)
-    some = (gradient > 0) & (principled > 0)
-    one, zero = torch.ones_like(gradient), torch.zeros_like(gradient)
-    cosine = sums["gradient_principled"] / torch.where(some, gradient, one)
-    cosine = cosine / torch.where(some, principled, one)
-    ratio = gradient / torch.where(principled > 0, principled, one)
-    share = sums["top_size"] / torch.where(sums["gradient_size"] > 0, sums["gradient_size"], one)
-    return {
-        "gradient_cosine": torch.where(nothing, one, torch.where(some, cosine, zero)),
-        "gradient_norm_ratio": torch.where(nothing, one, torch.where(some, ratio, zero)),
-        "top_share": share,
-    }
+    above = (size - threshold).clamp_(min=0).sum(-1)
+    return torch.addcmul(above, k, threshold, value=1 / len(above))

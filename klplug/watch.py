@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+NONFINITE = "klplug/nonfinite/"
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -14,6 +16,7 @@ class Rule:
     threshold: float
     below: bool
     means: str
+    patience: int | None = None
 
     def broken(self, value: float) -> bool:
         return value < self.threshold if self.below else value > self.threshold
@@ -34,6 +37,14 @@ RULES = (
         "Fewer updates per rollout, or a smaller cap, help",
     ),
     Rule(
+        "klplug/weight_mean",
+        0.5,
+        True,
+        "its expectation is 1, so the KL acts with that share of kl_coef. Weights of long answers "
+        "(level=prefix, level=sequence) fall together; ratio=none, level=token or fewer updates "
+        "per rollout keep the strength",
+    ),
+    Rule(
         "klplug/top_share",
         0.5,
         False,
@@ -45,6 +56,13 @@ RULES = (
         False,
         "an exponent is at the dtype's maximum: bound=... keeps the batch's direction",
     ),
+    Rule(
+        "klplug/nonfinite_share",
+        0.0,
+        False,
+        "tokens with a nan or an infinite log-prob are left out of the KL",
+        patience=1,
+    ),
 )
 
 
@@ -55,6 +73,7 @@ class Watch:
     patience: int = 20
     rules: tuple[Rule, ...] = RULES
     _streak: dict[str, int] = field(default_factory=dict)
+    _said: set[str] = field(default_factory=set)
 
     def tell(self, metrics: Mapping[str, float]) -> None:
         """Print the warnings that are due."""
@@ -66,17 +85,28 @@ class Watch:
         due = []
         for rule in self.rules:
             value = metrics.get(rule.metric)
-            if value is None:
+            if value is None or rule.metric in self._said:
                 continue
             streak = self._streak.get(rule.metric, 0) + 1 if rule.broken(value) else 0
             self._streak[rule.metric] = streak
-            if streak == self.patience:
+            patience = self.patience if rule.patience is None else rule.patience
+            if streak == patience:
+                self._said.add(rule.metric)
+                for_long = f" for {patience} steps" if patience > 1 else ""
                 due.append(
                     f"klplug: WARNING: {rule.metric} is {value:.3g}, "
-                    f"{'below' if rule.below else 'above'} {rule.threshold:g} for "
-                    f"{self.patience} steps: {rule.means}"
+                    f"{'below' if rule.below else 'above'} {rule.threshold:g}{for_long}: "
+                    f"{rule.means}"
                 )
-        if due:
-            said = [rule for rule in self.rules if self._streak.get(rule.metric) == self.patience]
-            self.rules = tuple(rule for rule in self.rules if rule not in said)
-        return due
+        return due + self._tensors(metrics)
+
+    def _tensors(self, metrics: Mapping[str, float]) -> list[str]:
+        """By name, the tensors that had a number that is none; each once."""
+        bad = [key for key, value in metrics.items() if key.startswith(NONFINITE) and value > 0]
+        new = [key for key in bad if key not in self._said]
+        self._said.update(new)
+        names = [key.removeprefix(NONFINITE) for key in new]
+        return [
+            f"klplug: WARNING: {name} has a nan or an infinite number at a counted token"
+            for name in names
+        ]

@@ -7,33 +7,51 @@ differentiated (a differentiable ratio times k2 is another, wrong gradient).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from klplug.numerics import flags, largest_exponent, masked, masked_, saturating_exp
+from klplug.answers import Answers
+from klplug.numerics import flags, masked, masked_, saturating_exp
 
 
 @dataclass(frozen=True)
 class ImportanceWeight:
-    """Weights of shape (B, T), zero where masked, and where their bound or the dtype's acted.
+    """Weights of shape (B, T), zero where masked.
 
-    ``capped`` and ``overflowed`` are for metrics, and computed when called: 1 where it did, and
-    anything where masked.
+    Attributes:
+        log_weight: their logarithms before any bound, 0 where masked.
+        mask: (B, T) bool.
+        cap: the bound.
+        dropped: (B, T) bool, where a clip made the weight 0.
     """
 
     weight: Tensor
-    capped: Callable[[], Tensor]
     log_weight: Tensor
+    mask: Tensor
+    cap: float = math.inf
+    dropped: Tensor | None = None
 
-    def overflowed(self) -> Tensor:
-        return flags(torch.gt, self.log_weight, largest_exponent(self.log_weight))
+    def capped(self) -> Tensor | None:
+        """1 where the bound or the clip acted, else 0; ``None`` where there is neither."""
+        if self.dropped is not None:
+            return self.dropped.to(self.weight.dtype)
+        if math.isinf(self.cap):
+            return None
+        met = flags(torch.gt, self.log_weight, math.log(self.cap))
+        return met if self.cap >= 1 else masked_(met, self.mask)
 
 
 def importance_weight(
-    log_ratio: Tensor, mask: Tensor, *, level: str, cap: float, mode: str, own: bool = True
+    log_ratio: Tensor,
+    mask: Tensor,
+    *,
+    level: str,
+    cap: float,
+    mode: str,
+    answers: Answers | None = None,
+    own: bool = True,
 ) -> ImportanceWeight:
     """``pi_theta / pi_behaviour`` of each token, prefix or whole answer, bounded above by ``cap``.
 
@@ -45,21 +63,19 @@ def importance_weight(
             (product over the answer; never the geometric mean, which weighs nothing).
         cap: ``truncate`` holds weights at it, ``mask`` drops those above; ``inf`` for no bound.
         mode: ``truncate`` or ``mask``.
+        answers: of packed rows, whose products end where an answer does.
         own: whether the product of a prefix goes up to the token itself, or to the one before it.
     """
-    log_weight = log_ratio
+    answers = Answers() if answers is None else answers
+    log_weight = masked(log_ratio, mask)
     if level == "prefix":
-        log_weight = masked(log_ratio, mask).cumsum(-1)
-        log_weight = log_weight if own else torch.nn.functional.pad(log_weight[:, :-1], (1, 0))
+        so_far = answers.so_far(log_weight)
+        log_weight = masked_(so_far if own else answers.before(so_far), mask)
     elif level == "sequence":
-        log_weight = masked(log_ratio, mask).sum(-1, keepdim=True).expand_as(mask)
+        log_weight = masked(answers.whole(log_weight), mask)
     weight = saturating_exp(log_weight, at_most=cap if mode == "truncate" else math.inf)
     kept = mask if mode == "truncate" else mask & ~(weight > cap)
-    return ImportanceWeight(
-        weight=masked_(weight, kept),
-        capped=lambda: flags(torch.gt, log_weight, math.log(cap)),
-        log_weight=log_weight,
-    )
+    return ImportanceWeight(masked_(weight, kept), log_weight, mask, cap)
 
 
 def clipped_weight(
@@ -72,12 +88,13 @@ def clipped_weight(
 
     Args:
         ratio: token-level, uncapped.
-        slope: (B, T), what multiplies the ratio in the loss.
+        slope: (B, T), what multiplies the ratio in the loss; zero where masked.
         clip_range: (low, high): the ratio is held in [1 - low, 1 + high].
     """
     low, high = clip_range
     rho = ratio.weight
     dropped = ((slope > 0) & (rho < 1 - low)) | ((slope < 0) & (rho > 1 + high))
+    dropped = dropped & ratio.mask
     return ImportanceWeight(
-        rho.masked_fill(dropped, 0.0), lambda: dropped.to(rho.dtype), ratio.log_weight
+        rho.masked_fill(dropped, 0.0), ratio.log_weight, ratio.mask, dropped=dropped
     )

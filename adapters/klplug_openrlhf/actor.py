@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from klplug import KLSpec, KLTerm, Tally, kl_term
+from klplug import KLSpec, KLStep, KLTerm, Tally, kl_term
 from klplug.hosting.host import announce
 from klplug.hosting.patching import Args, Call, Kwargs, bound
+from klplug.spec import sum_of
 from klplug_openrlhf.keys import STOCK_ESTIMATORS, write
 from klplug_openrlhf.plan import ACTIVE, RECORDERS, Plan
 
@@ -34,7 +35,8 @@ class Step:
         return kl_term(
             spec,
             log_probs,
-            given.base_action_log_probs,
+            # Without a reference model the sampler's stand in its place.
+            given.base_action_log_probs if self.plan.needs_reference else None,
             given.action_mask,
             old_log_probs=given.action_log_probs,
             rollout_log_probs=given.rollout_log_probs,
@@ -119,9 +121,8 @@ def policy_loss(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     if step is None or not step.plan.combined.terms:
         return original(*args, **kwargs)
     given = bound(original, args, kwargs)
-    for part in step.plan.combined.terms:
-        coefficient = step.term(part, given["log_probs"]).coefficient
-        given["advantages"] = given["advantages"] - step.kl_coef * coefficient
+    inside = KLStep(step.term(step.plan.combined, given["log_probs"]))
+    given["advantages"] = inside.advantages(given["advantages"], step.kl_coef)
     step.joined = True
     return original(**given)
 
@@ -137,19 +138,10 @@ def compute_approx_kl(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any
             f"kl_type {kl_type!r} was asked of OpenRLHF's compute_approx_kl outside of its "
             "ActorPPOTrainer.training_step, where klplug has no mask and no old log-probs"
         )
-    plan, log_probs = step.plan, given["log_probs"]
-    step.kl = torch.zeros_like(log_probs, dtype=torch.float32)
-    if plan.in_reward.terms:
-        # It acts through the advantages; here it is only reported.
-        term = step.term(plan.in_reward_plain, log_probs)
-        step.kl, step.tally = step.kl + term.value, term.tally
-    if plan.as_loss.terms:
-        term = step.term(plan.as_loss, log_probs)
-        step.kl, step.tally = step.kl + term.value, term.tally
-        # The gradient of what is combined comes from the policy loss.
-        if plan.separate != plan.as_loss:
-            term = step.term(plan.separate, log_probs)
-        step.kl = step.kl + (term.loss - term.value)
+    # What is in the reward has acted through the advantages; here it is only reported.
+    spec = sum_of((*step.plan.in_reward_plain.terms, *step.plan.as_loss.terms))
+    kl = KLStep(step.term(spec, given["log_probs"]))
+    step.kl, step.tally = kl.reported, kl.tally
     return step.kl
 
 

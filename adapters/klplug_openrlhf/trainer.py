@@ -43,10 +43,10 @@ def make_experience(original: Call, maker: Any, args: Args, kwargs: Kwargs) -> A
             experience.base_action_log_probs = experience.rollout_log_probs
     if not plan.needs_reference:
         return experiences
-    # Samples of the policy itself: the plain means of k1 and k3 are unbiased here.
+    # Samples of the policy itself: the estimates are unbiased here.
     tallies = [kl_term("k1_in_reward", *_tensors(e)).tally for e in experiences]
     if isinstance(maker.kl_ctl, MeasuredController):
-        maker.kl_ctl.measured = float(Tally.merged(tallies).metrics()["klplug/k3"])
+        maker.kl_ctl.measured = float(Tally.merged(tallies).metrics()["klplug/kl"])
     if not plan.in_reward.terms:
         return experiences
     if plan.in_reward != plan.in_reward_plain and not plan.divides_by_length:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from klplug import KLSpec, KLTerm, Tally, kl_term, parse
+from klplug import KLSpec, KLStep, KLTerm, Tally, kl_term, parse
 from klplug.hosting.host import announce
 from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.watch import Watch
@@ -109,20 +109,19 @@ def ppo_loss(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     tensors["response_mask"] = tensors["response_mask"].to(bool)
     coef = tu.get_non_tensor_data(data=data, key=COEF_KEY, default=None)
     coef = config.kl_loss_coef if coef is None else coef
-    terms = [term_of(part, log_probs, tensors, config, coef) for part in spec.terms]
-    inside = [term for term, part in zip(terms, spec.terms, strict=True) if part.head == "combined"]
-    if inside:
-        force = tensors["advantages"] - coef * sum(term.coefficient for term in inside)
-        given["data"] = _with_advantages(data, force)
+    step = KLStep(term_of(spec, log_probs, tensors, config, coef))
+    if step.inside:
+        advantages = step.advantages(tensors["advantages"], coef)
+        given["data"] = _with_advantages(data, advantages)
     # verl's own loss without its KL; the config is frozen, and global_batch_info stays shared.
     given["config"] = without_kl = copy.copy(config)
     object.__setattr__(without_kl, "use_kl_loss", False)
     policy_loss, metrics = original(**given)
-    whole = terms[0] if len(terms) == 1 else term_of(spec, log_probs, tensors, config, coef)
-    beside = [term for term in terms if term not in inside]
-    for term in beside:
-        policy_loss = policy_loss + coef * _aggregated(term.loss, tensors, config)
-    _report(metrics, whole.tally, _aggregated(whole.value, tensors, config), coef)
+    if step.beside:
+        # verl evaluates the loss under no_grad too, where only its value is meant.
+        kl = step.loss if torch.is_grad_enabled() else step.value
+        policy_loss = policy_loss + coef * _aggregated(kl, tensors, config)
+    _report(metrics, step.tally, _aggregated(step.term.value, tensors, config), coef)
     return policy_loss, metrics
 
 

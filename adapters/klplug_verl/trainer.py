@@ -168,7 +168,7 @@ def _join(run: Run, data: Any, keys: Sequence[str]) -> None:
         return
     tensors, groups = data.batch, data.non_tensor_batch["uid"]
     as_loss, in_reward = (run.plan.spec.placed(p) for p in ("as_loss", "in_reward"))
-    # Samples of the policy itself: the plain means of k1 and k3 are unbiased here.
+    # Samples of the policy itself: the estimates are unbiased here.
     policy, mask = tensors["old_log_probs"], tensors["response_mask"]
     reference = tensors["ref_log_prob" if run.plan.needs_reference else "rollout_log_probs"]
     shown = in_reward if in_reward.terms else parse("k1_in_reward")
@@ -176,7 +176,7 @@ def _join(run: Run, data: Any, keys: Sequence[str]) -> None:
     run.metrics = {key: float(value) for key, value in tally.metrics().items()}
     if not run.is_as_loss:  # else the workers' metrics are watched
         run.watch.tell(run.metrics)
-    run.controller.measured = run.metrics["klplug/k3"]
+    run.controller.measured = run.metrics["klplug/kl"]
     run.metrics["klplug/kl_before_update"] = run.controller.measured
     run.n_samples = len(data)
     compared = [term for term in run.plan.spec.terms if term.baseline != "none"]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -30,8 +32,52 @@ def test_mistakes_are_named() -> None:
         aggregate(X, MASK[:, :2])
 
 
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_micro_batches_add_up_to_the_whole_batch(mode: str, on_device: bool) -> None:
+    """Answers of 1 and 9 tokens: a mean of their means is 5.5, right is 19/10."""
+    x, mask = torch.ones(3, 9), torch.ones(3, 9)
+    x[0, 0], mask[0, 1:], mask[2] = 10.0, 0, 0
+    whole = {"token-mean": 19 / 10, "seq-mean-token-sum": 19 / 2, "seq-mean-token-mean": 11 / 2}
+    count = 10 if mode == "token-mean" else 2
+    given = torch.tensor(count) if on_device else count
+    parts = [aggregate(x[i : i + 1], mask[i : i + 1], mode, count=given) for i in range(3)]
+    assert sum(parts).item() == pytest.approx(whole[mode])
+    assert aggregate(x, mask, mode).item() == pytest.approx(whole[mode])
+
+
+def test_a_constant_divisor() -> None:
+    assert aggregate(X, MASK, "token-sum", divisor=9).item() == pytest.approx(10 / 9)
+    rows = [aggregate(X[i : i + 1], MASK[i : i + 1], "token-sum", divisor=9) for i in range(3)]
+    assert sum(rows).item() == pytest.approx(10 / 9)
+
+
+@pytest.mark.parametrize(
+    ("mode", "given", "words"),
+    [
+        ("token-sum", {}, "needs one"),
+        ("token-mean", {"divisor": 3}, "no other mode"),
+        ("token-sum", {"divisor": 0.0}, "divisor=0.0 must be a positive"),
+        ("token-sum", {"divisor": 3, "count": 2}, "takes no count"),
+        ("token-mean", {"count": 0}, "count=0 must be a positive"),
+        ("token-mean", {"count": math.nan}, "count=nan must be"),
+    ],
+)
+def test_counts_and_divisors_that_are_none(mode: str, given: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        aggregate(X, MASK, mode, **given)
+
+
 def test_leave_one_out_mean_is_the_others() -> None:
     returns = torch.tensor([[1.0], [2.0], [6.0]])
     assert others_mean(returns, None).tolist() == [[4.0], [3.5], [1.5]]
-    with pytest.raises(ValueError, match="at least 2"):
-        others_mean(torch.ones(3, 1), [0, 1, 2])
+
+
+def test_an_answer_alone_and_a_row_without_tokens_have_no_others() -> None:
+    returns = torch.tensor([[1.0], [2.0], [6.0], [5.0], [0.0]])
+    present = torch.tensor([True, True, True, True, False])
+    ids = ["a", "a", "a", "b", "a"]
+    expected = [[4.0], [3.5], [1.5], [0.0], [3.0]]
+    assert others_mean(returns, ids, present).tolist() == expected
+    numbers = torch.tensor([7, 7, 7, -2, 7])
+    assert others_mean(returns, numbers, present).tolist() == expected

@@ -31,10 +31,10 @@ def test_no_number_is_looked_at(kl_type: str) -> None:
 @pytest.mark.parametrize(
     ("kl_type", "without", "with_metrics"),
     [
-        ("k1_as_loss,ratio=none", 3.0, 7.3),
-        ("k2_as_loss,ratio=none", 3.0, 7.3),
-        ("k3_as_loss,ratio=none", 5.0, 8.3),
-        ("k2_as_loss", 6.0, 12.5),
+        ("k1_as_loss,ratio=none", 3.5, 7.5),
+        ("k2_as_loss,ratio=none", 3.5, 5.5),
+        ("k3_as_loss,ratio=none", 5.8, 7.5),
+        ("k2_as_loss", 6.8, 10.8),
     ],
 )
 def test_at_its_peak_a_step_holds_so_many_tensors(

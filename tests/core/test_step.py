@@ -19,11 +19,14 @@ def test_each_part_acts_once_and_all_are_reported(kl_type: str) -> None:
     log_probs, advantages = tensors["log_probs"], tensors["advantages"]
     step = klplug.KLStep(kl_term(kl_type, **tensors))
     parts = {name: kl_term(name, **tensors) for name in kl_type.split("+")}
-    value = sum(part.value for part in parts.values())
-    torch.testing.assert_close(step.loss.detach(), value, rtol=1e-12, atol=0)
-    (added,) = torch.autograd.grad(step.loss.sum(), log_probs)
-    expected = parts[BESIDE].gradient if BESIDE in parts else torch.zeros_like(added)
-    torch.testing.assert_close(added, expected, rtol=1e-12, atol=0)
+    values = {name: part.value for name, part in parts.items()}
+    nothing = torch.zeros_like(log_probs)
+    torch.testing.assert_close(step.reported, sum(values.values()), rtol=1e-12, atol=0)
+    torch.testing.assert_close(step.loss, values.get(BESIDE, nothing), rtol=1e-12, atol=0)
+    for added in (step.loss, step.reported):
+        (gradient,) = torch.autograd.grad(added.sum(), log_probs, retain_graph=True)
+        expected = parts[BESIDE].gradient if BESIDE in parts else nothing
+        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=0)
     # c of k2 at the current policy is the log-ratio.
     lr = (log_probs - tensors["ref_log_probs"]).detach() * tensors["response_mask"]
     taken = BETA * lr if INSIDE in parts else torch.zeros_like(lr)

@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 
 from klplug import kl_term
-from klplug.tally import SAMPLE, TOP, Diagnosis, top_total
+from klplug.tally import SAMPLE, TOP, Seen, tally
 from klplug.watch import RULES, Watch
 
 
-def metrics(force: Tensor, principled: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    nowhere = torch.zeros_like(force)
-    seen = Diagnosis(mask, principled, force, force, principled, overflowed=nowhere)
-    return {name.removeprefix("klplug/"): value for name, value in seen.tally().metrics().items()}
+def metrics(gradient: Tensor, principled: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    seen = Seen("", mask, mask, principled, gradient, gradient, principled)
+    return {n.removeprefix("klplug/"): value for n, value in tally([seen]).metrics().items()}
 
 
 def test_cosine_and_ratio_by_hand() -> None:
@@ -51,7 +50,7 @@ def test_the_top_of_many_tokens_is_near_the_sorted_one(spread: str, shape: tuple
     size *= mask
     counted = mask.sum()
     exact = size.flatten().topk(int((TOP * counted).ceil())).values.sum().item()
-    found = top_total(size, counted.double()).item()
+    found = tally([Seen("", mask, mask, size, size, size, size)]).sums["top_size"].item()
     assert exact * (1 - 1e-12) <= found <= min(size.sum().item(), 1.02 * exact)
     if size.numel() < SAMPLE:
         assert found == pytest.approx(exact, rel=1e-12)
@@ -95,4 +94,15 @@ def test_a_warning_comes_once_after_its_patience() -> None:
     assert [len(s) for s in said] == [0, 0, 0, 0, 0, 1, 0, 0, 0]
     (line,) = said[5]
     assert "klplug/gradient_cosine is 0.5, below 0.9 for 3 steps" in line
-    assert watch.see({}) == [] and len(watch.rules) == len(RULES) - 1
+    assert watch.see({}) == [] and watch.rules == RULES
+
+
+def test_a_number_that_is_none_is_said_at_once_with_its_tensor() -> None:
+    watch = Watch()
+    seen = {"klplug/nonfinite_share": 0.25, "klplug/nonfinite/rollout_log_probs": 1.0}
+    share, tensor = watch.see(seen | {"klplug/nonfinite/log_probs": 0.0})
+    assert "klplug/nonfinite_share is 0.25" in share and "left out of the KL" in share
+    assert "rollout_log_probs has a nan or an infinite number" in tensor
+    assert watch.see(seen) == []
+    (later,) = watch.see(seen | {"klplug/nonfinite/ref_log_probs": 1.0})
+    assert "ref_log_probs" in later

@@ -86,10 +86,16 @@ def force(term: klplug.KLTerm, log_probs: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kl_type", GRID)
 def test_loss_is_the_value_with_weight_times_coefficient_as_gradient(kl_type: str) -> None:
+    """Of a term in the reward, with what a host makes of its coefficient: the sum to go."""
     tensors = batch()
     term = kl_term(kl_type, **tensors)
     torch.testing.assert_close(term.loss, term.value, rtol=0, atol=0)
-    expected = term.weight * term.coefficient
+    expected = torch.zeros_like(term.value)
+    for part in term.parts:
+        acting = part.weight * part.coefficient
+        if part.spec.placement == "in_reward":
+            acting = acting.flip(-1).cumsum(-1).flip(-1) * tensors["response_mask"]
+        expected += acting
     torch.testing.assert_close(force(term, tensors["log_probs"]), expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(term.gradient, expected, rtol=1e-12, atol=0)
     for name in ("value", "coefficient", "gradient", "weight"):
@@ -434,12 +440,18 @@ def test_metrics_are_what_they_say() -> None:
         "k2": (lr**2 / 2).mean(),
         "k3": (torch.exp(-lr) - 1 + lr).mean(),
         "abs": lr.abs().mean(),
+        # exp(-lr) varies so much here that half of its effective sample size is lost.
+        "kl": lr.mean(),
         "coef_mean": c.abs().mean(),
         "coef_max": c.abs().max(),
+        "weight_mean": capped.mean(),
         "ess": capped.sum() ** 2 / (len(capped) * (capped**2).sum()),
         "capped_share": (weight > 1.2).double().mean(),
         "bounded_share": 0.0,
         "overflow_share": 0.0,
+        "nonfinite_share": 0.0,
+        **{f"nonfinite/{n}_log_probs": 0.0 for n in ("ref", "old")},
+        "nonfinite/log_probs": 0.0,
         "gradient_cosine": torch.cosine_similarity(capped * c, capped * lr, dim=0),
         "gradient_norm_ratio": (capped * c).norm() / (capped * lr).norm(),
         "top_share": (capped * c).abs().max() / (capped * c).abs().sum(),
@@ -497,19 +509,37 @@ def test_missing_tensors_are_named() -> None:
             klplug.kl_term(kl_type, **given | inputs)
 
 
-def test_an_answer_alone_has_no_baseline() -> None:
+def test_an_answer_alone_is_compared_with_nothing() -> None:
+    """verl pads its batches with rows of a group of their own, and drops answers of a group."""
     tensors = batch()
-    for kl_type, ids, words in (
-        ("k1_in_reward,baseline=group", [0, 0, 0, 1], "group 1 has one"),
-        ("k1_in_reward,baseline=group", ["a", "b", "a", "a"], "group 'b' has one"),
-        ("k1_in_reward,baseline=group", [0, 0], "2 entries for 4 answers"),
-        ("k1_in_reward,baseline=group", torch.zeros(4, 1), r"shape \(4, 1\), and must have \(B,\)"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            kl_term(kl_type, **tensors | {"group_ids": ids})
+    plain = kl_term("k1_in_reward", **tensors).coefficient
+    for ids in ([0, 0, 0, 1], ["a", "a", "a", "b"], torch.tensor([5, 5, 5, 2])):
+        term = kl_term("k1_in_reward,baseline=group", **tensors | {"group_ids": ids})
+        assert torch.equal(term.coefficient[3], plain[3])
+        assert not torch.allclose(term.coefficient[0], plain[0])
     single = {k: v[:1] for k, v in tensors.items()}
-    with pytest.raises(ValueError, match="the batch has one"):
-        kl_term("k1_in_reward,baseline=batch", **single)
+    alone = kl_term("k1_in_reward,baseline=batch", **single).coefficient
+    assert torch.equal(alone, kl_term("k1_in_reward", **single).coefficient)
+
+
+@pytest.mark.parametrize(
+    "kl_type", ["k1_in_reward,baseline=batch", "k2_as_loss,horizon=sequence,baseline=group"]
+)
+def test_a_row_without_tokens_is_no_answer(kl_type: str) -> None:
+    tensors = batch() | {"group_ids": [0, 0, 0, 0]}
+    three = {k: v[:3] for k, v in tensors.items()}
+    padded = tensors | {"response_mask": tensors["response_mask"] * torch.tensor([[1, 1, 1, 0]]).T}
+    expected = kl_term(kl_type, **three).coefficient
+    torch.testing.assert_close(kl_term(kl_type, **padded).coefficient[:3], expected)
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [([0, 0], "2 entries for 4 answers"), (torch.zeros(4, 1), r"shape \(4, 1\), .* \(B,\)")],
+)
+def test_group_ids_are_one_for_each_answer(ids: object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        kl_term("k1_in_reward,baseline=group", **batch() | {"group_ids": ids})
 
 
 def test_a_baseline_of_saturated_exponents_is_a_number_and_of_no_answers_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,7 +73,7 @@ def test_the_state_of_the_controller_survives_save_and_resume(
     first.kl_ctl.measured = 1.0
     first.kl_ctl.update(0.0, 50)
     moved = first.kl_ctl.value
-    assert moved == pytest.approx(0.1 * (1 + 0.2 * 50 / 100))
+    assert moved == pytest.approx(0.1 * math.exp(0.2 * 50 / 100))
     first.save_logs_and_checkpoints(3, {}, {"global_step": 3})
     assert group.saved["global_step"] == 3
     assert group.saved["klplug"] == {

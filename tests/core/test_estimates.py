@@ -1,0 +1,59 @@
+"""``klplug/kl``: near the better of k1 and k3 on both sides of the reference, and it merges."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from benchmarks.estimates import CASES, RESULT, SIZES, errors
+from klplug import Tally, kl_term
+
+ROW = r"^\| (.+?) \| [\d.e-]+ \| (\d+) \| ([\d.e+-]+) \| ([\d.e+-]+) \| ([\d.e+-]+) \| ([\d.]+) \|$"
+
+
+def test_the_table_is_of_this_code_and_no_error_is_far_from_the_better_one() -> None:
+    rows = re.findall(ROW, RESULT.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {(case, int(size)) for case, size, *_ in rows} == {(c, n) for c in CASES for n in SIZES}
+    for case, size, k1, k3, kl, over in rows:
+        assert float(over) <= 1.1, (case, size)
+        assert float(kl) / min(float(k1), float(k3)) == pytest.approx(
+            float(over), rel=0.02, abs=0.01
+        )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_its_error_is_at_most_a_tenth_over_the_better_one(case: str) -> None:
+    found = errors(case, 256, batches=500)
+    assert found["kl"] <= 1.1 * min(found["k1"], found["k3"])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_metric_is_the_estimate_of_the_batch(case: str, dtype: torch.dtype) -> None:
+    """By the regression that it is called: numpy's words for it are cov and var."""
+    log_pi, log_ref = CASES[case]()
+    draw = torch.Generator().manual_seed(3)
+    sampled = torch.multinomial(log_pi.exp(), 256, replacement=True, generator=draw).view(8, 32)
+    pi, ref, mask = log_pi[sampled], log_ref[sampled], torch.ones(8, 32)
+    w = (ref - pi).exp().flatten()
+    x = (pi - ref).flatten()
+    expected = x.mean()
+    if w.sum() ** 2 / (len(w) * (w**2).sum()) > 2 / 3 and w.mean() > 0.8:
+        b = -torch.cov(torch.stack([x, w]))[0, 1] / w.var()
+        expected = (x + b * (w - 1)).mean()
+    term = kl_term("k1_in_reward", pi.to(dtype), ref.to(dtype), mask)
+    rel = 1e-4 if dtype == torch.float64 else 0.02
+    assert term.metrics["klplug/kl"].item() == pytest.approx(expected.item(), rel=rel)
+    parts = [kl_term("k1_in_reward", pi[r], ref[r], mask[r]).tally for r in (slice(3), slice(3, 8))]
+    merged = Tally.merged(parts).metrics()["klplug/kl"].item()
+    assert merged == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_where_all_log_ratios_are_one_there_is_no_slope_to_fit() -> None:
+    for lr in (0.0, 0.1, -0.1, 3.0, -3.0):
+        for dtype in (torch.float32, torch.float64):
+            pi = torch.full((2, 300), -1.0, dtype=dtype)
+            found = kl_term("k1_in_reward", pi, pi - lr, torch.ones(2, 300)).metrics["klplug/kl"]
+            assert found.item() == pytest.approx(lr, rel=0.02, abs=1e-7)

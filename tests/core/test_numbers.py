@@ -1,0 +1,320 @@
+"""Nothing that counts is silently wrong: numbers that are none, packed rows, and the metrics."""
+
+from __future__ import annotations
+
+import math
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+
+import klplug
+from klplug import parse
+from tests.core.test_term import BETA, CLIP, GRID, batch, force, kl_term
+
+NAN, INF = math.nan, math.inf
+LOG_PROBS = ("log_probs", "ref_log_probs", "old_log_probs", "rollout_log_probs")
+
+
+def used(kl_type: str) -> list[str]:
+    return ["log_probs", *(n for n in parse(kl_type).requires if n in (*LOG_PROBS, "advantages"))]
+
+
+def with_number(tensors: dict[str, Tensor], name: str, number: float) -> dict[str, Tensor]:
+    changed = tensors | {name: tensors[name].detach().clone()}
+    changed[name][0, 0] = number
+    if name == "log_probs":
+        changed[name].requires_grad_()
+    return changed
+
+
+@pytest.mark.parametrize("number", [NAN, INF, -INF])
+@pytest.mark.parametrize("kl_type", [k for k in GRID if k != "none"])
+def test_a_counted_number_that_is_none_leaves_the_kl_with_its_ratio(
+    kl_type: str, number: float
+) -> None:
+    """As if that token were masked; in the metrics it is counted, with the tensor's name."""
+    tensors = batch()
+    without = tensors | {"response_mask": tensors["response_mask"].clone()}
+    without["response_mask"][0, 0] = 0
+    expected = kl_term(kl_type, **without)
+    for name in used(kl_type):
+        changed = with_number(tensors, name, number)
+        term = kl_term(kl_type, **changed)
+        gradient = force(term, changed["log_probs"])
+        assert gradient.isfinite().all() and term.loss.isfinite().all()
+        assert all(metric.isfinite() for metric in term.metrics.values())
+        share = 1 / tensors["response_mask"].sum()
+        assert term.metrics["klplug/nonfinite_share"].item() == pytest.approx(share.item())
+        assert term.metrics[f"klplug/nonfinite/{name}"] == 1
+        if number != number or name not in ("ref_log_probs", "rollout_log_probs"):
+            torch.testing.assert_close(gradient, expected.gradient)
+    clean = kl_term(kl_type, **tensors).metrics
+    assert not any(clean[f"klplug/nonfinite/{name}"] for name in used(kl_type))
+    assert clean["klplug/nonfinite_share"] == 0
+
+
+# Limits of the textbook formulas as the reference rules a token out, u = pi/ref to infinity: the
+# value f(u)/u and the derivative f'(u) - f'(1).
+LIMITS = {
+    "js": (math.log(2), math.log(2)),
+    "tv": (0.5, 0.5),
+    "hellinger": (1.0, 1.0),
+    "forward": (0.0, 1.0),
+    "alpha": (2.0, 2.0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_divergence_that_is_bounded_has_its_limit(name: str, dtype: torch.dtype) -> None:
+    log_probs = torch.tensor([[-1.0, -2.0, -0.5]], dtype=dtype, requires_grad=True)
+    ref = torch.tensor([[-1.5, -INF, -0.5]], dtype=dtype)
+    term = kl_term(f"{name}_as_loss,ratio=none", log_probs, ref, torch.ones(1, 3))
+    value, slope = LIMITS[name]
+    assert term.value[0, 1].item() == pytest.approx(value, abs=1e-6)
+    assert force(term, log_probs)[0, 1].item() == pytest.approx(slope, rel=1e-6)
+    assert kl_term(f"{name}_in_reward", log_probs, ref, torch.ones(1, 3)).coefficient[0, 1] == value
+    assert term.metrics["klplug/nonfinite_share"].item() == pytest.approx(1 / 3)
+    assert all(metric.isfinite() for metric in term.metrics.values())
+    whole = kl_term(f"{name}_as_loss,ratio=none,horizon=sequence", log_probs, ref, torch.ones(1, 3))
+    plain = kl_term(f"{name}_as_loss,ratio=none", log_probs, ref, torch.ones(1, 3))
+    if name != "forward":
+        torch.testing.assert_close(whole.coefficient[0, 1], slope + plain.value[0, 2])
+
+
+@pytest.mark.parametrize("kl_type", ["k2_as_loss", "k3_as_loss", "jeffreys_as_loss"])
+def test_a_bounded_coefficient_has_its_bound(kl_type: str) -> None:
+    log_probs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+    ref = torch.tensor([[-1.5, -INF]])
+    term = kl_term(f"{kl_type},ratio=none,bound=0.7", log_probs, ref, torch.ones(1, 2))
+    assert force(term, log_probs)[0, 1].item() == pytest.approx(0.7)
+    assert term.value[0, 1] == 0 and term.loss.isfinite().all()
+    unbounded = kl_term(f"{kl_type},ratio=none", log_probs, ref, torch.ones(1, 2))
+    assert force(unbounded, log_probs)[0, 1] == 0
+
+
+@pytest.mark.parametrize("name", ["log_probs", "old_log_probs", "advantages"])
+@pytest.mark.parametrize("kl_type", ["k2_as_loss", "k2_as_loss,head=combined", "none"])
+def test_no_number_that_is_none_reaches_the_policy_loss(kl_type: str, name: str) -> None:
+    tensors = with_number(batch(), name, NAN)
+    del tensors["rollout_log_probs"], tensors["group_ids"]
+    loss = klplug.policy_loss(kl_type, **tensors, kl_coef=BETA, clip_range=CLIP)
+    (gradient,) = torch.autograd.grad(loss.sum(), tensors["log_probs"])
+    assert loss.isfinite().all() and gradient.isfinite().all()
+    assert (gradient != 0).any()
+    # The KL of its own beside a policy loss knows no advantage.
+    if (kl_type, name) != ("k2_as_loss", "advantages"):
+        assert gradient[0, 0] == 0
+
+
+# ── A loss without a gradient ─────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kl_type", ["k2_as_loss", "k1_in_reward", "k3_in_reward+k3_as_loss"])
+def test_a_kl_without_a_gradient_is_no_loss(kl_type: str) -> None:
+    tensors = batch()
+    with torch.no_grad():
+        under = kl_term(kl_type, **tensors)
+    detached = kl_term(kl_type, **tensors | {"log_probs": tensors["log_probs"].detach()})
+    for term in (under, detached):
+        with pytest.raises(RuntimeError, match=r"no gradient: .* under no_grad, or with log_probs"):
+            _ = term.loss
+        assert term.metrics["klplug/active"] == 1 and term.value.isfinite().all()
+    term = kl_term(kl_type, **tensors)
+    with torch.no_grad():
+        assert term.loss.requires_grad
+
+
+# ── Packed rows ───────────────────────────────────────────────────────────────────────────────────
+
+
+PACKABLE = [k for k in GRID if "baseline" not in k]
+
+
+@pytest.mark.parametrize("kl_type", PACKABLE)
+def test_packed_rows_are_what_their_answers_are_one_by_one(kl_type: str) -> None:
+    """Four answers of up to six tokens, gaps inside, in two rows; ids may be anything in a gap."""
+    apart = batch()
+    segments = torch.arange(4)[:, None].expand(4, 6)
+    segments = torch.where(apart["response_mask"] == 1, segments, 77)
+
+    def packed(x: Tensor) -> Tensor:
+        return torch.cat([x[:2], x[2:]], dim=1)
+
+    together = {k: packed(v) for k, v in apart.items() if k != "group_ids"}
+    together["log_probs"] = together["log_probs"].detach().requires_grad_()
+    one = kl_term(kl_type, **apart)
+    other = kl_term(kl_type, **together, segment_ids=packed(segments))
+    for name in ("loss", "coefficient", "weight", "gradient"):
+        expected = packed(getattr(one, name))
+        torch.testing.assert_close(getattr(other, name), expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(
+        force(other, together["log_probs"]), packed(force(one, apart["log_probs"]))
+    )
+
+
+def test_no_sum_reaches_over_the_end_of_an_answer() -> None:
+    """lr = 1 everywhere, answers of 2 and 2: the sums to go are 2, 1, 2, 1."""
+    given = (torch.zeros(1, 4), -torch.ones(1, 4), torch.ones(1, 4))
+    ids = torch.tensor([[5, 5, 3, 3]])
+    term = klplug.kl_term("k2_as_loss,horizon=sequence,ratio=none", *given, segment_ids=ids)
+    assert term.coefficient.tolist() == [[2, 1, 2, 1]]
+    assert klplug.reward_to_go(torch.ones(1, 4), ids).tolist() == [[2, 1, 2, 1]]
+    assert klplug.reward_to_go(torch.ones(1, 4)).tolist() == [[4, 3, 2, 1]]
+    huge = torch.tensor([[1.0, 2.0, 3e38, 3e38]])
+    assert klplug.reward_to_go(huge, ids)[0, :2].tolist() == [3.0, 2.0]
+
+
+def test_a_baseline_over_packed_rows_is_handed_in_or_refused() -> None:
+    tensors = batch()
+    ids = torch.zeros(4, 6, dtype=torch.long)
+    for kl_type in ("k1_in_reward,baseline=group", "k2_as_loss,horizon=sequence,baseline=batch"):
+        with pytest.raises(ValueError, match="baseline over packed rows"):
+            kl_term(kl_type, **tensors, segment_ids=ids)
+        given = torch.full((4, 6), 0.3, dtype=torch.float64)
+        one = kl_term(kl_type, **tensors, segment_ids=ids, return_baseline=given)
+        other = kl_term(kl_type, **tensors, return_baseline=given)
+        torch.testing.assert_close(one.coefficient, other.coefficient)
+    with pytest.raises(ValueError, match="segment_ids must be integers"):
+        kl_term("k2_as_loss", **tensors, segment_ids=ids.float())
+
+
+# ── What the metrics show ─────────────────────────────────────────────────────────────────────────
+
+
+def test_a_term_s_results_are_the_reader_s_own() -> None:
+    tensors = batch()
+    for kl_type in ("k1_in_reward", "k2_as_loss,horizon=sequence", "k3_as_loss", "k3_in_reward"):
+        untouched, term = kl_term(kl_type, **tensors), kl_term(kl_type, **tensors)
+        for name in ("value", "coefficient", "weight", "gradient"):
+            getattr(term, name).mul_(7.0)
+        tensors["response_mask"].add_(0)
+        assert torch.equal(term.loss, untouched.loss)
+        assert torch.equal(force(term, tensors["log_probs"]), untouched.gradient)
+        for name, value in untouched.metrics.items():
+            assert torch.equal(term.metrics[name], value), name
+
+
+SUM = ("k3_in_reward", "k2_as_loss,level=prefix", "k3_as_loss,reference=rollout")
+
+
+def test_a_sum_has_each_term_s_metrics_and_the_same_in_any_order() -> None:
+    tensors = batch()
+    found = kl_term("+".join(SUM), **tensors).metrics
+    other = kl_term("+".join(reversed(SUM)), **tensors).metrics
+    assert found.keys() == other.keys()
+    assert all(torch.equal(found[name], other[name]) for name in found)
+    lr = {}
+    mask = tensors["response_mask"].bool()
+    for policy in ("ref", "rollout"):
+        lr[policy] = (tensors["log_probs"].detach() - tensors[f"{policy}_log_probs"])[mask]
+    # The plain ones are to ref.
+    assert found["klplug/k1"].item() == pytest.approx(lr["ref"].mean().item())
+    to_sampler = found["klplug/k3_as_loss.reference-rollout/k1"].item()
+    assert to_sampler == pytest.approx(lr["rollout"].mean().item())
+    for kl_type in SUM[:2]:
+        name = str(parse(kl_type)).replace(",", ".").replace("=", "-")
+        single = kl_term(kl_type, **tensors).metrics
+        for key, value in single.items():
+            if not key.startswith(("klplug/active", "klplug/nonfinite/")):
+                inside = found[key.replace("klplug/", f"klplug/{name}/")]
+                torch.testing.assert_close(inside, value, rtol=1e-12, atol=1e-15)
+    names = [str(parse(k)).replace(",", ".").replace("=", "-") for k in SUM]
+    for key, worst in (("weight_mean", min), ("ess", min), ("capped_share", max)):
+        of_terms = [found[f"klplug/{name}/{key}"].item() for name in names]
+        assert found[f"klplug/{key}"].item() == worst(of_terms)
+
+
+def test_the_sampler_as_reference_is_not_called_ref() -> None:
+    tensors = batch()
+    kl_type = "k2_as_loss,reference=rollout"
+    mask = tensors["response_mask"].bool()
+    lr = (tensors["log_probs"].detach() - tensors["rollout_log_probs"])[mask].mean().item()
+    alone = kl_term(kl_type, **tensors | {"ref_log_probs": None}).metrics
+    assert alone["klplug/k2_as_loss.reference-rollout/k1"].item() == pytest.approx(lr)
+    assert not {"klplug/k1", "klplug/k3", "klplug/kl"} & alone.keys()
+    beside = kl_term(kl_type, **tensors).metrics
+    plain = kl_term("k2_as_loss", **tensors).metrics
+    assert beside["klplug/k1"] == plain["klplug/k1"] and beside["klplug/k3"] == plain["klplug/k3"]
+
+
+@pytest.mark.parametrize("level", ["prefix", "sequence"])
+def test_weights_that_fall_together_are_seen(level: str) -> None:
+    """8 answers of 8192 tokens whose sampler is 3.4e-4 nats above: a weight of 0.06 at the end."""
+    draw = torch.Generator().manual_seed(0)
+    log_probs = -torch.rand(8, 8192, generator=draw, dtype=torch.float64)
+    given = (log_probs, log_probs - 0.05, torch.ones(8, 8192))
+    kl_type = f"k2_as_loss,level={level},ratio=rollout"
+    found = kl_term(kl_type, *given, rollout_log_probs=log_probs + 3.4e-4).metrics
+    steps = (
+        torch.arange(1, 8193, dtype=torch.float64) if level == "prefix" else torch.tensor(8192.0)
+    )
+    expected = torch.exp(-3.4e-4 * steps).mean().item()
+    assert found["klplug/weight_mean"].item() == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    "kl_type",
+    ["k2_as_loss,horizon=sequence", "k2_as_loss,horizon=sequence,level=sequence", "k1_in_reward"],
+)
+def test_over_answers_the_coefficient_shown_is_the_gradient_per_token(kl_type: str) -> None:
+    tensors = batch(shape=(4, 30))
+    tensors["old_log_probs"] = tensors["log_probs"].detach() + 1.0  # weights fall to e^-30
+    term = kl_term(kl_type, **tensors)
+    gradient = force(term, tensors["log_probs"]).abs()
+    assert term.metrics["klplug/coef_max"].item() == pytest.approx(gradient.max().item())
+    mean = gradient.sum() / tensors["response_mask"].sum()
+    assert term.metrics["klplug/coef_mean"].item() == pytest.approx(mean.item())
+
+
+def test_a_term_survives_pickling() -> None:
+    for kl_type in ("k2_as_loss,horizon=sequence", "k3_in_reward+k3_as_loss,ratio=none", "none"):
+        term = kl_term(kl_type, **batch())
+        again = pickle.loads(pickle.dumps(term))
+        assert again.spec == term.spec and len(again.parts) == len(term.parts)
+        for name in ("value", "coefficient", "weight", "gradient"):
+            assert torch.equal(getattr(again, name), getattr(term, name))
+        assert all(torch.equal(again.metrics[k], v) for k, v in term.metrics.items())
+        if kl_type != "none":
+            with pytest.raises(RuntimeError, match="no gradient"):
+                _ = again.loss
+
+
+@pytest.mark.parametrize("name", ["log_probs", "ref_log_probs", "response_mask", "old_log_probs"])
+def test_what_is_no_tensor_is_named(name: str) -> None:
+    tensors = batch()
+    with pytest.raises(TypeError, match=f"{name} must be a tensor of shape .*, got list"):
+        kl_term("k2_as_loss", **tensors | {name: tensors[name].tolist()})
+    if name in ("log_probs", "response_mask"):
+        with pytest.raises(TypeError, match=f"{name} must be a tensor .*, got None"):
+            kl_term("k2_as_loss", **tensors | {name: None})
+    if name != "response_mask":
+        with pytest.raises(ValueError, match=f"{name} must be .*floating-point.* got .*int64"):
+            kl_term("k2_as_loss", **tensors | {name: tensors[name].long()})
+
+
+def test_a_clip_range_may_be_a_list() -> None:
+    tensors = batch()
+    one = klplug.kl_term("k2_as_loss,head=clipped", **tensors, clip_range=[0.1, 0.3])
+    other = klplug.kl_term("k2_as_loss,head=clipped", **tensors, clip_range=(0.1, 0.3))
+    assert torch.equal(one.gradient, other.gradient)
+    for wrong in ("0.2", [0.1], [0.1, 0.2, 0.3], True, {0.2: 1}):
+        with pytest.raises(ValueError, match="clip_range"):
+            klplug.kl_term("k2_as_loss,head=clipped", **tensors, clip_range=wrong)
+
+
+@pytest.mark.parametrize("missing", ["group_ids", "ref_log_probs"])
+def test_a_return_baseline_needs_what_kl_term_does(missing: str) -> None:
+    tensors = batch()
+    given = [tensors["log_probs"], tensors["ref_log_probs"], tensors["response_mask"]]
+    if missing == "ref_log_probs":
+        for wrong in (given[1][:1], None):
+            with pytest.raises(ValueError, match="ref_log_probs"):
+                klplug.kl_return_baseline(
+                    "k1_in_reward,baseline=group", given[0], wrong, given[2], [0, 0, 1, 1]
+                )
+        return
+    with pytest.raises(ValueError, match="needs group_ids, which is missing"):
+        klplug.kl_return_baseline("k1_in_reward,baseline=group", *given)
