@@ -19,7 +19,15 @@ from typing import Any
 
 from klplug.audit import run as aspects
 from klplug.audit.run import Advantage, Controller, Run, Scale, Term
-from klplug.audit.settings import Launch, Rejected, Setting, Settings, scalar, unknown_settings
+from klplug.audit.settings import (
+    Launch,
+    Rejected,
+    Setting,
+    Settings,
+    nobodys,
+    scalar,
+    unknown_settings,
+)
 from klplug.audit.shell import Word
 from klplug.audit.tables import Table, flattened
 from klplug.hosting.settings import Unknown
@@ -164,7 +172,8 @@ def settings(table: Table, launched: Parsed, version_from: str = "installed") ->
     written: dict[str, Setting] = {}
     spelled: dict[str, tuple[Word, ...]] = {}
     missing = misses(table, launched)
-    rejected = unknown_settings("OpenRLHF", table, missing, version_from) if missing else []
+    guessed = version_from == "guessed"
+    rejected = [] if guessed else unknown_settings("OpenRLHF", table, missing)
     rejected += [Rejected(setting, "a word that belongs to no flag") for setting in launched.bare]
     for name, values, word in launched.flags:
         full = _full_name(table, name, launched.through_klplug)
@@ -198,6 +207,7 @@ def settings(table: Table, launched: Parsed, version_from: str = "installed") ->
         names={dotted[name]: name for name in table.defaults if name in dotted},
         prefix="--",
         rejected=tuple(rejected),
+        nobodys=nobodys("OpenRLHF", missing) if guessed else (),
         holes=launched.holes,
     )
 
@@ -247,7 +257,7 @@ def run(settings: Settings) -> Run:
         n=n,
         n_setting=settings[N],
         updates=_updates(settings),
-        updates_settings=tuple(settings[k] for k in (ROLLOUT_BATCH, N, TRAIN_BATCH, EPOCHS)),
+        updates_settings=tuple(settings[key] for key in _making_more(settings)),
         # With a correction, GSPO's ratio is to the sampler; without, PPO's is to old.
         ratio="gspo" if gspo else "token",
         policy_loss=settings[POLICY_LOSS],
@@ -262,6 +272,7 @@ def run(settings: Settings) -> Run:
         idle=(),
         not_loaded=_not_loaded(settings, terms),
         no_effect=tuple(_no_effect(settings, terms)),
+        nobodys=settings.nobodys,
         rejected=tuple(rejected),
         refused=tuple(Rejected(settings[r.key or KL_TYPE], r.words) for r in refused),
         unknown=_unknown(settings),
@@ -286,6 +297,15 @@ def _updates(settings: Settings) -> float:
     answers = settings.number(ROLLOUT_BATCH, 1) * settings.number(N, 1)
     steps = answers / max(settings.number(TRAIN_BATCH, 1), 1)
     return (int(steps) if steps >= 1 else steps) * max(1.0, settings.number(EPOCHS, 1))
+
+
+def _making_more(settings: Settings) -> Iterable[str]:
+    """The settings by which one rollout serves more than one update."""
+    answers = settings.number(ROLLOUT_BATCH, 1) * settings.number(N, 1)
+    if answers > settings.number(TRAIN_BATCH, 1):
+        yield from (ROLLOUT_BATCH, N, TRAIN_BATCH)
+    if settings.number(EPOCHS, 1) > 1:
+        yield EPOCHS
 
 
 def _advantage(settings: Settings, n: int | None) -> Advantage:

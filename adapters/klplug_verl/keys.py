@@ -37,8 +37,12 @@ GDPO_KEYS = "algorithm.gdpo_reward_keys"
 ROLLOUT_IS = "algorithm.rollout_correction.rollout_is"
 BYPASS = "algorithm.rollout_correction.bypass_mode"
 TRAINER_MODE = "trainer.v1.trainer_mode"
+ENGINE = "model_engine"
 LEGACY = "trainer.use_legacy_worker_impl"
 DISTILLS = "distillation.enabled"
+DISTIL_MODE = "distillation.distillation_loss.loss_mode"
+DISTIL_POLICY = "distillation.distillation_loss.use_policy_gradient"
+DISTIL_COEF = "distillation.distillation_loss.distillation_loss_coef"
 DISTILLS_BESIDE = "distillation.distillation_loss.use_task_rewards"
 
 PLACES = (

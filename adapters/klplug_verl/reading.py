@@ -20,11 +20,20 @@ import yaml
 from klplug.audit import run as aspects
 from klplug.audit.errors import AuditError
 from klplug.audit.run import Advantage, Controller, Run, Scale, Term
-from klplug.audit.settings import Launch, Rejected, Setting, Settings, scalar, unknown_settings
+from klplug.audit.settings import (
+    Launch,
+    Rejected,
+    Setting,
+    Settings,
+    nobodys,
+    scalar,
+    unknown_settings,
+)
 from klplug.audit.shell import Word
 from klplug.audit.tables import Table, flattened, load_yaml
 from klplug.hosting.settings import Unknown
 from klplug.spec import KLSpec, TermSpec, parse
+from klplug_verl.edit import without_klplug
 from klplug_verl.host import HOST
 from klplug_verl.keys import (
     ACTOR,
@@ -33,6 +42,12 @@ from klplug_verl.keys import (
     CTRL_HORIZON,
     CTRL_TARGET,
     CTRL_TYPE,
+    DISTIL_COEF,
+    DISTIL_MODE,
+    DISTIL_POLICY,
+    DISTILLS,
+    DISTILLS_BESIDE,
+    ENGINE,
     EPOCHS,
     ESTIMATOR,
     GAMMA,
@@ -49,6 +64,7 @@ from klplug_verl.keys import (
     NORM_BY_STD,
     PENALTY,
     ROLLOUT_IS,
+    STRATEGY,
     TRAIN_BATCH,
     TRAINER_MODE,
     USE_LOSS,
@@ -77,14 +93,72 @@ ASPECTS = {
     LOSS_MODE: aspects.POLICY_LOSS,
     ROLLOUT_IS: aspects.CORRECTION,
     BYPASS: aspects.CORRECTION,
+    DISTILLS: aspects.KL,
+    DISTIL_MODE: aspects.KL,
+    DISTIL_POLICY: aspects.KL,
+    DISTILLS_BESIDE: aspects.KL,
+    DISTIL_COEF: aspects.COEF,
     CTRL_TYPE: aspects.CONTROLLER,
     CTRL_TARGET: aspects.CONTROLLER,
 }
 
 _STOCK = HOST.stock
+_STRATEGIES = {"dp": "fsdp"}  # what the files of the group model_engine set
 _KL_KEYS = (LOSS_TYPE, LOSS_COEF, PENALTY, CTRL_COEF, CTRL_TYPE, CTRL_TARGET, CTRL_HORIZON)
 _COUNTS = (TRAIN_BATCH, MINI_BATCH, EPOCHS)
 _OPENED = ("ray_kwargs", "hydra", "klplug")
+
+
+@dataclass(frozen=True)
+class _Trainer:
+    """What a trainer of verl's own, or of its recipes, does otherwise than ``main_ppo``.
+
+    Attributes:
+        name: pattern of what starts it.
+        note: a sentence.
+        stale: it trains on samples of a policy some updates old.
+        drops: why a KL in the reward never reaches its advantages; empty where it does.
+        own_loss: its loss is not verl's, and what KL it has is not known.
+        served: klplug has hooks for it.
+    """
+
+    name: str
+    note: str
+    stale: bool = False
+    drops: str = ""
+    own_loss: bool = False
+    served: bool = False
+
+
+# Sources: verl 0.9.1 experimental/{fully_async_policy,one_step_off_policy,separation}; verl-recipe.
+_TRAINERS = (
+    _Trainer(
+        r"fully_async",
+        "verl's fully asynchronous trainer: samples are made by a policy some updates old.",
+        stale=True,
+    ),
+    _Trainer(
+        r"one_step_off",
+        "verl's one-step-off-policy trainer: samples are made by the policy of the step before.",
+        stale=True,
+    ),
+    _Trainer(
+        r"\bprime\b",
+        "The trainer of PRIME, which makes its rewards itself.",
+        drops="the trainer of PRIME never calls apply_kl_penalty",
+    ),
+    _Trainer(
+        r"\b(?:spin|flowrl)\b",
+        "A trainer with a loss of its own, which is not verl's policy loss.",
+        own_loss=True,
+    ),
+    _Trainer(r"recipe", "", served=True),
+)
+
+
+def _own(trainer: str) -> _Trainer | None:
+    """The row of a trainer other than ``main_ppo``."""
+    return next((row for row in _TRAINERS if re.search(row.name, trainer)), None)
 
 
 @dataclass(frozen=True)
@@ -104,7 +178,9 @@ class Parsed:
 
 def parsed(launch: Launch) -> Parsed:
     """What a command sets, over the config files that it names."""
-    given = arguments(launch.args, launch.folder, own_config="recipe" in launch.trainer)
+    given = arguments(
+        launch.args, launch.folder, own_config=launch.foreign or _own(launch.trainer) is not None
+    )
     return replace(_with_files(given), launch=launch)
 
 
@@ -247,10 +323,16 @@ def misses(table: Table, launched: Parsed) -> list[Setting]:
         setting
         for key, setting in launched.written.items()
         if key not in launched.added
-        and not table.knows(key.replace("@", "."))
+        and not table.knows(key)
         and key.partition(".")[0] not in _OPENED
         and not _inside_open(table, key)
+        and not _config_group(key)
     ]
+
+
+def _config_group(key: str) -> bool:
+    """True for Hydra's choice of a file of a group (``group@package=``), which is no setting."""
+    return key == ENGINE or "/" in key or "@" in key
 
 
 def _inside_open(table: Table, key: str) -> bool:
@@ -275,7 +357,9 @@ def table(package: Path) -> dict[str, Any]:
 def settings(table: Table, launched: Parsed, version_from: str) -> Settings:
     """The settings of a run, and what verl or Hydra would not take of them."""
     missing = misses(table, launched)
-    rejected = unknown_settings("verl", table, missing, version_from) if missing else []
+    guessed = version_from == "guessed"
+    rejected = [] if guessed else unknown_settings("verl", table, missing)
+    cut = None if launched.launch is None else launched.launch.cut
     rejected += [
         Rejected(
             s,
@@ -284,15 +368,23 @@ def settings(table: Table, launched: Parsed, version_from: str) -> Settings:
             else "Hydra takes a comma for several values, unless the value is quoted",
         )
         for s in launched.bare
+        # What a broken continuation leaves on its line has its own finding.
+        if cut is None or s.line != cut.line
     ]
+    written = dict(launched.written)
+    engine = written.get(ENGINE)
+    if engine is not None and not engine.unknown and STRATEGY not in written:
+        value = _STRATEGIES.get(str(engine.value), engine.value)
+        written[STRATEGY] = replace(engine, key=STRATEGY, value=value)
     return _resolved(
         Settings(
             table,
             version_from,
-            launched.written,
+            written,
             launched.spelled,
             launched.launch,
             rejected=tuple(rejected),
+            nobodys=nobodys("verl", missing) if guessed else (),
             unread=launched.unread,
             holes=launched.holes,
         )
@@ -310,11 +402,13 @@ def run(settings: Settings) -> Run:
         or (mode == "gspo" and _before(settings.table.version, (0, 9)))
     )
     terms, rejected = _terms(settings)
+    terms += _teacher(settings)
     rejected += [*_bad_values(settings), *settings.rejected]
     refused = [
         Rejected(settings[r.key or _asked_by(settings)], r.words) for r in HOST.refused(settings)
     ]
     launch = settings.launch
+    other = None if launch is None or launch.foreign else _own(launch.trainer)
     idle, never = _idle(settings, terms)
     n = None if settings[N].unknown else max(1, int(settings.number(N, 1)))
     return Run(
@@ -326,7 +420,7 @@ def run(settings: Settings) -> Run:
         n=n,
         n_setting=settings[N],
         updates=_updates(settings),
-        updates_settings=tuple(settings[key] for key in (TRAIN_BATCH, MINI_BATCH, EPOCHS)),
+        updates_settings=tuple(settings[key] for key in _making_more(settings)),
         ratio={"gspo": "gspo", "gpg": "none"}.get(mode, "token"),
         policy_loss=settings[LOSS_MODE],
         policy_by_answer=policy_by_answer,
@@ -336,16 +430,22 @@ def run(settings: Settings) -> Run:
         corrects_rollout=bool(settings[ROLLOUT_IS].value),
         correction=settings[ROLLOUT_IS],
         rollout_is_old=settings.on(BYPASS),
-        stale=_stale(settings),
+        stale=_stale(settings, other),
         controller=_controller(settings, terms),
         idle=tuple(idle),
         not_enabled=tuple(never),
         no_effect=tuple(_no_effect(settings, terms)),
+        nobodys=settings.nobodys,
         not_hooked=_not_hooked(settings, terms),
         rejected=tuple(rejected),
         refused=tuple(refused),
+        notes=tuple(_notes(settings, other)),
+        served=(other is None or other.served)
+        and not (launch is not None and launch.foreign)
+        and not settings.on(DISTILLS),
+        nearest=tuple(_nearest(settings, terms)),
         unread=settings.unread,
-        unknown=_unknown(settings),
+        unknown=_unknown(settings, other),
         cut=None if launch is None else launch.cut,
         line=None if launch is None else launch.line,
         sourced=() if launch is None else launch.sourced,
@@ -411,6 +511,14 @@ def _updates(settings: Settings) -> float:
     return math.ceil(batch / max(mini, 1)) * max(1.0, settings.number(EPOCHS, 1))
 
 
+def _making_more(settings: Settings) -> Iterable[str]:
+    """The settings by which one rollout serves more than one update."""
+    if settings.number(TRAIN_BATCH, 1) > settings.number(MINI_BATCH, 1):
+        yield from (TRAIN_BATCH, MINI_BATCH)
+    if settings.number(EPOCHS, 1) > 1:
+        yield EPOCHS
+
+
 def _advantage(settings: Settings) -> Advantage:
     """A KL in the reward joins before any of this, so every factor is on both."""
     name = settings.text(ESTIMATOR)
@@ -470,9 +578,10 @@ def _terms(settings: Settings) -> tuple[list[Term], list[Rejected]]:
             (spec,) = full.terms
         if spec is None:
             rejected.append(Rejected(settings[kind], _why_no_estimator(name, settings.table)))
-        drops = placement == "in_reward" and (
-            settings.text(ESTIMATOR) == "gdpo" and bool(settings[GDPO_KEYS].value)
-        )
+        alone = settings.on(DISTILLS) and not settings.on(DISTILLS_BESIDE)
+        dropped = "distillation without task rewards throws the policy loss away" if alone else ""
+        if placement == "in_reward":
+            dropped = dropped or _dropped(settings)
         terms.append(
             Term(
                 spec=spec,
@@ -482,12 +591,59 @@ def _terms(settings: Settings) -> tuple[list[Term], list[Rejected]]:
                 amount=settings[amount],
                 straight_through=straight,
                 clamped=clamped,
-                reaches=not drops,
+                dropped=dropped,
                 joins_after=full is not None and spec is not None and spec.reward_norm == "none",
                 from_klplug=full is not None,
             )
         )
     return terms, rejected
+
+
+def _teacher(settings: Settings) -> list[Term]:
+    """Distillation's KL to the teacher: backpropagated, or each token's advantage."""
+    if not settings.on(DISTILLS):
+        return []
+    mode = settings[DISTIL_MODE]
+    estimator = HOST.stock["as_loss"].get(str(mode.value), "").partition("_")[0]
+    by_policy, clamped = settings.on(DISTIL_POLICY), estimator == "k3"
+    if mode.value == "forward_kl_topk" and not by_policy:
+        name, clamped = "forward_as_loss,ratio=none", False
+    elif not estimator:
+        return []
+    elif not by_policy:
+        name = f"{estimator}_as_loss,ratio=none"
+    elif estimator == "k1":
+        # Each token's own log-ratio as its advantage: the gradient of k2, with PPO's ratio.
+        name = "k2_as_loss"
+    else:
+        name = f"{estimator}_in_reward"
+    (spec,) = parse(name).terms
+    beside = settings.on(DISTILLS_BESIDE)
+    return [
+        Term(
+            spec=spec,
+            coef=settings.coefficient(DISTIL_COEF) if beside else 1.0,
+            where=settings[DISTILLS],
+            kind=mode,
+            amount=settings[DISTIL_COEF],
+            clamped=clamped,
+            joins_after=by_policy,
+        )
+    ]
+
+
+def _dropped(settings: Settings) -> str:
+    """Why a KL in the reward never reaches the advantages."""
+    launch = settings.launch
+    other = None if launch is None or launch.foreign else _own(launch.trainer)
+    if other is not None and other.drops:
+        return other.drops
+    if settings.text(ESTIMATOR) == "gdpo" and settings[GDPO_KEYS].value:
+        return (
+            "gdpo makes advantages of the rewards under gdpo_reward_keys, and not of the reward "
+            "that the KL is subtracted from"
+        )
+    return ""
 
 
 def _full(name: str) -> KLSpec | None:
@@ -571,7 +727,40 @@ def _bad_values(settings: Settings) -> list[Rejected]:
     return rejected
 
 
-def _stale(settings: Settings) -> Setting | None:
+def _notes(settings: Settings, other: _Trainer | None) -> Iterable[tuple[str, Setting]]:
+    launch = settings.launch
+    if settings.on(DISTILLS):
+        yield (
+            "The loss is distillation's: its KL is to the teacher, which ref stands for here.",
+            settings[DISTILLS],
+        )
+    if launch is not None and launch.foreign:
+        yield (
+            f"{launch.trainer} is a trainer of its own: its settings are read as verl's, and what "
+            "its code changes is not seen.",
+            Setting("", None, launch.words[launch.main].line),
+        )
+    elif launch is not None and other is not None and other.note:
+        yield other.note, Setting("", None, launch.words[launch.main].line)
+
+
+def _nearest(settings: Settings, terms: list[Term]) -> Iterable[tuple[str, str]]:
+    """verl's own settings that come near, for a trainer that klplug has no hooks for."""
+    if settings.on(DISTILLS):
+        if not settings.on(DISTIL_POLICY):
+            yield "without klplug, and without a weight for reused samples", f"{DISTIL_MODE}=k2"
+        return
+    yield from without_klplug("k2_as_loss", _coef_as_written(terms), settings)
+
+
+def _coef_as_written(terms: list[Term]) -> str:
+    return f"{terms[0].coef:g}" if terms and math.isfinite(terms[0].coef) else "BETA"
+
+
+def _stale(settings: Settings, other: _Trainer | None) -> Setting | None:
+    launch = settings.launch
+    if other is not None and other.stale and launch is not None:
+        return Setting("", None, launch.words[launch.main].line)
     mode = settings[TRAINER_MODE]
     return mode if mode.value in ("colocate_async", "separate_async") else None
 
@@ -623,7 +812,9 @@ def _no_effect(settings: Settings, terms: list[Term]) -> Iterable[tuple[Setting,
             )
 
 
-def _unknown(settings: Settings) -> dict[str, tuple[tuple[Setting, str], ...]]:
+def _unknown(
+    settings: Settings, other: _Trainer | None
+) -> dict[str, tuple[tuple[Setting, str], ...]]:
     unknown: dict[str, list[tuple[Setting, str]]] = {}
     for key, aspect in ASPECTS.items():
         setting = settings[key]
@@ -637,7 +828,32 @@ def _unknown(settings: Settings) -> dict[str, tuple[tuple[Setting, str], ...]]:
         if setting.written and not setting.unknown and setting.value not in known:
             reason = f"{setting} is not one of verl's own"
             unknown.setdefault(aspect, []).append((setting, reason))
+    for config in settings.unread:
+        for key in _left_to_config(settings):
+            reason = f"{config} is not read, and may set {key}"
+            unknown.setdefault(ASPECTS[key], []).append((config, reason))
+    if other is not None and other.own_loss and settings.launch is not None:
+        setting = Setting("", None, settings.launch.line)
+        reason = f"{settings.launch.trainer} has a loss of its own"
+        for aspect in (aspects.KL, aspects.ADVANTAGE, aspects.POLICY_LOSS):
+            unknown.setdefault(aspect, []).append((setting, reason))
     for setting, reason in settings.holes:
         for aspect in set(ASPECTS.values()):
             unknown.setdefault(aspect, []).append((setting, reason))
     return {aspect: tuple(reasons) for aspect, reasons in unknown.items()}
+
+
+def _left_to_config(settings: Settings) -> Iterable[str]:
+    """Keys that decide, and that the command itself leaves to its config file."""
+    off = {
+        key
+        for switch, *keys in (
+            (USE_LOSS, LOSS_TYPE, LOSS_COEF),
+            (USE_REWARD, PENALTY, CTRL_COEF, CTRL_TYPE, CTRL_TARGET),
+        )
+        if settings[switch].written and not settings.on(switch)
+        for key in keys
+    }
+    for key in ASPECTS:
+        if not settings[key].written and key not in off and not key.startswith("klplug."):
+            yield key

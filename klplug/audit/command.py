@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,11 @@ import yaml
 
 from klplug.audit.alternatives import bears, together
 from klplug.audit.errors import AuditError
+from klplug.audit.frameworks import Framework, configured_by, started_by
 from klplug.audit.report import Report, report
 from klplug.audit.settings import Launch
 from klplug.audit.shell import Command, Script, Word
-from klplug.audit.tables import Table, candidates, given
+from klplug.audit.tables import Table, candidates, flattened, given
 from klplug.hosting.host import Host, hosts
 
 # Larger than any script; a data file given by mistake is not read to its end.
@@ -55,6 +57,7 @@ def audit(
         raise AuditError(f"host {host!r} is not known; there is {', '.join(hosts())}")
     found: list[tuple[Host, list[Launch]]]
     others: list[str] = []
+    elsewhere: list[Framework | None] = []
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         text = _read(path)
@@ -68,6 +71,7 @@ def audit(
             if launched is not None:
                 found.append((launched[0], _ways(*launched, at)))
             others += _others(at.words)
+            elsewhere.append(started_by(word.text for word in at.words))
         if script.broken is not None and not found:
             raise script.broken
         name = str(path)
@@ -77,8 +81,11 @@ def audit(
         one = _launch(words, None, None, Path("."), text)
         found = [(one[0], [one[1]])] if one is not None else []
         others = _others(words)
+        elsewhere.append(started_by(word.text for word in words))
         name = "the command"
     found = [f for f in found if host is None or f[0].name == host]
+    if not found and (named := next(filter(None, elsewhere), None)):
+        raise AuditError(f"{name}: {named}")
     if not found and others:
         raise AuditError(
             f"{others[0]} is not audited: it has a trainer of its own; klplug audits {_accepted()}"
@@ -110,20 +117,43 @@ def _launch(
     words: Sequence[Word], at: Command | None, script: Script | None, folder: Path, text: str
 ) -> tuple[Host, Launch] | None:
     """The training command among these words, behind whatever launcher, and whose it is."""
+    found = _trainer(words)
+    if found is None:
+        return None
+    host, index, foreign = found
+    launch = Launch(
+        tuple(words),
+        index,
+        folder,
+        line=None if at is None else at.line,
+        cut=None if script is None or at is None else script.cut_after(at),
+        around=text,
+        sourced=() if script is None else tuple(script.sourced),
+        foreign=foreign,
+    )
+    return host, launch
+
+
+def _trainer(words: Sequence[Word]) -> tuple[Host, int, bool] | None:
+    """A host, which word starts the trainer, and whether that is a fork's."""
     for index, word in enumerate(words):
         host = next((host for host in hosts().values() if host.starts(word.text)), None)
         if host is not None:
-            launch = Launch(
-                tuple(words),
-                index,
-                folder,
-                line=None if at is None else at.line,
-                cut=None if script is None or at is None else script.cut_after(at),
-                around=text,
-                sourced=() if script is None else tuple(script.sourced),
-            )
-            return host, launch
+            return host, index, False
+    if started_by(word.text for word in words) is not None:
+        return None
+    for host in hosts().values():
+        first = next((n for n, word in enumerate(words) if host.marked(word.text)), 0)
+        for index in range(first - 1, -1, -1):
+            if _STARTS.fullmatch(words[index].text) and (
+                words[index].text.endswith(".py") or words[index - 1].text == "-m"
+            ):
+                return None if _NO_TRAINER.search(words[index].text) else (host, index, True)
     return None
+
+
+_STARTS = re.compile(r"[\w./${}-]*[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*(?:\.py)?")
+_NO_TRAINER = re.compile(r"(?:^|[._/])(?:main_)?(?:eval|gen|infer|serve|test)\w*(?:\.py)?$")
 
 
 def _others(words: Sequence[Word]) -> list[str]:
@@ -137,9 +167,9 @@ def _ways(host: Host, launch: Launch, at: Command) -> list[Launch]:
     """The command in each way that it may come out, as far as that bears on the report."""
     ways = []
     for words in at.alternatives(bears(host.room("reading").ASPECTS)):
-        main = next((n for n, word in enumerate(words) if host.starts(word.text)), None)
-        if main is not None:
-            ways.append(replace(launch, words=words, main=main, conditions=at.conditions))
+        found = _trainer(words)
+        if found is not None:
+            ways.append(replace(launch, words=words, main=found[1], conditions=at.conditions))
     return ways or [launch]
 
 
@@ -174,6 +204,8 @@ def _of_yaml(path: Path, text: str, name: str | None, version: str | None) -> Re
     if not isinstance(content, dict):
         raise AuditError(f"{path}: no settings: {' or '.join(configs)} is a mapping")
     host = None if name is None else hosts()[name]
+    if host is None and (named := configured_by(flattened(content))):
+        raise AuditError(f"{path}: {named}")
     if host is None:
         readable = [host for host in hosts().values() if host.config]
         host = next((h for h in readable if h.room("reading").is_config(content)), None)

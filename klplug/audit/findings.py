@@ -159,11 +159,16 @@ def _sourced(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
         )
 
 
+@rule("another-trainer", INFO, "A trainer of its own")
+def _another_trainer(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    yield from run.notes
+
+
 @rule("config-not-read", WARNING, "A config file that could not be read")
 def _config_not_read(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for setting in run.unread:
         yield (
-            "This config file was not found, so the host's defaults stand in for what it says.",
+            "This config file was not found, so what the command leaves to it is unknown.",
             setting,
         )
 
@@ -280,11 +285,7 @@ def _passk(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
 def _never_reaches(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for term in run.terms:
         if not term.reaches:
-            yield (
-                "gdpo makes advantages of the rewards under gdpo_reward_keys, not of the reward "
-                "that the KL is subtracted from: the KL is computed, logged, and dropped.",
-                term.where,
-            )
+            yield f"The KL is asked for and dropped: {term.dropped}.", term.where
 
 
 # Whether there is a KL at all.
@@ -691,3 +692,11 @@ def _adaptive_target(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
             "The controller divides by its target, which must be a positive number.",
             controller.target,
         )
+
+
+# Settings of a fork, last.
+
+
+@rule("unknown-setting", INFO, "A setting that no known release has")
+def _unknown_setting(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    yield from run.nobodys

@@ -212,6 +212,8 @@ def _advice(run: Run, verdicts: Sequence[Verdict], settings: Settings) -> _Advic
     choices = recommended(run, verdicts)
     if not verdicts:
         return _Advice(choices[0])
+    if not run.served:
+        return _Advice(choices[0], run.nearest)
     own = host.room("edit")
     for kl_type in choices:
         coef = _coefficient(run, kl_type)

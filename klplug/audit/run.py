@@ -75,7 +75,7 @@ class Term:
         amount: the setting that holds beta.
         straight_through: the value of one estimator with the gradient of k2.
         clamped: the host clamps the value at 10.
-        reaches: ``False`` where the host computes the term and then drops it.
+        dropped: why the host never applies the term; empty where it does.
         joins_after: in the reward, joined after everything the host does to it.
         without_baseline: in the reward, joined after the baseline of the group and with none.
         from_klplug: a kl_type, not a stock estimator.
@@ -88,10 +88,14 @@ class Term:
     amount: Setting
     straight_through: bool = False
     clamped: bool = False
-    reaches: bool = True
+    dropped: str = ""
     joins_after: bool = False
     without_baseline: bool = False
     from_klplug: bool = False
+
+    @property
+    def reaches(self) -> bool:
+        return not self.dropped
 
     @property
     def as_loss(self) -> bool:
@@ -185,12 +189,16 @@ class Run:
         terms: the KL terms in force, coefficient zero included.
         n: answers per prompt.
         updates: optimizer steps per rollout.
+        updates_settings: those that make it more than one.
         ratio: what the policy loss corrects samples by: ``token``, ``gspo`` or ``none``.
         policy_by_answer, kl_by_answer: the loss is a mean of answers' means.
         loss_agg: the setting that says how losses are aggregated.
         corrects_rollout: a weight for the sampler's mismatch is on the policy loss.
         rollout_is_old: the ratio is to the sampler itself.
         stale: rollouts come from a policy some updates old.
+        notes: what its trainer does otherwise than the host's usual one, a sentence each.
+        served: klplug has hooks for this trainer and release.
+        nearest: where it has none, what the host itself has that comes near, a label and settings.
         unknown: aspects that hang on something only a run could tell, with the reasons.
     """
 
@@ -220,6 +228,10 @@ class Run:
     no_effect: tuple[tuple[Setting, str], ...] = ()
     rejected: tuple[Rejected, ...] = ()
     refused: tuple[Rejected, ...] = ()  # what klplug would say in place of starting
+    notes: tuple[tuple[str, Setting], ...] = ()
+    nobodys: tuple[tuple[str, Setting], ...] = ()  # settings that no known release has
+    served: bool = True
+    nearest: tuple[tuple[str, str], ...] = ()
     cut: Cut | None = None
     unread: tuple[Setting, ...] = ()  # config files that could not be read
     unknown: dict[str, tuple[tuple[Setting, str], ...]] = field(default_factory=dict)

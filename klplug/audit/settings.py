@@ -57,6 +57,7 @@ class Launch:
         around: the text of the script, or of the command line.
         sourced: lines on which other scripts are read first, which may set anything.
         conditions: lines of conditions that it hangs on and that only a run decides.
+        foreign: it starts a trainer of a fork, which takes the host's settings.
     """
 
     words: tuple[Word, ...]
@@ -67,6 +68,7 @@ class Launch:
     around: str = ""
     sourced: tuple[int, ...] = ()
     conditions: tuple[int, ...] = ()
+    foreign: bool = False
 
     @property
     def trainer(self) -> str:
@@ -94,6 +96,7 @@ class Settings:
         names: by key, what the release calls it, where that is another name.
         prefix: what stands before a name on a command line.
         rejected: settings that the host would not take.
+        nobodys: what to say of settings that no known release has.
         unread: config files that could not be read.
         holes: whole arguments that can't be known, with the reasons.
     """
@@ -106,6 +109,7 @@ class Settings:
     names: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
     rejected: tuple[Rejected, ...] = ()
+    nobodys: tuple[tuple[str, Setting], ...] = ()
     unread: tuple[Setting, ...] = ()
     holes: tuple[tuple[Setting, str], ...] = ()
 
@@ -214,24 +218,23 @@ class Settings:
         return rejected
 
 
-def unknown_settings(
-    host: str, table: Table, misses: list[Setting], version_from: str
-) -> list[Rejected]:
-    """What to say of settings that the table lacks: of a guessed release, only once."""
-    if version_from != "guessed":
-        return [
-            Rejected(setting, f"{host} {table.version} has no setting {setting.key}")
-            for setting in misses
-        ]
+def unknown_settings(host: str, table: Table, misses: list[Setting]) -> list[Rejected]:
+    """What a release that is installed, or was asked for, says of settings that it lacks."""
+    return [
+        Rejected(setting, f"{host} {table.version} has no setting {setting.key}")
+        for setting in misses
+    ]
+
+
+def nobodys(host: str, misses: list[Setting]) -> tuple[tuple[str, Setting], ...]:
+    """The one sentence on settings that no known release has, where none was named."""
+    if not misses:
+        return ()
     names = ", ".join(setting.key for setting in misses[:4])
     more = f" and {len(misses) - 4} more" if len(misses) > 4 else ""
-    return [
-        Rejected(
-            misses[0],
-            f"no release of {host} known here has all settings of this command; {table.version}, "
-            f"the nearest, lacks {names}{more}",
-        )
-    ]
+    return (
+        (f"No release of {host} known here has {names}{more}: a fork's, or misspelt.", misses[0]),
+    )
 
 
 def scalar(text: str) -> Any:

@@ -47,6 +47,7 @@ class Host:
         packages: all of klplug's packages for it, which a directory of that name would hide.
         trainers: patterns of the words that start a trainer klplug serves.
         other_trainers: patterns of those that start one it does not.
+        marks: pattern of an argument that only a training command of it, or of a fork, has.
         launcher: klplug's own launcher, a word in the place of such a trainer's.
         command: how a training command is written, for messages.
         config: what a config file of it is called and has, for messages.
@@ -68,6 +69,7 @@ class Host:
     trainers: tuple[str, ...]
     command: str
     other_trainers: tuple[str, ...] = ()
+    marks: str | None = None
     launcher: str | None = None
     config: str = ""
     patch: str | None = None
@@ -105,6 +107,10 @@ class Host:
     def starts(self, word: str) -> bool:
         """Whether a word of a command starts a trainer that klplug serves."""
         return word == self.launcher or any(re.fullmatch(p, word) for p in self.trainers)
+
+    def marked(self, word: str) -> bool:
+        """Whether an argument is one that only its training commands have."""
+        return self.marks is not None and re.match(self.marks, word) is not None
 
     def has_another(self, word: str) -> bool:
         """Whether a word of a command starts a trainer that klplug does not serve."""

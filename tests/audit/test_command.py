@@ -261,7 +261,6 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([*_VERL, "data.train_batch=3"], "lacks data.train_batch"),
         ([*_VERL, "nonsense"], "not a key=value override"),
         ([*_VERL, *_LOSS, "actor_rollout_ref.actor.kl_loss_type=full"], "NotImplementedError"),
         ([*_VERL, *_LOSS, "actor_rollout_ref.actor.kl_loss_type=k4"], "kl_penalty knows kl, k1"),
@@ -273,7 +272,6 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ([*_VERL, "actor_rollout_ref.actor.loss_agg_mode=mean"], "takes token-mean"),
         ([*_VERL, "data.train_batch_size=8"], "must not exceed"),
         ([*_ORL, "--algo.kl.estimator", "k4"], "takes k1, k2, k3"),
-        ([*_ORL, "--algo.kl.estima", "k1", "--kl"], "lacks kl"),
         ([*_ORL, "--algo.kl.use_loss", "True"], "takes no value"),
         ([*_ORL, "--algo.kl.init_coef"], "needs a value"),
         ([*_ORL, "--algo.advantage.estimator", "rloo"], "more than one answer per prompt"),
@@ -282,6 +280,25 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_what_the_host_would_refuse_is_a_finding(words: list[str], message: str) -> None:
     reasons = [f.message for f in audit(words).findings if f.id == "rejected-setting"]
     assert any(message in reason for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("words", "version", "name"),
+    [
+        ([*_VERL, "data.train_batch=3"], "0.9.1", "data.train_batch"),
+        ([*_ORL, "--algo.kl.estima", "k1", "--kl"], "0.11.2", "kl"),
+    ],
+)
+def test_an_unknown_setting_is_refused_by_a_release_that_is_named(
+    words: list[str], version: str, name: str
+) -> None:
+    def said(id: str, **release: str) -> list[str]:
+        return [f.message for f in audit(words, **release).findings if f.id == id]  # type: ignore[arg-type]
+
+    (message,) = said("rejected-setting", host_version=version)
+    assert f"{version} has no setting {name}." in message
+    (message,) = said("unknown-setting")
+    assert f"has {name}:" in message and not said("rejected-setting")
 
 
 @pytest.mark.parametrize(
@@ -314,7 +331,7 @@ def test_a_refusal_that_hangs_on_the_unknown_is_not_said(tmp_path: Path) -> None
     estimator = "algorithm.adv_estimator="
     assert _refused(tmp_path, *_ASKS, f"{estimator}gae")
     assert not _refused(tmp_path, *_ASKS, f"{estimator}$ADV")
-    assert not _refused(tmp_path, *_ASKS, f"{estimator}gae", "$EXTRA")
+    assert not _refused(tmp_path, *_ASKS, f"{estimator}gae", "$(extra)")
     # One that hangs on another value is.
     assert _refused(tmp_path, *_ASKS[:1], "+klplug.kl_coef=$BETA", f"{estimator}gae")
 

@@ -1,0 +1,211 @@
+"""Kinds of public commands: other entry points, frameworks, and configurations not there.
+
+What each trainer does with a KL was read in its source: verl 0.9.1's experimental trainers and
+distillation losses, and the trainers of verl-recipe.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from klplug.audit import AuditError, Report, audit
+from klplug.audit.frameworks import frameworks
+
+_A = "actor_rollout_ref.actor"
+_GRPO = f"algorithm.adv_estimator=grpo actor_rollout_ref.rollout.n=8 {_A}.use_kl_loss=True"
+
+
+def _audit(tmp_path: Path, text: str, name: str = "run.sh") -> Report:
+    path = tmp_path / name
+    path.write_text(text + "\n")
+    return audit(path)
+
+
+def _ids(report: Report) -> set[str]:
+    return {finding.id for finding in report.findings}
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        "-m my_tools.trainer.main_ppo",
+        "-m recipe.dapo.src.main_dapo",
+        "-m rllm.train_agent",
+        "my_project/train.py",
+        "${HERE}/train.py",
+    ],
+)
+def test_a_trainer_of_a_fork_is_read_and_named(tmp_path: Path, trainer: str) -> None:
+    report = _audit(tmp_path, f"torchrun --nproc 8 python3 {trainer} {_GRPO}")
+    assert (report.gradient, report.host, report.after) == ("forward", "verl", None)
+    (said,) = (f for f in report.findings if f.id == "another-trainer")
+    assert trainer.split()[-1] in said.message
+    # What the host itself has is still advised.
+    assert any("kl_loss_type=k3+" in write for _, write in report.instead)
+
+
+@pytest.mark.parametrize(
+    "trainer", ["recipe.r1.main_eval", "my_tools.main_generation", "my_tools.infer"]
+)
+def test_what_trains_nothing_is_passed_over(tmp_path: Path, trainer: str) -> None:
+    with pytest.raises(AuditError, match="no training command"):
+        _audit(tmp_path, f"python3 -m {trainer} {_GRPO}")
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        "verl.experimental.fully_async_policy.fully_async_main",
+        "verl.experimental.one_step_off_policy.main_ppo",
+    ],
+)
+def test_an_asynchronous_trainer_has_stale_samples(tmp_path: Path, trainer: str) -> None:
+    report = _audit(tmp_path, f"python3 -m {trainer} {_GRPO}")
+    assert (report.gradient, report.after) == ("forward", None)
+    assert {"stale-samples", "another-trainer"} <= _ids(report)
+    assert not {"rejected-setting", "unknown-setting"} & _ids(report)
+
+
+def test_prime_drops_a_kl_in_the_reward(tmp_path: Path) -> None:
+    asked = "algorithm.adv_estimator=rloo algorithm.use_kl_in_reward=True algorithm.kl_penalty=kl"
+    report = _audit(tmp_path, f"python3 -m recipe.prime.main_prime {asked}")
+    assert report.gradient == "none" and "never-reaches" in _ids(report)
+    assert report.fails("error")
+    usual = _audit(tmp_path, f"python3 -m recipe.dapo.main_dapo {asked}")
+    assert usual.gradient == "reverse" and "never-reaches" not in _ids(usual)
+
+
+def test_a_loss_of_its_own_is_unknown(tmp_path: Path) -> None:
+    report = _audit(tmp_path, f"python3 -m recipe.spin.main_spin {_GRPO}")
+    assert report.gradient is None and "loss of its own" in report.unknown["gradient"][0]
+
+
+@pytest.mark.parametrize(
+    "named", ['--config-name "$1" "${@:2}"', '--config-path="$SOMEWHERE" --config-name=mine']
+)
+def test_what_an_unread_config_decides_is_unknown(tmp_path: Path, named: str) -> None:
+    command = f"python3 -m verl.trainer.main_ppo {named} algorithm.adv_estimator=grpo"
+    report = _audit(tmp_path, command)
+    assert report.gradient is None and report.kl_type is None
+    assert "is not read" in report.unknown["gradient"][0]
+    # What the command itself says is known, whatever the file says.
+    said = (
+        f"{_A}.use_kl_loss=True {_A}.kl_loss_type=k2 algorithm.use_kl_in_reward=False "
+        "distillation.enabled=False distillation.distillation_loss.loss_mode=k3 "
+        "distillation.distillation_loss.use_policy_gradient=False "
+        "distillation.distillation_loss.use_task_rewards=True algorithm.gamma=1 "
+        "algorithm.norm_adv_by_std_in_grpo=True"
+    )
+    assert _audit(tmp_path, f"{command} {said}").gradient == "reverse"
+
+
+def test_a_config_group_is_no_setting(tmp_path: Path) -> None:
+    groups = "model_engine=megatron hydra/job_logging=disabled optim@critic.optim=adam"
+    report = _audit(tmp_path, f"python3 -m verl.trainer.main_ppo {groups} {_GRPO}")
+    assert report.gradient == "forward"
+    assert not {"rejected-setting", "unknown-setting"} & _ids(report)
+
+
+def test_a_cut_command_is_an_error_and_said_once(tmp_path: Path) -> None:
+    command = f"python3 -m verl.trainer.main_ppo data.train_files=a \\ # yours\n  {_GRPO}"
+    report = _audit(tmp_path, command.replace(" actor_", " \\\n  actor_"))
+    assert report.findings[0].id == "command-cut" and report.fails("error")
+    assert "rejected-setting" not in _ids(report)
+
+
+_D = "distillation.distillation_loss"
+
+
+@pytest.mark.parametrize(
+    ("settings", "gradient", "kl_type"),
+    [
+        (f"{_D}.loss_mode=k1", "zero", "k1_as_loss,ratio=none"),
+        ("", "forward", "k3_as_loss,ratio=none"),  # verl's default
+        (f"{_D}.loss_mode=k2", "reverse", "k2_as_loss,ratio=none"),
+        (f"{_D}.loss_mode=k1 {_D}.use_policy_gradient=True", "reverse", "k2_as_loss"),
+        (f"{_D}.loss_mode=k3 {_D}.use_policy_gradient=True", "neither", "k3_in_reward"),
+    ],
+)
+def test_the_loss_of_distillation_is_a_kl(
+    tmp_path: Path, settings: str, gradient: str, kl_type: str
+) -> None:
+    report = _audit(
+        tmp_path,
+        "python3 -m verl.trainer.main_ppo algorithm.adv_estimator=grpo distillation.enabled=True "
+        f"{_D}.use_task_rewards=False {settings}",
+    )
+    assert (report.gradient, report.kl_type, report.beta) == (gradient, kl_type, 1.0)
+    (said,) = (f for f in report.findings if f.id == "another-trainer")
+    assert "teacher" in said.message and report.after is None
+
+
+def test_distillation_alone_drops_the_kl_to_the_reference(tmp_path: Path) -> None:
+    report = _audit(
+        tmp_path,
+        f"python3 -m verl.trainer.main_ppo {_GRPO} distillation.enabled=True "
+        f"{_D}.loss_mode=k2 {_D}.use_task_rewards=False",
+    )
+    assert "never-reaches" in _ids(report)
+    assert [term.kl_type for term in report.terms] == ["k2_as_loss,ratio=none"]
+
+
+_FLAGS = (
+    "python3 -m openrlhf.cli.train_ppo_ray --rollout.n_samples_per_prompt 8 --algo.kl.use_loss "
+    "--algo.kl.init_coef 0.001 --rollout.batch_size 128 "
+)
+
+
+@pytest.mark.parametrize(
+    ("flags", "updates", "blamed"),
+    [
+        ("--train.batch_size 128 --train.max_epochs 1", 8, "train.batch_size=128"),
+        ("--train.batch_size 1024 --train.max_epochs 2", 2, "train.max_epochs=2"),
+    ],
+)
+def test_the_setting_that_makes_more_than_one_update(
+    tmp_path: Path, flags: str, updates: int, blamed: str
+) -> None:
+    report = _audit(tmp_path, _FLAGS + flags)
+    assert report.updates_per_rollout == updates
+    (finding,) = (f for f in report.findings if f.id == "off-policy-uncorrected")
+    assert finding.setting == blamed
+
+
+# Other frameworks.
+
+OTHERS = {
+    "EasyR1": "python3 -m verl.trainer.main config=a.yaml algorithm.kl_coef=0.01",
+    "ROLL": "python examples/start_rlvr_pipeline.py --config_name a",
+    "slime": "ray job submit -- python3 train.py --num-rollout 300 --use-kl-loss",
+    "SkyRL": "uv run -m skyrl_train.entrypoints.main_base trainer.algorithm.use_kl_loss=true",
+    "NeMo-RL": "uv run examples/run_grpo_math.py loss_fn.reference_policy_kl_penalty=0",
+    "ms-swift": "swift rlhf --rlhf_type grpo --beta 0.04",
+    "TRL": "trl grpo --beta 0.1",
+    "open-instruct": "python open_instruct/grpo_fast.py --beta 0.01",
+    "AReaL": "python3 -m areal.launcher.local examples/gsm8k.py --config a.yaml",
+    "prime-rl": "uv run rl @ configs/a.toml",
+}
+
+
+def test_every_framework_has_a_case() -> None:
+    assert {row.title for row in frameworks()} == set(OTHERS)
+
+
+@pytest.mark.parametrize("title", OTHERS)
+def test_another_framework_is_named_and_has_no_verdict(tmp_path: Path, title: str) -> None:
+    row = next(row for row in frameworks() if row.title == title)
+    with pytest.raises(AuditError) as error:
+        _audit(tmp_path, f"set -x\n{OTHERS[title]}")
+    assert f"a run of {title}" in str(error.value)
+    assert row.kl in str(error.value) and row.source in str(error.value)
+
+
+def test_a_config_of_another_framework_is_named(tmp_path: Path) -> None:
+    text = (
+        "algorithm: {adv_estimator: grpo, kl_penalty: low_var_kl, kl_coef: 0.01}\n"
+        "worker: {actor: {global_batch_size: 128}, rollout: {n: 5}}"
+    )
+    with pytest.raises(AuditError, match="EasyR1"):
+        _audit(tmp_path, text, "config.yaml")
