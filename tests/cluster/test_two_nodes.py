@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import klplug
+from klplug.hosting.host import hosts
 from recipes.quickstart import run
 from recipes.quickstart.processes import HostProcesses
 from recipes.quickstart.settings import HERE, settings
@@ -92,11 +93,10 @@ def test_a_worker_of_another_node_runs_klplugs_function(cluster: Cluster, host: 
 def test_a_node_without_klplug_stops_the_command_unless_the_job_brings_it(
     cluster: Cluster, host: str, tmp_path: Path
 ) -> None:
-    """The stock command, up to where it would place its workers; then `py_modules`, as the README
-    has it."""
-    brings: dict[str, object] = {
-        "py_modules": [str(ROOT / "klplug"), str(ROOT / "adapters" / f"klplug_{host}")]
-    }
+    """The stock command, up to where it would place its workers; then `py_modules`, as
+    docs/cluster.md has it."""
+    adapters = [str(ROOT / "adapters" / package) for package in hosts()[host].packages]
+    brings: dict[str, object] = {"py_modules": [str(ROOT / "klplug"), *adapters]}
     if host == "verl":  # sent as folders it has no entry points
         brings["env_vars"] = {"VERL_USE_EXTERNAL_MODULES": "klplug_verl"}
     bare = environment_without_klplug(tmp_path / "bare")
