@@ -251,6 +251,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "noise and no expectation. The gradient of whole answers has 'k2_as_loss,horizon=sequence'",
     ),
     Refusal(
+        "k1-under-head",
+        lambda t: _under_a_head(t) and t.estimator == "k1",
+        "head={head} is refused: its coefficient is 1 wherever the policy is, and a clip that "
+        "drops it on one side makes that a push. Use 'k2_as_loss,head={head}'",
+    ),
+    Refusal(
         "ratio-under-head",
         lambda t: _under_a_head(t) and t.ratio is not None,
         "ratio={ratio} is refused: head={head} has the ratio and the clip of the policy loss. "
