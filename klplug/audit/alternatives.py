@@ -46,7 +46,7 @@ def together(reports: Sequence[Report], lines: Sequence[int]) -> Report:
     if "gradient" in values:
         values["target"] = None
     if "recommended" in values:
-        values |= {"instead": (), "after": None}
+        values |= {"instead": (), "after": None, "edits": ()}
     found = {(f.id, f.message): f for report in reports for f in report.findings}
     by_gravity = sorted(found.values(), key=lambda f: _GRAVITY.index(f.severity))
     return replace(first, findings=tuple(by_gravity), unknown=unknown, **values)

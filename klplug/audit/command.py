@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from klplug.audit.alternatives import bears, together
-from klplug.audit.errors import AuditError
+from klplug.audit.errors import AuditError, NoCommand
 from klplug.audit.frameworks import Framework, configured_by, started_by
 from klplug.audit.report import Report, report
 from klplug.audit.settings import Launch
@@ -39,6 +39,7 @@ def audit(
     host: str | None = None,
     host_version: str | None = None,
     command: int = 1,
+    text: str | None = None,
 ) -> Report:
     """The report on a training command, which is read and never run.
 
@@ -49,6 +50,7 @@ def audit(
         host_version: the release whose defaults and rules hold. By default the installed one, or
             the newest known one that has all settings of the command.
         command: which of several training commands in a file, counted from 1.
+        text: what stands in the file, where somebody has read it already.
 
     Raises:
         AuditError: not a training command of any host, an unreadable file, an unknown release.
@@ -60,7 +62,7 @@ def audit(
     elsewhere: list[Framework | None] = []
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
-        text = _read(path)
+        text = read(path) if text is None else text
         if path.suffix in (".yaml", ".yml"):
             return _of_yaml(path, text, host, host_version)
         script = Script(text, path.parent)
@@ -91,7 +93,7 @@ def audit(
             f"{others[0]} is not audited: it has a trainer of its own; klplug audits {_accepted()}"
         )
     if not found:
-        raise AuditError(f"{name}: no training command; klplug audits {_accepted()}")
+        raise NoCommand(f"{name}: no training command; klplug audits {_accepted()}")
     if not 1 <= command <= len(found):
         raise AuditError(f"{name}: command {command} of {len(found)} does not exist")
     chosen, ways = found[command - 1]
@@ -101,7 +103,12 @@ def audit(
     return replace(done, command=command, commands=len(found))
 
 
-def _read(path: Path) -> str:
+def read(path: Path) -> str:
+    """The text of a script or a config file.
+
+    Raises:
+        AuditError: no file, or none with text.
+    """
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise AuditError(f"{path}: {path.stat().st_size} bytes are no training script")

@@ -3,3 +3,7 @@
 
 class AuditError(ValueError):
     """A file or command that can't be audited: names the thing, and what is accepted."""
+
+
+class NoCommand(AuditError):
+    """A file in which nothing starts a trainer that klplug audits."""

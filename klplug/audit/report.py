@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from klplug.audit import run as aspects
+from klplug.audit.edits import Change
 from klplug.audit.findings import SEVERITIES, Finding, findings
 from klplug.audit.run import Run
-from klplug.audit.settings import Settings
+from klplug.audit.settings import MAIN, Settings
 from klplug.audit.verdict import Verdict, equivalent, recommended, together, verdict
 from klplug.hosting.host import hosts
+from klplug.hosting.settings import Edit
 
 Interval = tuple[float, float]
 
@@ -61,6 +64,7 @@ class Report:
         instead: how to write that, a label and the settings each.
         after: the command's words once the first of these is taken; ``None`` where there is
             nothing to change, no command, or nothing that klplug serves.
+        edits: the same, word by word.
         findings: the gravest first.
         unknown: name of a field that is not known, to the reasons.
         line: where the command begins; ``None`` for a command line.
@@ -87,6 +91,7 @@ class Report:
     findings: tuple[Finding, ...]
     unknown: dict[str, tuple[str, ...]]
     after: tuple[str, ...] | None = None
+    edits: tuple[Change, ...] = ()
     line: int | None = None
     command: int = 1
     commands: int = 1
@@ -123,6 +128,7 @@ class Report:
             "recommended": self.recommended,
             "instead": [{"how": how, "write": write} for how, write in self.instead],
             "after": None if self.after is None else list(self.after),
+            "edits": [change.to_json() for change in self.edits],
             "findings": [finding.to_json() for finding in self.findings],
             "unknown": {name: list(reasons) for name, reasons in self.unknown.items()},
             "line": self.line,
@@ -173,6 +179,7 @@ def report(run: Run, settings: Settings) -> Report:
         target=None if "gradient" in unknown else _target(verdicts, values["gradient"]),
         instead=() if "recommended" in unknown else advice.ways,
         after=None if "recommended" in unknown else advice.after,
+        edits=() if "recommended" in unknown else advice.changes,
         findings=findings(run, verdicts),
         unknown=unknown,
         line=run.line,
@@ -204,6 +211,30 @@ class _Advice:
     kl_type: str
     ways: tuple[tuple[str, str], ...] = ()
     after: tuple[str, ...] | None = None
+    changes: tuple[Change, ...] = ()
+
+
+def _changes(edits: Sequence[Edit], settings: Settings) -> Iterator[Change]:
+    """The words that edits delete and add; those added stand behind the trainer."""
+    launch = settings.launch
+    if launch is None:
+        return
+    main = launch.words[launch.main]
+    end = None if main.span is None else (main.span[1], main.span[1])
+    for edit in edits:
+        typed = [_typed(word) for word in edit.words]
+        if edit.key == MAIN:
+            yield Change(main.line, main.text, " ".join(typed), main.span)
+            continue
+        for word in settings.spelled.get(edit.key, ()):
+            yield Change(word.line, word.text, None, word.span)
+        for text in typed:
+            yield Change(main.line, None, text, end)
+
+
+def _typed(word: str) -> str:
+    """A word as it is typed into a shell."""
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
 
 
 def _advice(run: Run, verdicts: Sequence[Verdict], settings: Settings) -> _Advice:
@@ -224,7 +255,8 @@ def _advice(run: Run, verdicts: Sequence[Verdict], settings: Settings) -> _Advic
         added = (word for edit in edits for word in edit.words)
         with_klplug = (own.how(edited), own.written(added))
         ways = (with_klplug, *own.without_klplug(kl_type, coef, settings))
-        return _Advice(kl_type, ways, settings.after(edits))
+        after = settings.after(edits)
+        return _Advice(kl_type, ways, after, tuple(_changes(edits, settings)))
     return _Advice(kl_type, tuple(own.without_klplug(kl_type, coef, settings)))
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+import glob
 import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console, Group
@@ -12,12 +16,17 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from klplug.audit import AuditError, Finding, Report
+import klplug
+from klplug.audit import RULES, AuditError, Finding, Report
 from klplug.audit import audit as report_on
+from klplug.audit.command import read
+from klplug.audit.edits import edited
+from klplug.audit.errors import NoCommand
 from klplug.cli.output import AsJson, console, print_json
 from klplug.cli.status import Status, Unreadable
 from klplug.hosting.host import hosts
 
+Format = Literal["text", "json", "github", "sarif"]
 FailOn = Literal["info", "warning", "error", "never"]
 
 _STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
@@ -48,11 +57,22 @@ def audit(
     arguments: Annotated[
         list[str],
         typer.Argument(
-            metavar="FILE | -- COMMAND...",
-            help="A shell script, a YAML config, or a command line after --. Nothing is run.",
+            metavar="FILE... | DIR... | - | -- COMMAND...",
+            help="Shell scripts, folders of them, YAML configs, - for standard input, or a command "
+            "line after --. Nothing is run.",
         ),
     ],
     as_json: AsJson = False,
+    form: Annotated[
+        Format, typer.Option("--format", help="text, json, github (annotations) or sarif.")
+    ] = "text",
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="The long form, with every number.")
+    ] = False,
+    diff: Annotated[
+        bool, typer.Option("--diff", help="Print the advice as a diff of the script.")
+    ] = False,
+    fix: Annotated[bool, typer.Option("--fix", help="Edit the script by the advice.")] = False,
     fail_on: Annotated[
         FailOn, typer.Option(help="The least severity that makes the exit status 1.")
     ] = "warning",
@@ -63,25 +83,255 @@ def audit(
         str | None, typer.Option(help="The host's release, where it is not the installed one.")
     ] = None,
     command: Annotated[
-        int, typer.Option(help="Which of several training commands in a file, from 1.")
-    ] = 1,
+        int | None, typer.Option(help="Only this one of the training commands in a file, from 1.")
+    ] = None,
 ) -> None:
     """Say what gradient the KL of a training command follows, how strongly, and what to change."""
-    source: str | list[str] = arguments
-    if len(arguments) == 1:
-        if not Path(arguments[0]).exists() and " " in arguments[0]:
-            raise Unreadable(f"{arguments[0]!r} is no file; a command goes after --, unquoted")
-        source = arguments[0]
-    try:
-        report = report_on(source, host=host, host_version=host_version, command=command)
-    except AuditError as error:
-        raise Unreadable(str(error)) from None
-    if as_json:
-        print_json(report.to_json())
+    options: dict[str, Any] = {"host": host, "host_version": host_version}
+    files = sources(arguments)
+    runs: list[tuple[str, Report]] = []
+    without = 0
+    status = Status.CLEAN
+    if files is None:
+        try:
+            runs = [("the command line", report_on(arguments, command=command or 1, **options))]
+        except AuditError as error:
+            raise Unreadable(str(error)) from None
+    for path in files or ():
+        try:
+            text = sys.stdin.read() if str(path) == "-" else read(path)
+            found = commands(path, text, command, options)
+            if diff or fix:
+                status = max(status, changed(path, text, found, fix, options))
+            runs += [(str(path), report) for report in found]
+        except AuditError as error:
+            if files is not None and len(files) == 1:
+                raise Unreadable(str(error)) from None
+            if isinstance(error, NoCommand):
+                without += 1
+                continue
+            status = Status.UNREADABLE
+            print(f"klplug: error: {error}", file=sys.stderr)
+    if not (diff or fix):
+        _print(runs, "json" if as_json else form, verbose)
+        if fail_on != "never" and any(report.fails(fail_on) for _, report in runs):
+            status = max(status, Status.FINDINGS)
+    if without:
+        print(f"{without} of {len(files or ())} files have no training command", file=sys.stderr)
+    if status:
+        raise typer.Exit(status)
+
+
+def sources(arguments: Sequence[str]) -> list[Path] | None:
+    """The files that arguments name, in order; ``None`` for the words of a command."""
+    if len(arguments) == 1 and not Path(arguments[0]).exists() and " " in arguments[0]:
+        raise Unreadable(f"{arguments[0]!r} is no file; a command goes after --, unquoted")
+    if len(arguments) > 1 and not all(map(_names_a_file, arguments)):
+        return None
+    found: list[Path] = []
+    for name in arguments:
+        path = Path(name)
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix in _SCRIPTS and p.is_file())
+            if not inside:
+                raise Unreadable(f"{name}: a folder without shell scripts")
+            found += inside
+        elif not path.exists() and set(name) & set("*?["):
+            matching = sorted(glob.glob(name, recursive=True))
+            if not matching:
+                raise Unreadable(f"{name}: no file has such a name")
+            found += map(Path, matching)
+        else:
+            found.append(path)
+    return list(dict.fromkeys(found))
+
+
+_SCRIPTS = (".sh", ".bash", ".slurm", ".sbatch")
+
+
+def _names_a_file(word: str) -> bool:
+    path = Path(word)
+    named = path.suffix in (*_SCRIPTS, ".yaml", ".yml") and not word.startswith("-")
+    return word == "-" or path.exists() or (named and "=" not in word)
+
+
+def commands(
+    path: Path, text: str, command: int | None, options: Mapping[str, Any]
+) -> list[Report]:
+    """The reports on every training command of a file, or on one of them."""
+    first = report_on(path, command=command or 1, text=text, **options)
+    more = range(2, first.commands + 1) if command is None else ()
+    return [first, *(report_on(path, command=n, text=text, **options) for n in more)]
+
+
+def changed(
+    path: Path, text: str, found: Sequence[Report], fix: bool, options: Mapping[str, Any]
+) -> Status:
+    """Prints what the advice makes of a script, or writes it; says why where it can't."""
+    status = Status.CLEAN
+    after = text
+    for asked in found:
+        if not asked.fails("warning"):
+            continue
+        try:
+            # Read again: what was edited above has moved it.
+            report = report_on(path, text=after, command=asked.command, **options)
+            if report.after is None or report.kl_type == report.recommended:
+                raise AuditError("klplug has no edit for this command")
+            tried = edited(after, report.edits)
+            _check(path, after, tried, report, options)
+            after = tried
+        except AuditError as error:
+            print(f"{path}:{asked.line}: not edited: {error}", file=sys.stderr)
+            status = Status.FINDINGS
+    if fix and after != text:
+        if str(path) == "-":
+            sys.stdout.write(after)
+        else:
+            # What was read has \n for \r\n; a file with the latter keeps it.
+            crlf = b"\r\n" in path.read_bytes()
+            path.write_bytes((after.replace("\n", "\r\n") if crlf else after).encode())
+    elif not fix:
+        names = (f"a/{path}", f"b/{path}")
+        before, now = text.splitlines(keepends=True), after.splitlines(keepends=True)
+        sys.stdout.writelines(difflib.unified_diff(before, now, *names))
+    return status
+
+
+def _check(path: Path, before: str, after: str, report: Report, options: Mapping[str, Any]) -> None:
+    """Raises an ``AuditError`` where an edit does not do what it should, and nothing else."""
+    for number in range(1, report.commands + 1):
+        was = report_on(path, text=before, command=number, **options)
+        now = report_on(path, text=after, command=number, **options)
+        if number != report.command:
+            if (now.kl_type, now.beta) != (was.kl_type, was.beta):
+                raise AuditError(f"it shares these words with the command on line {was.line}")
+        elif now.fails("warning"):
+            raise AuditError(f"{now.findings[0].id} would stay: {now.findings[0].message}")
+        elif now.kl_type != report.recommended:
+            raise AuditError(f"{report.recommended} would not be what the command says")
+
+
+def _print(runs: Sequence[tuple[str, Report]], form: Format, verbose: bool) -> None:
+    if form == "json":
+        documents = [report.to_json() for _, report in runs]
+        if len(runs) == 1:
+            print_json(documents[0])
+        else:
+            named = zip(runs, documents, strict=True)
+            print_json({"runs": [{"file": name, **document} for (name, _), document in named]})
+    elif form == "github":
+        for name, report in runs:
+            for finding in report.findings:
+                print(annotation(name, report, finding))
+    elif form == "sarif":
+        print_json(sarif(runs))
     else:
-        show(report, console(), source if isinstance(source, str) else "the command line")
-    if fail_on != "never" and report.fails(fail_on):
-        raise typer.Exit(Status.FINDINGS)
+        out = console()
+        for name, report in runs:
+            summary(report, out, name)
+            if verbose:
+                out.print()
+                show(report, out, name)
+
+
+def place(report: Report, name: str, line: int | None = None) -> str:
+    line = report.line if line is None else line
+    return name if line is None else f"{name}:{line}"
+
+
+def summary(report: Report, out: Console, name: str) -> None:
+    """The verdict and the edit in one line, then a line for each finding."""
+    out.print(Text(f"{place(report, name)}  {headline(report)}"), soft_wrap=True)
+    for finding in report.findings:
+        text = Text(f"{place(report, name, finding.line)}: ")
+        text.append(finding.id, style=_STYLES[finding.severity])
+        text.append(f" {finding.message}")
+        out.print(text, soft_wrap=True)
+
+
+def headline(report: Report) -> str:
+    """The verdict, and what to delete and to add."""
+    return " ".join([*_verdict(report), *_edit(report)])
+
+
+def _verdict(report: Report) -> Iterator[str]:
+    if report.gradient is None:
+        yield f"Gradient unknown: {report.unknown['gradient'][0]}."
+        return
+    if report.gradient == "none":
+        yield "No KL to a reference."
+        return
+    words = f"{report.kl_type or 'Several terms'}: {_SHORT[report.gradient]}"
+    updates = report.updates_per_rollout
+    if updates is not None and updates > 1 and report.corrected is not None:
+        words += f", {updates:g} updates {'corrected' if report.corrected else 'uncorrected'}"
+    yield f"{words}."
+
+
+_SHORT = {
+    "reverse": "gradient of the reverse KL",
+    "forward": "gradient of the forward KL",
+    "zero": "no gradient on average",
+    "neither": "gradient of neither KL",
+}
+
+
+def _edit(report: Report) -> Iterator[str]:
+    if report.kl_type == report.recommended or not report.fails("warning"):
+        return
+    gone = [change for change in report.edits if change.delete is not None]
+    come = [change.add for change in report.edits if change.add is not None]
+    if gone:
+        lines = {change.line for change in gone if change.line is not None}
+        where = f"Line {', '.join(map(str, sorted(lines)))}: delete" if lines else "Delete"
+        yield f"{where} {' '.join(str(change.delete) for change in gone)}; add {' '.join(come)}"
+    elif come:
+        yield f"Add {' '.join(come)}"
+    elif report.instead:
+        how, write = report.instead[0]
+        yield f"{how[0].upper()}{how[1:]}: {write}"
+
+
+_LEVELS = {"error": "error", "warning": "warning", "info": "notice"}
+
+
+def annotation(name: str, report: Report, finding: Finding) -> str:
+    """A finding as GitHub's runners show it beside the line."""
+    line = finding.line or report.line or 1
+    return (
+        f"::{_LEVELS[finding.severity]} file={name},line={line},title={finding.id}::"
+        f"{finding.message.replace('%', '%25')}"
+    )
+
+
+def sarif(runs: Sequence[tuple[str, Report]]) -> dict[str, Any]:
+    """The findings as one SARIF 2.1.0 document."""
+    results = [
+        {
+            "ruleId": finding.id,
+            "level": "note" if finding.severity == "info" else finding.severity,
+            "message": {"text": finding.message},
+            "locations": [
+                {
+                    "physicalLocation": {
+                        "artifactLocation": {"uri": Path(name).as_posix()},
+                        "region": {"startLine": finding.line or report.line or 1},
+                    }
+                }
+            ],
+        }
+        for name, report in runs
+        for finding in report.findings
+    ]
+    used = dict.fromkeys(str(result["ruleId"]) for result in results)
+    rules = [{"id": id, "shortDescription": {"text": RULES[id].title}} for id in used]
+    driver = {"name": "klplug audit", "version": klplug.__version__, "rules": rules}
+    return {
+        "$schema": "https://json.schemastore.org/sarif-2.1.0.json",
+        "version": "2.1.0",
+        "runs": [{"tool": {"driver": driver}, "results": results}],
+    }
 
 
 def show(report: Report, out: Console, name: str) -> None:

@@ -35,7 +35,9 @@ def _write(tmp_path: Path, text: str, name: str = "run.sh") -> Path:
 def test_a_command_line_and_a_script_have_one_report(tmp_path: Path) -> None:
     words = [*_VERL, *_LOSS]
     script = audit(_write(tmp_path, " ".join(words) + "\n"))
-    assert dataclasses.replace(audit(words), line=1) == dataclasses.replace(
+    said = [(change.delete, change.add) for change in script.edits]
+    assert said == [(change.delete, change.add) for change in audit(words).edits]
+    assert dataclasses.replace(audit(words), line=1, edits=script.edits) == dataclasses.replace(
         script, findings=tuple(dataclasses.replace(f, line=None) for f in script.findings)
     )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from klplug.audit import audit
 from tests.audit.verdicts import SCRIPTS
@@ -15,10 +17,10 @@ COMMAND = ["python", "-m", "verl.trainer.main_ppo", "actor_rollout_ref.actor.use
 
 
 def test_statuses_and_text(klplug_command: Klplug) -> None:
-    clean = klplug_command("audit", SCRIPTS / "verl-rloo.sh")
+    clean = klplug_command("audit", "-v", SCRIPTS / "verl-rloo.sh")
     assert (clean.status, clean.err) == (0, "")
     assert "reverse KL" in clean.out and "No findings." in clean.out
-    found = klplug_command("audit", SCRIPTS / "verl-grpo.sh")
+    found = klplug_command("audit", "--verbose", SCRIPTS / "verl-grpo.sh")
     assert found.status == 1
     for words in ("forward KL", "log(pi/ref) below -2.61", "line 19", "+klplug.kl_type=k2_as_loss"):
         assert words in found.out
@@ -47,13 +49,13 @@ def test_a_command_line_that_was_quoted(klplug_command: Klplug) -> None:
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted(SCRIPTS.glob("*.sh"))])
 def test_every_report_can_be_shown(klplug_command: Klplug, name: str) -> None:
-    out = klplug_command("audit", SCRIPTS / f"{name}.sh").out
+    out = klplug_command("audit", "-v", SCRIPTS / f"{name}.sh").out
     assert "gradient" in out and "updates" in out
     assert not any(word in out for word in ("None", "nan", "{"))
 
 
 def test_a_default_is_called_one(klplug_command: Klplug) -> None:
-    out = klplug_command("audit", "--", *COMMAND).out
+    out = klplug_command("audit", "-v", "--", *COMMAND).out
     assert "the default actor_rollout_ref.actor.kl_loss_type=low_var_kl" in out
     assert "the default actor_rollout_ref.actor.use_kl_loss" not in out
 
@@ -61,16 +63,215 @@ def test_a_default_is_called_one(klplug_command: Klplug) -> None:
 def test_what_is_unknown_is_shown(klplug_command: Klplug, tmp_path: Path) -> None:
     script = tmp_path / "run.sh"
     script.write_text(" ".join(COMMAND) + " actor_rollout_ref.actor.kl_loss_type=$KL\n")
-    out = klplug_command("audit", script).out
+    assert "Gradient unknown: $KL is not set" in klplug_command("audit", script).out
+    out = klplug_command("audit", "-v", script).out
     assert "gradient      unknown: $KL is not set in the script" in out
 
 
+@pytest.mark.parametrize("options", [[], ["-v"]], ids=["short", "long"])
 def test_docs_show_what_the_command_prints(
-    klplug_command: Klplug, monkeypatch: pytest.MonkeyPatch
+    klplug_command: Klplug, monkeypatch: pytest.MonkeyPatch, options: list[str]
 ) -> None:
     root = SCRIPTS.parents[2]
     monkeypatch.chdir(root)
     monkeypatch.setenv("COLUMNS", "100")
-    out = klplug_command("audit", "tests/audit/scripts/verl-grpo.sh").out
+    out = klplug_command("audit", *options, "tests/audit/scripts/verl-grpo.sh").out
     printed = "\n".join(line.rstrip() for line in out.splitlines())
     assert printed in (root / "docs" / "audit.md").read_text()
+
+
+# As a linter.
+
+GOOD = "python -m verl.trainer.main_ppo +klplug.kl_type=k2_as_loss +klplug.kl_coef=0.1 "
+GOOD += "actor_rollout_ref.rollout.n=8 algorithm.adv_estimator=grpo"
+_A = "actor_rollout_ref.actor"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One script of each kind."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "good.sh").write_text(f"{GOOD}\n")
+    (tmp_path / "sub" / "bad.sh").write_text(f"# k3\n{' '.join(COMMAND)} \\\n {_A}.ppo_epochs=2\n")
+    (tmp_path / "sub" / "none.sh").write_text("echo nothing\n")
+    (tmp_path / "sub" / "data.txt").write_text("no script\n")
+    return tmp_path
+
+
+def test_the_first_line_is_verdict_and_edit(klplug_command: Klplug, folder: Path) -> None:
+    lines = klplug_command("audit", "sub/bad.sh").out.splitlines()
+    assert lines[0].startswith("sub/bad.sh:2  k3_as_loss,ratio=none: gradient of the forward KL, ")
+    assert f"Line 2: delete {_A}.use_kl_loss=True; add +klplug.kl_type=k2_as_loss" in lines[0]
+    assert lines[1].startswith("sub/bad.sh:2: forward-kl k3 as a loss follows")
+    assert any(line.startswith("sub/bad.sh:3: off-policy-uncorrected") for line in lines)
+    assert len(lines) == len({line.split(" ", 2)[1] for line in lines[1:]}) + 1  # said once each
+
+
+@pytest.mark.parametrize(
+    ("arguments", "judged", "status"),
+    [
+        (["good.sh", "sub/bad.sh"], 2, 1),
+        (["."], 2, 1),
+        (["good.sh", "sub/none.sh"], 1, 0),
+        (["sub/*.sh"], 1, 1),
+        (["**/good.sh"], 1, 0),
+        (["good.sh", "nowhere.sh", "sub/bad.sh"], 2, 2),
+    ],
+)
+def test_many_files(
+    klplug_command: Klplug, folder: Path, arguments: list[str], judged: int, status: int
+) -> None:
+    done = klplug_command("audit", *arguments)
+    assert done.status == status
+    assert sum("  " in line for line in done.out.splitlines()) == judged
+    passed = 1 if any(a in (".", "sub/*.sh", "sub/none.sh") for a in arguments) else 0
+    assert ("have no training command" in done.err) == bool(passed)
+    assert ("nowhere.sh: No such file" in done.err) == (status == 2)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("sub/none.sh", "no training command"),
+        ("empty", "a folder without shell scripts"),
+        ("*.zsh", "no file has such a name"),
+    ],
+)
+def test_alone_what_cannot_be_read_is_an_error(
+    klplug_command: Klplug, folder: Path, argument: str, words: str
+) -> None:
+    (folder / "empty").mkdir()
+    done = klplug_command("audit", argument)
+    assert (done.status, done.out) == (2, "") and words in done.err
+
+
+def test_standard_input(
+    klplug_command: Klplug, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{' '.join(COMMAND)}\n"))
+    done = klplug_command("audit", "-")
+    assert done.status == 1 and done.out.startswith("-:1  k3_as_loss")
+
+
+def test_every_command_of_a_file_is_judged(klplug_command: Klplug, folder: Path) -> None:
+    (folder / "two.sh").write_text(f"{GOOD}\n{' '.join(COMMAND)}\n")
+    both = klplug_command("audit", "--json", "two.sh")
+    runs = json.loads(both.out)["runs"]
+    assert both.status == 1
+    assert [(run["file"], run["line"], run["gradient"]) for run in runs] == [
+        ("two.sh", 1, "reverse"),
+        ("two.sh", 2, "forward"),
+    ]
+    assert klplug_command("audit", "--command", "1", "two.sh").status == 0
+
+
+def test_annotations_for_github(klplug_command: Klplug, folder: Path) -> None:
+    out = klplug_command("audit", "--format", "github", "sub/bad.sh").out
+    assert out.startswith("::warning file=sub/bad.sh,line=2,title=forward-kl::k3 as a loss")
+
+
+def test_sarif(klplug_command: Klplug, folder: Path) -> None:
+    document = json.loads(klplug_command("audit", "--format", "sarif", ".").out)
+    (run,) = document["runs"]
+    assert document["version"] == "2.1.0"
+    first = next(r for r in run["results"] if r["ruleId"] == "forward-kl")
+    assert first["level"] == "warning"
+    place = first["locations"][0]["physicalLocation"]
+    assert place["artifactLocation"]["uri"] == "sub/bad.sh" and place["region"]["startLine"] == 2
+    used = {result["ruleId"] for result in run["results"]}
+    assert used == {rule["id"] for rule in run["tool"]["driver"]["rules"]}
+
+
+# The edit of the script.
+
+ARRAY = f"""#!/bin/bash
+# caf\u00e9
+KL=(
+  {_A}.use_kl_loss=True   # on
+  {_A}.kl_loss_type=low_var_kl
+)
+python -m verl.trainer.main_ppo \\
+  algorithm.adv_estimator=grpo "${{KL[@]}}" \\
+\tactor_rollout_ref.rollout.n=8 \\
+  {_A}.kl_loss_coef=0.01
+echo done
+"""
+AFTER = """#!/bin/bash
+# caf\u00e9
+KL=(
+     # on
+)
+python -m verl.trainer.main_ppo +klplug.kl_type=k2_as_loss +klplug.kl_coef=0.01 \\
+  algorithm.adv_estimator=grpo "${KL[@]}" \\
+\tactor_rollout_ref.rollout.n=8
+echo done
+"""
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_fix_edits_those_words_and_no_others(
+    klplug_command: Klplug, tmp_path: Path, ending: str
+) -> None:
+    script = tmp_path / "train.sh"
+    script.write_bytes(ARRAY.replace("\n", ending).encode())
+    shown = klplug_command("audit", "--diff", script)
+    assert script.read_bytes() == ARRAY.replace("\n", ending).encode()
+    assert shown.status == 0 and shown.out.startswith(f"--- a/{script}\n+++ b/{script}\n")
+    assert f"\n-  {_A}.kl_loss_coef=0.01\n" in shown.out
+    assert klplug_command("audit", "--fix", script).status == 0
+    kept = script.read_bytes().decode().replace(ending, "\n")
+    assert [line.split() for line in kept.splitlines()] == [
+        line.split() for line in AFTER.splitlines()
+    ]
+    assert klplug_command("audit", script).status == 0
+    # Nothing is left to do.
+    assert klplug_command("audit", "--diff", script).out == ""
+
+
+@pytest.mark.parametrize("name", ["openrlhf-gspo", "verl-dr-grpo", "verl-rloo-both-k3"])
+def test_what_is_fixed_is_clean(klplug_command: Klplug, tmp_path: Path, name: str) -> None:
+    script = tmp_path / "train.sh"
+    script.write_bytes((SCRIPTS / f"{name}.sh").read_bytes())
+    before = audit(script)
+    assert klplug_command("audit", "--fix", script).status == 0
+    after = audit(script)
+    assert after.kl_type == before.recommended and not after.fails("warning")
+    assert after.beta == before.terms[0].beta
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("verl-grpo", "line 18: actor_rollout_ref.actor.kl_loss_coef=0.001 does not stand"),
+        ("verl-gspo", "rollout-mismatch would stay"),
+        ("verl-reinforce-plus-plus", "klplug has no edit for this command"),
+    ],
+)
+def test_what_cannot_be_fixed_has_a_reason(
+    klplug_command: Klplug, tmp_path: Path, name: str, words: str
+) -> None:
+    script = tmp_path / "train.sh"
+    text = (SCRIPTS / f"{name}.sh").read_bytes()
+    script.write_bytes(text)
+    done = klplug_command("audit", "--fix", script)
+    assert done.status == 1 and words in done.err
+    assert script.read_bytes() == text
+
+
+def test_words_that_two_commands_share_stay(klplug_command: Klplug, tmp_path: Path) -> None:
+    script = tmp_path / "train.sh"
+    train = 'python -m verl.trainer.main_ppo "${KL[@]}"'
+    text = f"KL=({_A}.use_kl_loss=True)\n{train}\n{train} {_A}.kl_loss_coef=0.1\n"
+    script.write_text(text)
+    done = klplug_command("audit", "--fix", script)
+    assert done.status == 1 and "shares these words with the command on line 3" in done.err
+    assert script.read_text() == text
+
+
+def test_the_hook_of_pre_commit_is_a_command_that_there_is(klplug_command: Klplug) -> None:
+    (hook,) = yaml.safe_load((SCRIPTS.parents[2] / ".pre-commit-hooks.yaml").read_text())
+    program, *arguments = hook["entry"].split()
+    assert program == "klplug"
+    done = klplug_command(*arguments, SCRIPTS / "verl-rloo.sh", SCRIPTS / "verl-remax.sh")
+    assert done.status == 0

@@ -1,0 +1,92 @@
+"""The advice of a report as an edit of the script: the rest of the file stays byte for byte."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from klplug.audit.errors import AuditError
+
+
+@dataclass(frozen=True)
+class Change:
+    """One word of a command: deleted, added, or replaced.
+
+    Attributes:
+        line: where it stands; ``None`` for a command line.
+        delete: the word that goes.
+        add: the word that comes, as it is typed into a shell.
+        span: from where to where the script's text is replaced; ``None`` where the word does not
+            stand there as such.
+    """
+
+    line: int | None
+    delete: str | None = None
+    add: str | None = None
+    span: tuple[int, int] | None = None
+
+    def to_json(self) -> dict[str, int | str | None]:
+        return {"line": self.line, "delete": self.delete, "add": self.add}
+
+
+def edited(text: str, changes: Iterable[Change]) -> str:
+    """A script once its words are changed.
+
+    Raises:
+        AuditError: a word that does not stand literally in the script.
+    """
+    placed = [(_place(text, change), change) for change in changes]
+    # From the end, so that places before stay; of two at one place the last is put in first.
+    order = sorted(enumerate(placed), key=lambda row: (row[1][0], row[0]), reverse=True)
+    for _, (span, change) in order:
+        if change.delete is None:
+            text = f"{text[: span[1]]} {change.add}{text[span[1] :]}"
+        elif change.add is not None:
+            text = text[: span[0]] + change.add + text[span[1] :]
+        else:
+            text = _without(text, *span)
+    return text
+
+
+def _place(text: str, change: Change) -> tuple[int, int]:
+    """Where a word stands: at its span, or, an element of an array, alone of its kind on its line.
+
+    Raises:
+        AuditError: it is put together there from other words.
+    """
+    if change.span is not None and (
+        change.delete is None or _bare(text[slice(*change.span)]) == _bare(change.delete)
+    ):
+        return change.span
+    lines = text.splitlines(keepends=True)
+    if change.delete is not None and change.line is not None and change.line <= len(lines):
+        word = rf"(?<![^\s(])(['\"]?){re.escape(change.delete)}\1(?![^\s)])"
+        found = list(re.finditer(word, lines[change.line - 1]))
+        if len(found) == 1:
+            start = sum(map(len, lines[: change.line - 1]))
+            return start + found[0].start(), start + found[0].end()
+    where = "" if change.line is None else f"line {change.line}: "
+    what = change.delete or "the trainer"
+    raise AuditError(f"{where}{what} does not stand literally in the command, or its array")
+
+
+def _bare(word: str) -> str:
+    return word.replace('"', "").replace("'", "").replace("\\", "")
+
+
+def _without(text: str, start: int, end: int) -> str:
+    """The text without a word, and without its line where nothing else stands on that."""
+    begin = text.rfind("\n", 0, start) + 1
+    stop = text.find("\n", end)
+    stop = len(text) if stop < 0 else stop
+    rest = text[end:stop].strip()
+    if text[begin:start].strip() or rest not in ("", "\\"):
+        while start > begin and text[start - 1] in " \t":
+            start -= 1
+        return text[:start] + text[end:]
+    before = text[: max(begin - 1, 0)]
+    if not rest and before.endswith("\\"):
+        # The last word of a command: the line above it ends the command now.
+        return before[:-1].rstrip(" \t") + text[stop:]
+    return text[:begin] + text[stop + 1 :]
