@@ -23,11 +23,11 @@ def disagreement(read: Sequence[Command], ran: Sequence[tuple[str, ...]]) -> str
     """Where what was read is not what ran, if there is no run that was read and is the real one."""
     commands = [c for c in read if c.reached and c.words[0].text == "run"]
     ways = [command.alternatives() for command in commands]
-    for words in (words for way in ways for words in way):
-        if any(why.startswith(_TOO_MUCH) for word in words for why in word.unknown):
-            return TOO_MANY
-        if any(word.unknown for word in words):
-            return f"unknown: {[w for w in words if w.unknown]}"
+    unknown = [word for way in ways for words in way for word in words if word.unknown]
+    if any(why.startswith(_TOO_MUCH) for word in unknown for why in word.unknown):
+        return TOO_MANY
+    if unknown:
+        return f"unknown: {unknown}"
     texts = [{tuple(word.text for word in words) for words in way} for way in ways]
     # How many of bash's commands may have been met, after each that was read.
     met = {0}

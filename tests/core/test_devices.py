@@ -37,11 +37,16 @@ def tensors(dtype: torch.dtype, device: str) -> dict[str, Tensor]:
 
 
 def gradient(kl_type: str, given: dict[str, Tensor]) -> Tensor:
+    leaves = [given["log_probs"]]
+    if "vocab=exact" in kl_type:  # comes from hidden states, and has a gradient of its own
+        work = torch.promote_types(leaves[0].dtype, torch.float32)
+        leaves.append((leaves[0].detach().to(work) - given["ref_log_probs"]).square())
+        given = given | {"exact_kl": leaves[-1].requires_grad_()}
     term = kl_term(kl_type, **given, kl_coef=0.5, clip_range=0.2)
     if all(part.placement == "in_reward" for part in parse(kl_type).terms):
         return reward_to_go(term.coefficient)
-    (found,) = torch.autograd.grad(term.loss.sum(), given["log_probs"])
-    return found
+    found = torch.autograd.grad(term.loss.sum(), leaves, materialize_grads=True)
+    return torch.stack([tensor.double() for tensor in found])
 
 
 @pytest.mark.parametrize("device", DEVICES)

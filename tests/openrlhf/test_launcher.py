@@ -114,6 +114,7 @@ UNSERVED: list[tuple[str, tuple[str, ...], list[str]]] = [
         ("k2_as_loss,head=combined", ("--actor.policy_loss_type", "gspo"),
          ["--actor.policy_loss_type gspo", "head=separate"]),
         ("k2_as_loss,head=clipped", ("--actor.policy_loss_type", "gspo"), ["head=clipped"]),
+        ("exact_as_loss", (), ["vocab=exact", "klplug.exact_kl", "'k2_as_loss'"]),
         ("k2_as_loss,reference=rollout", ("--vllm.num_engines", "0"), ["reference=ref"]),
         (
             "k2_as_loss,reference=rollout",

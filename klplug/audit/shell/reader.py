@@ -535,7 +535,7 @@ class Reader:
                 piece.unknown or (not piece.quoted and re.search(r"[*?]", piece.text))
                 for piece in element
             ):
-                why = f"${loop.name} is a loop variable (line {loop.line})"
+                why = _reason(element, f"${loop.name} is a loop variable (line {loop.line})")
                 element = (Piece(f"${loop.name}", loop.line, unknown=why),)
             self._set(loop.name, Scalar(_plain(element)))
             if not self._round(lambda: self.run(loop.body)):
@@ -1047,7 +1047,9 @@ class Reader:
 
     def _length(self, pieces: Flat, part: syntax.Parameter) -> Value:
         found = conditions.known(pieces)
-        return _not_computed(part) if found is None else (Piece(str(len(found[0])), part.line),)
+        if found is None:
+            return _not_computed(part, pieces)
+        return (Piece(str(len(found[0])), part.line),)
 
     def _looked_up(self, part: syntax.Parameter) -> Value:
         name = part.name
@@ -1225,7 +1227,7 @@ class Reader:
     def _substring(self, pieces: Flat, part: syntax.Parameter) -> Value:
         found, bounds = conditions.known(pieces), self._bounds(part)
         if found is None or bounds is None:
-            return _not_computed(part)
+            return _not_computed(part, pieces)
         start, count = bounds
         whole = found[0]
         start = start if start >= 0 else len(whole) + start
@@ -1241,7 +1243,7 @@ class Reader:
         assert part.argument is not None
         pattern_pieces = self._scalar(part.argument)
         if found is None or decisions(pattern_pieces) or action == "@":
-            return _not_computed(part)
+            return _not_computed(part, pieces)
         if any(p.unknown for p in flat(pattern_pieces)):
             return _not_computed(part)
         pattern = tuple((p.text, p.quoted) for p in flat(pattern_pieces))
@@ -1850,8 +1852,17 @@ def _output(program: str) -> Piece:
     return Piece("", unknown=f"what {program} writes is not known")
 
 
-def _not_computed(part: syntax.Parameter) -> Value:
-    why = f"{part.written} is worked out from what is not known"
+_TOO_MUCH = ("it hangs on", "too much", "it is too long")
+
+
+def _reason(pieces: Flat, otherwise: str) -> str:
+    """Why it is not known: where too much hangs on it, that, whatever is made of it."""
+    reasons = (piece.unknown or "" for piece in pieces)
+    return next((reason for reason in reasons if reason.startswith(_TOO_MUCH)), otherwise)
+
+
+def _not_computed(part: syntax.Parameter, of: Flat = ()) -> Value:
+    why = _reason(of, f"{part.written} is worked out from what is not known")
     return (Piece(part.written, part.line, unknown=why),)
 
 
