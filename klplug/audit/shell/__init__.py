@@ -1,10 +1,13 @@
 """Shell scripts, read as bash would read them; none of it is run.
 
-``parser`` finds the statements, ``reader`` walks them and expands words, ``values`` has what a
-variable may hold where a condition is not decided.
+``parser`` finds the statements (``syntax``), and ``reader`` walks each of them, in a ``Shell``
+(``state``): ``expansion`` of words, with ``braces``, ``patterns`` and ``arithmetic``;
+``assignment``; ``flow``, with ``conditions``, and ``branches`` where one is not decided;
+``builtins``; ``scripts`` in scripts. ``values`` has what a variable may hold, ``command`` what is
+found, and ``script`` is the way in.
 """
 
-from klplug.audit.shell.reader import Command
+from klplug.audit.shell.command import Command
 from klplug.audit.shell.script import Cut, Script
 from klplug.audit.shell.values import Word
 

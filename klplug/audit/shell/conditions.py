@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from klplug.audit.shell.patterns import regex
-from klplug.audit.shell.values import Flat, text
+from klplug.audit.shell.values import Flat, Piece, Value, text
 
 _INTEGER = re.compile(r"\s*[+-]?\d+\s*")
 _COMPARED: dict[str, Callable[[int, int], bool]] = {
@@ -145,3 +145,10 @@ def test(words: Sequence[Flat], is_set: Callable[[str], Holds]) -> Holds:
             if texts[at] == connective:
                 return joined(test(words[:at], is_set), test(words[at + 1 :], is_set))
     return Holds(False)
+
+
+def as_status(holds: Holds, line: int = 0) -> Value:
+    """What ``$?`` holds then."""
+    if holds.value is None:
+        return (Piece("", line, unknown="whether it holds is not known"),)
+    return (Piece(str(int(not holds.value)), line, soft=holds.soft),)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from klplug.audit.shell.syntax import (
+    DECLARING,
     AndOr,
     Arithmetic,
     ArithmeticCommand,
@@ -54,7 +55,6 @@ _REDIRECT = re.compile(r"(\d+|\{\w+\})?(<<<|<<-|<<|<&|<>|<|>>|>&|>\||>|&>>|&>)")
 _PLACEHOLDER = re.compile(r"<[A-Za-z][^<>\n|&;()]*(?<=\S)>(?=[\s\"'/\\.,:;|&)_-]|$)")
 _ASSIGNS = re.compile(r"([A-Za-z_]\w*)(\[|\+?=)")
 _TESTS = re.compile(r"(==|=~|=|!=|<|>|-(?:eq|ne|lt|le|gt|ge|nt|ot|ef))(?=[\s(\"'$])")
-_DECLARES = ("export", "declare", "typeset", "local", "readonly")
 
 
 class SyntaxProblem(Exception):
@@ -434,7 +434,7 @@ class Parser:
                 self._newlines()
                 return Function(name, self._command())
             declares = (
-                bool(words) and isinstance(words[0], Text) and (words[0].literal() in _DECLARES)
+                bool(words) and isinstance(words[0], Text) and (words[0].literal() in DECLARING)
             )
             if (not words or declares) and (assignment := self._assignment()) is not None:
                 (words if words else assignments).append(assignment)

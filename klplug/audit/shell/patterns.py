@@ -13,20 +13,18 @@ _CLASSES = {
 
 
 @cache
-def regex(pattern: tuple[tuple[str, bool], ...], greedy: bool = True) -> re.Pattern[str]:
+def regex(pattern: tuple[tuple[str, bool], ...]) -> re.Pattern[str]:
     """A pattern's regular expression; stretches that are quoted mean themselves.
 
     Args:
         pattern: (text, quoted), in order.
-        greedy: ``*`` takes as much as it can.
     """
-    star = ".*" if greedy else ".*?"
     text = "".join(part for part, _ in pattern)
     quoted = [mark for part, mark in pattern for _ in part]
-    return re.compile(_translated(text, quoted, star), re.DOTALL)
+    return re.compile(_translated(text, quoted), re.DOTALL)
 
 
-def _translated(text: str, quoted: list[bool], star: str) -> str:
+def _translated(text: str, quoted: list[bool]) -> str:
     out: list[str] = []
     groups: list[str] = []
     at = 0
@@ -42,9 +40,9 @@ def _translated(text: str, quoted: list[bool], star: str) -> str:
             out.append("|")
         elif here == ")" and groups:
             kind = groups.pop()
-            out.append({"@": ")", "!": f"){star}"}.get(kind, f"){kind}"))
+            out.append({"@": ")", "!": ").*"}.get(kind, f"){kind}"))
         elif here == "*":
-            out.append(star)
+            out.append(".*")
         elif here == "?":
             out.append(".")
         elif here == "[" and (bracket := _bracket(text, at)) is not None:
@@ -64,7 +62,7 @@ def _bracket(text: str, at: int) -> tuple[str, int] | None:
     match = re.compile(r"\[([!^]?)(\]?(?:\[:\w+:\]|[^\]])*)\]").match(text, at)
     if match is None or not match[2]:
         return None
-    inner = re.sub(r"([\\\[&~|])(?!:\w+:\])", r"\\\1", match[2].replace("]", "", 0))
+    inner = re.sub(r"([\\\[&~|])(?!:\w+:\])", r"\\\1", match[2])
     inner = re.sub(r"\\?\[:(\w+):\]", lambda m: _CLASSES.get(m[1], m[1]), inner)
     if inner.startswith("]"):
         inner = "\\" + inner
@@ -73,3 +71,15 @@ def _bracket(text: str, at: int) -> tuple[str, int] | None:
     except re.error:
         return None
     return f"[{'^' if match[1] else ''}{inner}]", match.end()
+
+
+def without(whole: str, pattern: tuple[tuple[str, bool], ...], action: str) -> str:
+    """``${X#pattern}`` and its kin: the shortest or the longest match taken off."""
+    compiled = regex(pattern)
+    lengths = range(len(whole) + 1)
+    longest = len(action) == 2
+    for length in reversed(lengths) if longest else lengths:
+        part = whole[:length] if action[0] == "#" else whole[len(whole) - length :]
+        if compiled.fullmatch(part):
+            return whole[length:] if action[0] == "#" else whole[: len(whole) - length]
+    return whole

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+# Builtins whose arguments are assignments.
+DECLARING = ("export", "declare", "typeset", "local", "readonly")
+
 
 @dataclass(frozen=True)
 class Literal:

@@ -73,9 +73,16 @@ class Choice:
 Value: TypeAlias = "tuple[Piece | Choice, ...]"
 Flat: TypeAlias = "tuple[Piece, ...]"
 END = Piece("", end=True)
+# What is known not to be there.
+NOTHING: Value = (Piece("", unset=True),)
+DEFAULT_IFS = " \t\n"
 
 # Bound on the runs that one value is worked out for.
 MOST_RUNS = 64
+# Bounds on what a variable keeps.
+_MAX_PIECES = 64
+_MAX_TEXT = 20_000
+_TOO_MUCH = ("it hangs on", "too much", "it is too long")
 
 
 def decisions(*values: Value) -> dict[Decision, None]:
@@ -203,6 +210,12 @@ def why_unknown(pieces: Flat) -> tuple[str, ...]:
     return tuple(dict.fromkeys(piece.unknown for piece in pieces if piece.unknown))
 
 
+def reason(pieces: Flat, otherwise: str) -> str:
+    """Why it is not known: where too much hangs on it, that, whatever is made of it."""
+    reasons = (piece.unknown or "" for piece in pieces)
+    return next((why for why in reasons if why.startswith(_TOO_MUCH)), otherwise)
+
+
 def elements(pieces: Flat) -> list[Flat]:
     """An array's elements."""
     result: list[Flat] = []
@@ -220,7 +233,7 @@ def array(items: Sequence[Value]) -> Value:
     return tuple(piece for item in items for piece in (*item, END))
 
 
-def fields(pieces: Flat, ifs: str = " \t\n") -> Iterator[Flat]:
+def fields(pieces: Flat, ifs: str = DEFAULT_IFS) -> Iterator[Flat]:
     """Field splitting: what one written word becomes."""
     current: list[Piece] = []
     exists = False
@@ -278,3 +291,62 @@ def word(pieces: Flat) -> Word:
         why_unknown(pieces),
         spans.pop() if len(spans) == 1 else None,
     )
+
+
+def joined(items: Sequence[Flat], between: str, line: int) -> Flat:
+    """One text of an array's elements."""
+    made: list[Piece] = []
+    for number, item in enumerate(items):
+        if number:
+            made.append(Piece(between, line))
+        made += item
+    return tuple(made)
+
+
+def output(program: str) -> Piece:
+    """What a program writes: without text of its own, until it is known where it is put."""
+    return Piece("", unknown=f"what {program} writes is not known")
+
+
+def as_array(items: Sequence[Flat] | Iterator[Flat]) -> Value:
+    return array(
+        [tuple(replace(p, splits=False, quoted=False) for p in item) or (Piece(""),)
+         for item in items]
+    )  # fmt: skip
+
+
+def plain_value(value: Value) -> Value:
+    """What a variable keeps: nothing of how it was written."""
+    if len(value) > _MAX_PIECES:
+        value = _compact(value)
+    if sum(len(piece.text) for piece in value if isinstance(piece, Piece)) > _MAX_TEXT:
+        return (Piece("", unknown="it is too long to be read"),)
+    return tuple(
+        Choice(p.decision, tuple(plain_value(option) for option in p.options))
+        if isinstance(p, Choice)
+        else replace(p, splits=False, quoted=False, span=None)
+        for p in value
+        if not (isinstance(p, Piece) and not (p.text or p.unknown or p.soft or p.unset))
+    )
+
+
+def _compact(value: Value) -> Value:
+    """Neighbours on one line, as one piece."""
+    made: list[Piece | Choice] = []
+    for piece in value:
+        last = made[-1] if made else None
+        if (
+            isinstance(piece, Piece)
+            and isinstance(last, Piece)
+            and not (piece.unknown or last.unknown or piece.end or last.end)
+            and (piece.line, piece.soft, piece.unset) == (last.line, last.soft, last.unset)
+        ):
+            made[-1] = replace(last, text=last.text + piece.text)
+        else:
+            made.append(piece)
+    return tuple(made)
+
+
+def element_at(pieces: Flat, at: int) -> Value | None:
+    items = elements(pieces)
+    return items[at] if -len(items) <= at < len(items) else None

@@ -1,0 +1,336 @@
+"""Control flow: lists, pipelines, redirections, ``case``, loops and ``[[ ]]``.
+
+A loop whose rounds are known is walked round by round; of another, what it sets is not known.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from klplug.audit.shell import conditions, syntax
+from klplug.audit.shell.arithmetic import NotKnown, Reckoning
+from klplug.audit.shell.branches import branch, fork, leaves_of, rejoin, split_on
+from klplug.audit.shell.conditions import UNKNOWN, Holds, as_status
+from klplug.audit.shell.expansion import as_elements, scalar, value_of
+from klplug.audit.shell.state import MAX_LISTS, MAX_ROUNDS, Changes, Listed, Scalar, Shell
+from klplug.audit.shell.values import (
+    Flat,
+    Piece,
+    Value,
+    array,
+    decided,
+    decisions,
+    elements,
+    flat,
+    lifted,
+    number_of_runs,
+    output,
+    reason,
+    usual,
+)
+
+
+def walk_and_or(shell: Shell, chain: syntax.AndOr) -> None:
+    shell.run(chain.first)
+    for operator, statement in chain.rest:
+        if shell.flow:
+            return
+        status = shell.last_status()
+        line = status[0].line if status and isinstance(status[0], Piece) else 0
+        piece = status[0] if len(status) == 1 else None
+        if isinstance(piece, Piece) and piece.unknown and piece.text == "0":
+            # A program that is run to do something is taken to do it.
+            if operator == "&&":
+                shell.run(statement)
+            else:
+                shell.unreached += 1
+                shell.trial(_chained(shell, statement, operator)[0])
+                shell.unreached -= 1
+            continue
+        walk, stay = _chained(shell, statement, operator)
+        if operator == "&&":
+            branch(shell, status, walk, stay, line)
+        else:
+            branch(shell, status, stay, walk, line)
+
+
+def _chained(
+    shell: Shell, statement: syntax.Statement, operator: str
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    return lambda: shell.run(statement), lambda: shell.ends(Holds(operator == "||"))
+
+
+def walk_pipeline(shell: Shell, pipeline: syntax.Pipeline) -> None:
+    if len(pipeline.items) == 1:
+        shell.run(pipeline.items[0])
+        if pipeline.negated and not shell.flow:
+            shell.set("?", Scalar(lifted(_negated, shell.last_status())))
+        return
+    *others, last = pipeline.items
+    for item in others:
+        shell.silent += 1
+        walk_subshell(shell, lambda: shell.run(item))  # noqa: B023
+        shell.silent -= 1
+    shell.inputs.append((output("a pipe"),))
+    walk_subshell(shell, lambda: shell.run(last))
+    shell.inputs.pop()
+    shell.program_ends()
+
+
+def walk_subshell(shell: Shell, walk: Callable[[], None]) -> None:
+    """Nothing that a subshell sets outlives it, but what it writes and how it ends."""
+    changes, _ = shell.trial(walk)
+    shell.apply({name: changes[name] for name in ("1>", "?") if name in changes})
+
+
+def walk_redirected(
+    shell: Shell,
+    redirects: Sequence[syntax.Redirect],
+    given: Value | None,
+    walk: Callable[[], None],
+) -> None:
+    """A walk whose input is ``given``, where it is known that something is."""
+    silent = sum(1 for r in redirects if re.fullmatch(r"1?(>>?|>\||>&|&>>?)", r.operator))
+    shell.silent += silent
+    if given is not None:
+        shell.inputs.append(given)
+    walk()
+    if given is not None:
+        shell.inputs.pop()
+    shell.silent -= silent
+
+
+def given_input(shell: Shell, redirects: Sequence[syntax.Redirect]) -> Value | None:
+    for redirect in reversed(redirects):
+        if redirect.document is not None:
+            body = redirect.document.body
+            return () if body is None else value_of(shell, body.parts)
+        if redirect.operator == "<<<":
+            return (*scalar(shell, redirect.target), Piece("\n"))
+        if redirect.operator in ("<", "0<"):
+            return (output("a file"),)
+    return None
+
+
+def walk_case(shell: Shell, case: syntax.Case) -> None:
+    subject = scalar(shell, case.subject)
+    walks = [lambda at=at: _case_body(shell, case, at) for at in range(len(case.items))]
+    nothing: Callable[[], None] = lambda: shell.ends(Holds(True))  # noqa: E731
+
+    def matching(pieces: Flat, patterns: Sequence[Value]) -> Value:
+        found = conditions.known(pieces)
+        if found is None:
+            return (Piece("", case.line, unknown="not known"),)
+        holds = any(conditions.matches(found[0], usual(p)) for p in patterns)
+        return (Piece(str(int(not holds)), case.line, soft=found[1]),)
+
+    if not decisions(subject) and conditions.known(flat(subject)) is None:
+        exhaustive = any(p.plain() == "*" for patterns, _, _ in case.items for p in patterns)
+        fork(shell, case.line, walks if exhaustive else [*walks, nothing])
+        return
+
+    def walk_from(at: int) -> None:
+        if at == len(case.items):
+            nothing()
+            return
+        patterns = [scalar(shell, p) for p in case.items[at][0]]
+        status = lifted(lambda pieces: matching(pieces, patterns), subject)
+        branch(shell, status, walks[at], lambda: walk_from(at + 1), case.line)
+
+    walk_from(0)
+
+
+def _case_body(shell: Shell, case: syntax.Case, at: int) -> None:
+    shell.ends(Holds(True))
+    shell.run(case.items[at][1])
+    if case.items[at][2] == ";&" and at + 1 < len(case.items):
+        _case_body(shell, case, at + 1)
+
+
+def walk_for(shell: Shell, loop: syntax.For) -> None:
+    listed = shell.arguments() if loop.words is None else as_elements(shell, loop.words)
+    _for_over(shell, loop, listed)
+
+
+def _for_over(shell: Shell, loop: syntax.For, listed: Value) -> None:
+    over = list(decisions(listed))
+    if not over:
+        _for_each(shell, loop, flat(listed))
+    elif number_of_runs(over) <= MAX_LISTS:
+        split_on(shell, over[0], lambda taken: _for_over(shell, loop, decided(listed, taken)))
+    else:
+        why = f"too much hangs on what is looped over (line {loop.line})"
+        unknown = Scalar((Piece(f"${loop.name}", loop.line, unknown=why),))
+
+        def body() -> None:
+            shell.set(loop.name, unknown)
+            shell.run(loop.body)
+
+        _some_rounds(shell, body, lambda: None, loop.line)
+
+
+def _for_each(shell: Shell, loop: syntax.For, listed: Flat) -> None:
+    early = len(shell.early)
+    for element in elements(listed)[:MAX_ROUNDS]:
+        if any(
+            piece.unknown or (not piece.quoted and re.search(r"[*?]", piece.text))
+            for piece in element
+        ):
+            why = reason(element, f"${loop.name} is a loop variable (line {loop.line})")
+            element = (Piece(f"${loop.name}", loop.line, unknown=why),)
+        shell.set(loop.name, Scalar(_plain(element)))
+        if not _round(shell, lambda: shell.run(loop.body)):
+            break
+    rejoin(shell, early, "break")
+
+
+def _round(shell: Shell, body: Callable[[], None]) -> bool:
+    """One round of a loop; ``False`` where it is the last."""
+    early = len(shell.early)
+    body()
+    if shell.flow == "continue":
+        shell.flow = ""
+    rejoin(shell, early, "continue")
+    if shell.flow == "break":
+        shell.flow = ""
+        return False
+    return not shell.flow
+
+
+def loop_condition(shell: Shell, loop: syntax.While) -> None:
+    shell.run(loop.condition)
+    if loop.until:
+        shell.set("?", Scalar(lifted(_negated, shell.last_status())))
+
+
+def walk_while(
+    shell: Shell,
+    condition: Callable[[], None],
+    body: Callable[[], None],
+    step: Callable[[], None],
+    line: int,
+) -> None:
+    once = len(shell.commands)
+    early = len(shell.early)
+    for round_ in range(MAX_ROUNDS):
+        condition()
+        status = shell.last_status()
+        leaves = leaves_of(status)
+        if shell.flow:
+            return
+        if any(leaf.unknown for leaf in leaves) or len({p.text for p in leaves}) > 1:
+            _some_rounds(shell, body, step, line)
+            rejoin(shell, early, "break")
+            return
+        if leaves[0].text != "0":
+            if any(leaf.soft for leaf in leaves) and not round_:
+                shell.unreached += 1
+                shell.trial(body)
+                shell.unreached -= 1
+            shell.ends(Holds(True))
+            rejoin(shell, early, "break")
+            return
+        goes_on = _round(shell, body)
+        if round_ == 0:
+            once = len(shell.commands)
+        if not goes_on:
+            rejoin(shell, early, "break")
+            return
+        step()
+    rejoin(shell, early, "break")
+    # It has no end that is known here.
+    del shell.commands[once:]
+    _some_rounds(shell, lambda: None, lambda: None, line)
+    changed, _ = shell.trial(body)
+    del shell.commands[once:]
+    _unknown_after(shell, changed, line)
+
+
+def _some_rounds(
+    shell: Shell, body: Callable[[], None], step: Callable[[], None], line: int
+) -> None:
+    """A loop that runs, nobody knows how often: what it sets is not known."""
+    begun = len(shell.commands)
+
+    def once() -> None:
+        early = len(shell.early)
+        if _round(shell, body):
+            step()
+        rejoin(shell, early, "break")
+
+    shell.undecided += 1
+    changed, _ = shell.trial(once)
+    del shell.commands[begun:]
+    _unknown_after(shell, changed, line)
+    shell.trial(once)
+    shell.undecided -= 1
+    shell.ends(Holds(True))
+
+
+def _unknown_after(shell: Shell, changed: Changes, line: int) -> None:
+    for name, variable in changed.items():
+        if name == "?" or variable == shell.get(name):
+            continue
+        why = f"${name} is set in a loop (line {line})"
+        unknown: Value = (Piece(f"${name}", line, unknown=why),)
+        if name == "1>":
+            shell.set(name, Scalar((output("a loop"),)))
+        elif isinstance(variable, Listed):
+            shell.set(name, Listed(array([unknown])))
+        elif not isinstance(variable, syntax.Function):
+            shell.set(name, Scalar(unknown))
+
+
+def tested(shell: Shell, node: syntax.Test) -> Value:
+    operands = node.operands
+    line = shell.line(node.line)
+    if node.operator in ("&&", "||", "!"):
+        inner = [tested(shell, o) for o in operands if isinstance(o, syntax.Test)]
+        joined = {"&&": conditions.both, "||": conditions.either}
+
+        def combined(*statuses: Flat) -> Value:
+            held = [_holds(s) for s in statuses]
+            result = ~held[0] if node.operator == "!" else joined[node.operator](*held)
+            return as_status(result, line)
+
+        return lifted(combined, *inner)
+    values = [scalar(shell, o) for o in operands if isinstance(o, syntax.Text)]
+    if len(values) == 1:
+        return lifted(
+            lambda p: as_status(conditions.unary(node.operator, p, shell.is_set), line),
+            values[0],
+        )
+    if node.operator.startswith("-"):
+        values = [lifted(lambda pieces: _as_number(shell, pieces), value) for value in values]
+    return lifted(
+        lambda a, b: as_status(conditions.binary(node.operator, a, b, True), line), *values
+    )
+
+
+def _as_number(shell: Shell, pieces: Flat) -> Value:
+    """In ``[[ a -eq b ]]`` both sides are expressions."""
+    found = conditions.known(pieces)
+    if found is None or re.fullmatch(r"\s*-?\d*\s*", found[0]):
+        return pieces
+    try:
+        return (Piece(str(Reckoning(found[0], shell.number_text).number), soft=found[1]),)
+    except NotKnown:
+        return (Piece("", unknown="not known"),)
+
+
+def _plain(pieces: Flat) -> Value:
+    return tuple(replace(p, splits=False, quoted=False, span=None) for p in pieces if not p.end)
+
+
+def _holds(status: Flat) -> Holds:
+    piece = status[0]
+    return UNKNOWN if piece.unknown else Holds(piece.text == "0", piece.soft)
+
+
+def _negated(status: Flat) -> Value:
+    piece = status[0]
+    if piece.unknown:
+        return (replace(piece, text=""),)
+    return (replace(piece, text="1" if piece.text == "0" else "0"),)

@@ -1,0 +1,222 @@
+"""Programs, and scripts in scripts: ``bash -c``, ``eval``, files that are sourced or run.
+
+A program that is a shell with a script at hand is walked in its own variables; any other becomes
+a command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from klplug.audit.shell import syntax
+from klplug.audit.shell.branches import split_on
+from klplug.audit.shell.command import Command
+from klplug.audit.shell.parser import SyntaxProblem
+from klplug.audit.shell.state import MAX_DEPTH, MAX_LISTS, Listed, Shell
+from klplug.audit.shell.values import (
+    Flat,
+    Piece,
+    Value,
+    Word,
+    array,
+    decided,
+    decisions,
+    fields,
+    number_of_runs,
+    output,
+    text,
+    usual,
+    word,
+)
+
+_MAX_FILE = 1_000_000
+# Programs that are asked something: whether they succeed is what the script wants to know.
+_QUERIES = frozenset(
+    (
+        *("grep", "egrep", "fgrep", "which", "pgrep", "diff", "cmp", "nvidia-smi", "nc", "curl"),
+        *("ping", "lsof", "python", "python3", "uv"),
+    )
+)
+_SHELL = re.compile(r"(?:.*/)?(?:ba|z|da|k)?sh")
+
+
+def program(shell: Shell, values: list[Value], split: list[Flat], command: syntax.Simple) -> None:
+    words = tuple(word(pieces) for pieces in split)
+    texts = [w.text for w in words]
+    line = shell.line(command.line)
+    nested = _nested_script(words)
+    at_shell = next((at for at, t in enumerate(texts) if _SHELL.fullmatch(t)), None)
+    given = shell.inputs[-1]
+    if nested is not None and shell.depth < MAX_DEPTH:
+        _another_shell(shell, lambda: _read_value(shell, _pieces_at(shell, values, nested)), ())
+    elif shell.depth < MAX_DEPTH and _ran_a_file(shell, words, at_shell):
+        pass
+    elif (
+        given is not None
+        and not any(p.unknown for p in usual(given))
+        and (_SHELL.fullmatch(texts[-1]) or texts[0] in ("sbatch", "qsub"))
+    ):
+        _another_shell(shell, lambda: _read_value(shell, usual(given)), ())
+    else:
+        last_line = shell.line(shell.line_at(max(command.end - 1, 0)))
+        shell.commands.append(
+            Command(
+                words,
+                line,
+                last_line if shell.fixed_line is None else line,
+                not shell.unreached,
+                not shell.undecided,
+                tuple(values),
+                shell.ifs(),
+            )
+        )
+    shell.write((output(" ".join(texts)[:40]),))
+    shell.program_ends(asked=texts[0] in _QUERIES)
+
+
+def _nested_script(words: Sequence[Word]) -> int | None:
+    """Which word is the script of ``bash -c SCRIPT``, also behind a launcher."""
+    for at in range(len(words) - 2):
+        if _SHELL.fullmatch(words[at].text) and re.fullmatch(r"-\w*c", words[at + 1].text):
+            return at + 2
+    return None
+
+
+def _pieces_at(shell: Shell, values: Sequence[Value], index: int) -> Flat:
+    split = [pieces for value in values for pieces in fields(usual(value), shell.ifs())]
+    return split[index]
+
+
+def _read_value(shell: Shell, pieces: Flat) -> None:
+    """A script in a word; each of its words stands on the line of its own text."""
+    starts: list[int] = []
+    offset = 0
+    for piece in pieces:
+        starts.append(offset)
+        offset += len(piece.text)
+    lines = [shell.line(piece.line) for piece in pieces]
+
+    def line_at(position: int) -> int:
+        at = 0
+        for number, start in enumerate(starts):
+            if start > position:
+                break
+            at = number
+        return lines[at] if lines else 0
+
+    shell.depth += 1
+    spans, shell.spans = shell.spans, False
+    count = len(shell.commands)
+    try:
+        shell.read(text(pieces), line_at)
+    except SyntaxProblem:
+        del shell.commands[count:]
+        shell.commands.append(
+            Command(
+                (word(pieces),), lines[0] if lines else 0, lines[-1] if lines else 0,
+                not shell.unreached, not shell.undecided, (pieces,),
+            )
+        )  # fmt: skip
+    shell.spans = spans
+    shell.depth -= 1
+
+
+def _another_shell(shell: Shell, walk: Callable[[], None], arguments: Value | None) -> None:
+    """Another shell: it sees what is exported, and its changes are its own."""
+    outer, journals = shell.variables, shell.journals
+    shell.variables = {
+        name: variable
+        for name, variable in outer.items()
+        if name in shell.exported or name in ("1>", "?")
+    }
+    if arguments is not None:
+        shell.variables["@"] = Listed(arguments)
+    shell.journals = [{}]
+    shell.depth += 1
+    flow = shell.flow
+    walk()
+    written = shell.variables.get("1>")
+    shell.flow = flow
+    shell.depth -= 1
+    shell.variables, shell.journals = outer, journals
+    if written is not None:
+        shell.set("1>", written)
+
+
+def _ran_a_file(shell: Shell, words: Sequence[Word], at_shell: int | None) -> bool:
+    if at_shell is not None and _file_after(shell, words, at_shell):
+        return True
+    return words[0].text.endswith((".sh", ".bash")) and _run_file(shell, words, 0)
+
+
+def _file_after(shell: Shell, words: Sequence[Word], at_shell: int) -> bool:
+    at = at_shell + 1
+    while at < len(words) and words[at].text.startswith(("-", "+")):
+        at += 1
+    return at < len(words) and _run_file(shell, words, at)
+
+
+def _run_file(shell: Shell, words: Sequence[Word], at: int) -> bool:
+    """``bash FILE ARGUMENTS``, where the file is there."""
+    path = file_named(shell, words[at])
+    if path is None or path in shell.reading:
+        return False
+    arguments = array(
+        [(Piece(w.text, w.line or 0, unknown="; ".join(w.unknown) or None, quoted=True),)
+         for w in words[at + 1 :]]
+    )  # fmt: skip
+    _another_shell(shell, lambda: read_file(shell, path, words[at].line or 0), arguments)
+    return True
+
+
+def file_named(shell: Shell, name: Word) -> Path | None:
+    """The file of this name, from the script's folder or one above it."""
+    if shell.folder is None:
+        return None
+    # "$DIR/common.sh": the unknown head may be the folder of the script.
+    tail = re.sub(r"^(\$\{?\w+\}?|\$\(.*\)|`[^`]*`)/", "", name.text) if name.unknown else name.text
+    if re.search(r"[$`\0]", tail) or not tail or len(tail) > 1000:
+        return None
+    here = shell.folder.resolve()
+    for folder in (here, *here.parents[:4]):
+        path = folder / tail
+        try:
+            if path.is_file() and path.stat().st_size <= _MAX_FILE:
+                return path.resolve()
+        except OSError:
+            return None
+        if Path(tail).is_absolute():
+            return None
+    return None
+
+
+def read_file(shell: Shell, path: Path, line: int) -> None:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return
+    if b"\0" in content:
+        return
+    shell.reading.append(path)
+    fixed, shell.fixed_line = shell.fixed_line, shell.line(line)
+    spans, shell.spans = shell.spans, False
+    shell.depth += 1
+    # bash says what it cannot read, and goes on with the script that asked for the file.
+    with contextlib.suppress(SyntaxProblem):
+        shell.read(content.decode("utf-8", errors="replace").replace("\r\n", "\n"))
+    shell.depth -= 1
+    shell.spans, shell.fixed_line = spans, fixed
+    shell.reading.pop()
+
+
+def evaluate(shell: Shell, script: Value) -> None:
+    found = list(decisions(script))
+    if shell.depth >= MAX_DEPTH:
+        return
+    if not found or number_of_runs(found) > MAX_LISTS:
+        _read_value(shell, usual(script))
+        return
+    split_on(shell, found[0], lambda taken: evaluate(shell, decided(script, taken)))
