@@ -28,6 +28,8 @@ SNIPPETS = {
     "continued end": "run a=1 \\\n  b=2 \\\n",
     "rest": 'f() { run "${@:2}"; }\nf a "b c" d; run "${@:2}" x',
     "continuation": "run a=1 \\\n  b=2 \\\n\tc=3\nrun d=4",
+    "read without IFS": 'IFS= read -r A B <<< \'x y\'; run "$A" "$B"',
+    "read by commas": "IFS=', ' read -r A B <<< 'x , y,z '; run \"$A\" \"$B\"",
     "heredoc": "read -r -d '' X <<EOF || true\na=1 \\\nb=${B:-2}\nEOF\nrun $X",
     "quoted heredoc": "read -r -d '' X <<'EOF' || true\na=$NOT\nEOF\nrun \"$X\"",
     "cat heredoc": "X=$(cat <<EOF\na=1 b=2\nEOF\n)\nrun $X",

@@ -30,6 +30,7 @@ from klplug.audit.shell.values import (
     lifted,
     output,
     plain_value,
+    separator,
     text,
     usual,
     word,
@@ -423,18 +424,11 @@ def _nth_field(pieces: Flat, at: int, last: bool, ifs: str) -> Value:
     blanks = "".join(c for c in ifs if c.isspace())
     rest = text(pieces).strip(blanks) if blanks else text(pieces)
     line = pieces[0].line if pieces else 0
-    pattern = re.compile(
-        f"[{re.escape(blanks)}]*[{re.escape(''.join(c for c in ifs if not c.isspace()))}]"
-        f"[{re.escape(blanks)}]*|[{re.escape(blanks)}]+"
-        if any(not c.isspace() for c in ifs) and blanks
-        else f"[{re.escape(ifs)}]"
-        if not blanks
-        else f"[{re.escape(blanks)}]+"
-    )
+    pattern = separator(ifs)
     for _ in range(at):
-        match = pattern.search(rest)
+        match = pattern.search(rest) if pattern else None
         rest = rest[match.end() :] if match else ""
-    if not last and (match := pattern.search(rest)):
+    if not last and pattern and (match := pattern.search(rest)):
         rest = rest[: match.start()]
     return (Piece(rest, line),)
 

@@ -237,19 +237,19 @@ def fields(pieces: Flat, ifs: str = DEFAULT_IFS) -> Iterator[Flat]:
     """Field splitting: what one written word becomes."""
     current: list[Piece] = []
     exists = False
-    separator = _separator(ifs)
+    between = separator(ifs)
     for piece in pieces:
         if piece.end:
             if exists:
                 yield tuple(current)
             current, exists = [], False
-        elif not piece.splits or piece.unknown or separator is None:
+        elif not piece.splits or piece.unknown or between is None:
             if piece.text or piece.quoted or piece.unknown:
                 exists = True
             current.append(piece)
         else:
             position = 0
-            for match in separator.finditer(piece.text):
+            for match in between.finditer(piece.text):
                 if match.start() > position:
                     current.append(replace(piece, text=piece.text[position : match.start()]))
                     exists = True
@@ -273,7 +273,7 @@ def _nothing(pieces: list[Piece]) -> bool:
     )
 
 
-def _separator(ifs: str) -> re.Pattern[str] | None:
+def separator(ifs: str) -> re.Pattern[str] | None:
     if not ifs:
         return None
     blank = "".join(re.escape(c) for c in ifs if c.isspace())
