@@ -75,8 +75,8 @@ pages: .venv
 	.venv/bin/python -m docs.build
 
 test-core: .venv
-	$(call say,mathematics$(comma) command line$(comma) audit$(comma) wheel; about 3 minutes)
-	KLPLUG_TEST_HOSTS= $(call PYTEST) tests/core tests/hosting tests/packaging tests/cli tests/audit
+	$(call say,mathematics$(comma) contract$(comma) command line$(comma) audit$(comma) wheel$(comma) links; about 5 minutes)
+	KLPLUG_TEST_HOSTS= $(call PYTEST) tests/core tests/hosting tests/packaging tests/cli tests/audit tests/face
 
 # Ends of whole runs come last: they cost minutes each, mostly of imports in Ray's workers.
 HOST_TESTS_openrlhf = tests/recipes tests/openrlhf
