@@ -116,7 +116,7 @@ def test_two_ranks_with_a_kl_in_loss_and_reward(tmp_path: Path) -> None:
     assert abs(steps[0]["klplug/k3"]) < 1e-6
     assert steps[1]["klplug/k3"] > 0
     assert steps[1]["klplug/k3"] == pytest.approx(steps[1]["actor/kl_loss"], rel=1e-3)
-    assert steps[1]["klplug/k3"] == pytest.approx(steps[1]["klplug/kl_before_update"], rel=1e-3)
+    assert steps[1]["klplug/kl"] == pytest.approx(steps[1]["klplug/kl_before_update"], rel=1e-3)
     assert (tmp_path / "run" / "curves.png").stat().st_size > 0
 
 
@@ -139,7 +139,8 @@ def test_the_sampler_as_the_reference_runs_without_a_reference_model(tmp_path: P
     assert summary["klplug_active"] is True and summary["kl_type"] == kl_type
     assert log.count("active in a worker") == 1 and "timing_s/ref" not in log
     # The sampler is the policy up to rounding; the second update of a step leaves it.
-    assert steps[0]["klplug/k3"] > 0 and steps[0]["klplug/kl_before_update"] < 1e-6
+    own = "klplug/k2_as_loss.level-prefix.cap-5.mode-mask.bound-0.5.reference-rollout/k3"
+    assert steps[0][own] > 0 and steps[0]["klplug/kl_before_update"] < 1e-6
 
 
 @pytest.mark.slow
