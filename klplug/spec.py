@@ -161,8 +161,8 @@ class TermSpec(KLSpec):
         if self.estimator not in ESTIMATORS:
             known = (*ESTIMATORS, "none")
             raise Refused(
-                f"estimator {self.estimator!r} is unknown; known: {', '.join(known)}."
-                + _nearest(str(self.estimator), known),
+                f"estimator {self.estimator!r} is unknown."
+                f"{_nearest(str(self.estimator), known)} Known: {', '.join(known)}",
                 "unknown-name",
             )
         _check_choice("placement", self.placement, PLACEMENTS)
@@ -263,8 +263,8 @@ def _part(text: str) -> KLSpec:
         key, equals, value = (part.strip() for part in option.partition("="))
         if key not in AXES:
             raise Refused(
-                f"kl_type {text!r}: option {key!r} is unknown; known: {', '.join(OPTIONS)}."
-                + _nearest(key, OPTIONS),
+                f"kl_type {text!r}: option {key!r} is unknown.{_nearest(key, OPTIONS)} "
+                f"Known: {', '.join(OPTIONS)}",
                 "unknown-option",
             )
         if not equals or not value:
@@ -318,12 +318,27 @@ def _estimator_and_placement(name: str) -> tuple[str, str]:
             f"kl_type {name!r} says no placement: write '{bare}_as_loss' or '{bare}_in_reward'",
             "no-placement",
         )
-    known = (*_NAMES, "none")
+    aliases = (*_ALIAS_NAMES, EXACT)
+    # Nobody is led to one that does nothing who did not write its estimator.
+    meant = [
+        known
+        for known in (*_NAMES, *aliases, "none")
+        if not _does_nothing(known) or name.startswith(known.partition("_")[0])
+    ]
     raise Refused(
-        f"kl_type {name!r} is unknown; known: {', '.join(known)}, and the aliases "
-        f"{', '.join((*_ALIAS_NAMES, EXACT))}." + _nearest(name, (*known, *_ALIAS_NAMES, EXACT)),
+        f"kl_type {name!r} is unknown.{_nearest(name, meant)} Known: {', '.join(_NAMES)}, none, "
+        f"and the aliases {', '.join(aliases)}",
         "unknown-name",
     )
+
+
+def _does_nothing(name: str) -> bool:
+    """Whether the expected gradient that a name stands for is zero."""
+    for placement in PLACEMENTS:
+        estimator = name.removesuffix(f"_{placement}")
+        if row := ESTIMATORS.get(ALIASES.get(estimator, estimator)):
+            return row.role(placement).target == "zero"
+    return False
 
 
 def _checked(axis: Axis, value: Any) -> str | float:
@@ -339,15 +354,17 @@ def _checked(axis: Axis, value: Any) -> str | float:
 def _check_choice(option: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise Refused(
-            f"kl_type option {option}={value!r} is unknown; allowed: {', '.join(allowed)}."
-            + _nearest(str(value), allowed),
+            f"kl_type option {option}={value!r} is unknown.{_nearest(str(value), allowed)} "
+            f"Allowed: {', '.join(allowed)}",
             "unknown-value",
         )
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {match[0]!r}?" if match else ""
+    """The name nearest to ``word`` as a question; the first of those equally near."""
+    likeness = {name: difflib.SequenceMatcher(None, word, name).ratio() for name in known}
+    best = max(likeness, key=lambda name: likeness[name])
+    return f" Did you mean {best!r}?" if likeness[best] >= 0.5 else ""
 
 
 def check_kl_coef(spec: KLSpec, kl_coef: float | None) -> float:

@@ -110,7 +110,7 @@ def test_png(klplug_command: Klplug, tmp_path: Path) -> None:
 def test_bad_input(klplug_command: Klplug, tmp_path: Path) -> None:
     for arguments, named in (
         (["low_var_kl"], "k3_as_loss"),
-        (["k4_as_loss"], "known: k1_in_reward"),
+        (["k4_as_loss"], "Known: k1_in_reward"),
         (["k1_in_reward,ratio=old"], "refused"),
         (["k2_as_loss", "--png", tmp_path / "nowhere" / "c.png"], "No such file"),
         (["k2_as_loss"] * 9, None),

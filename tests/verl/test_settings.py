@@ -192,7 +192,7 @@ MEAN = f"{ACTOR}.loss_agg_mode=seq-mean-token-mean"
 
 MISTAKES: list[tuple[list[str], list[str]]] = [
     (own("exact_as_loss"), ["vocab=exact", "klplug.exact_kl", "'k2_as_loss'"]),
-    (["+klplug.kl_type=k4_as_loss", COEF], ["k4_as_loss", "known", "k3_as_loss"]),
+    (["+klplug.kl_type=k4_as_loss", COEF], ["k4_as_loss", "Known", "k3_as_loss"]),
     (["+klplug.kl_type=k3", COEF], ["k3_as_loss", "k3_in_reward"]),
     (["+klplug.kl_type=k2_as_loss"], ["needs a kl_coef"]),
     (["+klplug.kl_type=k2_as_loss", "+klplug.kl_coef=0"], ["kl_coef is 0", "none"]),
