@@ -17,7 +17,6 @@ app = typer.Typer(
     name="klplug",
     help="What gradient does my KL follow? Exit status: 0 clean, 1 findings, 2 could not read.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -38,8 +37,30 @@ def _options(
     pass
 
 
-app.command("audit")(audit)
-app.command("list")(list_kl_types)
-app.command("explain")(explain_command)
-app.command("report")(report_command)
-app.command("doctor")(doctor_command)
+COMMANDS = {
+    "audit": audit,
+    "list": list_kl_types,
+    "explain": explain_command,
+    "report": report_command,
+    "doctor": doctor_command,
+}
+EXAMPLES = {
+    "audit": (
+        "klplug audit train.sh",
+        "klplug audit --diff train.sh",
+        "klplug audit -- python -m verl.trainer.main_ppo actor_rollout_ref.actor.use_kl_loss=True",
+    ),
+    "list": ("klplug list", "klplug list low_var_kl", "klplug list k2_as_loss --json"),
+    "explain": (
+        "klplug explain k2_as_loss k3_as_loss",
+        "klplug explain 'k2_as_loss,horizon=sequence' --png c.svg",
+        "klplug explain stock:k3",
+        "klplug explain --paper frpo",
+    ),
+    "report": ("klplug report runs --out picture", "klplug report train.log --json"),
+    "doctor": ("klplug doctor --no-ray", "klplug doctor --json"),
+}
+
+for name, command in COMMANDS.items():
+    # A line of its own for each: an empty line is how the epilog keeps them apart.
+    app.command(name, epilog="\n\n".join(["Examples:", *EXAMPLES[name]]))(command)

@@ -22,6 +22,7 @@ from klplug.audit import audit as report_on
 from klplug.audit.command import read
 from klplug.audit.edits import edited
 from klplug.audit.errors import NoCommand
+from klplug.audit.tables import given
 from klplug.cli.output import AsJson, console, print_json
 from klplug.cli.status import Status, Unreadable
 from klplug.hosting.host import hosts
@@ -112,6 +113,12 @@ def audit(
                 continue
             status = Status.UNREADABLE
             print(f"klplug: error: {error}", file=sys.stderr)
+    for host_name, version in sorted({(r.host, r.host_version) for _, r in runs if host_version}):
+        read_by = given(host_name, version).version
+        if read_by != version:
+            title = hosts()[host_name].title
+            say = f"{title} {version} is not known here: read by the defaults of {read_by}"
+            print(f"klplug: warning: {say}", file=sys.stderr)
     if not (diff or fix):
         _print(runs, "json" if as_json else form, verbose)
         if fail_on != "never" and any(report.fails(fail_on) for _, report in runs):

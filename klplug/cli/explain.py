@@ -15,7 +15,7 @@ from rich.table import Table
 
 import klplug
 from klplug.axes import AXES, OPTIONS
-from klplug.cli.catalogue import WORDS
+from klplug.cli.catalogue import WORDS, completed, stock, stock_text
 from klplug.cli.output import AsJson, console, print_json
 from klplug.cli.plot import COLOURS, LETTERS, text_plot
 from klplug.cli.status import Unreadable
@@ -27,6 +27,7 @@ REACH = 4.0  # nats: where the curves of c end
 STEPS = 10  # a nat
 TABLED = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
 MOST = len(LETTERS)
+PICTURES = ("png", "svg", "pdf")
 # What these do depends on the rest of the batch; c itself is the same without.
 OF_THE_BATCH = ("baseline", "head", "cap", "mode", "vocab")
 
@@ -160,14 +161,28 @@ def _without(kl_type: str, names: Sequence[str]) -> str:
 def explain_command(
     kl_types: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KL_TYPE...", help="One, or several side by side."),
+        typer.Argument(
+            metavar="KL_TYPE...",
+            help="One, or several side by side; a host's name too, as low_var_kl or stock:k3.",
+            autocompletion=completed,
+        ),
     ] = None,
     png: Annotated[
-        Path | None, typer.Option("--png", metavar="FILE", help="Draw the curves of c here too.")
+        Path | None,
+        typer.Option(
+            "--png",
+            metavar="FILE",
+            help="Draw the curves of c here too: a .png, .svg or .pdf.",
+        ),
     ] = None,
     paper: Annotated[
         str | None,
-        typer.Option("--paper", metavar="NAME", help="The kl_type of a paper: frpo, 2510.01555."),
+        typer.Option(
+            "--paper",
+            metavar="NAME",
+            help="The kl_type of a paper: frpo, 2510.01555.",
+            autocompletion=lambda incomplete: [p for p in PAPERS if p.startswith(incomplete)],
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -185,6 +200,9 @@ def explain_command(
         else:
             console().print("klplug has no kl_type with this gradient.")
         return
+    theirs = {name: meant for name in kl_types if (meant := _stock(name))}
+    kl_types = [kl_type for name in kl_types for kl_type in theirs.get(name, [name])]
+    kl_types = list(dict.fromkeys(kl_types))
     if len(kl_types) > MOST:
         raise Unreadable(f"{len(kl_types)} kl_types are more than fit side by side: {MOST} at most")
     try:
@@ -197,6 +215,8 @@ def explain_command(
         print_json([asdict(explanation) for explanation in explained])
         return
     out = console()
+    for name, meant in theirs.items():
+        out.print(stock_text(name, meant))
     out.print(text_table(explained))
     curves = {e.kl_type: e.coefficient for e in explained if e.coefficient is not None}
     if not curves:
@@ -207,6 +227,15 @@ def explain_command(
     out.print(text_plot(explained[0].log_ratio, curves, limit=REACH), end="")
     if png is not None:
         out.print(f"drawn in {png}")
+
+
+def _stock(name: str) -> dict[str, list[str]]:
+    """What the hosts mean by a word that is no ``kl_type`` of klplug's."""
+    try:
+        klplug.parse(name)
+    except ValueError:
+        return stock(name)
+    return {}
 
 
 def _paper(name: str) -> Paper:
@@ -268,12 +297,15 @@ def value_table(log_ratio: Sequence[float], curves: Mapping[str, Sequence[float]
 
 
 def picture(explained: Sequence[Explanation], path: Path) -> None:
-    """The curves of c as a PNG.
+    """The curves of c as a picture, of the kind that the file's name says.
 
     Raises:
         ModuleNotFoundError: torch or matplotlib is missing.
-        Unreadable: the file can't be written.
+        Unreadable: the file can't be written, or is of no kind that is known.
     """
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in PICTURES:
+        raise Unreadable(f"--png {path}: the name must end in .{', .'.join(PICTURES)}")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -291,6 +323,6 @@ def picture(explained: Sequence[Explanation], path: Path) -> None:
     )
     axes.legend(frameon=False)
     try:
-        figure.savefig(path, dpi=150, format="png")
+        figure.savefig(path, dpi=150, format=kind)
     except OSError as error:
         raise Unreadable(f"--png {path}: {error.strerror or error}") from error

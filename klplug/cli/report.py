@@ -28,8 +28,6 @@ def report_command(
     """Draw runs side by side: reward, validation, KL, entropy, length, gradient norm, weights.
 
     Reads TensorBoard's events, offline W&B files, JSON lines, CSV, and what a console printed.
-
-    Example: klplug report runs --out picture
     """
     try:
         made = report(runs, out)

@@ -275,3 +275,17 @@ def test_the_hook_of_pre_commit_is_a_command_that_there_is(klplug_command: Klplu
     assert program == "klplug"
     done = klplug_command(*arguments, SCRIPTS / "verl-rloo.sh", SCRIPTS / "verl-remax.sh")
     assert done.status == 0
+
+
+def test_a_release_without_a_table_says_by_which_it_is_read(klplug_command: Klplug) -> None:
+    words = [
+        "--",
+        "python",
+        "-m",
+        "verl.trainer.main_ppo",
+        "actor_rollout_ref.actor.use_kl_loss=True",
+    ]
+    done = klplug_command("audit", "--host-version", "9.9.9", *words)
+    assert done.status == 1
+    assert "verl 9.9.9 is not known here: read by the defaults of 0.9.1" in done.err
+    assert klplug_command("audit", "--host-version", "0.9.1", *words).err == ""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict
@@ -11,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import klplug
+from klplug.cli.app import COMMANDS, EXAMPLES
 from tests.cli.conftest import Klplug
 from tests.cli.test_report import tensorboard
 
@@ -30,6 +34,79 @@ def test_list_as_json_is_the_registry(klplug_command: Klplug) -> None:
     listed = json.loads(klplug_command("list", "--json").out)
     expected = [asdict(row) for row in klplug.kl_types().values()]
     assert listed == json.loads(json.dumps(expected))
+
+
+@pytest.mark.parametrize(
+    ("name", "listed"),
+    [
+        ("none", {"none"}),
+        ("abs", {"abs_as_loss", "abs_in_reward"}),
+        ("k1_as_loss", {"k1_as_loss"}),
+        ("low_var_kl", {"k3_as_loss", "k3_in_reward", "k3_in_reward+k3_as_loss"}),
+    ],
+)
+def test_list_of_a_name_has_its_rows_alone(
+    klplug_command: Klplug, name: str, listed: set[str]
+) -> None:
+    assert {row["name"] for row in json.loads(klplug_command("list", name, "--json").out)} == listed
+
+
+def test_list_of_what_is_no_name(klplug_command: Klplug) -> None:
+    done = klplug_command("list", "k4_as_loss")
+    assert done.status == 2 and "Did you mean 'k2_as_loss'" in done.err
+
+
+@pytest.mark.parametrize("columns", [40, 60, 89, 90, 120])
+def test_list_breaks_no_word_at_any_width(
+    klplug_command: Klplug, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out = klplug_command("list").out
+    assert max(map(len, out.splitlines())) <= columns
+    words = set(re.findall(r"[a-z]{2,}", out))
+    for row in klplug.kl_types().values():
+        assert set(re.findall(r"[a-z]{2,}", f"{row.target} {row.gradient_bias}")) <= words
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_examples_of_every_help_work(
+    klplug_command: Klplug, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    said = " ".join(klplug_command(command, "--help").out.split())
+    monkeypatch.chdir(tmp_path)
+    Path("train.sh").write_text("python -m verl.trainer.main_ppo algorithm.adv_estimator=grpo\n")
+    tensorboard(Path("runs/one"))
+    Path("train.log").write_text("step:1 - critic/score/mean:0.5\nstep:2 - critic/score/mean:1\n")
+    monkeypatch.setattr("klplug.cli.doctor.hosts", dict)  # a Ray for an example is too much
+    for example in EXAMPLES[command]:
+        assert example in said
+        program, *words = shlex.split(example)
+        assert program == "klplug" and words[0] == command
+        assert klplug_command(*words).status in (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("klplug explain k2", ["k2_as_loss", "k2_in_reward"]),
+        ("klplug explain --paper fr", ["frpo"]),
+        ("klplug list low_v", ["low_var_kl"]),
+        ("klplug ex", ["explain"]),
+    ],
+)
+def test_shell_completion(line: str, offered: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "klplug"],
+        env=os.environ
+        | {
+            "_KLPLUG_COMPLETE": "complete_bash",
+            "COMP_WORDS": line,
+            "COMP_CWORD": str(line.count(" ")),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert set(offered) <= set(done.stdout.split()), done.stderr
 
 
 def test_a_wrong_command_is_status_2(klplug_command: Klplug) -> None:

@@ -6,11 +6,13 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 import klplug
 from klplug.axes import AXES, OPTIONS
+from klplug.cli.catalogue import stock
 from klplug.cli.explain import explain, registered
 from tests.cli.conftest import Klplug
 
@@ -107,9 +109,50 @@ def test_png(klplug_command: Klplug, tmp_path: Path) -> None:
     assert png.read_bytes().startswith(b"\x89PNG\r\n") and png.stat().st_size > 10_000
 
 
+def test_svg(klplug_command: Klplug, tmp_path: Path) -> None:
+    svg = tmp_path / "c.SVG"
+    assert klplug_command("explain", "k2_as_loss", "--png", svg).status == 0
+    assert ElementTree.parse(svg).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+
+
+# Each host's own code: verl's kl_penalty and its '+', OpenRLHF's compute_approx_kl.
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        (
+            "low_var_kl",
+            [
+                "verl in the reward: k3_in_reward,reward_norm=group",
+                "verl as a loss: k3_as_loss,ratio=none",
+            ],
+        ),
+        ("k3+", ["verl as a loss: k2_as_loss,ratio=none"]),
+        (
+            "stock:k3",
+            [
+                "OpenRLHF in the reward: k3_in_reward",
+                "OpenRLHF as a loss, verl as a loss: k3_as_loss,ratio=none",
+                "verl in the reward: k3_in_reward,reward_norm=group",
+            ],
+        ),
+    ],
+)
+def test_a_hosts_own_name(klplug_command: Klplug, name: str, lines: list[str]) -> None:
+    done = klplug_command("explain", name)
+    assert done.status == 0
+    said = done.out.splitlines()
+    assert said[0].startswith(f"{name} is a name of the hosts")
+    assert sorted(line.strip() for line in said[1 : 1 + len(lines)]) == sorted(lines)
+    explained = json.loads(klplug_command("explain", name, "--json").out)
+    assert [e["kl_type"] for e in explained] == list(stock(name))
+
+
 def test_bad_input(klplug_command: Klplug, tmp_path: Path) -> None:
     for arguments, named in (
-        (["low_var_kl"], "k3_as_loss"),
+        (["js"], "'js_as_loss' or 'js_in_reward'"),
+        (["k3++"], "empty term"),
+        (["stock:js"], "stock:js: no host has that name; there are k1, k2, k3, kl"),
+        (["k2_as_loss", "--png", tmp_path / "c.jpeg"], "must end in .png, .svg, .pdf"),
         (["k4_as_loss"], "Known: k1_in_reward"),
         (["k1_in_reward,ratio=old"], "refused"),
         (["k2_as_loss", "--png", tmp_path / "nowhere" / "c.png"], "No such file"),
