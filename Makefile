@@ -1,4 +1,5 @@
 # make quickstart              corrected GRPO on a CPU, end to end; options as in KL_TYPE=k3_as_loss
+# make doctor                  klplug doctor in the quickstart's environment; HOST=verl for that one
 # make test                    everything, cheap checks first; KLPLUG_TEST_HOSTS=openrlhf,verl (empty: the core)
 # make test-runs               every other whole training run, under an hour: before a release
 # make test-latest             the newest release of each host that the registry has: a line each
@@ -37,6 +38,10 @@ QUICKSTART_OPTIONS = \
 
 quickstart: $(QUICKSTART_ENV)
 	@$(QUICKSTART_ENV)/bin/python -m recipes.quickstart $(QUICKSTART_OPTIONS)
+
+.PHONY: doctor
+doctor: $(QUICKSTART_ENV)
+	@$(QUICKSTART_ENV)/bin/python -m recipes.cpu_shim $(QUICKSTART_ENV:.venv-%=%) $(QUICKSTART_ENV)/bin/klplug doctor
 
 .PHONY: reproduce
 reproduce: .venv-openrlhf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -37,7 +38,7 @@ def _options(
     pass
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "audit": audit,
     "list": list_kl_types,
     "explain": explain_command,
@@ -48,7 +49,7 @@ EXAMPLES = {
     "audit": (
         "klplug audit train.sh",
         "klplug audit --diff train.sh",
-        "klplug audit -- python -m verl.trainer.main_ppo actor_rollout_ref.actor.use_kl_loss=True",
+        "klplug audit scripts --format github",
     ),
     "list": ("klplug list", "klplug list low_var_kl", "klplug list k2_as_loss --json"),
     "explain": (

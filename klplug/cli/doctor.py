@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -9,7 +10,8 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -35,9 +37,13 @@ class Probe:
 
     hooks: dict[str, bool] = field(default_factory=dict)
     error: str | None = None
+    lacks: str | None = None
+    """A module that the host imports and that is not installed: ``error`` is the host's then."""
 
     @property
     def text(self) -> str:
+        if self.lacks is not None:
+            return f"not looked at: the host itself lacks {self.lacks}"
         if self.error is not None:
             return self.error
         return f"{sum(self.hooks.values())} of {len(self.hooks)} hooks active"
@@ -54,7 +60,10 @@ class HostReport:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What ``doctor`` found; ``problems`` are sentences, empty where all is well."""
+    """What ``doctor`` found; sentences, none where all is well.
+
+    ``problems`` are in klplug's way; ``lacking`` is what a host needs for itself and has not.
+    """
 
     klplug: str
     klplug_path: str
@@ -64,16 +73,21 @@ class Diagnosis:
     hosts: dict[str, HostReport]
     environment: dict[str, str]
     problems: list[str]
+    lacking: list[str]
 
 
-def doctor(ray: bool = True, timeout: float = TIMEOUT) -> Diagnosis:
+Say = Callable[[str], None]
+
+
+def doctor(ray: bool = True, timeout: float = TIMEOUT, say: Say = lambda line: None) -> Diagnosis:
     """Look at this environment; starts a process per installed host, and in it a Ray.
 
     Args:
         ray: also ask a Ray worker.
         timeout: seconds for each host's process.
+        say: is told each phase as it begins and ends: an import alone can take a minute.
     """
-    found = {name: _host(host, ray, timeout) for name, host in hosts().items()}
+    found = {name: _host(host, ray, timeout, say) for name, host in hosts().items()}
     environment = {name: os.environ[name] for name in variables() if name in os.environ}
     problems = [
         *_environment_problems(environment, found),
@@ -89,6 +103,7 @@ def doctor(ray: bool = True, timeout: float = TIMEOUT) -> Diagnosis:
         hosts=found,
         environment=environment,
         problems=problems,
+        lacking=[line for host, report in found.items() for line in _lacking(host, report)],
     )
 
 
@@ -104,36 +119,69 @@ def variables() -> list[str]:
     return [*VARIABLES, *(name for host in hosts().values() for name in host.variables)]
 
 
-def _host(host: Host, ray: bool, timeout: float) -> HostReport:
+def _host(host: Host, ray: bool, timeout: float, say: Say) -> HostReport:
     version = _version(host.name)
     hooked = version is not None and host.patch is not None
-    probes = _probes(host.name, ray, timeout) if hooked else {}
+    if hooked:
+        say(f"{host.title} {version}")
+    probes = _probes(host.name, ray, timeout, say) if hooked else {}
     return HostReport(version, host.tested_text, probes)
 
 
-def _probes(host: str, ray: bool, timeout: float) -> dict[str, Probe]:
+PHASES = {
+    "process": "imports it in a fresh process, and looks at each hook",
+    "ray_worker": "starts a Ray, and looks at each hook in a worker",
+}
+
+
+def _probes(host: str, ray: bool, timeout: float, say: Say = lambda line: None) -> dict[str, Probe]:
+    kinds = ("process", "ray_worker") if ray else ("process",)
     with tempfile.TemporaryDirectory(prefix="klplug-doctor-") as folder:
         answer, said = Path(folder) / "answer.json", Path(folder) / "said.txt"
         # As hosts are started: python -m puts the working directory first on the path.
         command = [sys.executable, "-m", "klplug.cli.probe", host, str(answer)]
-        end = ""
-        with said.open("w") as output:
-            try:
-                done = subprocess.run(
-                    [*command, *(["--ray"] if ray else [])],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    timeout=timeout,
-                )
-                end = f"the process ended with status {done.returncode}"
-            except subprocess.TimeoutExpired:
-                end = f"no answer in {timeout:g} s"
-        answers: dict[str, Any] = json.loads(answer.read_text()) if answer.exists() else {}
+        with (
+            said.open("w") as output,
+            subprocess.Popen(
+                [*command, *(["--ray"] if ray else [])],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            ) as process,
+        ):
+            end = _waited(process, answer, kinds, timeout, say)
+        answers = _answers(answer)
         last = said.read_text(errors="replace").strip().splitlines()[-1:]
     missing = Probe(error=": ".join([end, *last]))
-    kinds = ("process", "ray_worker") if ray else ("process",)
     return {kind: Probe(**answers[kind]) if kind in answers else missing for kind in kinds}
+
+
+def _answers(file: Path) -> dict[str, Any]:
+    answers: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return answers
+
+
+def _waited(
+    process: subprocess.Popen[bytes], file: Path, kinds: Sequence[str], timeout: float, say: Say
+) -> str:
+    """How a probing process ended, each of its phases said as it begins and ends."""
+    began = time.monotonic()
+    told = 0
+    say(f"  {PHASES[kinds[0]]} ...")
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(min(0.2, timeout))
+        answers = _answers(file)
+        while told < len(kinds) and kinds[told] in answers:
+            say(f"    {Probe(**answers[kinds[told]]).text} ({time.monotonic() - began:.0f} s)")
+            told += 1
+            if told < len(kinds):
+                say(f"  {PHASES[kinds[told]]} ...")
+        if process.returncode is not None:
+            return f"the process ended with status {process.returncode}"
+        if time.monotonic() - began > timeout:
+            process.kill()
+            return f"no answer in {timeout:g} s"
 
 
 def _host_problems(host: str, report: HostReport) -> list[str]:
@@ -143,11 +191,24 @@ def _host_problems(host: str, report: HostReport) -> list[str]:
     for kind, probe in report.probes.items():
         where = f"{host}, {kind.replace('_', ' ')}"
         inactive = [path for path, active in probe.hooks.items() if not active]
+        if probe.lacks is not None:
+            continue
         if probe.error is not None:
             problems.append(f"{where}: {probe.error}")
         elif inactive:
             problems.append(f"{where}: not active at {', '.join(inactive)}")
     return problems
+
+
+def _lacking(host: str, report: HostReport) -> list[str]:
+    """What a host needs for itself, and has not; each once."""
+    missing = dict.fromkeys(probe.lacks for probe in report.probes.values() if probe.lacks)
+    title = hosts()[host].title
+    return [
+        f"{title} imports {name}, which is not installed here: it can't start without, and where "
+        "klplug joins it could not be looked at"
+        for name in missing
+    ]
 
 
 def _environment_problems(environment: dict[str, str], found: dict[str, HostReport]) -> list[str]:
@@ -187,12 +248,12 @@ def doctor_command(
     as_json: AsJson = False,
 ) -> None:
     """Say what is installed and hooked, here and in a Ray worker: paste it into an issue."""
-    found = doctor(ray, timeout)
+    found = doctor(ray, timeout, say=lambda line: print(line, file=sys.stderr, flush=True))
     if as_json:
         print_json(asdict(found))
     else:
         print(text(found))
-    raise typer.Exit(Status.FINDINGS if found.problems else Status.CLEAN)
+    raise typer.Exit(Status.FINDINGS if found.problems or found.lacking else Status.CLEAN)
 
 
 def text(found: Diagnosis) -> str:
@@ -219,4 +280,6 @@ def text(found: Diagnosis) -> str:
         lines.append("no host is installed in this environment: the core works alone")
     lines.append(f"problems   {len(found.problems) or 'none'}")
     lines += [f"  - {problem}" for problem in found.problems]
+    if found.lacking:
+        lines += ["not klplug's, but the host's own:", *(f"  - {line}" for line in found.lacking)]
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ Answer = dict[str, Any]
 
 def probe(host: str, install: bool) -> Answer:
     """``hooks``, by path whether klplug's function runs there, and ``error``, if there was one.
+
+    ``lacks`` is what the host imports and this environment has not: not klplug's, nor the host.
 
     Args:
         host: its name.
@@ -37,7 +40,12 @@ def probe(host: str, install: bool) -> Answer:
         patch.check()
         return {"hooks": patch.status(), "error": None}
     except (Exception, SystemExit) as problem:
-        return {"hooks": {}, "error": f"{type(problem).__name__}: {problem}"}
+        answer = {"hooks": {}, "error": f"{type(problem).__name__}: {problem}"}
+        module = (getattr(problem, "name", None) or "").partition(".")[0]
+        ours = ("klplug", "wrapt", *row.packages, host)
+        if isinstance(problem, ModuleNotFoundError) and module not in ours:
+            answer["lacks"] = module
+        return answer
 
 
 def probe_in_ray(host: str) -> Answer:
@@ -63,11 +71,18 @@ def probe_in_ray(host: str) -> Answer:
 
 
 def main(host: str, file: str, *options: str) -> None:
-    answers = {"process": probe(host, install=True)}
-    Path(file).write_text(json.dumps(answers))
+    here = probe(host, install=True)
+    _write({"process": here}, file)
     if "--ray" in options:
-        answers["ray_worker"] = probe_in_ray(host)
-        Path(file).write_text(json.dumps(answers))
+        # A worker would lack the same, after the time that a Ray takes to start.
+        there = here if "lacks" in here else probe_in_ray(host)
+        _write({"process": here, "ray_worker": there}, file)
+
+
+def _write(answers: dict[str, Answer], file: str) -> None:
+    # At once: whoever waits for it reads it meanwhile.
+    Path(f"{file}.new").write_text(json.dumps(answers))
+    os.replace(f"{file}.new", file)
 
 
 if __name__ == "__main__":

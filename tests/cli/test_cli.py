@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -75,6 +76,8 @@ def test_the_examples_of_every_help_work(
     said = " ".join(klplug_command(command, "--help").out.split())
     monkeypatch.chdir(tmp_path)
     Path("train.sh").write_text("python -m verl.trainer.main_ppo algorithm.adv_estimator=grpo\n")
+    Path("scripts").mkdir()
+    shutil.copy("train.sh", "scripts/one.sh")
     tensorboard(Path("runs/one"))
     Path("train.log").write_text("step:1 - critic/score/mean:0.5\nstep:2 - critic/score/mean:1\n")
     monkeypatch.setattr("klplug.cli.doctor.hosts", dict)  # a Ray for an example is too much

@@ -110,6 +110,48 @@ def test_a_host_that_cannot_be_imported_is_a_problem() -> None:
     )
 
 
+def a_verl_that(folder: Path, imports: str) -> None:
+    (folder / "verl").mkdir()
+    (folder / "verl" / "__init__.py").write_text(f"import {imports}\n")
+
+
+@pytest.mark.skipif(not NO_HOST, reason="a host is installed")
+def test_what_the_host_itself_lacks_is_no_problem_of_klplugs(
+    klplug_command: Klplug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_verl_that(tmp_path, imports="an_engine.of_its_own")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(module, "_version", {"verl": "0.9.1"}.get)
+    done = klplug_command("doctor", "--json")
+    found = json.loads(done.out)
+    assert done.status == 1
+    assert {p["lacks"] for p in found["hosts"]["verl"]["probes"].values()} == {"an_engine"}
+    assert not any("an_engine" in problem for problem in found["problems"])
+    (lacking,) = found["lacking"]
+    assert "verl imports an_engine, which is not installed here" in lacking
+
+
+@pytest.mark.skipif(not NO_HOST, reason="a host is installed")
+def test_what_klplug_lacks_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a_verl_that(tmp_path, imports="wrapt.nowhere")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (probe,) = module._probes("verl", ray=False, timeout=120).values()
+    assert probe.lacks is None and probe.error is not None and "wrapt.nowhere" in probe.error
+
+
+@pytest.mark.skipif(not NO_HOST, reason="a host is installed")
+def test_each_phase_is_said_as_it_begins_and_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_verl_that(tmp_path, imports="an_engine")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    said: list[str] = []
+    module._probes("verl", ray=True, timeout=120, say=said.append)
+    begun, ended, *_ = said
+    assert begun.endswith("...") and "lacks an_engine" in ended
+    assert [line.endswith("...") for line in said] == [True, False, True, False]
+
+
 def test_a_process_that_gives_no_answer() -> None:
     probes = module._probes("verl", ray=True, timeout=0.05)
     assert {p.error for p in probes.values()} == {"no answer in 0.05 s"}
