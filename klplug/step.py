@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from klplug.batch import ClipRange, Given, Groups, low_and_high
 from klplug.numerics import finite, masked
 from klplug.spec import KLSpec, parse
 from klplug.tally import Tally
-from klplug.term import ClipRange, Groups, KLTerm, kl_term, low_and_high, with_gradient
+from klplug.term import KLTerm, term_of, with_gradient
 from klplug.weights import clipped_weight, importance_weight
 
 
@@ -113,11 +114,10 @@ def policy_loss(
             f"kl_type {str(spec)!r} is in the reward: join it to the advantages, or use "
             "'k1_in_reward,head=combined'"
         )
-    term = kl_term(
-        spec,
-        log_probs,
-        ref_log_probs,
-        response_mask,
+    given = Given(
+        log_probs=log_probs,
+        response_mask=response_mask,
+        ref_log_probs=ref_log_probs,
         old_log_probs=old_log_probs,
         rollout_log_probs=rollout_log_probs,
         advantages=advantages,
@@ -127,6 +127,7 @@ def policy_loss(
         return_baseline=return_baseline,
         exact_kl=exact_kl,
     )
+    term = term_of(spec, given)
     step = KLStep(term)
     clip = low, high = low_and_high(clip_range)
     dtype = term.value.dtype

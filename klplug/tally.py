@@ -12,12 +12,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from klplug.numerics import HUGE, finite, finite_, flags, largest, masked_
+from klplug.seen import Seen
 
 PREFIX = "klplug/"
 
@@ -173,42 +174,6 @@ def _of_gradients(means: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "gradient_norm_ratio": ratio,
         "top_share": ratios[3].clamp(max=1.0),
     }
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What the metrics of one term are made of; tensors are (B, T), zero where masked.
-
-    Where there is no weight it is 1; where there are no flags nothing acted.
-
-    Attributes:
-        name: of the term in its metrics, empty for the whole.
-        counted: the tokens that the caller counts.
-        numbers: those of them that are numbers.
-        log_ratio: of those, to the term's reference; ``None`` where the whole has none to ref.
-        coefficient: what stands beside an advantage; ``None`` where sampled tokens have none, or
-            not the whole of it.
-        gradient: what multiplies each token's score.
-        principled: what would with ``c = lr``.
-        k3: its values, where they are at hand.
-        exact: the divergence over the whole vocabulary, where it is.
-        capped, bounded: 1 where it acted, else 0.
-        inputs: the caller's tensors by name, anything where masked.
-    """
-
-    name: str
-    counted: Tensor
-    numbers: Tensor
-    log_ratio: Tensor | None
-    coefficient: Tensor | None
-    gradient: Tensor
-    principled: Tensor
-    k3: Tensor | None = None
-    exact: Tensor | None = None
-    weight: Tensor | None = None
-    capped: Tensor | None = None
-    bounded: Tensor | None = None
-    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def tally(seen: Sequence[Seen]) -> Tally:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from klplug import kl_term
-from klplug.tally import SAMPLE, TOP, Seen, tally
+from klplug.seen import Seen
+from klplug.tally import SAMPLE, TOP, tally
 from klplug.watch import RULES, Watch
 
 

@@ -1,0 +1,329 @@
+"""What a term does at each token: its coefficient c, its weight w, and where they meet.
+
+====================================  =============================================
+one term                              its gradient: what multiplies grad log pi(y_t)
+====================================  =============================================
+own token (LOC)                       ``w_t c_t``
+whole answer (FULL)                   ``w_t c_t + sum_{s>t} w_s v_s - w_t b_t``
+in the reward (FULL)                  ``sum_{s>=t} c_s - b_t``
+under a head                          ``rho_t c_t``, or 0 where PPO's clip drops it
+over the vocabulary (LOC)             ``Q_t grad D_t``, by autograd
+over the vocabulary (FULL)            the same, and ``sum_{s>t} Q_s D_s``
+====================================  =============================================
+
+c is the estimator's value in the reward and its derivative as a loss, v what a token adds to the
+coefficients before it, b a baseline, D the expectation over the vocabulary and Q the weight of the
+tokens before. All of them are detached but ``grad D_t``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from klplug.answers import Answers
+from klplug.baselines import others_mean
+from klplug.batch import Batch, policy_of
+from klplug.numerics import HUGE, finite, finite_, masked, masked_
+from klplug.spec import TermSpec
+from klplug.weights import ImportanceWeight, clipped_weight, importance_weight
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """The estimate and its coefficients, (B, T) each, zero where masked.
+
+    Attributes:
+        mask: the tokens that are in the KL.
+        numbers: those of them whose log-ratio, too, is a number.
+        log_ratio: of those.
+        reach: of all of ``mask``, an infinite one as the dtype's largest number.
+        value: the estimate, nats.
+        own: each token's own c.
+        later: v, what it adds to the coefficients of the tokens before it, in its answer.
+    """
+
+    mask: Tensor
+    numbers: Tensor
+    log_ratio: Tensor
+    reach: Tensor
+    value: Tensor
+    own: Tensor
+    later: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Acting:
+    """What acts on each token, (B, T) each, zero where masked.
+
+    Attributes:
+        mask: the tokens that are in the KL.
+        value: the estimate, nats.
+        coefficient: c.
+        gradient: made when it is asked for: a host that joins c to a reward never does.
+        weight: w; ``None`` where it is 1.
+        importance: what w was made of, as the metrics show it.
+        pathwise: 0, with the gradient that goes through ``exact_kl``.
+    """
+
+    mask: Tensor
+    value: Tensor
+    coefficient: Tensor
+    gradient: Callable[[], Tensor]
+    weight: Tensor | None = None
+    importance: ImportanceWeight | None = None
+    pathwise: Tensor | None = None
+
+    @property
+    def weight_or_one(self) -> Tensor:
+        return self.mask.to(self.value.dtype) if self.weight is None else self.weight
+
+
+def acting(spec: TermSpec, batch: Batch, estimate: Estimate) -> Acting:
+    """What the term ``spec`` does, by where it acts."""
+    if spec.vocab == "exact":
+        return _over_the_vocabulary(spec, batch, estimate)
+    if spec.placement == "in_reward":
+        return _in_the_reward(spec, batch, estimate)
+    if spec.head in ("combined", "clipped"):
+        return _under_a_head(spec, batch, estimate)
+    if spec.horizon == "sequence":
+        return _whole_answer(spec, batch, estimate)
+    return _own_token(spec, batch, estimate)
+
+
+def sum_of(parts: list[Acting], batch: Batch) -> Acting:
+    """The sum of several, with the weights in its coefficient; of none of them zero."""
+    zero = torch.zeros_like(batch.log_probs)
+    weighted = (a.coefficient if a.weight is None else a.weight * a.coefficient for a in parts)
+    paths = [a.pathwise for a in parts if a.pathwise is not None]
+    return Acting(
+        batch.mask,
+        value=finite(sum((a.value for a in parts), zero)),
+        coefficient=finite(sum(weighted, zero)),
+        gradient=lambda: finite(sum((a.gradient() for a in parts), zero)),
+        pathwise=torch.stack(paths).sum(0) if paths else None,
+    )
+
+
+# ── The gradients, one by one ────────────────────────────────────────────────────────────────────
+
+
+def _own_token(spec: TermSpec, batch: Batch, estimate: Estimate) -> Acting:
+    """``w_t c_t``: prefixes held fixed (LOC)."""
+    importance = _importance(spec, batch, estimate.mask)
+    weight = None if importance is None else importance.weight
+    gradient = estimate.own if weight is None else finite_(weight * estimate.own)
+    return Acting(estimate.mask, estimate.value, estimate.own, lambda: gradient, weight, importance)
+
+
+def _whole_answer(spec: TermSpec, batch: Batch, estimate: Estimate) -> Acting:
+    """``w_t c_t + sum_{s>t} w_s v_s - w_t b_t`` (FULL).
+
+    v is c itself for k2. With a weight of the whole answer all w are one; with the prefixes' this
+    is the per-decision form. The ``coefficient`` is that sum over ``w_t``, so that weight times
+    coefficient is the gradient here too.
+    """
+    importance = _importance(spec, batch, estimate.mask)
+    weight = None if importance is None else importance.weight
+    gradient = returns(estimate, batch, weight)
+    if spec.baseline != "none":
+        compared = baseline(spec, batch, estimate, gradient)
+        gradient = gradient - (compared if weight is None else weight * compared)
+    gradient = masked_(finite_(gradient), estimate.mask)
+    coefficient = gradient
+    if weight is not None:
+        weight = _still_answering(weight, estimate.mask)
+        coefficient = masked_(finite_(gradient / weight), estimate.mask)
+    return Acting(estimate.mask, estimate.value, coefficient, lambda: gradient, weight, importance)
+
+
+def _in_the_reward(spec: TermSpec, batch: Batch, estimate: Estimate) -> Acting:
+    """``sum_{s>=t} c_s - b_t``: what a host credits to a token of the c after it (FULL)."""
+    coefficient = estimate.own
+    if spec.baseline != "none":
+        compared = baseline(spec, batch, estimate, returns(estimate, batch))
+        credited = _credited(compared, estimate.mask, batch.answers)
+        coefficient = finite_(coefficient - credited)
+
+    def gradient() -> Tensor:
+        return masked_(finite_(batch.answers.to_go(coefficient)), estimate.mask)
+
+    return Acting(estimate.mask, estimate.value, coefficient, gradient)
+
+
+def _under_a_head(spec: TermSpec, batch: Batch, estimate: Estimate) -> Acting:
+    """``rho_t c_t``, and 0 where PPO's clip drops it; over whole answers c_t is the sum to go."""
+    ratio = _importance(spec, batch, estimate.mask)
+    assert ratio is not None and batch.clip is not None
+    coefficient = estimate.own
+    if spec.horizon == "sequence":
+        coefficient = masked_(returns(estimate, batch), estimate.mask)
+    slope = coefficient
+    if spec.head == "combined":
+        assert batch.given.kl_coef is not None
+        slope = batch.given.kl_coef * coefficient - batch.masked("advantages")
+    importance = clipped_weight(ratio, slope, batch.clip)
+    weight = importance.weight
+    gradient = finite_(weight * coefficient)
+    return Acting(estimate.mask, estimate.value, coefficient, lambda: gradient, weight, importance)
+
+
+def _over_the_vocabulary(spec: TermSpec, batch: Batch, estimate: Estimate) -> Acting:
+    """``Q_t grad D_t`` (LOC), and over whole answers ``sum_{s>t} Q_s D_s`` too (FULL).
+
+    The expectation over a token is in its D, so neither ``grad D_t`` nor a later token's ``D_s``
+    needs that token's own ratio.
+    """
+    importance = _importance(spec, batch, estimate.mask)
+    weight = before = None if importance is None else importance.weight
+    gradient = coefficient = estimate.own
+    if spec.horizon == "sequence":
+        added = estimate.later if before is None else finite_(before * estimate.later)
+        to_go = batch.answers.after(batch.answers.to_go(added))
+        gradient = coefficient = masked_(finite_(to_go), estimate.mask)
+        if before is not None:
+            weight = _still_answering(before, estimate.mask)
+            coefficient = masked_(finite_(gradient / weight), estimate.mask)
+    pathwise, exact_kl = None, batch.given.exact_kl
+    assert exact_kl is not None
+    if exact_kl.requires_grad and torch.is_grad_enabled():
+        own = exact_kl.where(estimate.mask, 0.0)
+        pathwise = (own - own.detach()) * (1.0 if before is None else before)
+    return Acting(
+        estimate.mask, estimate.value, coefficient, lambda: gradient, weight, importance, pathwise
+    )
+
+
+# ── The coefficient ──────────────────────────────────────────────────────────────────────────────
+
+
+def estimate_of(spec: TermSpec, batch: Batch) -> Estimate:
+    """Value, c and v of the term ``spec``; ``bound`` has acted on c, and nothing else yet."""
+    if spec.vocab == "exact":
+        return _expected(spec, batch)
+    bounded = not math.isinf(spec.bound)
+    limits = spec.definition.has_limit or bounded
+    estimate = _with_limits(spec, batch) if limits else _of_numbers(spec, batch)
+    if spec.placement == "as_loss" and spec.horizon == "sequence":
+        return _over_answers(spec, batch, estimate)
+    return estimate
+
+
+def _expected(spec: TermSpec, batch: Batch) -> Estimate:
+    """D in place of an estimate; a sampled token has no c of its own."""
+    log_ratio = batch.log_ratio(spec.reference)
+    mask = batch.mask & (log_ratio.abs() < math.inf)
+    log_ratio = masked_(log_ratio, mask)
+    value = masked(batch.others["exact_kl"].to(log_ratio.dtype), mask)
+    return Estimate(mask, mask, log_ratio, log_ratio, value, torch.zeros_like(value), value)
+
+
+def _of_numbers(spec: TermSpec, batch: Batch) -> Estimate:
+    row, coefficient = spec.definition, spec.definition.role(spec.placement).coefficient
+    log_ratio = batch.log_ratio(spec.reference)
+    mask = batch.mask & (log_ratio.abs() < math.inf)
+    log_ratio = masked_(log_ratio, mask)
+    own = coefficient(log_ratio)
+    if coefficient is row.value:
+        value = own
+    elif row.value_of_derivative is not None:
+        value = row.value_of_derivative(log_ratio, own)
+    else:
+        value = row.value(log_ratio)
+    if spec.name == "k1_as_loss":
+        own = masked_(own, mask)  # the one coefficient that is not 0 where lr is
+    return Estimate(mask, mask, log_ratio, log_ratio, value, own, own)
+
+
+def _with_limits(spec: TermSpec, batch: Batch) -> Estimate:
+    """With an infinite pi/ref as the largest number: the term stays where it is finite there."""
+    row, coefficient = spec.definition, spec.definition.role(spec.placement).coefficient
+    log_ratio = batch.log_ratio(spec.reference)
+    numbers = batch.mask & (log_ratio.abs() < math.inf)
+    of_policy = batch.mask & (batch.log_probs.abs() < math.inf) & ~log_ratio.isnan()
+    log_ratio = masked_(finite(log_ratio), of_policy)
+    own, value = coefficient(log_ratio), row.value(log_ratio)
+    if math.isinf(spec.bound):
+        held = torch.maximum(own.abs(), value.abs())
+    else:
+        own = own.clamp(-spec.bound, spec.bound)
+        held = own.abs()
+    mask = of_policy & (numbers | (held < HUGE))
+    own = masked(own, mask)
+    value = masked(value, mask & (numbers | (value.abs() < HUGE)))
+    reach = masked(log_ratio, mask)
+    return Estimate(mask, numbers, masked(log_ratio, numbers), reach, value, own, own)
+
+
+def _over_answers(spec: TermSpec, batch: Batch, estimate: Estimate) -> Estimate:
+    """With v, what a token adds to those before it; or with c by the answer so far."""
+    row, mask = spec.definition, estimate.mask
+    if row.of_answer is not None:
+        own = masked_(row.of_answer(batch.answers.so_far(estimate.reach)), mask)
+        return replace(estimate, own=own, later=torch.zeros_like(own))
+    if row.later is None or row.later is row.as_loss.coefficient:
+        return estimate
+    if row.later is row.value:
+        return replace(estimate, later=estimate.value)
+    return replace(estimate, later=masked_(row.later(estimate.reach), mask))
+
+
+# ── Weights and baselines ────────────────────────────────────────────────────────────────────────
+
+
+def _importance(spec: TermSpec, batch: Batch, mask: Tensor) -> ImportanceWeight | None:
+    policy = policy_of(spec)
+    if policy is None:
+        return None
+    # The heads have none of these options: theirs is the policy loss's own ratio.
+    return importance_weight(
+        batch.log_ratio(policy),
+        mask,
+        level=spec.level or "token",
+        cap=math.inf if spec.cap is None else spec.cap,
+        mode=spec.mode or "truncate",
+        answers=batch.answers,
+        own=spec.vocab == "sample",
+    )
+
+
+def _still_answering(weight: Tensor, mask: Tensor) -> Tensor:
+    """1 for a weight of 0: a token that mode=mask dropped still answers for later ones."""
+    return torch.where(weight > 0, weight, mask.to(weight.dtype))
+
+
+def returns(estimate: Estimate, batch: Batch, weight: Tensor | None = None) -> Tensor:
+    """``w_t c_t + sum_{s>t} w_s v_s``."""
+    own, later = estimate.own, estimate.later
+    added = later if weight is None else finite_(weight * later)
+    to_go = batch.answers.to_go(added)
+    if own is not later:
+        to_go = to_go - added + (own if weight is None else finite_(weight * own))
+    return finite_(to_go)
+
+
+def baseline(spec: TermSpec, batch: Batch, estimate: Estimate, returned: Tensor) -> Tensor:
+    """The mean return of the other answers, or what was handed in for it."""
+    if "return_baseline" in batch.others:
+        return batch.masked("return_baseline")
+    groups = None if spec.baseline == "batch" else batch.given.group_ids
+    return others_mean(returned, groups, estimate.mask.any(-1))
+
+
+def _credited(to_go: Tensor, mask: Tensor, answers: Answers) -> Tensor:
+    """Per-token numbers, zero where masked, whose sum over this token and later ones of its answer
+    is ``to_go`` at every counted token."""
+    length = mask.shape[-1]
+    position = torch.arange(length, device=mask.device).expand_as(mask)
+    following = position.where(mask, length).flip(-1).cummin(-1).values.flip(-1)
+    following = pad(following[:, 1:], (0, 1), value=length)
+    after = pad(to_go, (0, 1)).gather(-1, following)
+    if answers.number is not None and length:
+        after = masked_(after, answers.same(following.clamp(max=length - 1)))
+    return torch.where(mask, to_go - after, 0.0)

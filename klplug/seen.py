@@ -1,0 +1,141 @@
+"""What the metrics see of a term, and of a sum as a whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from klplug.batch import Batch
+from klplug.gradients import Acting, Estimate
+from klplug.numerics import finite, finite_, flags, masked_
+from klplug.spec import TermSpec
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the metrics of one term are made of; tensors are (B, T), zero where masked.
+
+    Where there is no weight it is 1; where there are no flags nothing acted.
+
+    Attributes:
+        name: of the term in its metrics, empty for the whole.
+        counted: the tokens that the caller counts.
+        numbers: those of them that are numbers.
+        log_ratio: of those, to the term's reference; ``None`` where the whole has none to ref.
+        coefficient: what stands beside an advantage; ``None`` where sampled tokens have none, or
+            not the whole of it.
+        gradient: what multiplies each token's score.
+        principled: what would with ``c = lr``.
+        k3: its values, where they are at hand.
+        exact: the divergence over the whole vocabulary, where it is.
+        capped, bounded: 1 where it acted, else 0.
+        inputs: the caller's tensors by name, anything where masked.
+    """
+
+    name: str
+    counted: Tensor
+    numbers: Tensor
+    log_ratio: Tensor | None
+    coefficient: Tensor | None
+    gradient: Tensor
+    principled: Tensor
+    k3: Tensor | None = None
+    exact: Tensor | None = None
+    weight: Tensor | None = None
+    capped: Tensor | None = None
+    bounded: Tensor | None = None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One term of a ``kl_type``, worked out."""
+
+    spec: TermSpec
+    estimate: Estimate
+    acting: Acting
+
+
+def seen_of(parts: Sequence[Part], whole: Acting, batch: Batch) -> list[Seen]:
+    """The whole first, and then each term; a single term to ref is the whole."""
+    terms = [_seen(part, batch) for part in parts]
+    if len(parts) == 1 and parts[0].spec.reference == "ref":
+        return [replace(terms[0], name="")]
+    return [_whole(terms, whole, batch), *terms]
+
+
+_IN_A_KEY = str.maketrans({",": ".", "=": "-"})
+
+
+def _seen(part: Part, batch: Batch) -> Seen:
+    spec, estimate, importance = part.spec, part.estimate, part.acting.importance
+    gradient, exact = part.acting.gradient(), spec.vocab == "exact"
+    bounded = None
+    if not math.isinf(spec.bound):
+        unbounded = spec.definition.role(spec.placement).coefficient(estimate.log_ratio)
+        bounded = flags(torch.gt, unbounded.abs(), spec.bound)
+    own_token = spec.placement == "as_loss" and spec.horizon == "token"
+    # Over whole answers the weights are inside the sum: what competes with an advantage is it.
+    coefficient = part.acting.coefficient if own_token else gradient
+    names = [n for n in batch.others if n in (*spec.requires, "return_baseline")]
+    return Seen(
+        name=str(spec).translate(_IN_A_KEY) + "/",
+        counted=batch.counted,
+        numbers=estimate.numbers,
+        log_ratio=estimate.log_ratio,
+        coefficient=None if exact else coefficient,
+        gradient=gradient,
+        principled=gradient if exact else _principled(part, batch, gradient),
+        k3=estimate.value if spec.estimator == "k3" else None,
+        exact=estimate.value if exact else None,
+        weight=None if importance is None else importance.weight,
+        capped=None if importance is None else importance.capped(),
+        bounded=bounded,
+        inputs={"log_probs": batch.log_probs, **{name: batch.others[name] for name in names}},
+    )
+
+
+def _principled(part: Part, batch: Batch, gradient: Tensor) -> Tensor:
+    """The gradient that the same formulation has with c = lr and no baseline."""
+    spec, estimate, importance = part.spec, part.estimate, part.acting.importance
+    log_ratio = estimate.log_ratio
+    weight = None if importance is None else importance.weight
+    if spec.placement == "as_loss" and spec.horizon == "token":
+        if estimate.own is log_ratio:
+            return gradient
+        return log_ratio if weight is None else finite_(weight * log_ratio)
+    if estimate.own is log_ratio and spec.baseline == "none":
+        return gradient
+    if spec.head == "separate" and spec.placement == "as_loss" and weight is not None:
+        to_go = batch.answers.to_go(finite_(weight * log_ratio))
+    else:
+        to_go = batch.answers.to_go(log_ratio)
+        to_go = to_go if weight is None else weight * to_go
+    return masked_(finite_(to_go), estimate.mask)
+
+
+def _whole(terms: Sequence[Seen], whole: Acting, batch: Batch) -> Seen:
+    """What a sum does as a whole, and the KL to ref, where there is one."""
+    numbers, log_ratio = batch.mask, None
+    if "ref_log_probs" in batch.others:
+        log_ratio = batch.log_ratio("ref")
+        numbers = numbers & (log_ratio.abs() < math.inf)
+        log_ratio = masked_(log_ratio, numbers)
+    gradient = whole.gradient()
+    exact = next((term.exact for term in terms if term.exact is not None), None)
+    return Seen(
+        name="",
+        counted=batch.counted,
+        numbers=numbers,
+        log_ratio=log_ratio,
+        # Beside an exact KL the sampled tokens' coefficients are not the whole of it.
+        coefficient=gradient if exact is None else None,
+        gradient=gradient,
+        principled=finite(sum((term.principled for term in terms), torch.zeros_like(gradient))),
+        exact=exact,
+        inputs={name: tensor for term in terms for name, tensor in term.inputs.items()},
+    )
