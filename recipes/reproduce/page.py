@@ -1,4 +1,4 @@
-"""docs/evidence.md and its figures, from the committed rows: `python -m recipes.reproduce.page`.
+"""docs/evidence.md, its figures and README's table: `python -m recipes.reproduce.page`.
 
 Nothing in the page is written by hand but its sentences: each number is of `results/tier1*.jsonl`,
 each verdict follows HYPOTHESES.md's rule. What is missing is said to be missing.
@@ -6,6 +6,7 @@ each verdict follows HYPOTHESES.md's rule. What is missing is said to be missing
 
 import argparse
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +23,8 @@ from recipes.reproduce.grid import HERE, load
 
 RESULTS = HERE / "results"
 PAGE = REPOSITORY / "docs" / "evidence.md"
+README = REPOSITORY / "README.md"
+IN_README = re.compile(r"(?<=<!-- evidence -->\n).*(?=<!-- /evidence -->)", re.DOTALL)
 IMAGES = REPOSITORY / "docs" / "img"
 
 RESAMPLES = 10_000
@@ -373,6 +376,20 @@ def table(runs: Runs, kl_types: Sequence[str], updates: int, kl_coef: float) -> 
     return lines
 
 
+def short_table(runs: Runs) -> str:
+    """README's: accuracy and KL of each formulation, with the lowest and the highest seed."""
+    measures = [MEASURES[0], MEASURES[4]]
+    lines = [
+        "| `kl_type` | seeds | accuracy | KL(pi‖ref), nats per answer |",
+        "| --- | --- | --- | --- |",
+    ]
+    for kl_type in ORDER:
+        rows = list(runs.of(kl_type).values())
+        values = (mean_and_range([m.of(row) for row in rows], m.form) for m in measures)
+        lines.append(f"| `{kl_type}` | {len(rows)} | {' | '.join(values)} |")
+    return "\n".join(["", *lines, "", ""])
+
+
 def start_line(rows: Sequence[Row]) -> str:
     """What all runs start from."""
     start = rows[0]["evaluations"][0]
@@ -637,6 +654,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of tier1*.jsonl")
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--images", type=Path, default=IMAGES)
+    parser.add_argument("--readme", type=Path, default=README)
     arguments = parser.parse_args(argv)
     try:
         rows = [
@@ -650,6 +668,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments.page.write_text(page(rows), "utf-8")
     if rows:
         figures(rows, arguments.images)
+        text = arguments.readme.read_text("utf-8")
+        made = IN_README.sub(lambda _: short_table(Runs(rows)), text)
+        arguments.readme.write_text(made, "utf-8")
     print(f"{arguments.page}: {len(rows)} runs")
     return 0
 

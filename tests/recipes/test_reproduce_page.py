@@ -13,6 +13,7 @@ from recipes.reproduce.drive import FORM, append
 from recipes.reproduce.page import (
     IMAGES,
     PAGE,
+    README,
     Runs,
     above,
     accuracy,
@@ -197,7 +198,12 @@ def test_the_same_rows_make_the_same_files(tmp_path: Path) -> None:
     for name in ("one", "two"):
         out = tmp_path / name
         words = ["--results", str(results), "--page", str(tmp_path / f"{name}.md")]
-        assert main([*words, "--images", str(out)]) == 0
+        readme = tmp_path / f"{name}-README.md"
+        readme.write_text("# x\n<!-- evidence -->\nold\n<!-- /evidence -->\ny\n")
+        assert main([*words, "--images", str(out), "--readme", str(readme)]) == 0
+        above, *_, below = readme.read_text().splitlines()
+        assert (above, below) == ("# x", "y")
+        assert "| `k2_as_loss` | 2 | 75.0% (70.0% to 80.0%) |" in readme.read_text()
         made.append([path.read_bytes() for path in sorted(out.glob("*.svg"))])
     assert made[0] == made[1]
     assert len(made[0]) == 2
@@ -215,8 +221,12 @@ def test_rows_of_another_form_are_refused(
 
 
 def test_the_committed_page_is_that_of_the_committed_rows(tmp_path: Path) -> None:
-    assert main(["--page", str(tmp_path / "evidence.md"), "--images", str(tmp_path)]) == 0
+    readme = tmp_path / "README.md"
+    readme.write_text(README.read_text())
+    words = ["--page", str(tmp_path / "evidence.md"), "--readme", str(readme)]
+    assert main([*words, "--images", str(tmp_path)]) == 0
     assert (tmp_path / "evidence.md").read_text() == PAGE.read_text()
+    assert readme.read_text() == README.read_text()
     for drawn in tmp_path.glob("*.svg"):
         assert (IMAGES / drawn.name).is_file()
 
