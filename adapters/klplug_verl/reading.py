@@ -47,9 +47,11 @@ from klplug_verl.keys import (
     DISTIL_POLICY,
     DISTILLS,
     DISTILLS_BESIDE,
+    DYNAMIC,
     ENGINE,
     EPOCHS,
     ESTIMATOR,
+    FETCHED,
     GAMMA,
     GDPO_KEYS,
     KL_COEF,
@@ -63,7 +65,9 @@ from klplug_verl.keys import (
     MINI_BATCH,
     NORM_BY_STD,
     PENALTY,
+    RECORDS,
     ROLLOUT_IS,
+    STOCK,
     STRATEGY,
     TRAIN_BATCH,
     TRAINER_MODE,
@@ -85,6 +89,7 @@ ASPECTS = {
     TRAIN_BATCH: aspects.UPDATES,
     MINI_BATCH: aspects.UPDATES,
     EPOCHS: aspects.UPDATES,
+    FETCHED: aspects.UPDATES,
     ESTIMATOR: aspects.ADVANTAGE,
     NORM_BY_STD: aspects.ADVANTAGE,
     GAMMA: aspects.ADVANTAGE,
@@ -117,6 +122,7 @@ class _Trainer:
         name: pattern of what starts it.
         note: a sentence.
         stale: it trains on samples of a policy some updates old.
+        fetches: it takes whole mini-batches from a queue, and data.train_batch_size says nothing.
         drops: why a KL in the reward never reaches its advantages; empty where it does.
         own_loss: its loss is not verl's, and what KL it has is not known.
         served: klplug has hooks for it.
@@ -125,6 +131,7 @@ class _Trainer:
     name: str
     note: str
     stale: bool = False
+    fetches: bool = False
     drops: str = ""
     own_loss: bool = False
     served: bool = False
@@ -136,6 +143,7 @@ _TRAINERS = (
         r"fully_async",
         "verl's fully asynchronous trainer: samples are made by a policy some updates old.",
         stale=True,
+        fetches=True,
     ),
     _Trainer(
         r"one_step_off",
@@ -179,12 +187,17 @@ class Parsed:
 def parsed(launch: Launch) -> Parsed:
     """What a command sets, over the config files that it names."""
     given = arguments(
-        launch.args, launch.folder, own_config=launch.foreign or _own(launch.trainer) is not None
+        launch.args,
+        launch.folder,
+        own_config=launch.foreign or _own(launch.trainer) is not None,
+        trainer=launch.trainer,
     )
     return replace(_with_files(given), launch=launch)
 
 
-def arguments(args: Iterable[Word], folder: Path, own_config: bool = False) -> Parsed:
+def arguments(
+    args: Iterable[Word], folder: Path, own_config: bool = False, trainer: str = ""
+) -> Parsed:
     """Hydra's view of a command line; config files are looked for from ``folder``."""
     written: dict[str, Setting] = {}
     spelled: dict[str, tuple[Word, ...]] = {}
@@ -218,10 +231,13 @@ def arguments(args: Iterable[Word], folder: Path, own_config: bool = False) -> P
         else:
             bare.append(Setting(text, None, word.line, True))
     if "name" in config or "path" in config:
-        path = _config_file(config, folder)
-        if path is not None and path.is_file():
+        path = _config_file(config, folder, trainer)
+        stock = _STOCK_CONFIGS.get(config.get("name", _MAIN_CONFIG).text.removesuffix(".yaml"))
+        if path is not None:
             files.append(path)
-        elif config.get("name", _MAIN_CONFIG).text.removesuffix(".yaml") not in _STOCK_CONFIGS:
+        elif stock is not None:
+            written = _brought(stock) | written
+        else:
             named = config.get("name", config.get("path", Word("")))
             flag_name = "--config-name" if "name" in config else "--config-path"
             unread.append(Setting(flag_name, named.text, named.line, True, named.unknown))
@@ -260,12 +276,25 @@ _HYDRA_FLAGS = {
     **{"-cp": "path", "-cn": "name", "-cd": "dir"},
 }
 _MAIN_CONFIG = Word("ppo_trainer")
-_STOCK_CONFIGS = ("ppo_trainer", "ppo_megatron_trainer", "dapo_trainer")
+_MEGATRON = {STRATEGY: "megatron"}
+# Configs that verl brings, and what they change of what bears on the KL. Sources, in verl 0.7.1 to
+# 0.9.1: trainer/config, experimental/*/config; verl-recipe dapo/config.
+_STOCK_CONFIGS: dict[str, dict[str, Any]] = {
+    "ppo_trainer": {},
+    "ppo_megatron_trainer": _MEGATRON,
+    "dapo_trainer": {},
+    "dapo_megatron_trainer": _MEGATRON,
+    "fully_async_ppo_trainer": {BYPASS: True, RECORDS: True},
+    "fully_async_ppo_megatron_trainer": {BYPASS: True, RECORDS: True, **_MEGATRON},
+    "one_step_off_ppo_trainer": {BYPASS: True, RECORDS: True},
+    "one_step_off_ppo_megatron_trainer": {BYPASS: True, RECORDS: True, **_MEGATRON},
+}
 # A variable, or the output of a command, in front of a path.
 _UNKNOWN_HEAD = re.compile(r"^(\$\{?\w+\}?|\$\([^)]*\)|`[^`]*`)/?")
 
 
-def _config_file(config: dict[str, Word], folder: Path) -> Path | None:
+def _config_file(config: dict[str, Word], folder: Path, trainer: str) -> Path | None:
+    """The file that is named: from the folder of the script, or of the trainer, as Hydra has it."""
     name = config.get("name", _MAIN_CONFIG)
     place = config.get("path") or config.get("dir") or Word(".")
     if name.unknown:
@@ -273,8 +302,11 @@ def _config_file(config: dict[str, Word], folder: Path) -> Path | None:
     # "$PROJECT_DIR/examples/config": the unknown head may be the folder of the script.
     text = _UNKNOWN_HEAD.sub("", place.text) if place.unknown else place.text
     file = name.text if name.text.endswith((".yaml", ".yml")) else f"{name.text}.yaml"
-    above = (folder.resolve(), *folder.resolve().parents[:3])
-    for root in above if place.unknown else (folder, Path(".")):
+    above = (folder.resolve(), *folder.resolve().parents[:6])
+    module = trainer.removesuffix(".py").replace(".", "/").rpartition("/")[0]
+    from_trainer = [root / module for root in above] if module else []
+    from_script = above[:4] if place.unknown else (folder, Path("."))
+    for root in (*from_script, *from_trainer):
         if (path := root / text / file).is_file():
             return path
     return None
@@ -300,19 +332,49 @@ def _from_yaml(content: Mapping[str, Any], lines: Mapping[str, int]) -> dict[str
     }
 
 
+def _brought(stock: Mapping[str, Any]) -> dict[str, Setting]:
+    """The settings of a config that verl brings."""
+    return {key: Setting(key, value, written=True) for key, value in stock.items()}
+
+
 def _with_files(launched: Parsed) -> Parsed:
     """The settings of the config files a command names, under those of the command itself."""
     written: dict[str, Setting] = {}
     for path in launched.files:
-        try:
-            content = load_yaml(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise AuditError(f"{path}: not a readable YAML file ({error})") from None
-        if isinstance(content, dict):
-            written |= _from_yaml(content, {})
+        written |= _of_file(path, ())
     # A config file may hold keys of its own.
     added = launched.added | (written.keys() - launched.written.keys())
     return replace(launched, written={**written, **launched.written}, added=added)
+
+
+def _of_file(path: Path, within: tuple[Path, ...]) -> dict[str, Setting]:
+    """The settings of a config file, over those of the files beside it in its ``defaults``.
+
+    Args:
+        path: the file.
+        within: the files that it is a default of; one that leads back to itself is an error.
+    """
+    if path in within:
+        raise AuditError(f"{path}: its defaults lead back to itself")
+    try:
+        content = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise AuditError(f"{path}: not a readable YAML file ({error})") from None
+    if not isinstance(content, dict):
+        return {}
+    own = _from_yaml(content, {})
+    settings: dict[str, Setting] = {}
+    defaults = content.get("defaults")
+    names = [name for name in defaults if isinstance(name, str)] if defaults else ["_self_"]
+    for name in names if "_self_" in names else [*names, "_self_"]:
+        beside = path.with_name(f"{name.removesuffix('.yaml')}.yaml")
+        if name == "_self_":
+            settings |= own
+        elif beside.is_file():
+            settings |= _of_file(beside, (*within, path))
+        else:
+            settings |= _brought(_STOCK_CONFIGS.get(name.removesuffix(".yaml"), {}))
+    return settings
 
 
 def misses(table: Table, launched: Parsed) -> list[Setting]:
@@ -506,14 +568,25 @@ def _resolved(settings: Settings) -> Settings:
     return replace(settings, written=written)
 
 
+def _fetches(settings: Settings) -> bool:
+    launch = settings.launch
+    other = None if launch is None else _own(launch.trainer)
+    return other is not None and other.fetches
+
+
 def _updates(settings: Settings) -> float:
+    if _fetches(settings):
+        return settings.number(FETCHED, 1) * max(1.0, settings.number(EPOCHS, 1))
     batch, mini = settings.number(TRAIN_BATCH, 1), settings.number(MINI_BATCH, 1)
     return math.ceil(batch / max(mini, 1)) * max(1.0, settings.number(EPOCHS, 1))
 
 
 def _making_more(settings: Settings) -> Iterable[str]:
     """The settings by which one rollout serves more than one update."""
-    if settings.number(TRAIN_BATCH, 1) > settings.number(MINI_BATCH, 1):
+    if _fetches(settings):
+        if settings.number(FETCHED, 1) > 1:
+            yield FETCHED
+    elif settings.number(TRAIN_BATCH, 1) > settings.number(MINI_BATCH, 1):
         yield from (TRAIN_BATCH, MINI_BATCH)
     if settings.number(EPOCHS, 1) > 1:
         yield EPOCHS
@@ -576,7 +649,7 @@ def _terms(settings: Settings) -> tuple[list[Term], list[Rejected]]:
         spec, straight, clamped = _stock(name, placement, settings.table)
         if full is not None and [term.placement for term in full.terms] == [placement]:
             (spec,) = full.terms
-        if spec is None:
+        if spec is None and _is_verls(settings):
             rejected.append(Rejected(settings[kind], _why_no_estimator(name, settings.table)))
         alone = settings.on(DISTILLS) and not settings.on(DISTILLS_BESIDE)
         dropped = "distillation without task rewards throws the policy loss away" if alone else ""
@@ -715,16 +788,36 @@ def _bad_values(settings: Settings) -> list[Rejected]:
     agg = settings[LOSS_AGG]
     if not agg.unknown and agg.value not in modes:
         rejected.append(Rejected(agg, f"loss_agg_mode takes {', '.join(modes)}"))
-    rejected += settings.not_numbers((LOSS_COEF, CTRL_COEF, GAMMA), (*_COUNTS, N))
+    fetches = _fetches(settings)
+    counts = (MINI_BATCH, EPOCHS, N) if fetches else (*_COUNTS, N)
+    rejected += settings.not_numbers((LOSS_COEF, CTRL_COEF, GAMMA), counts)
     ctrl = settings[CTRL_TYPE]
     if not ctrl.unknown and ctrl.value not in ("fixed", "adaptive"):
         rejected.append(Rejected(ctrl, "kl_ctrl.type takes fixed, adaptive"))
-    batch, mini = settings[TRAIN_BATCH], settings[MINI_BATCH]
-    if not (
-        batch.unknown or mini.unknown or settings.on(ACTOR + "use_dynamic_bsz")
-    ) and settings.number(TRAIN_BATCH, 1) < settings.number(MINI_BATCH, 1):
+    batch, mini, dynamic = (settings[key] for key in (TRAIN_BATCH, MINI_BATCH, DYNAMIC))
+    if (
+        _compares_batches(settings)
+        and not (batch.unknown or mini.unknown or dynamic.unknown or settings.on(DYNAMIC))
+        and settings.number(TRAIN_BATCH, 1) < settings.number(MINI_BATCH, 1)
+    ):
         rejected.append(Rejected(mini, f"it must not exceed data.train_batch_size={batch.value}"))
     return rejected
+
+
+def _compares_batches(settings: Settings) -> bool:
+    """Whether the trainer refuses a mini-batch larger than the batch.
+
+    verl's own does from 0.3 on. A release that is guessed may be an older one, which makes one
+    update of what there is; other trainers count batches in their own way.
+    """
+    known = settings.version_from != "guessed"
+    return known and _is_verls(settings) and not _before(settings.table.version, (0, 3))
+
+
+def _is_verls(settings: Settings) -> bool:
+    """Whether ``main_ppo`` itself runs it, of whose code this file speaks."""
+    launch = settings.launch
+    return launch is None or not (launch.foreign or _own(launch.trainer))
 
 
 def _notes(settings: Settings, other: _Trainer | None) -> Iterable[tuple[str, Setting]]:
@@ -828,6 +921,12 @@ def _unknown(
         if setting.written and not setting.unknown and setting.value not in known:
             reason = f"{setting} is not one of verl's own"
             unknown.setdefault(aspect, []).append((setting, reason))
+    for switch, kind in ((USE_REWARD, PENALTY), (USE_LOSS, LOSS_TYPE)):
+        setting = settings[kind]
+        named = _full(settings.text(kind)) or settings.text(kind).removesuffix("+") in STOCK
+        if not named and not setting.unknown and settings.on(switch) and not _is_verls(settings):
+            reason = f"{setting} is not one of verl's own"
+            unknown.setdefault(aspects.KL, []).append((setting, reason))
     for config in settings.unread:
         for key in _left_to_config(settings):
             reason = f"{config} is not read, and may set {key}"

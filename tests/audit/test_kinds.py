@@ -68,6 +68,76 @@ def test_an_asynchronous_trainer_has_stale_samples(tmp_path: Path, trainer: str)
     assert not {"rejected-setting", "unknown-setting"} & _ids(report)
 
 
+def _refusals(report: Report) -> list[str]:
+    return [f.message for f in report.findings if f.id == "rejected-setting"]
+
+
+# verl 0.9.1: experimental/fully_async_policy/fully_async_rollouter.py asserts that the batch is 0,
+# and takes require_batches mini-batches at once.
+def test_a_trainer_that_fetches_has_no_batch(tmp_path: Path) -> None:
+    command = (
+        "python3 -m verl.experimental.fully_async_policy.fully_async_main "
+        f"--config-path=config --config-name=fully_async_ppo_trainer {_GRPO} "
+        f"data.train_batch_size=0 {_A}.ppo_mini_batch_size=32"
+    )
+    once = _audit(tmp_path, command)
+    assert (once.gradient, once.updates_per_rollout) == ("forward", 1)
+    assert not {"rejected-setting", "config-not-read"} & _ids(once)
+    more = _audit(tmp_path, f"{command} async_training.require_batches=4 {_A}.ppo_epochs=2")
+    assert more.updates_per_rollout == 8
+
+
+_SMALL = f"{_GRPO} data.train_batch_size=8 {_A}.ppo_mini_batch_size=16"
+
+
+# workers/config/actor.py, validate; before 0.6 trainer/ppo/ray_trainer.py, _validate_config.
+def test_a_batch_below_the_mini_batch_stops_verls_own_trainer(tmp_path: Path) -> None:
+    path = tmp_path / "run.sh"
+    for trainer, more, stops in (
+        ("verl.trainer.main_ppo", "", True),
+        ("verl.trainer.main_ppo", f"{_A}.use_dynamic_bsz=True", False),
+        ("verl.trainer.main_ppo", f"{_A}.use_dynamic_bsz=$(any)", False),
+        ("my_tools.main_ppo", "", False),
+    ):
+        path.write_text(f"python3 -m {trainer} {_SMALL} {more}\n")
+        said = _refusals(audit(path, host_version="0.9.1"))
+        assert any("must not exceed" in message for message in said) == stops
+    # A release that is guessed may be 0.2, which makes one update of what there is.
+    assert not _refusals(_audit(tmp_path, f"python3 -m verl.trainer.main_ppo {_SMALL}"))
+
+
+def test_an_estimator_of_a_fork_is_unknown(tmp_path: Path) -> None:
+    report = _audit(tmp_path, f"python3 -m recipe.mine.main_mine {_GRPO} {_A}.kl_loss_type=mine")
+    assert report.gradient is None and not _refusals(report)
+    assert "kl_loss_type=mine is not one of verl's own" in report.unknown["gradient"][0]
+    own = _audit(tmp_path, f"python3 -m verl.trainer.main_ppo {_GRPO} {_A}.kl_loss_type=mine")
+    assert "NotImplementedError" in _refusals(own)[0]
+
+
+def test_a_config_is_looked_for_beside_its_trainer(tmp_path: Path) -> None:
+    # Hydra takes --config-path from the folder of the module; `defaults` lie beside the file.
+    config = tmp_path / "mine" / "trainer" / "config"
+    config.mkdir(parents=True)
+    (config / "base.yaml").write_text(
+        "defaults: [ppo_megatron_trainer, _self_]\n"
+        "actor_rollout_ref: {actor: {use_kl_loss: true, kl_loss_type: mse, kl_loss_coef: 0.5}}\n"
+    )
+    (config / "run.yaml").write_text(
+        "defaults:\n  - base\n  - _self_\nactor_rollout_ref: {actor: {kl_loss_coef: 0.25}}\n"
+    )
+    script = tmp_path / "examples" / "run.sh"
+    script.parent.mkdir()
+    script.write_text(
+        "python3 -m mine.trainer.main_ppo --config-path=config --config-name=run "
+        "algorithm.adv_estimator=grpo actor_rollout_ref.rollout.n=8\n"
+    )
+    report = audit(script)
+    assert (report.gradient, report.beta) == ("reverse", 0.25)
+    (config / "base.yaml").write_text("defaults: [run]\n")
+    with pytest.raises(AuditError, match=r"run\.yaml: its defaults lead back to itself"):
+        audit(script)
+
+
 def test_prime_drops_a_kl_in_the_reward(tmp_path: Path) -> None:
     asked = "algorithm.adv_estimator=rloo algorithm.use_kl_in_reward=True algorithm.kl_penalty=kl"
     report = _audit(tmp_path, f"python3 -m recipe.prime.main_prime {asked}")
