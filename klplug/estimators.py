@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from klplug.numerics import (
     finite,
+    finite_,
     largest_exponent,
     saturating_expm1,
     scaled_expm1,
@@ -36,7 +37,7 @@ def k1_derivative(log_ratio: Tensor) -> Tensor:
 
 def k2(log_ratio: Tensor) -> Tensor:
     """``lr^2 / 2``: a biased value, whose derivative ``lr`` is the right coefficient."""
-    return log_ratio.square().mul_(0.5)
+    return finite_(log_ratio.square().mul_(0.5))
 
 
 def k3(log_ratio: Tensor) -> Tensor:

@@ -109,6 +109,21 @@ def test_no_number_that_is_none_reaches_the_policy_loss(kl_type: str, name: str)
         assert gradient[0, 0] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kl_type", GRID)
+def test_a_number_that_is_merely_enormous_stays_one(kl_type: str, dtype: torch.dtype) -> None:
+    """A vocabulary masked by the dtype's least number, say: finite, and so is all that it makes."""
+    tensors = batch(dtype=dtype)
+    enormous = torch.finfo(dtype).min
+    for place, name in enumerate(("ref_log_probs", "log_probs", "old_log_probs")):
+        for row in range(2):  # in each alone, and in two at once
+            tensors[name].data[row, place : place + 2] = enormous
+    term = kl_term(kl_type, **tensors)
+    (gradient,) = torch.autograd.grad(term.loss.sum(), tensors["log_probs"])
+    for found in (term.loss, term.coefficient, term.gradient, gradient, *term.metrics.values()):
+        assert found.isfinite().all()
+
+
 # ── A loss without a gradient ─────────────────────────────────────────────────────────────────────
 
 
