@@ -8,8 +8,8 @@ from pathlib import Path
 
 from klplug.audit.errors import AuditError
 from klplug.audit.shell.command import Command
-from klplug.audit.shell.parser import SyntaxProblem
 from klplug.audit.shell.reader import Reader
+from klplug.audit.shell.scanner import SyntaxProblem
 from klplug.audit.shell.values import Word
 
 _SETTING = re.compile(r"(\+{0,2}|~)[\w@]+\.[\w@./]+=|--[a-z]\w*[._][\w.]*")

@@ -14,7 +14,7 @@ from pathlib import Path
 from klplug.audit.shell import syntax
 from klplug.audit.shell.branches import split_on
 from klplug.audit.shell.command import Command
-from klplug.audit.shell.parser import SyntaxProblem
+from klplug.audit.shell.scanner import SyntaxProblem
 from klplug.audit.shell.state import MAX_DEPTH, MAX_LISTS, Listed, Shell
 from klplug.audit.shell.values import (
     Flat,
