@@ -94,6 +94,12 @@ def _over_answers(estimator: Estimator) -> KLType:
 
 
 def _head(options: str, **changed: Any) -> KLType:
+    if "horizon=sequence" in options:
+        changed = {
+            "target": "FULL: grad KL(pi||ref) over whole answers",
+            "gradient_bias": "unbiased",
+            "off_policy": "biased by the later tokens' ratios, less what PPO's clip drops",
+        } | changed
     return _row(
         f"k2_as_loss,{options}",
         source="arXiv 2510.01555, section 5",
@@ -110,15 +116,10 @@ _HEADS = (
         "head=combined,horizon=sequence",
         coefficient="x of this token and all later ones, inside the policy loss",
         target="FULL: grad KL(pi||ref) over whole answers; also k1_in_reward,head=combined",
-        gradient_bias="unbiased",
-        off_policy="biased by the later tokens' ratios, less what PPO's clip drops",
     ),
     _head(
         "head=clipped,horizon=sequence",
         coefficient="x of this token and all later ones",
-        target="FULL: grad KL(pi||ref) over whole answers",
-        gradient_bias="unbiased",
-        off_policy="biased by the later tokens' ratios, less what PPO's clip drops",
     ),
 )
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from klplug.audit.settings import MAIN, Settings, scalar
+from klplug.audit.advice import advised
+from klplug.audit.settings import MAIN, Settings
 from klplug.hosting.settings import Edit
 from klplug_openrlhf.host import HOST
 from klplug_openrlhf.keys import (
     COEF,
     DECIDED,
     KIND,
-    KL_COEF,
-    KL_CTRL,
-    KL_TARGET,
-    KL_TYPE,
     TARGET,
     UNBIASED,
     USE_LOSS,
@@ -26,14 +23,13 @@ def edit(kl_type: str, kl_coef: str, settings: Settings) -> list[Edit]:
 
     OpenRLHF's own controller, where it moved the coefficient, becomes klplug's.
     """
-    added = {KL_TYPE: (kl_type, kl_type), KL_COEF: (kl_coef, scalar(kl_coef))}
-    target = settings[TARGET].value
-    if settings.wrote(TARGET) and target:
-        added |= {KL_CTRL: ("adaptive", "adaptive"), KL_TARGET: (str(target), target)}
-    deleted = [Edit(key) for key in DECIDED if settings.wrote(key)]
+    target = settings[TARGET].value if settings.wrote(TARGET) else None
     trainer = Edit(MAIN, _launcher(settings))
-    options = [Edit(k, (f"--{k}", text), value) for k, (text, value) in added.items()]
-    return [trainer, *deleted, *options]
+    return [trainer, *advised(kl_type, kl_coef, target, DECIDED, _option, settings)]
+
+
+def _option(key: str, text: str) -> tuple[str, ...]:
+    return f"--{key}", text
 
 
 def _launcher(settings: Settings) -> tuple[str, ...]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from klplug.hosting.settings import started
+
 FLAT = {
     "actor.dual_clip": "dual_clip",
     "actor.loss_agg_mode": "loss_agg_mode",
@@ -96,6 +98,10 @@ class Arguments:
 
     def __init__(self, args: Any, written: Any = None) -> None:
         self._args, self._written = args, written
+
+    @property
+    def trainer(self) -> str:
+        return started()
 
     def get(self, key: str, default: Any = None) -> Any:
         return read(self._args, key, default)

@@ -54,25 +54,9 @@ class Plan(Asked):
     records_for_kl: bool = False
 
     @property
-    def is_active(self) -> bool:
-        return bool(self.spec.terms)
-
-    @property
-    def needs_reference(self) -> bool:
-        return "ref_log_probs" in self.spec.requires
-
-    @property
-    def in_reward(self) -> KLSpec:
-        return self.spec.placed("in_reward")
-
-    @property
     def in_reward_plain(self) -> KLSpec:
         """What is in the reward without its baseline."""
         return sum_of(replace(term, baseline="none") for term in self.in_reward.terms)
-
-    @property
-    def as_loss(self) -> KLSpec:
-        return self.spec.placed("as_loss")
 
     @property
     def combined(self) -> KLSpec:

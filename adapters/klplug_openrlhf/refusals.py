@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from klplug import parse
-from klplug.hosting import settings as hosting
-from klplug.hosting.settings import Refusal, Settings
-from klplug.spec import TermSpec
+from klplug.hosting import refusals as hosting
+from klplug.hosting.refusals import Refusal, Said
+from klplug.hosting.settings import Settings
 from klplug_openrlhf.keys import (
     COEF,
     ENGINES,
@@ -22,6 +22,7 @@ from klplug_openrlhf.keys import (
     KL_CTRL,
     KL_TYPE,
     POLICY_LOSS,
+    ROLLOUT_BATCH,
     STOCK_ESTIMATORS,
     TARGET,
     N,
@@ -29,8 +30,6 @@ from klplug_openrlhf.keys import (
 from klplug_openrlhf.plan import RECORDERS, Plan, Recorder, coefficient, dividing_by_length
 
 GROUP_ESTIMATORS = ("group_norm", "dr_grpo", "rloo")
-
-Said = Iterator[tuple[str | None, str]]
 
 
 def refusals(plan: Plan, settings: Settings) -> Iterator[Refusal]:
@@ -114,32 +113,16 @@ def rollout_not_recorded(plan: Plan, settings: Settings) -> Said:
         )
 
 
-def controller_of_nothing(plan: Plan, settings: Settings) -> Said:
-    if plan.spec.terms and not plan.needs_reference and plan.kl_ctrl != "fixed":
-        yield (
-            KL_CTRL,
-            f"kl_type {plan.spec} with --{KL_CTRL} {plan.kl_ctrl}: the controller holds a KL that "
-            "is measured at the start of a step, where the policy is the sampler itself. Use fixed",
-        )
+def no_other_answers(plan: Plan, settings: Settings) -> Said:
+    return hosting.no_other_answers(plan, settings, N, ROLLOUT_BATCH)
 
 
 def head_of_another_loss(plan: Plan, settings: Settings) -> Said:
-    as_loss = (term for term in plan.spec.terms if term.placement == "as_loss")
-    head = next((term.head for term in as_loss if term.head != "separate"), None)
-    if head is None:
-        return
-    loss = settings.get(POLICY_LOSS, "ppo")
-    if loss != "ppo":
-        yield (
-            POLICY_LOSS,
-            f"kl_type {plan.spec} with {settings.named(POLICY_LOSS)} {loss}: head={head} has the "
-            f"ratio and clip of PPO's policy loss, one per token, and {loss} has others. Use ppo, "
-            "or head=separate",
-        )
+    return hosting.head_of_another_loss(plan, settings, POLICY_LOSS, "ppo")
 
 
 def length_tilts(plan: Plan, settings: Settings) -> Said:
-    if not _in_reward(plan):
+    if not plan.in_reward.terms:
         return
     dividing = ", ".join(dividing_by_length(settings))
     if dividing and (estimator := settings.get(ESTIMATOR)) not in GROUP_ESTIMATORS:
@@ -153,7 +136,7 @@ def length_tilts(plan: Plan, settings: Settings) -> Said:
 
 
 def baseline_over_lengths(plan: Plan, settings: Settings) -> Said:
-    if not any(term.baseline == "batch" for term in _in_reward(plan)):
+    if not any(term.baseline == "batch" for term in plan.in_reward.terms):
         return
     dividing = ", ".join(dividing_by_length(settings))
     if dividing:
@@ -165,7 +148,7 @@ def baseline_over_lengths(plan: Plan, settings: Settings) -> Said:
 
 
 def baseline_on_discounted_returns(plan: Plan, settings: Settings) -> Said:
-    baseline = next((t.baseline for t in _in_reward(plan) if t.baseline != "none"), None)
+    baseline = next((t.baseline for t in plan.in_reward.terms if t.baseline != "none"), None)
     if baseline is None:
         return
     estimator = settings.get(ESTIMATOR)
@@ -181,41 +164,6 @@ def baseline_on_discounted_returns(plan: Plan, settings: Settings) -> Said:
         )
 
 
-def no_other_answers(plan: Plan, settings: Settings) -> Said:
-    if any(term.baseline == "group" for term in plan.spec.terms) and (size := settings.get(N)) < 2:
-        yield (
-            N,
-            f"kl_type {plan.spec} with {settings.named(N)} {size}: baseline=group compares "
-            "an answer with the others to its prompt. Sample at least 2, or use baseline=batch",
-        )
-
-
-def two_baselines(plan: Plan, settings: Settings) -> Said:
-    if sum(term.placement == "as_loss" for term in _compared(plan)) > 1:
-        yield (
-            None,
-            f"kl_type {plan.spec}: OpenRLHF's samples carry one baseline. Leave it out of all "
-            "terms but one",
-        )
-
-
-def baseline_of_nothing(plan: Plan, settings: Settings) -> Said:
-    if any(term.reference == "rollout" for term in _compared(plan)):
-        yield (
-            None,
-            f"kl_type {plan.spec}: baseline with reference=rollout is refused: it is measured at "
-            "the start of a step, where the policy is the sampler itself. Leave it out",
-        )
-
-
-def _in_reward(plan: Plan) -> list[TermSpec]:
-    return [term for term in plan.spec.terms if term.placement == "in_reward"]
-
-
-def _compared(plan: Plan) -> list[TermSpec]:
-    return [term for term in plan.spec.terms if term.baseline != "none"]
-
-
 ROWS = (
     hosting.no_hidden_states,
     another_kl_type,
@@ -223,12 +171,12 @@ ROWS = (
     moving_controller,
     verls_order,
     rollout_not_recorded,
-    controller_of_nothing,
+    hosting.controller_of_nothing,
     head_of_another_loss,
     length_tilts,
     baseline_over_lengths,
     baseline_on_discounted_returns,
     no_other_answers,
-    two_baselines,
-    baseline_of_nothing,
+    hosting.two_baselines,
+    hosting.baseline_of_nothing,
 )

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from klplug.audit.settings import Settings, scalar
+from klplug.audit.advice import advised
+from klplug.audit.settings import Settings
 from klplug.hosting.settings import Edit
 from klplug_verl.host import WITHOUT_PLUGINS
 from klplug_verl.keys import (
     CTRL_TARGET,
     CTRL_TYPE,
     DECIDED,
-    KL_COEF,
-    KL_CTRL,
-    KL_TARGET,
-    KL_TYPE,
     LOSS_COEF,
     LOSS_TYPE,
     USE_LOSS,
@@ -28,20 +25,14 @@ def edit(kl_type: str, kl_coef: str, settings: Settings) -> list[Edit]:
 
     verl's own controller, where it moved a KL in the reward, becomes klplug's.
     """
-    added = {KL_TYPE: (kl_type, kl_type), KL_COEF: (kl_coef, scalar(kl_coef))}
-    target = settings[CTRL_TARGET].value
-    if settings.on(USE_REWARD) and settings[CTRL_TYPE].value == "adaptive" and target:
-        added |= {KL_CTRL: ("adaptive", "adaptive"), KL_TARGET: (str(target), target)}
-    deleted = [Edit(key) for key in DECIDED if settings.wrote(key)]
-    return [
-        *deleted,
-        *(Edit(k, (_override(k, text),), value) for k, (text, value) in added.items()),
-    ]
+    moves = settings.on(USE_REWARD) and settings[CTRL_TYPE].value == "adaptive"
+    target = settings[CTRL_TARGET].value if moves else None
+    return advised(kl_type, kl_coef, target, DECIDED, _override, settings)
 
 
-def _override(key: str, text: str) -> str:
+def _override(key: str, text: str) -> tuple[str, ...]:
     """A word of Hydra's, which takes a bare comma or equals sign for its own."""
-    return f"+{key}='{text}'" if set(text) & set(",=") else f"+{key}={text}"
+    return (f"+{key}='{text}'" if set(text) & set(",=") else f"+{key}={text}",)
 
 
 def written(words: Iterable[str]) -> str:

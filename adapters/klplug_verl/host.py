@@ -54,7 +54,7 @@ HOST = Host(
     adapter="klplug_verl",
     packages=("klplug_verl", "klplug_verl_guard"),
     trainers=(
-        r"verl\.trainer\.main_ppo(?:_v0)?",
+        r"verl\.trainer\.main_ppo(?:_v0|_sync)?",
         r"(?:verl\.)?recipe\.\w+\.main_(?!eval|gen)\w+",
         r".*verl/trainer/main_ppo\.py",
         r".*recipe/\w+/main_(?!eval|gen)\w+\.py",

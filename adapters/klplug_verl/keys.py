@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from klplug.hosting.settings import started
+
 STOCK = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "full")
 STOCK_NAMES = (*STOCK, *(f"{name}+" for name in STOCK))
 """What verl's ``kl_penalty`` knows."""
@@ -82,6 +84,10 @@ class Config:
 
     def __init__(self, config: Any, written: Mapping[str, Any] | None = None) -> None:
         self._config, self._written = config, {} if written is None else written
+
+    @property
+    def trainer(self) -> str:
+        return started()
 
     def get(self, key: str, default: Any = None) -> Any:
         return read(self._config, key, default)

@@ -38,11 +38,6 @@ MEAN_OF_ANSWER_LOSSES = ("sapo", "geo_mean")
 class Plan(Asked):
     """What the trainer does in a run, read from the ``klplug`` node of its resolved config."""
 
-    @property
-    def needs_reference(self) -> bool:
-        """Whether any term is to the reference model, and not to the sampler."""
-        return "ref_log_probs" in self.spec.requires
-
     @classmethod
     def of(cls, config: Any) -> Plan | None:
         """The plan of a run, or ``None`` where nobody asked for klplug."""

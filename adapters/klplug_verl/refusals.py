@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from klplug import parse
-from klplug.hosting import settings as hosting
-from klplug.hosting.settings import Refusal, Settings
-from klplug.spec import TermSpec
+from klplug.hosting import refusals as hosting
+from klplug.hosting.refusals import Refusal, Said
+from klplug.hosting.settings import Settings
 from klplug_verl.keys import (
     CTRL_TYPE,
     DISTILLS,
@@ -43,8 +43,6 @@ REWARD_ESTIMATORS = (
 )
 """Advantage estimators whose result a KL can be joined to: one number per answer. The others whiten
 over the batch, bootstrap, or weigh each token."""
-
-Said = Iterator[tuple[str | None, str]]
 
 
 def refusals(plan: Plan, settings: Settings) -> Iterator[Refusal]:
@@ -109,6 +107,16 @@ def another_main(plan: Plan, settings: Settings) -> Said:
         yield None, f"kl_type {plan.spec}: klplug serves verl.trainer.main_ppo, not this one"
 
 
+def synchronous_trainer(plan: Plan, settings: Settings) -> Said:
+    """verl 0.8's main_ppo_sync has a trainer of its own inside."""
+    if settings.trainer.endswith(("main_ppo_sync", "main_ppo_sync.py")):
+        yield (
+            None,
+            f"kl_type {plan.spec}: klplug does not reach the trainer inside of {settings.trainer}. "
+            "Use verl.trainer.main_ppo",
+        )
+
+
 def another_trainer(plan: Plan, settings: Settings) -> Said:
     for key in ("async_training", "rollout"):
         if settings.has(key):
@@ -121,7 +129,7 @@ def another_trainer(plan: Plan, settings: Settings) -> Said:
 
 
 def rewards_past_the_kl(plan: Plan, settings: Settings) -> Said:
-    if _in_reward(plan) and settings.get(ESTIMATOR) == "gdpo":
+    if plan.in_reward.terms and settings.get(ESTIMATOR) == "gdpo":
         yield (
             ESTIMATOR,
             f"kl_type {plan.spec} with {ESTIMATOR}=gdpo: it takes its rewards from "
@@ -131,7 +139,7 @@ def rewards_past_the_kl(plan: Plan, settings: Settings) -> Said:
 
 
 def no_definite_strength(plan: Plan, settings: Settings) -> Said:
-    joined_after = [t for t in _in_reward(plan) if t.reward_norm == "none"]
+    joined_after = [t for t in plan.in_reward.terms if t.reward_norm == "none"]
     if not joined_after:
         return
     estimator = str(settings.get(ESTIMATOR))
@@ -147,7 +155,7 @@ def no_definite_strength(plan: Plan, settings: Settings) -> Said:
 
 def length_tilts(plan: Plan, settings: Settings) -> Said:
     if (
-        any(t.reward_norm == "none" for t in _in_reward(plan))
+        any(t.reward_norm == "none" for t in plan.in_reward.terms)
         and divides_by_length(settings)
         and int(settings.get(N, 1)) < 2
     ):
@@ -160,58 +168,17 @@ def length_tilts(plan: Plan, settings: Settings) -> Said:
         )
 
 
-def head_of_another_loss(plan: Plan, settings: Settings) -> Said:
-    heads = [term.head for term in plan.spec.terms if term.head in ("combined", "clipped")]
-    if not heads:
-        return
-    mode = str(settings.get(LOSS_MODE, "vanilla"))
-    if mode != "vanilla":
-        yield (
-            LOSS_MODE,
-            f"kl_type {plan.spec} with {LOSS_MODE}={mode}: "
-            f"head={heads[0]} has the token ratio and the clip of PPO's loss, and {mode} has "
-            "others. Use loss_mode=vanilla, or head=separate",
-        )
-
-
-def two_baselines(plan: Plan, settings: Settings) -> Said:
-    as_loss = [term for term in _compared(plan) if term.placement == "as_loss"]
-    if len(as_loss) > 1:
-        yield (
-            None,
-            f"kl_type {plan.spec}: one term as loss may have a baseline on verl, not "
-            f"{len(as_loss)}",
-        )
-
-
-def baseline_of_nothing(plan: Plan, settings: Settings) -> Said:
-    if any(t.reference == "rollout" and t.placement == "as_loss" for t in _compared(plan)):
-        yield (
-            None,
-            f"kl_type {plan.spec}: a baseline with reference=rollout does nothing: it is measured "
-            "at the start of a step, where the KL to the sampler is 0. Leave baseline out",
-        )
-
-
 def no_other_answers(plan: Plan, settings: Settings) -> Said:
-    compared = _compared(plan)
-    if not compared:
-        return
-    n = int(settings.get(N, 1))
-    answers = n
-    if not any(term.baseline == "group" for term in compared):
-        answers = n * int(settings.get(TRAIN_BATCH, 2))
-    if answers < 2:
-        yield (
-            N,
-            f"kl_type {plan.spec} with {N}={n}: there are no other answers "
-            "to compare with. Use n > 1, or baseline=none",
-        )
+    return hosting.no_other_answers(plan, settings, N, TRAIN_BATCH)
+
+
+def head_of_another_loss(plan: Plan, settings: Settings) -> Said:
+    return hosting.head_of_another_loss(plan, settings, LOSS_MODE, "vanilla")
 
 
 def legacy_worker(plan: Plan, settings: Settings) -> Said:
     """verl 0.7 runs its own workers, and not the engine's, by default."""
-    as_loss = [term for term in plan.spec.terms if term.placement == "as_loss"]
+    as_loss = plan.as_loss.terms
     if not as_loss or settings.get(LEGACY, "disable") == "disable":
         return
     strategy = str(settings.get(STRATEGY))
@@ -229,18 +196,9 @@ def legacy_worker(plan: Plan, settings: Settings) -> Said:
         )
 
 
-def controller_of_nothing(plan: Plan, settings: Settings) -> Said:
-    if plan.kl_ctrl != "fixed" and plan.spec.terms and not plan.needs_reference:
-        yield (
-            KL_CTRL,
-            f"{KL_CTRL}={plan.kl_ctrl} with kl_type {plan.spec}: it is fed the KL at the start of "
-            "a step, where the policy is the sampler and their KL 0. Leave klplug.kl_ctrl out",
-        )
-
-
 def policy_loss_thrown_away(plan: Plan, settings: Settings) -> Said:
     if (
-        any(term.placement == "as_loss" for term in plan.spec.terms)
+        plan.as_loss.terms
         and settings.get(DISTILLS, False)
         and not settings.get(DISTILLS_BESIDE, False)
     ):
@@ -260,30 +218,23 @@ def rollout_not_recorded(plan: Plan, settings: Settings) -> Said:
         yield RECORDS, f"kl_type {plan.spec} needs rollout log-probs, and {RECORDS}=False"
 
 
-def _in_reward(plan: Plan) -> list[TermSpec]:
-    return [term for term in plan.spec.terms if term.placement == "in_reward"]
-
-
-def _compared(plan: Plan) -> list[TermSpec]:
-    return [term for term in plan.spec.terms if term.baseline != "none"]
-
-
 ROWS = (
     hosting.no_hidden_states,
     another_kl_type,
     two_coefficients,
     moving_controller,
     another_main,
+    synchronous_trainer,
     another_trainer,
     rewards_past_the_kl,
     no_definite_strength,
     length_tilts,
     head_of_another_loss,
-    two_baselines,
-    baseline_of_nothing,
+    hosting.two_baselines,
+    hosting.baseline_of_nothing,
     no_other_answers,
     legacy_worker,
-    controller_of_nothing,
+    hosting.controller_of_nothing,
     policy_loss_thrown_away,
     rollout_not_recorded,
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,16 +48,10 @@ def derive(config: Any, written: Mapping[str, Any]) -> str | None:
         return None
     plan = dataclasses.replace(plan, divides_by_length=divides_by_length(own))
     spec = plan.spec
-    main = getattr(sys.modules["__main__"], "__spec__", None)
-    if main is not None and main.name == "verl.trainer.main_ppo_sync":
-        raise SettingsError(
-            f"kl_type {spec}: klplug does not reach the trainer inside of {main.name}. Use "
-            "verl.trainer.main_ppo"
-        )
     for refusal in refusals(plan, own):
         raise SettingsError(refusal.words)
 
-    as_loss, in_reward = spec.placed("as_loss"), spec.placed("in_reward")
+    as_loss, in_reward = plan.as_loss, plan.in_reward
     settings: dict[str, Any] = {USE_LOSS: bool(as_loss.terms), USE_REWARD: bool(in_reward.terms)}
     # The strings that travel. A process that klplug did not reach stops at them: verl's own
     # kl_penalty knows no such name.

@@ -44,7 +44,7 @@ class Run:
 
     @property
     def is_as_loss(self) -> bool:
-        return bool(self.plan.spec.placed("as_loss").terms)
+        return bool(self.plan.as_loss.terms)
 
     def reset(self) -> None:
         self.metrics, self.controller.measured, self.baseline = {}, None, None
@@ -124,7 +124,7 @@ def apply_kl_penalty(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     data, beta = given["data"], run.controller.value
     tensors, groups = data.batch, data.non_tensor_batch["uid"]
     rewards = tensors["token_level_scores"]
-    in_reward = run.plan.spec.placed("in_reward")
+    in_reward = run.plan.in_reward
     for part in _joined(in_reward, "group"):
         rewards = rewards - beta * _term(part, tensors, groups).coefficient
     tensors["token_level_rewards"] = rewards
@@ -167,7 +167,7 @@ def _join(run: Run, data: Any, keys: Sequence[str]) -> None:
     if not run.plan.spec.terms:
         return
     tensors, groups = data.batch, data.non_tensor_batch["uid"]
-    as_loss, in_reward = (run.plan.spec.placed(p) for p in ("as_loss", "in_reward"))
+    as_loss, in_reward = run.plan.as_loss, run.plan.in_reward
     # Samples of the policy itself: the estimates are unbiased here.
     policy, mask = tensors["old_log_probs"], tensors["response_mask"]
     reference = tensors["ref_log_prob" if run.plan.needs_reference else "rollout_log_probs"]

@@ -120,6 +120,10 @@ class Settings:
 
     # As klplug.hosting.settings.Settings.
 
+    @property
+    def trainer(self) -> str:
+        return "" if self.launch is None else self.launch.trainer
+
     def get(self, key: str, default: Any = None) -> Any:
         """The value, or ``default`` for none; ``Unknown`` where only a run could tell."""
         setting = self[key]

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import klplug
-from klplug.hosting.settings import Asked, Edit, Refusal, Settings, Unknown
+from klplug.hosting.refusals import Refusal
+from klplug.hosting.settings import Asked, Edit, Settings, Unknown
 from klplug.spec import KLSpec
 
 if TYPE_CHECKING:

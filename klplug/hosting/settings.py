@@ -1,8 +1,9 @@
-"""What a user asked, and why it is refused: the same words for a run and for its audit."""
+"""What a user asked, and of which settings: the same for a run and for its audit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +21,10 @@ class Unknown(Exception):
 
 class Settings(Protocol):
     """The settings of one run, by the host's own keys: a live config, or what an audit read."""
+
+    @property
+    def trainer(self) -> str:
+        """The module or file that starts the run; empty where another process started it."""
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value, with the release's defaults; ``default`` where it has no such setting.
@@ -41,6 +46,12 @@ class Settings(Protocol):
         """What is written inside of a key: a mapping, or whatever else stands there."""
 
 
+def started() -> str:
+    """The module that ``python -m`` started this process with; empty where there is none."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec is not None else ""
+
+
 @dataclass(frozen=True)
 class Asked:
     """What a user asked, checked; each adapter's plan adds what its hooks need to know.
@@ -55,48 +66,25 @@ class Asked:
     kl_horizon: float | None = None
     divides_by_length: bool = False
 
+    @property
+    def is_active(self) -> bool:
+        return bool(self.spec.terms)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any term is to the reference model, and not to the sampler."""
+        return "ref_log_probs" in self.spec.requires
+
+    @property
+    def in_reward(self) -> KLSpec:
+        return self.spec.placed("in_reward")
+
+    @property
+    def as_loss(self) -> KLSpec:
+        return self.spec.placed("as_loss")
+
     def controller(self) -> KLController:
         return kl_controller(self.kl_ctrl, self.kl_coef, self.kl_target, self.kl_horizon)
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """One reason why a run is not started.
-
-    Attributes:
-        id: the row that says so.
-        key: the setting that it is about; ``None`` for the ``kl_type`` itself.
-        words: one line that names the setting, its value and what is allowed.
-    """
-
-    id: str
-    key: str | None
-    words: str
-
-
-Row = Callable[[Any, Settings], Iterator[tuple[str | None, str]]]
-
-
-def refusals(rows: Iterable[Row], plan: Asked, settings: Settings) -> Iterator[Refusal]:
-    """Every refusal that is certain; a row yields the setting that it is about, and its words."""
-    for row in rows:
-        try:
-            for key, words in row(plan, settings):
-                yield Refusal(row.__name__, key, words)
-        except Unknown:
-            continue
-
-
-def no_hidden_states(plan: Asked, settings: Settings) -> Iterator[tuple[str | None, str]]:
-    """A row of every host: what the core can do, and no adapter hands over yet."""
-    for term in plan.spec.terms:
-        if term.vocab == "exact":
-            yield (
-                None,
-                f"kl_type {term}: vocab=exact is refused: klplug gets no hidden states from this "
-                f"host yet. In a loop of your own klplug.exact_kl serves it; here use "
-                f"'{term.estimator}_as_loss'",
-            )
 
 
 @dataclass(frozen=True)

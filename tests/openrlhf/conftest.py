@@ -23,7 +23,7 @@ def pytest_report_header() -> str:
     return f"openrlhf {version('openrlhf')} in {spec.origin}"
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def ops(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """DeepSpeed's, whose lock a killed run may have left: all later ones would wait for ever."""
     log = tmp_path_factory.mktemp("ops") / "log.txt"

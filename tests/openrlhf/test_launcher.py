@@ -112,24 +112,29 @@ def test_what_may_not_be_expected_is_said(
 
 UNSERVED: list[tuple[str, tuple[str, ...], list[str]]] = [
         ("k2_as_loss,head=combined", ("--actor.policy_loss_type", "gspo"),
-         ["--actor.policy_loss_type gspo", "head=separate"]),
+         ["--actor.policy_loss_type is gspo", "head=separate"]),
         ("k2_as_loss,head=clipped", ("--actor.policy_loss_type", "gspo"), ["head=clipped"]),
         ("exact_as_loss", (), ["vocab=exact", "klplug.exact_kl", "'k2_as_loss'"]),
         ("k2_as_loss,reference=rollout", ("--vllm.num_engines", "0"), ["reference=ref"]),
         (
             "k2_as_loss,reference=rollout",
             ("--klplug.kl_ctrl", "adaptive", "--klplug.kl_target", "0.1"),
-            ["--klplug.kl_ctrl adaptive", "fixed"],
+            ["--klplug.kl_ctrl is adaptive", "sampler"],
         ),
         (
             "k2_as_loss,horizon=sequence,baseline=group",
             ("--rollout.n_samples_per_prompt", "1", "--algo.advantage.estimator", "reinforce"),
-            ["--rollout.n_samples_per_prompt 1", "at least 2"],
+            ["--rollout.n_samples_per_prompt is 1", "at least 2"],
         ),
         (
             "k2_as_loss,horizon=sequence,baseline=group+js_as_loss,horizon=sequence,baseline=batch",
             (),
-            ["one baseline"],
+            ["one term as loss"],
+        ),
+        (
+            "k1_in_reward,baseline=batch",
+            ("--rollout.n_samples_per_prompt", "1", "--rollout.batch_size", "1"),
+            ["--rollout.n_samples_per_prompt is 1", "baseline=batch has no other answers"],
         ),
         (
             "k2_as_loss,horizon=sequence,reference=rollout,baseline=group",

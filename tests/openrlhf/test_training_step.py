@@ -15,7 +15,7 @@ from tests.one_meaning import STEPS
 from tests.openrlhf.command_line import change
 from tests.openrlhf.trainer import BATCH, Bench, Recorded, tiny_model
 
-pytestmark = pytest.mark.usefixtures("patched")
+pytestmark = pytest.mark.usefixtures("ops", "patched")
 
 
 @pytest.fixture(scope="module")

@@ -49,8 +49,16 @@ def test_the_audit_refuses_nothing_that_starts(overrides: list[str]) -> None:
     assert refusals(overrides) == []
 
 
-# No command has it: main_ppo's config has all that it looks for.
-ELSEWHERE = {"another_main"}
+def test_the_main_of_0_8_that_has_a_trainer_inside_is_refused() -> None:
+    # tests/verl/test_releases.py starts it.
+    found = audit(["python", "-m", "verl.trainer.main_ppo_sync", GROUP, *own("k2_as_loss")])
+    (refused,) = (f.message for f in found.findings if f.id == "klplug-refuses")
+    assert "does not reach the trainer inside of verl.trainer.main_ppo_sync" in refused
+    assert found.after is None
+
+
+# main_ppo's config has all that the first looks for; the second has a test of its own above.
+ELSEWHERE = {"another_main", "synchronous_trainer"}
 
 
 def test_every_row_is_among_the_mistakes() -> None:

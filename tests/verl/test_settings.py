@@ -228,21 +228,21 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
                 f"k2_as_loss,head={head}",
                 f"actor_rollout_ref.actor.policy_loss.loss_mode={mode}",
             ),
-            [f"loss_mode={mode}", f"head={head}", "vanilla"],
+            [f"loss_mode is {mode}", f"head={head}", "vanilla"],
         )
         for head, mode in [("clipped", "gspo"), *(("combined", m) for m in OTHER_LOSSES)]
     ),
     (
         own("k2_as_loss,reference=rollout", "+klplug.kl_ctrl=adaptive", "+klplug.kl_target=1"),
-        ["kl_ctrl=adaptive", "sampler"],
+        ["kl_ctrl is adaptive", "sampler"],
     ),
     (
         own("k2_as_loss,horizon=sequence,baseline=group", "actor_rollout_ref.rollout.n=1"),
-        ["rollout.n=1", "baseline=none"],
+        ["rollout.n is 1", "baseline=none"],
     ),
     (
         own("k1_in_reward,baseline=group", "actor_rollout_ref.rollout.n=1"),
-        ["rollout.n=1", "baseline=none"],
+        ["rollout.n is 1", "baseline=none"],
     ),
     (
         own(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from klplug.hosting import settings as hosting
-from klplug.hosting.settings import Asked, Refusal, Settings
-
-Said = Iterator[tuple[str | None, str]]
+from klplug.hosting import refusals as hosting
+from klplug.hosting.refusals import Refusal, Said
+from klplug.hosting.settings import Asked, Settings
 
 
 def refusals(plan: Asked, settings: Settings) -> Iterator[Refusal]:

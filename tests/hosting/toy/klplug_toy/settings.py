@@ -13,6 +13,8 @@ from klplug_toy.refusals import refusals
 class Arguments:
     """A parsed command line as ``klplug.hosting.settings.Settings``."""
 
+    trainer = "toyrl"
+
     def __init__(self, args: argparse.Namespace) -> None:
         self._values = {key.replace("_", "-"): value for key, value in vars(args).items()}
         self._values |= {k: v for k, v in vars(args).items() if k.startswith("klplug.")}

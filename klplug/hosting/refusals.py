@@ -1,0 +1,126 @@
+"""Why a run is not started, each reason once: what asks the rows of a host, and the rows of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from klplug.hosting.settings import Asked, Settings, Unknown
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One reason why a run is not started.
+
+    Attributes:
+        id: the row that says so.
+        key: the setting that it is about; ``None`` for the ``kl_type`` itself.
+        words: one line that names the setting, its value and what is allowed.
+    """
+
+    id: str
+    key: str | None
+    words: str
+
+
+Said = Iterator[tuple[str | None, str]]
+Row = Callable[[Any, Settings], Said]
+
+
+def refusals(rows: Iterable[Row], plan: Asked, settings: Settings) -> Iterator[Refusal]:
+    """Every refusal that is certain; a row yields the setting that it is about, and its words."""
+    for row in rows:
+        try:
+            for key, words in row(plan, settings):
+                yield Refusal(row.__name__, key, words)
+        except Unknown:
+            continue
+
+
+# Rows of every host.
+
+
+def no_hidden_states(plan: Asked, settings: Settings) -> Said:
+    """What the core can do, and no adapter hands over yet."""
+    for term in plan.spec.terms:
+        if term.vocab == "exact":
+            yield (
+                None,
+                f"kl_type {term}: vocab=exact is refused: klplug gets no hidden states from this "
+                f"host yet. In a loop of your own klplug.exact_kl serves it; here use "
+                f"'{term.estimator}_as_loss'",
+            )
+
+
+def two_baselines(plan: Asked, settings: Settings) -> Said:
+    """A sample carries one."""
+    count = sum(term.baseline != "none" for term in plan.as_loss.terms)
+    if count > 1:
+        yield (
+            None,
+            f"kl_type {plan.spec}: one term as loss may have a baseline, not {count}. Leave it out "
+            "of the others",
+        )
+
+
+def baseline_of_nothing(plan: Asked, settings: Settings) -> Said:
+    if any(t.reference == "rollout" and t.baseline != "none" for t in plan.spec.terms):
+        yield (
+            None,
+            f"kl_type {plan.spec}: baseline with reference=rollout is refused: it is measured at "
+            "the start of a step, where the policy is the sampler and their KL 0. Leave it out",
+        )
+
+
+def controller_of_nothing(plan: Asked, settings: Settings) -> Said:
+    if plan.spec.terms and not plan.needs_reference and plan.kl_ctrl != "fixed":
+        key = "klplug.kl_ctrl"
+        yield (
+            key,
+            f"kl_type {plan.spec}: {settings.named(key)} is {plan.kl_ctrl}, and it is fed the KL "
+            "at the start of a step, where the policy is the sampler and their KL 0. Leave it out",
+        )
+
+
+# Rows of every host, once it says which settings of its own they are about.
+
+
+def no_other_answers(plan: Asked, settings: Settings, samples: str, prompts: str) -> Said:
+    """A baseline is a mean of the other answers: of a prompt, or of all that are sampled at once.
+
+    Args:
+        samples: the setting of the answers to each prompt.
+        prompts: the setting of the prompts that are answered at once.
+    """
+    baselines = {term.baseline for term in plan.spec.terms} - {"none"}
+    if not baselines:
+        return
+    n = int(settings.get(samples, 1))
+    baseline = "group" if "group" in baselines else "batch"
+    answers = n if baseline == "group" else n * int(settings.get(prompts, 2))
+    if answers < 2:
+        yield (
+            samples,
+            f"kl_type {plan.spec}: {settings.named(samples)} is {n}, so baseline={baseline} "
+            "has no other answers to compare with. Sample at least 2, or use baseline=none",
+        )
+
+
+def head_of_another_loss(plan: Asked, settings: Settings, loss: str, ppo: str) -> Said:
+    """A head is inside the policy loss, and there is that of PPO only.
+
+    Args:
+        loss: the setting of the policy loss.
+        ppo: its value for PPO's.
+    """
+    head = next((term.head for term in plan.as_loss.terms if term.head != "separate"), None)
+    if head is None:
+        return
+    value = str(settings.get(loss, ppo))
+    if value != ppo:
+        yield (
+            loss,
+            f"kl_type {plan.spec}: {settings.named(loss)} is {value}, and head={head} has the "
+            f"ratio and the clip of PPO's policy loss, one per token. Use {ppo}, or head=separate",
+        )
