@@ -11,12 +11,20 @@
 # make clean                   what can be made again: caches and builds (never runs/)
 # make clean-all               the environments too
 
+.DEFAULT_GOAL := help
+.PHONY: help
+help:
+	@sed '/^$$/q; s/^# //' Makefile
+
 PYTHON ?= python3
 TORCH_CPU_INDEX = https://download.pytorch.org/whl/cpu
 
 # Some shells export the machine's name as HOST.
 ifeq ($(origin HOST),environment)
 HOST := $(filter openrlhf verl,$(HOST))
+endif
+ifneq ($(HOST),$(firstword $(filter openrlhf verl,$(HOST))))
+$(error HOST=$(HOST): there is openrlhf and verl)
 endif
 
 QUICKSTART_ENV = .venv-$(if $(and $(filter verl,$(HOST)),$(wildcard requirements/verl.txt)),verl,openrlhf)
@@ -118,7 +126,8 @@ define environment
 $(1): $(1)/.klplug
 
 $(1)/.lock: $(2)
-	@echo "making $(1) from $(2) (minutes, once)"
+	@$$(PYTHON) requirements/check.py $(2) . $(3)
+	@echo "making $(1) from $(2) ($(3) GB, minutes, once)"
 	$$(PYTHON) -m venv $(1)
 	$(1)/bin/pip install -q --no-deps $$$$(grep '^torch==' $(2)) || \
 		$(1)/bin/pip install -q --no-deps $$$$(grep '^torch==' $(2)) --extra-index-url $$(TORCH_CPU_INDEX)
@@ -130,9 +139,10 @@ $(1)/.klplug: $(1)/.lock pyproject.toml
 	@touch $$@
 endef
 
-$(eval $(call environment,.venv,requirements/dev.txt))
-$(eval $(call environment,.venv-openrlhf,requirements/openrlhf.txt))
-$(eval $(call environment,.venv-verl,requirements/verl.txt))
+# Gigabytes as measured, and what pip needs on the way.
+$(eval $(call environment,.venv,requirements/dev.txt,2))
+$(eval $(call environment,.venv-openrlhf,requirements/openrlhf.txt,6))
+$(eval $(call environment,.venv-verl,requirements/verl.txt,3))
 
 clean:
 	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks .cache/torch_extensions

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 import os
 import runpy
@@ -30,6 +31,11 @@ def main() -> None:
             "KLPLUG_DISABLE=1 is set, and this launcher is for running with klplug: unset it, or "
             f"run python -m {HOST_MODULE}"
         )
+    for package in (HOST_MODULE.partition(".")[0], "ray"):
+        if importlib.util.find_spec(package) is None:
+            fail(
+                f"{package} is not installed for {sys.executable}: install OpenRLHF with vLLM there"
+            )
     import ray
 
     wrapt.wrap_function_wrapper(ArgumentParser, "parse_args", parse_args)

@@ -30,6 +30,23 @@ def refuse(problem: str) -> None:
         raise SystemExit(2)
 
 
+# A kl_type with options, without quotes that reach Hydra.
+_UNQUOTED = re.compile(r"[\w.+]*\b(?:kl_type|kl_loss_type|kl_penalty)=\w+(?:,\w+=[^'\"]*)+")
+
+
+def unquoted(argv: Sequence[str]) -> str | None:
+    """The word of a command line that asks for a kl_type, and that Hydra can't read."""
+    return next((word for word in argv[1:] if _UNQUOTED.fullmatch(word)), None)
+
+
+if (_word := unquoted(sys.argv)) is not None:
+    _key, _, _value = _word.partition("=")
+    refuse(
+        f"Hydra can't read {_word}: a value with commas needs quotes of its own. In a shell write "
+        f"\"{_key}='{_value}'\""
+    )
+
+
 # A file that each of klplug's packages has.
 _MARKS = {"klplug": "spec.py", "klplug_verl": "install.py"}
 

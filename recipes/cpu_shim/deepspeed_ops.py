@@ -11,9 +11,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from time import monotonic
 
+SIGN_OF_LIFE = 20  # seconds between two lines while a compiler works
 OPS = {"deepspeed_shm_comm": "ShareMemCommBuilder", "fused_adam": "FusedAdamBuilder"}
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -47,20 +49,31 @@ def compiled_ops(
                 left.unlink()
         if missing := missing_ops(cache):
             announce(f"building DeepSpeed's {' and '.join(missing)}, once (a few minutes)")
-            build(environment, log)
+            build(environment, log, announce)
         fcntl.flock(users, fcntl.LOCK_SH)
         yield
 
 
-def build(environment: Mapping[str, str], log: Path) -> None:
+def build(environment: Mapping[str, str], log: Path, announce: Callable[[str], None]) -> None:
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise RuntimeError("DeepSpeed's CPU ops need a C++ compiler: there is no c++ or g++ here")
     command = [sys.executable, "-m", "recipes.cpu_shim.deepspeed_ops"]
-    with log.open("a") as output:
-        done = subprocess.run(
+    began = monotonic()
+    with (
+        log.open("a") as output,
+        subprocess.Popen(
             command, env=environment, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT
-        )
-    if done.returncode:
+        ) as process,
+    ):
+        try:
+            while process.poll() is None:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(SIGN_OF_LIFE)
+                    break
+                announce(f"building DeepSpeed's ops, {monotonic() - began:.0f} s so far")
+        finally:
+            process.kill()  # one that has ended is let be
+    if process.returncode:
         raise RuntimeError(f"DeepSpeed's CPU ops could not be built: see {log}")
 
 

@@ -24,7 +24,14 @@ from recipes.quickstart.problems import Row, write_rows
 from recipes.quickstart.processes import HostProcesses
 from recipes.quickstart.progress import LogTail, Metrics, StepLine, json_line
 from recipes.quickstart.settings import CACHE, HERE, REPOSITORY, RUNS, Settings, SettingsError
-from recipes.quickstart.summary import baselines, curves, summary, table
+from recipes.quickstart.summary import (
+    baselines,
+    curves,
+    next_steps,
+    read_metrics,
+    summary,
+    table,
+)
 
 FILES = ("settings.json", "prompts.jsonl", "log.txt", "metrics.jsonl", "summary.json", "curves.png")
 TRAINED = "policy"
@@ -289,7 +296,10 @@ def quickstart(settings: Settings, out: Path | None, overwrite: bool, console: C
             after = evaluation(settings, trained, model)
     made = summary(settings, side.host_version(), steps, before, after, phases.seconds)
     (folder / "summary.json").write_text(json.dumps(made, indent=2) + "\n")
-    curves(settings, steps, folder / "curves.png")
-    console.print(table([made, *baselines(made, RUNS)]))
+    stock = baselines(made, RUNS)
+    beside = {of["kl_type"]: read_metrics(where / "metrics.jsonl") for where, of in stock.items()}
+    curves(settings, steps, folder / "curves.png", beside)
+    console.print(table([made, *stock.values()]))
     files = ("summary.json", "metrics.jsonl", "curves.png", "log.txt")
     console.print(f"{shown(folder)}: {', '.join(files)} ({made['seconds']:.0f} s)", highlight=False)
+    console.print(next_steps(made, folder, list(stock)), highlight=False)

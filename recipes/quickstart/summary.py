@@ -2,7 +2,9 @@
 
 import json
 import math
-from collections.abc import Sequence
+import os
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +57,41 @@ def read_summary(folder: Path) -> Summary | None:
         return None
 
 
-def baselines(own: Summary, runs: Path) -> list[Summary]:
-    """Stock runs with the same settings but for the kl_type; of several equal ones, the newest."""
+def read_metrics(path: Path) -> list[Metrics]:
+    """The lines of a metrics.jsonl; null is what was no finite number."""
+    lines = (json.loads(line) for line in path.read_text().splitlines())
+    return [{k: math.nan if v is None else v for k, v in line.items()} for line in lines]
+
+
+def baselines(own: Summary, runs: Path) -> dict[Path, Summary]:
+    """Stock runs with the same settings but for the kl_type; of several equal ones, the newest.
+
+    Returns:
+        By folder.
+    """
     if own["kl_type"] in STOCK:
-        return []
+        return {}
     folders = sorted(runs.glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
-    found = [other for path in folders if (other := read_summary(path.parent)) is not None]
-    stock = [other for other in found if other.get("kl_type") in STOCK]
+    found = {path.parent: other for path in folders if (other := read_summary(path.parent))}
+    stock = {folder: other for folder, other in found.items() if other.get("kl_type") in STOCK}
     # A run without KL has no coefficient: any baseline's will do.
     common = [key for key in COMMON if not (key == "kl_coef" and own[key] is None)]
-    matching = [other for other in stock if all(other.get(k) == own[k] for k in common)]
-    return list({other["kl_type"]: other for other in matching}.values())
+    matching = {f: o for f, o in stock.items() if all(o.get(k) == own[k] for k in common)}
+    newest = {other["kl_type"]: folder for folder, other in matching.items()}
+    return {folder: matching[folder] for folder in newest.values()}
+
+
+def next_steps(own: Summary, folder: Path, stock: Sequence[Path]) -> str:
+    """What to do with a run that has ended."""
+    lines = ["next:"]
+    if not stock and own["kl_type"] not in STOCK:
+        lines.append(f"  make quickstart HOST={own['host']} KL_TYPE=stock:k3    the host's own KL")
+    folders = shlex.join(os.path.relpath(path) for path in (folder, *stock))
+    lines += [
+        f"  .venv-{own['host']}/bin/klplug report {folders}    the runs as one page",
+        "  klplug audit YOUR_SCRIPT    what gradient your own run follows, and what to write",
+    ]
+    return "\n".join(lines)
 
 
 def table(rows: Sequence[Summary]) -> Table:
@@ -97,26 +123,46 @@ def rolling_mean(values: Sequence[float], width: int = WINDOW) -> list[float]:
     return [sum(window) / len(window) if window else math.nan for window in kept]
 
 
-def curves(settings: Settings, metrics: Sequence[Metrics], path: Path) -> None:
-    """Four panels over the steps: reward, KL, length, gradient norm; dots, and a rolling mean."""
+PANELS: dict[str, Callable[[Metrics], float]] = {
+    "reward": lambda step: step.get("reward", math.nan),
+    "KL to the reference (nats/token)": kl,
+    "tokens per answer": lambda step: step.get("response_length", math.nan),
+    "gradient norm": lambda step: step.get("actor_grad_norm", math.nan),
+}
+
+
+def curves(
+    settings: Settings,
+    metrics: Sequence[Metrics],
+    path: Path,
+    beside: Mapping[str, Sequence[Metrics]],
+) -> None:
+    """Four panels over the steps: reward, KL, length, gradient norm; dots, and a rolling mean.
+
+    Args:
+        settings: of the run.
+        metrics: its steps.
+        path: of the picture.
+        beside: steps of baselines, by kl_type: their rolling means, dashed.
+    """
     from matplotlib.figure import Figure
 
-    panels = {
-        "reward": [step.get("reward", math.nan) for step in metrics],
-        "KL to the reference (nats/token)": [kl(step) for step in metrics],
-        "tokens per answer": [step.get("response_length", math.nan) for step in metrics],
-        "gradient norm": [step.get("actor_grad_norm", math.nan) for step in metrics],
-    }
     steps = [step["step"] for step in metrics]
     figure = Figure(figsize=(9, 6), layout="constrained")
     coef = "" if settings.kl_coef is None else f", kl_coef {settings.kl_coef:g}"
     title = f"{settings.host}, {settings.model}: {settings.kl_type}{coef}"
     figure.suptitle(f"{title} (line: mean of the last {WINDOW} steps)", fontsize=11)
-    for axes, (title, values) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+    for axes, (title, value) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
+        values = [value(step) for step in metrics]
         axes.plot(steps, values, ".", color="0.6")
-        axes.plot(steps, rolling_mean(values), linewidth=1.6)
+        axes.plot(steps, rolling_mean(values), linewidth=1.6, label=settings.kl_type)
+        for kl_type, others in beside.items():
+            means = rolling_mean([value(step) for step in others])
+            axes.plot([step["step"] for step in others], means, "--", label=kl_type)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
+    if beside:
+        figure.axes[0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import sys
 import time
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from recipes.quickstart import openrlhf, processes, run
@@ -22,7 +24,14 @@ from recipes.quickstart.openrlhf import kl_arguments
 from recipes.quickstart.processes import HostProcesses
 from recipes.quickstart.progress import StepLine
 from recipes.quickstart.settings import TINY, Settings, SettingsError, settings
-from recipes.quickstart.summary import baselines, curves, rolling_mean, table
+from recipes.quickstart.summary import (
+    baselines,
+    curves,
+    next_steps,
+    read_metrics,
+    rolling_mean,
+    table,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -284,10 +293,10 @@ def test_a_baseline_has_the_same_settings(runs: Path) -> None:
     write_summary(runs / "c", summary_of(settings(kl_type="k3_as_loss")))
     (runs / "torn").mkdir()
     (runs / "torn" / "summary.json").write_text('{"kl_type": "stock:k1", "se')
-    assert [row["kl_type"] for row in baselines(own, runs)] == ["stock:k3"]
-    assert baselines(summary_of(settings(kl_type="stock:k3")), runs) == []
+    assert [row["kl_type"] for row in baselines(own, runs).values()] == ["stock:k3"]
+    assert baselines(summary_of(settings(kl_type="stock:k3")), runs) == {}
     without_kl = summary_of(settings(kl_type="none"))
-    assert [row["kl_type"] for row in baselines(without_kl, runs)] == ["stock:k3"]
+    assert [row["kl_type"] for row in baselines(without_kl, runs).values()] == ["stock:k3"]
 
 
 def test_the_table_has_a_row_a_run() -> None:
@@ -306,5 +315,32 @@ def test_the_rolling_mean_leaves_gaps_out() -> None:
 
 def test_curves_can_be_drawn_of_a_log_with_gaps(tmp_path: Path) -> None:
     steps = [{"step": 1, "reward": 0.5}, {"step": 2, "reward": math.nan, "kl": 0.1}]
-    curves(settings(), steps, tmp_path / "curves.png")
+    curves(settings(), steps, tmp_path / "curves.png", {})
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_baselines_curve_lies_beside_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    stock = tmp_path / "metrics.jsonl"
+    stock.write_text('{"step": 1, "reward": 0.25}\n{"step": 2, "reward": null}\n')
+    steps = [{"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.75}]
+    curves(settings(), steps, tmp_path / "c.png", {"stock:k3": read_metrics(stock)})
+    reward = drawn[0].axes[0]
+    lines = {line.get_label(): list(line.get_ydata()) for line in reward.lines}
+    assert lines["k2_as_loss"] == [0.5, 0.625] and lines["stock:k3"] == [0.25, 0.25]
+    assert {text.get_text() for text in reward.get_legend().get_texts()} == {
+        "k2_as_loss",
+        "stock:k3",
+    }
+
+
+def test_the_end_says_what_to_do_next(tmp_path: Path) -> None:
+    own = summary_of(settings())
+    alone = next_steps(own, tmp_path / "a", [])
+    assert "KL_TYPE=stock:k3" in alone and "klplug audit" in alone
+    beside = next_steps(own, tmp_path / "a", [tmp_path / "b"])
+    assert "KL_TYPE=stock:k3" not in beside
+    assert re.search(r"klplug report \S+/a \S+/b ", beside)

@@ -199,6 +199,20 @@ def test_locks_of_killed_builds_are_removed(tmp_path: Path) -> None:
             assert in_use.exists()
 
 
+def test_a_compiler_at_work_gives_signs_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = tmp_path / "python"
+    slow.write_text("#!/bin/sh\nsleep 1\necho $2 built\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(deepspeed_ops.sys, "executable", str(slow))
+    monkeypatch.setattr(deepspeed_ops, "SIGN_OF_LIFE", 0.2)
+    said: list[str] = []
+    deepspeed_ops.build(dict(os.environ), tmp_path / "log.txt", said.append)
+    assert len(said) >= 2 and all("so far" in line for line in said)
+    assert (tmp_path / "log.txt").read_text() == "recipes.cpu_shim.deepspeed_ops built\n"
+
+
 def test_without_a_compiler_the_reason_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

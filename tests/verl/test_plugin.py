@@ -10,8 +10,10 @@ from importlib.metadata import entry_points, version
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
 from klplug_verl.hooks import PATCH, TESTED
-from klplug_verl_guard import asked
+from klplug_verl_guard import asked, unquoted
 
 from klplug.hosting.patching import Hook, HookError, Patch
 from recipes import cpu_shim
@@ -109,7 +111,38 @@ def test_what_asks_for_klplug(words: list[str], expected: bool) -> None:
     assert asked(["main_ppo.py", *words]) is expected
 
 
+@pytest.mark.parametrize(
+    ("word", "readable"),
+    [
+        ("+klplug.kl_type=k2_as_loss,ratio=none", False),
+        ("klplug.kl_type=k2_as_loss,cap=2.0,horizon=sequence+k1_in_reward", False),
+        ("actor_rollout_ref.actor.kl_loss_type=k2_as_loss,cap=3", False),
+        ("+klplug.kl_type='k2_as_loss,ratio=none'", True),
+        ('+klplug.kl_type="k2_as_loss,ratio=none"', True),
+        ("+klplug.kl_type=k2_as_loss", True),
+        (r"+klplug.kl_type=k2_as_loss\,ratio\=none", True),
+        ("+klplug={kl_type: 'k2_as_loss,ratio=none'}", True),
+        ("actor_rollout_ref.actor.kl_loss_type=k3+", True),
+    ],
+)
+def test_quotes_that_hydra_needs(word: str, readable: bool) -> None:
+    """As Hydra's own parser says."""
+    if readable:
+        OverridesParser.create().parse_overrides([word])
+        assert unquoted(["main_ppo.py", word]) is None
+    else:
+        with pytest.raises(OverrideParseException):
+            OverridesParser.create().parse_overrides([word])
+        assert unquoted(["main_ppo.py", word]) == word
+
+
 # Whole processes.
+
+
+def test_a_kl_type_without_quotes_is_told_what_to_write(tmp_path: Path) -> None:
+    done = run(tmp_path, [*MAIN, "+klplug.kl_type=k2_as_loss,ratio=none", "+klplug.kl_coef=0.1"])
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert """write "+klplug.kl_type='k2_as_loss,ratio=none'\"""" in done.stderr
 
 
 def test_unused_it_says_inactive_once_and_changes_nothing(tmp_path: Path) -> None:
