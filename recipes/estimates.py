@@ -36,10 +36,11 @@ class Estimate:
 
 
 def parameters(shape: Shape) -> int:
-    """Of a Qwen2 model."""
-    hidden, heads = shape.hidden_size, shape.num_attention_heads
-    key_value = hidden // heads * shape.num_key_value_heads
-    attention = 2 * hidden * hidden + 2 * hidden * key_value + hidden + 2 * key_value
+    """Of a model of Llama's form, with Qwen2's biases, which are next to nothing."""
+    hidden = shape.hidden_size
+    query = shape.head * shape.num_attention_heads
+    key_value = shape.head * shape.num_key_value_heads
+    attention = 2 * hidden * (query + key_value) + query + 2 * key_value
     feed_forward = 3 * hidden * shape.intermediate_size
     layer = attention + feed_forward + 2 * hidden
     embeddings = (1 if shape.tie_word_embeddings else 2) * shape.vocab_size * hidden
@@ -147,8 +148,7 @@ def time(recipe: Recipe) -> list[Estimate]:
     engines = recipe.gpus // parts
     waves = recipe.answers / engines / AT_ONCE
     steps = max(waves - 1, 0) * recipe.mean_new_tokens + recipe.max_new_tokens
-    head = shape.hidden_size // shape.num_attention_heads
-    cache = 4 * shape.num_hidden_layers * shape.num_key_value_heads * head
+    cache = 4 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head
     held_tokens = min(waves, 1) * AT_ONCE * (prompt + recipe.mean_new_tokens // 2)
     generating = Estimate(
         "generation",

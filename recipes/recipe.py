@@ -37,6 +37,13 @@ class Shape:
     num_key_value_heads: int
     vocab_size: int
     tie_word_embeddings: bool = False
+    head_dim: int = 0
+    """0: hidden_size / num_attention_heads."""
+
+    @property
+    def head(self) -> int:
+        """Width of an attention head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
 @dataclass(frozen=True)

@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
-import venv
 import zipfile
-from collections.abc import Iterator
-from importlib.metadata import Distribution, distribution, distributions
 from pathlib import Path
 
-import pytest
-from packaging.requirements import Requirement
+from tests.bare import bare, run, wheel
+
+__all__ = ["bare", "wheel"]
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {path.name for path in (ROOT / "adapters").iterdir() if path.is_dir()} | {"klplug"}
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("dist")
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "build",
-            "--wheel",
-            "--no-isolation",
-            "--outdir",
-            str(out),
-            str(ROOT),
-        ],
-        check=True,
-        capture_output=True,
-    )
-    (path,) = out.glob("*.whl")
-    return path
 
 
 def test_only_klplugs_packages_land_in_site_packages(wheel: Path) -> None:
@@ -95,38 +71,6 @@ def test_importing_an_adapter_is_cheap() -> None:
         )
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
         assert done.returncode == 0, f"{module}: {done.stderr}"
-
-
-def declared(found: Distribution, extra: str = "") -> Iterator[Distribution]:
-    """What ``found`` asks for, as it is installed here, with all that those ask for."""
-    for text in found.requires or ():
-        needed = Requirement(text)
-        if needed.marker is None or needed.marker.evaluate({"extra": extra}):
-            yield distribution(needed.name)
-            yield from declared(distribution(needed.name))
-
-
-@pytest.fixture(scope="module")
-def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment that has ``klplug[cli]`` and what that declares, and nothing else."""
-    home = tmp_path_factory.mktemp("bare")
-    venv.create(home, symlinks=True)
-    (site,) = home.glob("lib/python*/site-packages")
-    zipfile.ZipFile(wheel).extractall(site)
-    (klplug,) = distributions(path=[str(site)])
-    needed = {found.metadata["Name"]: found for found in declared(klplug, extra="cli")}
-    for file in (file for found in needed.values() for file in found.files or ()):
-        if ".." not in file.parts:  # a command, in bin
-            (site / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file.locate(), site / file)
-    return home
-
-
-def run(bare: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    # Nothing of the checkout or of the caller's environment.
-    return subprocess.run(
-        [bare / "bin" / "python", "-I", *words], cwd=bare, env={}, capture_output=True, text=True
-    )
 
 
 def test_the_command_line_is_small(bare: Path) -> None:

@@ -51,6 +51,26 @@ def test_the_recipes_that_are_promised() -> None:
             assert len(peaks) == 2 and max(peaks) < 0.9 * recipe.gpu_gib, recipe.name
 
 
+# As the models' cards have them.
+@pytest.mark.parametrize(
+    ("name", "parameters_of_card", "gib"),
+    [
+        ("smollm2-360m-gsm8k", 361_821_120, 24),
+        ("qwen3-0.6b-gsm8k", 596_049_920, 24),
+        ("qwen3-1.7b-gsm8k", 1_720_574_976, 48),
+    ],
+)
+def test_small_models_on_one_small_gpu(name: str, parameters_of_card: int, gib: int) -> None:
+    recipe = load(name)
+    assert (recipe.gpus, recipe.gpu_gib) == (1, gib)
+    assert parameters(recipe.shape) == pytest.approx(parameters_of_card, rel=1e-3)
+
+
+def test_a_recipe_has_updates_off_policy_on_each_host() -> None:
+    for host_name in ("openrlhf", "verl"):
+        assert any(r.updates > 1 and host_name in r.hosts for r in map(load, names()))
+
+
 def test_a_file_includes_others_and_its_own_keys_win(tmp_path) -> None:
     path = written(
         tmp_path / "mine.yaml",
