@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from klplug.audit import run as aspects
+from klplug.audit.pages import address
 from klplug.audit.run import Run, Term
 from klplug.audit.settings import Setting
 from klplug.audit.verdict import NEITHER, REVERSE, Verdict
@@ -25,7 +26,7 @@ class Finding:
         setting: ``key=value`` that it comes from; ``None`` where it is no single one.
         line: line of the script; ``None`` for a default or a command line.
         default: nobody wrote the setting.
-        docs: the page that derives it.
+        docs: the address of the page that derives it.
     """
 
     id: str
@@ -56,7 +57,7 @@ class Rule:
 
     @property
     def docs(self) -> str:
-        return f"docs/findings/{self.id}.md"
+        return address(self.id)
 
 
 RULES: dict[str, Rule] = {}

@@ -57,6 +57,7 @@ EXAMPLES = {
         "klplug explain 'k2_as_loss,horizon=sequence' --png c.svg",
         "klplug explain stock:k3",
         "klplug explain --paper frpo",
+        "klplug explain dead-zone",
     ),
     "report": ("klplug report runs --out picture", "klplug report train.log --json"),
     "doctor": ("klplug doctor --no-ray", "klplug doctor --json"),

@@ -240,6 +240,10 @@ def _print(runs: Sequence[tuple[str, Report]], form: Format, verbose: bool) -> N
             if verbose:
                 out.print()
                 show(report, out, name)
+        found = [finding for _, report in runs for finding in report.findings]
+        if found:
+            words = f"Each finding has a page: klplug explain {found[0].id}, or {found[0].docs}"
+            out.print(Text(words), soft_wrap=True)
 
 
 def place(report: Report, name: str, line: int | None = None) -> str:
@@ -332,7 +336,10 @@ def sarif(runs: Sequence[tuple[str, Report]]) -> dict[str, Any]:
         for finding in report.findings
     ]
     used = dict.fromkeys(str(result["ruleId"]) for result in results)
-    rules = [{"id": id, "shortDescription": {"text": RULES[id].title}} for id in used]
+    rules = [
+        {"id": id, "shortDescription": {"text": RULES[id].title}, "helpUri": RULES[id].docs}
+        for id in used
+    ]
     driver = {"name": "klplug audit", "version": klplug.__version__, "rules": rules}
     return {
         "$schema": "https://json.schemastore.org/sarif-2.1.0.json",
@@ -496,7 +503,7 @@ def _findings(findings: tuple[Finding, ...]) -> Table:
             where.append(f"line {finding.line}: ")
         if finding.setting is not None:
             where.append(f"{'the default ' if finding.default else ''}{finding.setting}  ")
-        where.append(f"-> {finding.docs}")
+        where.append(f"-> klplug explain {finding.id}")
         table.add_row(
             Text(f"{finding.severity}", style=_STYLES[finding.severity]),
             Group(Text(finding.message), where),

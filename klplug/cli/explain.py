@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markdown import Markdown
 from rich.table import Table
 
 import klplug
+from klplug.audit import RULES, Rule
+from klplug.audit.pages import text
 from klplug.axes import AXES, OPTIONS
 from klplug.cli.catalogue import WORDS, completed, stock, stock_text
 from klplug.cli.output import AsJson, console, print_json
@@ -158,13 +161,18 @@ def _without(kl_type: str, names: Sequence[str]) -> str:
     return ",".join([name, *(o for o in written if o.partition("=")[0] not in names)])
 
 
+def _completed(incomplete: str) -> list[str]:
+    return [*completed(incomplete), *(id for id in RULES if id.startswith(incomplete))]
+
+
 def explain_command(
     kl_types: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KL_TYPE...",
-            help="One, or several side by side; a host's name too, as low_var_kl or stock:k3.",
-            autocompletion=completed,
+            metavar="KL_TYPE... | FINDING...",
+            help="One, or several side by side; a host's name too, as low_var_kl or stock:k3. Or "
+            "findings of klplug audit, as dead-zone.",
+            autocompletion=_completed,
         ),
     ] = None,
     png: Annotated[
@@ -186,7 +194,10 @@ def explain_command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Explain kl_types: formula, coefficient, whose gradient, bias, and a plot of c."""
+    """Explain kl_types (formula, coefficient, whose gradient, bias, plot of c), or findings."""
+    if rules := [RULES[name] for name in kl_types or [] if name in RULES]:
+        _explain_findings(rules, kl_types or [], as_json)
+        return
     of_paper = [] if paper is None else [_paper(paper)]
     written = (kl_types or []) + [found.kl_type for found in of_paper if found.kl_type]
     kl_types = list(dict.fromkeys(written))
@@ -208,7 +219,9 @@ def explain_command(
     try:
         explained = [explain(kl_type) for kl_type in kl_types]
     except ValueError as error:
-        raise Unreadable(str(error)) from error
+        near = get_close_matches(kl_types[0], RULES, n=1)
+        hint = f"; the finding of klplug audit is {near[0]}" if near else ""
+        raise Unreadable(f"{error}{hint}") from error
     if png is not None:
         picture(explained, png)
     if as_json:
@@ -227,6 +240,30 @@ def explain_command(
     out.print(text_plot(explained[0].log_ratio, curves, limit=REACH), end="")
     if png is not None:
         out.print(f"drawn in {png}")
+
+
+def _explain_findings(found: Sequence[Rule], asked: Sequence[str], as_json: bool) -> None:
+    """Prints the pages of findings.
+
+    Raises:
+        Unreadable: something else was asked for beside them.
+    """
+    others = [name for name in asked if name not in RULES]
+    if others:
+        raise Unreadable(f"{others[0]}: no finding; a kl_type is explained without {found[0].id}")
+    documents = [
+        {"id": rule.id, "severity": rule.severity, "title": rule.title, "docs": rule.docs}
+        | {"text": text(rule.id)}
+        for rule in found
+    ]
+    if as_json:
+        print_json(documents)
+        return
+    for document in documents:
+        # On a terminal as it is meant; in a pipe as it stands, so that it can be pasted.
+        out, page = console(), document["text"]
+        out.print(Markdown(page) if out.is_terminal else page, soft_wrap=not out.is_terminal)
+        out.print(document["docs"], soft_wrap=True)
 
 
 def _stock(name: str) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from klplug.audit import RULES, SEVERITIES, Report, audit
+from klplug.audit.pages import text
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -162,7 +163,10 @@ def test_every_finding_has_a_page(id: str) -> None:
     assert f"**{RULES[id].severity}**" in page
     for heading in ("## Why", "## What to write instead"):
         assert heading in page
-    assert RULES[id].docs == f"docs/findings/{id}.md"
+    # The address stands in the package's metadata, from pyproject.toml.
+    address = f"github.com/OWNER/klplug/blob/main/docs/findings/{id}.md"
+    assert RULES[id].docs == f"https://{address}"
+    assert text(id) == page
 
 
 def test_pages_are_of_findings_that_there_are() -> None:

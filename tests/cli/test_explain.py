@@ -40,6 +40,20 @@ def test_c_over_the_log_ratio(kl_type: str) -> None:
     assert (min(explained.log_ratio), max(explained.log_ratio)) == (-4.0, 4.0)
 
 
+def test_findings_are_explained_by_their_pages(klplug_command: Klplug) -> None:
+    pages = Path(__file__).parents[2] / "docs" / "findings"
+    out = klplug_command("explain", "dead-zone", "forward-kl").out
+    assert (pages / "dead-zone.md").read_text() in out
+    assert (pages / "forward-kl.md").read_text() in out
+    assert "/docs/findings/dead-zone.md\n" in out
+    (document,) = json.loads(klplug_command("explain", "dead-zone", "--json").out)
+    assert document["severity"] == "warning" and document["docs"].startswith("https://")
+    mixed = klplug_command("explain", "dead-zone", "k2_as_loss")
+    assert mixed.status == 2 and "k2_as_loss: no finding" in mixed.err
+    misspelt = klplug_command("explain", "dead-zones")
+    assert misspelt.status == 2 and "the finding of klplug audit is dead-zone" in misspelt.err
+
+
 @pytest.mark.parametrize("name", klplug.kl_types())
 def test_every_registered_kl_type_is_explained_by_its_own_row(name: str) -> None:
     explained = explain(name)

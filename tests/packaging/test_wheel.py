@@ -98,6 +98,11 @@ def test_without_torch_explain_has_its_words(bare: Path) -> None:
     assert '"coefficient": null' in done.stdout
 
 
+def test_a_finding_is_explained_without_a_network(bare: Path) -> None:
+    done = run(bare, "-m", "klplug", "explain", "dead-zone")
+    assert done.stdout.startswith((ROOT / "docs" / "findings" / "dead-zone.md").read_text())
+
+
 def test_without_torch_the_core_says_what_is_missing(bare: Path) -> None:
     done = run(bare, "-c", "import klplug; print(klplug.parse('mse_as_loss')); klplug.kl_term")
     assert done.stdout == "k2_as_loss\n"
