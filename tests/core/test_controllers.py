@@ -86,3 +86,10 @@ def test_state_survives() -> None:
 def test_mistakes_are_named(arguments: tuple, word: str) -> None:
     with pytest.raises(ValueError, match=word):
         kl_controller(*arguments)
+
+
+def test_without_a_horizon_it_is_that_of_both_hosts() -> None:
+    """10 000 answers: OpenRLHF's ``--algo.kl.horizon`` and verl's ``kl_ctrl.horizon``."""
+    controller = kl_controller("adaptive", 0.1, kl_target=1.0)
+    controller.update(kl=2.0, n_samples=1000)
+    assert controller.value == pytest.approx(0.1 * math.exp(0.2 * 1000 / 10_000))

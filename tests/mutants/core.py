@@ -1,0 +1,278 @@
+"""The core's: coefficient, weight, gradient, metrics, controllers, strings."""
+
+from __future__ import annotations
+
+from tests.mutants import Mutant
+
+
+def of(file: str, *rows: tuple[str, str], tests: tuple[str, ...]) -> list[Mutant]:
+    return [
+        Mutant(f"klplug/{file}.py", old, new, tuple(f"tests/core/test_{t}.py" for t in tests))
+        for old, new in rows
+    ]
+
+
+ESTIMATORS = of(
+    "estimators",
+    ("log_ratio.square().mul_(0.5)", "log_ratio.square()"),
+    ("saturating_expm1(-log_ratio).neg_()", "saturating_expm1(log_ratio)"),
+    ("near.where(close, log_ratio - derivative)", "log_ratio - derivative"),
+    ("close = square < 0.25", "close = square < 25"),
+    ("1 / 12, -1 / 720", "1 / 12, 1 / 720"),
+    ("finite(-log_ratio * root * root)", "finite(-log_ratio * root)"),
+    ("near.where(log_ratio.abs() < 2, far)", "far"),
+    ("log_ratio.clamp(max=0) - _log_mean", "log_ratio.clamp(min=0) - _log_mean"),
+    ("finite(log_ratio + k3_derivative(log_ratio))", "finite(k3_derivative(log_ratio))"),
+    ("finite(2 * saturating_expm1(log_ratio))", "finite(saturating_expm1(log_ratio))"),
+    ("scaled_expm1(-log_ratio, 0.5).abs()", "scaled_expm1(-log_ratio, 0.5)"),
+    ("return log_ratio.sign() / 2", "return log_ratio.sign()"),
+    ("scaled_expm1(below * log_ratio, 1 / below)", "scaled_expm1(below * log_ratio, 1.0)"),
+    ("later=None if of_answer else value", "later=value"),
+    ("            later=k1,\n", "            later=k2,\n"),
+    (
+        "of_answer=k3_derivative,  # 1 - prod_{i<=t} exp(-lr_i)",
+        "of_answer=forward,",
+    ),
+    tests=("estimators", "stability", "numbers", "oracle"),
+)
+
+NUMERICS = of(
+    "numerics",
+    (
+        "x.exp().clamp_(max=min(at_most, largest(x)))",
+        "x.exp().clamp_(max=at_most)",
+    ),
+    ("x.expm1().clamp_(max=largest(x))", "x.expm1()"),
+    ("return x.clamp(-largest(x), largest(x))", "return x.clamp(max=largest(x))"),
+    ("return _bits(x).mul(mask).view(x.dtype)", "return x.mul(mask)"),
+    tests=("stability", "term", "numbers"),
+)
+
+GRADIENTS = of(
+    "gradients",
+    (
+        "gradient = estimate.own if weight is None else finite_(weight * estimate.own)",
+        "gradient = estimate.own",
+    ),
+    ("weight is None else weight * compared)", "weight is None else compared)"),
+    ("    weight = _still_answering(weight, estimate.mask)\n", ""),
+    ("torch.where(weight > 0, weight, mask.to(weight.dtype))", "weight"),
+    ("finite_(coefficient - credited)", "finite_(coefficient - compared)"),
+    ("finite_(batch.answers.to_go(coefficient))", "finite_(coefficient.clone())"),
+    (
+        "coefficient = masked_(returns(estimate, batch), estimate.mask)",
+        "coefficient = returns(estimate, batch)",
+    ),
+    (
+        "slope = batch.given.kl_coef * coefficient - batch.masked",
+        "slope = coefficient - batch.masked",
+    ),
+    (
+        "batch.given.kl_coef * coefficient - batch.masked",
+        "batch.given.kl_coef * coefficient + batch.masked",
+    ),
+    (
+        "added = estimate.later if before is None else finite_(before * estimate.later)",
+        "added = estimate.later",
+    ),
+    ("batch.answers.after(batch.answers.to_go(added))", "batch.answers.to_go(added)"),
+    (
+        "(own - own.detach()) * (1.0 if before is None else before)",
+        "own - own.detach()",
+    ),
+    ("own = own.clamp(-spec.bound, spec.bound)", "own = own.clamp(max=spec.bound)"),
+    ("numbers | (held < HUGE)", "numbers"),
+    ("own = masked_(own, mask)  # the one", "own = own  # the one"),
+    ("if own is not later:", "if False:"),
+    ("added = later if weight is None else finite_(weight * later)", "added = later"),
+    ('if "return_baseline" in batch.others:', "if False:"),
+    ('groups = None if spec.baseline == "batch" else', "groups = None if spec.baseline else"),
+    ("estimate.mask.any(-1))", "None)"),
+    ("torch.where(mask, to_go - after, 0.0)", "torch.where(mask, to_go, 0.0)"),
+    ('own=spec.vocab == "sample"', "own=True"),
+    (
+        "value=finite(sum((a.value for a in parts), zero))",
+        "value=parts[0].value if parts else zero",
+    ),
+    ("a.coefficient if a.weight is None else a.weight * a.coefficient", "a.coefficient"),
+    ("torch.stack(paths).sum(0)", "torch.stack(paths).mean(0)"),
+    tests=("step", "exact_term", "oracle", "term", "numbers"),
+)
+
+BATCH = of(
+    "batch",
+    ("dtype = torch.promote_types(dtype, tensor.dtype)", "pass"),
+    ("counted = given.response_mask != 0", "counted = given.response_mask > 0.5"),
+    ("self.counted & (together.abs() < math.inf)", "self.counted"),
+    ("if len(references) > 1 else policies", "if False else policies"),
+    ("instead = self.return_baseline", "instead = None"),
+    ('return (*needed, "kl_coef") if "combined" in heads else needed', "return needed"),
+    ("for x in pair):\n", "for x in pair[:1]):\n"),
+    ("    return float(low), float(high)", "    return float(high), float(low)"),
+    ("if self.segment_ids is not None and compared", "if False and compared"),
+    ("if self.log_probs.requires_grad and not self.exact_kl", "if False and not self.exact_kl"),
+    tests=("term", "numbers", "exact_term", "step", "oracle"),
+)
+
+TERM = of(
+    "term",
+    ("        with torch.enable_grad():\n            loss", "        if True:\n            loss"),
+    ("torch.is_grad_enabled() and given.log_probs", "given.log_probs"),
+    ("self.spec.terms and not self._log_probs", "False and not self._log_probs"),
+    ("lambda: self._acting.coefficient.clone()", "lambda: self._acting.coefficient"),
+    ("return loss if pathwise is None else loss + pathwise", "return loss"),
+    ("gradient = gradient.clamp(-limit, limit).to(ctx.dtype)", "gradient = gradient.to(ctx.dtype)"),
+    ('("group_ids",) if term.baseline == "group"', '() if term.baseline == "group"'),
+    tests=("term", "numbers", "exact_term", "technique"),
+)
+
+STEP = of(
+    "step",
+    ("torch.minimum(rho * advantages", "torch.maximum(rho * advantages"),
+    ("value + kl_coef * part.value, gradient", "value, gradient"),
+    ("gradient + kl_coef * part.gradient", "gradient + part.gradient"),
+    ("rho.clamp(1 - low, 1 + high)", "rho.clamp(1 - high, 1 + low)"),
+    ("step.advantages(masked(advantages, mask), kl_coef)", "step.advantages(advantages, kl_coef)"),
+    ("advantages = advantages - kl_coef * part", "advantages = advantages + kl_coef * part"),
+    ("with_gradient(self.term.value, self._gradient)", "with_gradient(self.value, self._gradient)"),
+    ("loss + kl_coef * term.pathwise", "loss + term.pathwise"),
+    ("clipped_weight(ratio, -advantages, clip)", "clipped_weight(ratio, advantages, clip)"),
+    tests=("step", "term", "exact_term", "numbers", "oracle"),
+)
+
+WEIGHTS = of(
+    "weights",
+    ("so_far if own else answers.before(so_far)", "so_far"),
+    ("mask & ~(weight > cap)", "mask & ~(weight > 2 * cap)"),
+    ("math.log(self.cap)", "self.cap"),
+    ("(slope > 0) & (rho < 1 - low)", "(slope > 0) & (rho > 1 - low)"),
+    ("(slope < 0) & (rho > 1 + high)", "(slope < 0) & (rho > 1 + low)"),
+    ("masked(answers.whole(log_weight), mask)", "masked(answers.so_far(log_weight), mask)"),
+    ("return self.dropped.to(self.weight.dtype)", "return None"),
+    tests=("oracle", "term", "numbers"),
+)
+
+ANSWERS = of(
+    "answers",
+    ("return x.flip(-1).cumsum(-1).flip(-1)", "return x.cumsum(-1)"),
+    ("last = position.where(mask, 0).cummax(-1).values", "last = position"),
+    ("self.so_far(x) + self.to_go(x) - x", "self.so_far(x) + self.to_go(x)"),
+    ("same = number[:, step:] == number[:, :-step]", "same = number[:, step:] >= 0"),
+    tests=("oracle", "term", "numbers"),
+)
+
+BASELINES = of(
+    "baselines",
+    ("(finite(totals) - returns) / others", "finite(totals) / (others + 1)"),
+    ("alone = (counts - counted < 1)", "alone = (counts < 0)"),
+    (
+        "returns.new_ones(len(returns)) if present is None else present.to(returns.dtype)",
+        "returns.new_ones(len(returns))",
+    ),
+    tests=("oracle", "term", "numbers"),
+)
+
+METRICS = (
+    of(
+        "seen",
+        (
+            "coefficient = part.acting.coefficient if own_token else gradient",
+            "coefficient = gradient",
+        ),
+        (
+            "coefficient = part.acting.coefficient if own_token else gradient",
+            "coefficient = part.acting.coefficient",
+        ),
+        ("flags(torch.gt, unbounded.abs(), spec.bound)", "flags(torch.gt, unbounded, spec.bound)"),
+        (
+            "finite(sum((term.principled for term in terms), torch.zeros_like(gradient)))",
+            "terms[0].principled if terms else gradient",
+        ),
+        ("estimate.own is log_ratio and spec.baseline", "True and spec.baseline"),
+        ("return log_ratio if weight is None else finite_(weight * log_ratio)", "return log_ratio"),
+        ("to_go = to_go if weight is None else weight * to_go", "pass"),
+        ("numbers = numbers & (log_ratio.abs() < math.inf)", "pass"),
+        ("coefficient=None if exact else coefficient", "coefficient=coefficient"),
+        tests=("tally", "term", "numbers", "exact_term"),
+    )
+    + of(
+        "tally",
+        ("maxima[name] = torch.maximum(maxima", "maxima[name] = torch.add(maxima"),
+        ("sums[name] = sums[name] + value", "sums[name] = value"),
+        ("tokens.clamp(min=1e-30)", "tokens.clamp(min=1)"),
+        ("torch.ge, reached, largest(reached)", "torch.ge, reached, largest(reached) ** 0.5"),
+        ("held.append(s.coefficient.abs())", "pass"),
+        ("held.append(growth)", "pass"),
+        ("v[1:].amax(0, keepdim=True)", "v[1:2]"),
+        ("v[1:].amin(0, keepdim=True)", "v[1:2]"),
+        ("variance > EVEN * square", "variance > -1"),
+        ("& (growth > -0.2)", "& (growth > -2)"),
+        ("torch.where(steady, fitted, k1)", "fitted"),
+        ("torch.where(steady, fitted, k1)", "k3"),
+        ("k = (tokens / round(1 / TOP)).ceil_()", "k = tokens / round(1 / TOP)"),
+        ('means["nonfinite"] / (1 + means["nonfinite"])', 'means["nonfinite"]'),
+        ("(masked_(x, whole.counted)", "(x"),
+        ("growth.clamp_(max=HUGE)", "pass"),
+        ("cosine, ratio = (ratios[:2] + nothing)", "cosine, ratio = ratios[:2]"),
+        ('"weight": tokens if s.weight is None else s.weight.sum(-1)', '"weight": tokens'),
+        tests=("tally", "estimates", "term", "numbers"),
+    )
+    + of(
+        "watch",
+        ("if streak == patience:", "if streak >= patience - 1:"),
+        (
+            "if rule.broken(value) else 0",
+            "if rule.broken(value) else self._streak.get(rule.metric, 0)",
+        ),
+        (
+            "return value < self.threshold if self.below",
+            "return value > self.threshold if self.below",
+        ),
+        tests=("tally",),
+    )
+)
+
+AGGREGATION = of(
+    "aggregation",
+    ("x = torch.where(mask, x, 0.0)", "x = x * mask"),
+    ("(lengths > 0).sum().clamp(min=1)", "len(lengths)"),
+    ("per_answer / lengths.clamp(min=1)", "per_answer / x.shape[-1]"),
+    ("lengths.sum().clamp(min=1) if count is None else count", "lengths.sum().clamp(min=1)"),
+    tests=("aggregation",),
+)
+
+CONTROLLERS = of(
+    "controllers",
+    ("max(kl / self.target - 1, -0.2)", "max(kl / self.target - 1, -0.1)"),
+    ("if not math.isfinite(kl):", "if False:"),
+    ("self.value = math.exp(log_value)", "self.value = 1 + log_value"),
+    ("max(log_value, math.log(lowest))", "max(log_value, -99.0)"),
+    ("or not 0 < value < math.inf:", "or not value < math.inf:"),
+    ("10_000 if kl_horizon is None", "1_000 if kl_horizon is None"),
+    tests=("controllers",),
+)
+
+STRINGS = of(
+    "spec",
+    ("if len(set(self.parts)) < len(self.parts):", "if False:"),
+    ("key=lambda term: (PLACEMENTS.index(term.placement), str(term))", "key=lambda term: 0"),
+    ("if term.placement == placement)", "if True)"),
+    ('and self.horizon in (None, "sequence")', "and True"),
+    tests=("spec", "numbers"),
+)
+
+CORE = (
+    *ESTIMATORS,
+    *NUMERICS,
+    *GRADIENTS,
+    *BATCH,
+    *TERM,
+    *STEP,
+    *WEIGHTS,
+    *ANSWERS,
+    *BASELINES,
+    *METRICS,
+    *AGGREGATION,
+    *CONTROLLERS,
+    *STRINGS,
+)
