@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipes.quickstart.data import share
-from recipes.quickstart.reward import is_gradable, last_boxed
 from recipes.recipe import HOSTS
+from recipes.shared.folder import FolderError, held, keep, other
+from recipes.shared.reward import is_gradable, last_boxed
 
 INSTRUCTION = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 RECORD = "data.json"
@@ -343,30 +344,27 @@ def checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def claim(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+def begun(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """Take the folder; what an earlier call with the same settings finished there, if it did.
 
     Raises:
-        DataError: The folder holds something else.
+        FolderError: The folder holds something else.
     """
-    record = out / RECORD
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        try:
-            earlier = json.loads(record.read_text("utf-8"))
-            before = dict(earlier["settings"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise DataError(f"--out {out}: not empty, and nothing of this program's") from None
-        if before != settings:
-            other = ", ".join(f"{k}={v}" for k, v in before.items() if settings.get(k) != v)
-            raise DataError(f"--out {out}: holds other data, of {other}. Give another folder")
-        files = earlier.get("files", {})
-        if files and all(
-            (out / name).is_file() and checksum(out / name) == file["sha256"]
-            for name, file in files.items()
-        ):
-            return earlier
+    option, what = f"--out {out}", "prepared data set"
+    earlier = held(out, RECORD, option, what)
+    before = settings if earlier is None else earlier.get("settings")
+    if not isinstance(before, dict):
+        raise FolderError(f"{option}: not empty, and no {what}")
+    if before != settings:
+        raise other(before, settings, option, what)
+    files = (earlier or {}).get("files", {})
+    if files and all(
+        (out / name).is_file() and checksum(out / name) == file["sha256"]
+        for name, file in files.items()
+    ):
+        return earlier
     (out / PARTS).mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps({"settings": settings}, indent=2) + "\n", "utf-8")
+    keep(out, RECORD, {"settings": settings})
     return None
 
 
@@ -384,7 +382,8 @@ def make(
         workers: Processes.
 
     Raises:
-        DataError: The folder holds something else, or no row is left to train or to test on.
+        DataError: No row is left to train or to test on.
+        FolderError: The folder holds something else.
     """
     settings = {
         "data": name,
@@ -393,7 +392,7 @@ def make(
         "test": None if test is None else test.fingerprint,
         "instruction": INSTRUCTION,
     }
-    if (earlier := claim(out, settings)) is not None:
+    if (earlier := begun(out, settings)) is not None:
         print(f"{out} is already there, whole and unchanged")
         report(earlier)
         return earlier
@@ -520,7 +519,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         train, test = tables(arguments)
         make(name, arguments.to, arguments.out, train, test, arguments.workers)
-    except DataError as error:
+    except (DataError, FolderError) as error:
         print(f"recipes.data: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

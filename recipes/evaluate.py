@@ -28,8 +28,9 @@ from recipes.data import (
     prepared,
     source_table,
 )
-from recipes.quickstart.reward import END_TOKENS, FRACTION, is_correct, is_gradable, last_boxed
 from recipes.quickstart.settings import RUNS, SettingsError, check_model
+from recipes.shared.folder import FolderError, claim
+from recipes.shared.reward import END_TOKENS, FRACTION, is_correct, is_gradable, last_boxed
 
 SETTINGS, RECORDS, SUMMARY = "settings.json", "records.jsonl", "summary.json"
 NORMAL = NormalDist().inv_cdf(0.975)  # of a 95 % interval
@@ -250,24 +251,13 @@ def problems_of(table: Table, count: int | None) -> list[Problem]:
     return found
 
 
-def claim(out: Path, settings: Settings) -> list[dict[str, Any]]:
+def begun(out: Path, settings: Settings) -> list[dict[str, Any]]:
     """Take the folder; the records of whole batches that are there already.
 
     Raises:
-        EvaluationError: The folder holds something else.
+        FolderError: The folder holds something else.
     """
-    own = json.loads(json.dumps(asdict(settings)))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        try:
-            earlier = json.loads((out / SETTINGS).read_text("utf-8"))
-        except (OSError, ValueError):
-            raise EvaluationError(f"--out {out}: not empty, and no evaluation's") from None
-        if earlier != own:
-            keys = [key for key in own if earlier.get(key) != own[key]]
-            other = ", ".join(f"{key}={earlier.get(key)} there, {own[key]} here" for key in keys)
-            raise EvaluationError(f"--out {out} holds an evaluation of other settings ({other})")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / SETTINGS).write_text(json.dumps(own, indent=2) + "\n", "utf-8")
+    claim(out, SETTINGS, asdict(settings), f"--out {out}", "evaluation")
     path = out / RECORDS
     lines = path.read_text("utf-8").split("\n")[:-1] if path.is_file() else []
     # A torn batch is done again as a whole: its seed is the batch's.
@@ -316,11 +306,12 @@ def evaluate(
     """Answer and judge what is not done yet; the summary of all of it.
 
     Raises:
-        EvaluationError: The folder holds something else, or the model has no chat template.
+        EvaluationError: The model has no chat template.
+        FolderError: The folder holds something else.
     """
     from tqdm import tqdm
 
-    records = claim(out, settings)
+    records = begun(out, settings)
     if len(records) < len(problems):
         vllm = settings.engine == "vllm"
         engine = VLLM(settings, tensor_parallel) if vllm else Transformers(settings)
@@ -449,7 +440,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings, problems, out = checked(arguments)
         report(evaluate(settings, problems, out, arguments.tensor_parallel), out)
-    except (EvaluationError, DataError, SettingsError) as error:
+    except (EvaluationError, DataError, FolderError, SettingsError) as error:
         print(f"recipes.evaluate: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

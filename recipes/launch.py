@@ -14,10 +14,10 @@ from dataclasses import asdict, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from recipes import cluster, estimates
 from recipes.recipe import Recipe, RecipeError, Shape, load, names, with_kl
+from recipes.shared.folder import FolderError, claim
 
 RECORD = "recipe.json"
 VARIABLES = {
@@ -37,7 +37,7 @@ def main(host: ModuleType, argv: list[str] | None = None) -> int:
         return 0
     try:
         launch(host, arguments.recipe, own, os.environ)
-    except RecipeError as error:
+    except (RecipeError, FolderError) as error:
         print(f"recipes.{host.NAME}: error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -73,7 +73,8 @@ def launch(host: ModuleType, name: str, own: list[str], environment: Mapping[str
     check_installed(host)
     check_data(host, recipe, data)
     check_gpus(recipe)
-    claim(out, {"host": host.NAME, "recipe": asdict(recipe), "data": str(data), "own": own})
+    run = {"host": host.NAME, "recipe": asdict(recipe), "data": str(data), "own": own}
+    claim(out, RECORD, run, f"OUT={out}", "run of a recipe")
     print(shlex.join(["python", "-m", *words]), flush=True)
     os.execv(sys.executable, [sys.executable, "-m", *words])
 
@@ -138,32 +139,6 @@ def check_gpus(recipe: Recipe) -> None:
             f"recipe {recipe.name} needs {recipe.gpus_per_node} GPUs of {recipe.gpu_gib} GB, and "
             f"this machine has {found}"
         )
-
-
-def claim(out: Path, settings: dict[str, Any]) -> None:
-    """Take the run's folder; the same settings again go on from the last checkpoint."""
-    record = out / RECORD
-    settings = json.loads(json.dumps(settings))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        try:
-            earlier = json.loads(record.read_text("utf-8"))
-        except (OSError, ValueError):
-            raise RecipeError(f"OUT={out}: not empty, and no recipe's run") from None
-        if earlier != settings:
-            raise RecipeError(
-                f"OUT={out} holds a run of other settings ({difference(earlier, settings)}). "
-                "Give another OUT"
-            )
-    out.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
-
-
-def difference(earlier: dict[str, Any], now: dict[str, Any]) -> str:
-    """What differs, in the recipe key by key."""
-    before = {**earlier, **earlier.get("recipe", {})}
-    after = {**now, **now["recipe"]}
-    keys = [key for key in after if key != "recipe" and before.get(key) != after[key]]
-    return ", ".join(f"{key}={before.get(key)} there, {after[key]} here" for key in keys)
 
 
 def dry_run(host: ModuleType, recipe: Recipe, words: list[str], data: Path) -> None:

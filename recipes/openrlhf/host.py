@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from recipes.quickstart import reward
 from recipes.quickstart.openrlhf import kl_arguments
 from recipes.recipe import KEPT_CHECKPOINTS, Recipe, RecipeError
+from recipes.shared import reward
 
 NAME = "openrlhf"
 PACKAGES = ("openrlhf", "klplug_openrlhf", "math_verify")

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from recipes.quickstart.run import RunError, quickstart
 from recipes.quickstart.settings import STOCK, SettingsError, settings
+from recipes.shared.folder import FolderError
 
 WIDTH = 120  # where no terminal says how wide it is
 
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     try:
         quickstart(settings(**arguments), out, overwrite, console)
-    except SettingsError as error:
+    except (FolderError, SettingsError) as error:
         print(f"quickstart: error: {error}", file=sys.stderr)
         return 2
     except RunError as error:

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from recipes.evaluate import ks, pass_at
 from recipes.quickstart.data import file_rows
-from recipes.quickstart.reward import is_correct
+from recipes.shared.reward import is_correct
 
 # Elements of a (rows, tokens, vocabulary) block: 16 MiB in float64, which glibc keeps for the next
 # block; larger ones it gives back, and their page faults took half of the time.

@@ -22,7 +22,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from recipes.quickstart.evaluate import answers, chat_prompt, evaluate
 from recipes.quickstart.problems import Row, problem_stream, problems
-from recipes.quickstart.reward import is_correct
+from recipes.shared.reward import is_correct
 
 SEED = 0
 BATCH = 64

@@ -6,9 +6,9 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from recipes.quickstart import reward
 from recipes.quickstart.progress import Metrics, number
 from recipes.quickstart.settings import Recipe, Settings
+from recipes.shared import reward
 
 STOCK_PREFIX = "stock:"
 STEP = re.compile(r"Global step (\d+): (\{.*\})")

@@ -23,7 +23,7 @@ from recipes.quickstart import smollm2
 from recipes.quickstart.problems import Row, write_rows
 from recipes.quickstart.processes import HostProcesses
 from recipes.quickstart.progress import LogTail, Metrics, StepLine, json_line
-from recipes.quickstart.settings import CACHE, HERE, REPOSITORY, RUNS, Settings, SettingsError
+from recipes.quickstart.settings import CACHE, HERE, REPOSITORY, RUNS, Settings
 from recipes.quickstart.summary import (
     baselines,
     curves,
@@ -32,8 +32,10 @@ from recipes.quickstart.summary import (
     summary,
     table,
 )
+from recipes.shared.folder import FolderError, held, keep, other
 
-FILES = ("settings.json", "prompts.jsonl", "log.txt", "metrics.jsonl", "summary.json", "curves.png")
+RECORD, WHAT = "settings.json", "quickstart run"
+FILES = (RECORD, "prompts.jsonl", "log.txt", "metrics.jsonl", "summary.json", "curves.png")
 TRAINED = "policy"
 ERROR = re.compile(r"\b\w*(Error|Exception)\b: |error: ")
 # Colours, progress bars, and the carets under a traceback's lines.
@@ -73,44 +75,27 @@ def claim_folder(settings: Settings, out: Path | None, overwrite: bool) -> tuple
     default place, an earlier run of other settings makes way under a name of its own.
 
     Raises:
-        SettingsError: The named folder holds a run of other settings, or something else.
+        FolderError: The named folder holds a run of other settings, or something else.
     """
     folder = (settings.default_out if out is None else out).expanduser().resolve()
-    told = ""
-    if folder.exists() and not folder.is_dir():
-        raise SettingsError(f"OUT={folder}: is a file")
-    if folder.is_dir() and any(folder.iterdir()):
-        earlier = read_settings(folder)
-        if earlier is None and out is not None and not overwrite:
-            raise SettingsError(f"OUT={shown(folder)}: not empty, and no quickstart run")
-        if earlier != settings.as_dict() and not overwrite:
-            if out is not None:
-                raise SettingsError(
-                    f"OUT={shown(folder)} holds a run of other settings "
-                    f"({difference(earlier or {}, settings.as_dict())}). "
-                    "Give another OUT, or OVERWRITE=1"
-                )
-            aside = free_name(folder, (earlier or {}).get("kl_type", "earlier"))
-            folder.rename(aside)
-            told = f"the run that was in {shown(folder)} is now in {shown(aside)}"
-    folder.mkdir(parents=True, exist_ok=True)
+    option, own, told = f"OUT={shown(folder)}", settings.as_dict(), ""
+    try:
+        earlier = held(folder, RECORD, option, WHAT)
+    except FolderError:
+        if folder.is_file() or (out is not None and not overwrite):
+            raise
+        earlier = {}
+    if earlier is not None and earlier != own and not overwrite:
+        if out is not None:
+            raise FolderError(f"{other(earlier, own, option, WHAT)}, or OVERWRITE=1")
+        aside = free_name(folder, earlier.get("kl_type", "earlier"))
+        folder.rename(aside)
+        told = f"the run that was in {shown(folder)} is now in {shown(aside)}"
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / TRAINED, ignore_errors=True)
-    (folder / "settings.json").write_text(json.dumps(settings.as_dict(), indent=2) + "\n")
+    keep(folder, RECORD, own)
     return folder, told
-
-
-def read_settings(folder: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((folder / "settings.json").read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def difference(earlier: dict[str, Any], now: dict[str, Any]) -> str:
-    keys = [key for key in now if earlier.get(key) != now[key]]
-    return ", ".join(f"{key}={earlier.get(key)} there, {now[key]} here" for key in keys)
 
 
 def free_name(folder: Path, kl_type: str) -> Path:
@@ -267,7 +252,7 @@ def quickstart(settings: Settings, out: Path | None, overwrite: bool, console: C
     """The whole run.
 
     Raises:
-        SettingsError: The folder cannot be used.
+        FolderError: The folder cannot be used.
         RunError: The host failed.
     """
     side = host_side(settings)

@@ -6,9 +6,9 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from recipes.quickstart import verl_reward
 from recipes.quickstart.progress import Metrics, number
 from recipes.quickstart.settings import Recipe, Settings
+from recipes.shared import reward
 
 STOCK_PREFIX = "stock:"
 STEP = re.compile(r"\bstep:(\d+) - (.*)")
@@ -102,7 +102,7 @@ def command(
         "data.shuffle": False,
         "data.dataloader_num_workers": 0,
         "data.seed": settings.seed,
-        "reward.custom_reward_function.path": verl_reward.__file__,
+        "reward.custom_reward_function.path": reward.__file__,
         "reward.custom_reward_function.name": "compute_score",
         "reward.num_workers": 1,
         f"{worker}.model.path": model,

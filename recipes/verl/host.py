@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from recipes.quickstart import reward
 from recipes.quickstart.verl import kl_overrides
 from recipes.recipe import KEPT_CHECKPOINTS, Recipe, RecipeError
+from recipes.shared import reward
 
 NAME = "verl"
 PACKAGES = ("verl", "klplug_verl", "math_verify")

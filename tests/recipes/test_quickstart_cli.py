@@ -23,7 +23,7 @@ from recipes.quickstart.__main__ import main
 from recipes.quickstart.openrlhf import kl_arguments
 from recipes.quickstart.processes import HostProcesses
 from recipes.quickstart.progress import StepLine
-from recipes.quickstart.settings import TINY, Settings, SettingsError, settings
+from recipes.quickstart.settings import TINY, Settings, settings
 from recipes.quickstart.summary import (
     baselines,
     curves,
@@ -32,6 +32,7 @@ from recipes.quickstart.summary import (
     rolling_mean,
     table,
 )
+from recipes.shared.folder import FolderError
 
 
 @pytest.fixture(autouse=True)
@@ -130,18 +131,18 @@ def test_the_same_run_again_overwrites(tmp_path: Path) -> None:
 def test_a_named_folder_with_another_run_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     run.claim_folder(settings(seed=1), out, overwrite=False)
-    with pytest.raises(SettingsError, match=r"seed=1 there, 2 here.*OVERWRITE=1"):
+    with pytest.raises(FolderError, match=r"seed=1 there, 2 here.*OVERWRITE=1"):
         run.claim_folder(settings(seed=2), out, overwrite=False)
-    assert run.read_settings(out) == settings(seed=1).as_dict()
+    assert json.loads((out / run.RECORD).read_text()) == settings(seed=1).as_dict()
     run.claim_folder(settings(seed=2), out, overwrite=True)
-    assert run.read_settings(out) == settings(seed=2).as_dict()
+    assert json.loads((out / run.RECORD).read_text()) == settings(seed=2).as_dict()
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(SettingsError, match="no quickstart run"):
+    with pytest.raises(FolderError, match="no quickstart run"):
         run.claim_folder(settings(), tmp_path, overwrite=False)
-    with pytest.raises(SettingsError, match="is a file"):
+    with pytest.raises(FolderError, match="is a file"):
         run.claim_folder(settings(), tmp_path / "thesis.tex", overwrite=True)
 
 

@@ -14,7 +14,7 @@ pytest.importorskip("math_verify", reason="the recipes extra is not installed")
 
 from recipes import data
 from recipes.data import EVALUATION, INSTRUCTION, TRAINING, any_form, in_box, main
-from recipes.quickstart.reward import compute_score
+from recipes.shared.reward import compute_score
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -282,13 +282,13 @@ def test_a_finished_folder_is_left_alone_and_a_torn_one_made_again(tmp_path, cap
 def test_anothers_folder_is_refused(tmp_path, capsys) -> None:
     make("gsm8k", tmp_path / "out")
     assert make("gsm8k", tmp_path / "out", host="verl") == 2
-    assert "holds other data, of to=openrlhf" in capsys.readouterr().err
+    assert "holds another prepared data set (to=openrlhf there" in capsys.readouterr().err
     assert make("math", tmp_path / "out") == 2
-    assert "data=gsm8k" in capsys.readouterr().err
+    assert "data=gsm8k there, math here" in capsys.readouterr().err
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "data.json").write_text("[1]")
     assert make("gsm8k", tmp_path / "mine") == 2
-    assert "nothing of this program's" in capsys.readouterr().err
+    assert "no prepared data set" in capsys.readouterr().err
 
 
 # The real rows

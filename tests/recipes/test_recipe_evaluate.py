@@ -209,7 +209,7 @@ def test_a_model_and_a_folder_that_cannot_be_are_said(tmp_path, capsys) -> None:
     out.mkdir()
     (out / "thesis.txt").touch()
     assert main(arguments(data, out)) == 2
-    assert "not empty, and no evaluation's" in capsys.readouterr().err
+    assert "not empty, and no evaluation" in capsys.readouterr().err
 
 
 def test_rows_that_are_no_problems_are_named(tmp_path, capsys) -> None:

@@ -19,8 +19,9 @@ pytest.importorskip("math_verify", reason="the recipes extra is not installed")
 from recipes import cpu_shim, launch
 from recipes.estimates import GIB, held, markdown_table, memory, parameters, time
 from recipes.openrlhf import host
-from recipes.quickstart.reward import compute_score, reward_func
 from recipes.recipe import CONFIGS, RecipeError, load, names
+from recipes.shared.folder import FolderError
+from recipes.shared.reward import compute_score, reward_func
 from recipes.verl import host as verl_host
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -171,11 +172,11 @@ def test_the_same_run_goes_on_and_another_is_kept_out(data, started, tmp_path) -
     (out / "checkpoints").mkdir()
     run(data, out)
     assert len(started) == 2
-    with pytest.raises(RecipeError, match=r"kl_coef=0\.001 there, 0\.5 here\)\. Give another OUT"):
+    with pytest.raises(FolderError, match=r"kl_coef=0\.001 there, 0\.5 here\)\. Give another"):
         run(data, out, KL_COEF="0.5")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").touch()
-    with pytest.raises(RecipeError, match="not empty, and no recipe's run"):
+    with pytest.raises(FolderError, match="not empty, and no run of a recipe"):
         run(data, tmp_path / "other")
     assert len(started) == 2
 

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("math_verify", reason="the recipes extra is not installed")
 
-from recipes.quickstart.reward import is_correct, response_of, reward_func
+from recipes.shared.reward import is_correct, response_of, reward_func
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -109,7 +109,7 @@ def test_a_policy_gone_astray_does_not_hold_up_the_run(response: str) -> None:
 
 
 def test_the_host_can_load_it_by_path_and_call_it_from_a_thread() -> None:
-    path = Path(__file__).parents[2] / "recipes" / "quickstart" / "reward.py"
+    path = Path(__file__).parents[2] / "recipes" / "shared" / "reward.py"
     spec = importlib.util.spec_from_file_location("reward_func", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

@@ -74,7 +74,7 @@ def test_a_step_of_verls_log() -> None:
 
 
 def test_the_reward_is_the_judge_of_the_evaluation() -> None:
-    from recipes.quickstart.verl_reward import compute_score
+    from recipes.shared.reward import compute_score
 
     assert compute_score("words", "6*6=36\n#### 36", "reasoning\n#### 36") == 1.0
     assert compute_score("words", "#### 35", "#### 36", extra_info={"index": 0}) == 0.0
