@@ -279,6 +279,7 @@ def run(settings: Settings) -> Run:
         cut=None if launch is None else launch.cut,
         line=None if launch is None else launch.line,
         sourced=() if launch is None else launch.sourced,
+        unreached=() if launch is None else launch.unreached,
     )
 
 

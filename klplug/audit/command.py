@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ def audit(
     found: list[tuple[Host, list[Launch]]]
     others: list[str] = []
     elsewhere: list[Framework | None] = []
+    script: Script | None = None
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         text = read(path) if text is None else text
@@ -98,6 +99,9 @@ def audit(
         raise AuditError(f"{name}: command {command} of {len(found)} does not exist")
     chosen, ways = found[command - 1]
     reading = chosen.room("reading")
+    if script is not None and command == 1:
+        lost = _unreached(script, ways, {key.partition(".")[0] for key in reading.ASPECTS})
+        ways = [replace(way, unreached=lost) for way in ways]
     reports = [_report(chosen, reading.parsed(way), host_version) for way in ways]
     done = together(reports, ways[0].conditions) if len(ways) > 1 else reports[0]
     return replace(done, command=command, commands=len(found))
@@ -178,6 +182,20 @@ def _ways(host: Host, launch: Launch, at: Command) -> list[Launch]:
         if found is not None:
             ways.append(replace(launch, words=words, main=found[1], conditions=at.conditions))
     return ways or [launch]
+
+
+def _unreached(
+    script: Script, ways: Sequence[Launch], sections: Collection[str]
+) -> tuple[Word, ...]:
+    """Settings of these sections that reach no command of the script, as far as that is known."""
+    if any(word.unknown and "=" not in word.text for way in ways for word in way.words):
+        return ()
+    cut = {word.line for way in ways if way.cut is not None for word in way.cut.lost}
+    return tuple(
+        word
+        for word in script.unreached()
+        if word.text.lstrip("+-").partition(".")[0] in sections and word.line not in cut
+    )
 
 
 def _report(host: Host, parsed: Any, version: str | None) -> Report:

@@ -160,6 +160,18 @@ def _sourced(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
         )
 
 
+@rule("unreached-setting", INFO, "A setting that reaches no command")
+def _unreached(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    if run.unreached:
+        first, count = run.unreached[0], len(run.unreached)
+        more = f" and {count - 1} more" if count > 1 else ""
+        yield (
+            f"{first.text}{more}: in this file, and in no command of it. A branch is not taken, a "
+            "variable is not used, or a command is read wrongly.",
+            Setting("", None, first.line),
+        )
+
+
 @rule("another-trainer", INFO, "A trainer of its own")
 def _another_trainer(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     yield from run.notes

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from klplug.audit.settings import Rejected, Setting
-from klplug.audit.shell import Cut
+from klplug.audit.shell import Cut, Word
 from klplug.spec import TermSpec
 
 # What a setting bears on. An unknown one makes everything unknown that needs its aspect.
@@ -238,6 +238,7 @@ class Run:
     commands: int = 1
     line: int | None = None
     sourced: tuple[int, ...] = ()
+    unreached: tuple[Word, ...] = ()
 
     def known(self, *aspects: str) -> bool:
         return not any(aspect in self.unknown for aspect in aspects)

@@ -56,6 +56,7 @@ class Launch:
         cut: what a broken line continuation keeps from it.
         around: the text of the script, or of the command line.
         sourced: lines on which other scripts are read first, which may set anything.
+        unreached: settings that stand in the script and reach no command of it.
         conditions: lines of conditions that it hangs on and that only a run decides.
         foreign: it starts a trainer of a fork, which takes the host's settings.
     """
@@ -67,6 +68,7 @@ class Launch:
     cut: Cut | None = None
     around: str = ""
     sourced: tuple[int, ...] = ()
+    unreached: tuple[Word, ...] = ()
     conditions: tuple[int, ...] = ()
     foreign: bool = False
 

@@ -59,6 +59,10 @@ CASES = {
     "another-trainer": (_GOOD.replace("verl.trainer", "mine.trainer"), _GOOD),
     "unknown-value": (_verl(f"{_LOSS}$(pick)"), _verl(f"{_LOSS}k2 trainer.project_name=$(pick)")),
     "sourced-script": (f"source env.sh\n{_GOOD}", _GOOD),
+    "unreached-setting": (
+        f"KL='{_A}.use_kl_loss=True'\n{_GOOD}",
+        f"KL='{_A}.use_kl_loss=True'\n{_GOOD} $KL",
+    ),
     "config-not-read": (_verl("--config-name mine"), _verl("--config-name ppo_megatron_trainer")),
     "k1-as-loss": (_verl(f"{_LOSS}k1"), _verl(f"{_LOSS}k1+")),
     "k3-in-reward": (_verl(f"{_REWARD}k3"), _verl(f"{_REWARD}k3 {_LOSS}k3", "rloo")),
