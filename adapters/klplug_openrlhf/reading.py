@@ -7,13 +7,12 @@ Sources, in OpenRLHF 0.11.2: ``models/utils.py`` (``compute_approx_kl``),
 
 from __future__ import annotations
 
-import argparse
 import ast
 import contextlib
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,10 @@ from klplug.audit.settings import (
     unknown_settings,
 )
 from klplug.audit.shell import Word
-from klplug.audit.tables import Table, flattened
+from klplug.audit.tables import Source, Table, flattened
 from klplug.hosting.settings import Unknown
 from klplug.spec import parse
+from klplug_openrlhf import sources
 from klplug_openrlhf.host import HOST
 from klplug_openrlhf.keys import (
     ASYNC,
@@ -172,7 +172,8 @@ def settings(table: Table, launched: Parsed, version_from: str = "installed") ->
     written: dict[str, Setting] = {}
     spelled: dict[str, tuple[Word, ...]] = {}
     missing = misses(table, launched)
-    guessed = version_from == "guessed"
+    # A script that lies beside a package may be for another release of it.
+    guessed = version_from in ("guessed", "beside")
     rejected = [] if guessed else unknown_settings("OpenRLHF", table, missing)
     rejected += [Rejected(setting, "a word that belongs to no flag") for setting in launched.bare]
     for name, values, word in launched.flags:
@@ -197,7 +198,13 @@ def settings(table: Table, launched: Parsed, version_from: str = "installed") ->
         written[key] = setting
         if launched.launch is not None:
             spelled[key] = (*spelled.get(key, ()), word, *values)
+    if _K3 in table.defaults and _K3 in written:  # before 0.6: k1, or k3 by this flag
+        written[KIND] = replace(written[_K3], value="k3")
     defaults = {dotted.get(name, name): value for name, value in table.defaults.items()}
+    if KIND not in defaults:
+        defaults[KIND] = "k1"
+    if ESTIMATOR not in defaults:  # before 0.5
+        defaults[ESTIMATOR] = "gae"
     return Settings(
         replace(table, defaults=defaults),
         version_from,
@@ -207,11 +214,12 @@ def settings(table: Table, launched: Parsed, version_from: str = "installed") ->
         names={dotted[name]: name for name in table.defaults if name in dotted},
         prefix="--",
         rejected=tuple(rejected),
-        nobodys=nobodys("OpenRLHF", missing) if guessed else (),
+        nobodys=nobodys("OpenRLHF", missing, version_from),
         holes=launched.holes,
     )
 
 
+_K3 = "use_kl_estimator_k3"
 _FLOATS = (COEF, GAMMA, TARGET, KL_COEF, KL_TARGET, KL_HORIZON)
 
 
@@ -270,6 +278,9 @@ def run(settings: Settings) -> Run:
         stale=settings[ASYNC] if settings.on(ASYNC) else None,
         controller=_controller(settings, terms),
         idle=(),
+        beside=_beside(settings),
+        served=_served(settings),
+        nearest=tuple(_nearest(settings, terms)),
         not_loaded=_not_loaded(settings, terms),
         no_effect=tuple(_no_effect(settings, terms)),
         nobodys=settings.nobodys,
@@ -283,6 +294,34 @@ def run(settings: Settings) -> Run:
     )
 
 
+def _served(settings: Settings) -> bool:
+    """Whether klplug has hooks for this release."""
+    source = settings.table.source
+    changed = source is not None and bool(source.changed)
+    return not changed and not _before(settings.table.version, (0, 9))
+
+
+def _nearest(settings: Settings, terms: list[Term]) -> Iterable[tuple[str, str]]:
+    """OpenRLHF's own flags that come near, for a release that klplug has no hooks for."""
+    if not any(term.as_loss for term in terms):
+        clamp = "" if _before(settings.table.like, (0, 8)) else ", clamped at 10 nats per token"
+        kind = KIND if settings.table.knows(settings.named(KIND)[2:]) else None
+        if kind is not None:
+            yield f"without klplug{clamp}", f"{settings.named(KIND)} k1"
+    elif settings.table.knows(settings.named(KIND)[2:]):
+        yield (
+            "without klplug, and without a weight for reused samples",
+            f"{settings.named(USE_LOSS)} {settings.named(KIND)} k2",
+        )
+
+
+def _beside(settings: Settings) -> str:
+    source, launch = settings.table.source, settings.launch
+    if source is None or launch is None:
+        return ""
+    return os.path.relpath(source.folder, launch.folder)
+
+
 def _through_klplug(settings: Settings) -> bool:
     """Whether klplug's launcher starts the run, and not OpenRLHF's own."""
     if settings.launch is None:
@@ -290,7 +329,12 @@ def _through_klplug(settings: Settings) -> bool:
     return settings.launch.trainer == HOST.launcher
 
 
+_NEVER_WHITENED = ("rloo", "group_norm", "dr_grpo")
 _NEED_GROUP = ("rloo", "reinforce_baseline", "group_norm", "dr_grpo")
+
+
+def _before(version: str, release: tuple[int, int]) -> bool:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < release
 
 
 def _updates(settings: Settings) -> float:
@@ -318,7 +362,8 @@ def _advantage(settings: Settings, n: int | None) -> Advantage:
         "dr_grpo": Scale(mean),
         "reinforce_baseline": Scale(mean),
     }.get(name, Scale())
-    whitens = name in ("gae", "reinforce", "reinforce_baseline") and not settings.on(NO_STD)
+    alone = ("group_norm", "dr_grpo") if _before(settings.table.like, (0, 8)) else _NEVER_WHITENED
+    whitens = name not in alone and not settings.on(NO_STD)
     gamma = settings.number(GAMMA, 1.0)
     return Advantage(
         setting=settings[ESTIMATOR],
@@ -359,7 +404,7 @@ def _terms(settings: Settings, through_klplug: bool, rejected: list[Rejected]) -
             kind=settings[UNBIASED] if as_loss and unbiased else kind,
             amount=settings[COEF],
             straight_through=as_loss and unbiased and name != "k2",
-            clamped=not (as_loss and unbiased),
+            clamped=not (as_loss and unbiased) and not _before(settings.table.like, (0, 8)),
             without_baseline=not as_loss,
         )
     ]
@@ -425,56 +470,94 @@ def _unknown(settings: Settings) -> dict[str, tuple[tuple[Setting, str], ...]]:
             unknown.setdefault(aspect, []).append((setting, reason))
             if key == N:  # answers fill the batches
                 unknown.setdefault(aspects.UPDATES, []).append((setting, reason))
+    source = settings.table.source
+    if source is not None and settings.coefficient(COEF) > 0:
+        for name, _ in source.changed:
+            reason = f"openrlhf/{name} is no release's"
+            unknown.setdefault(aspects.KL, []).append((Setting("", None), reason))
     for setting, reason in settings.holes:
         for aspect in set(ASPECTS.values()):
             unknown.setdefault(aspect, []).append((setting, reason))
     return {aspect: tuple(reasons) for aspect, reasons in unknown.items()}
 
 
-class _Parsed(Exception):
-    """Stops the host's argument section once its parser is complete."""
+MARK = "cli/train_ppo_ray.py"
+"""What a folder has that is OpenRLHF's package."""
 
 
-def parser(package: Path) -> argparse.ArgumentParser:
-    """OpenRLHF's own parser, built by running the argument section of its script and no more."""
-    path = package / "cli" / "train_ppo_ray.py"
-    tree = ast.parse(path.read_text())
-    section = next(
-        node.body
-        for node in tree.body
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
-    )
-    made: list[argparse.ArgumentParser] = []
+def version(package: Path) -> str:
+    """The release that a checkout says it is; empty where it does not."""
+    path = package.parent / "version.txt"
+    return path.read_text().strip() if path.is_file() else ""
 
-    class Parser(argparse.ArgumentParser):
-        def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-            if not made:
-                made.append(self)
-                raise _Parsed
-            return super().parse_args(*args, **kwargs)
 
-    module = argparse.Namespace(**{**vars(argparse), "ArgumentParser": Parser})
-    code = compile(ast.Module(section, type_ignores=[]), str(path), "exec")
-    with contextlib.suppress(_Parsed):
-        exec(code, {"argparse": module, "datetime": datetime, "__name__": "__main__"})
-    return made[0]
+def source(package: Path) -> Source:
+    return sources.source(package)
 
 
 def table(package: Path) -> dict[str, Any]:
-    """What a release knows: the flags of its own parser."""
+    """What a release knows: the flags that its script adds to its parser. Nothing is run."""
     defaults: dict[str, Any] = {}
     choices: dict[str, list[Any]] = {}
     switches: dict[str, bool] = {}
-    for action in parser(package)._actions:
-        for option in action.option_strings:
-            if not option.startswith("--") or option == "--help":
+    module = ast.parse((package / MARK).read_text())
+    for call, names in _calls(module, {}):
+        if not ast.unparse(call.func).endswith(".add_argument"):
+            continue
+        options = {word.arg: _literal(word.value, names) for word in call.keywords}
+        action = options.get("action")
+        for name in (_literal(argument, names) for argument in call.args):
+            if not str(name).startswith("--"):
                 continue
-            name, default = option[2:], action.default
-            # One holds the time, another has no end.
-            unstable = name.endswith("run_name") or default == float("inf")
-            defaults[name] = None if unstable else default
-            if action.choices is not None:
-                choices[name] = list(action.choices)
-            if action.nargs == 0:
-                switches[name] = bool(action.const)
+            flag = str(name)[2:]
+            switch = action in ("store_true", "store_false")
+            defaults[flag] = options.get("default", action == "store_false" if switch else None)
+            if options.get("choices") is not None:
+                choices[flag] = list(options["choices"])
+            if switch:
+                switches[flag] = action == "store_true"
     return {"defaults": defaults, "choices": choices, "switches": switches}
+
+
+def _calls(node: ast.AST, names: dict[str, Any]) -> Iterator[tuple[ast.Call, dict[str, Any]]]:
+    """Every call, and what the loops around it over written values give names to."""
+    if isinstance(node, ast.For):
+        for value in _literal(node.iter, names) or [None]:
+            bound = {**names, **_bound(node.target, value)}
+            for statement in node.body:
+                yield from _calls(statement, bound)
+        return
+    if isinstance(node, ast.Call):
+        yield node, names
+    for child in ast.iter_child_nodes(node):
+        yield from _calls(child, names)
+
+
+def _bound(target: ast.expr, value: Any) -> dict[str, Any]:
+    """What a loop over written values gives names to."""
+    if isinstance(target, ast.Name):
+        return {target.id: value}
+    bound: dict[str, Any] = {}
+    if isinstance(target, ast.Tuple) and isinstance(value, (list, tuple)):
+        for each, part in zip(target.elts, value, strict=False):
+            bound |= _bound(each, part)
+    return bound
+
+
+def _literal(node: ast.expr, names: Mapping[str, Any]) -> Any:
+    """A value as written; ``None`` for what only a run makes, as the time."""
+    if isinstance(node, ast.Name):
+        return names.get(node.id)
+    if isinstance(node, ast.JoinedStr):
+        parts = (
+            part.value
+            for part in node.values
+            if isinstance(part, (ast.Constant, ast.FormattedValue))
+        )
+        return "".join(str(_literal(p, names) if isinstance(p, ast.expr) else p) for p in parts)
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "int" and len(node.args) == 1:
+        return int(_literal(node.args[0], names) or 0)
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return None

@@ -8,7 +8,7 @@ from typing import Any
 from klplug.audit.advice import advised
 from klplug.audit.settings import Settings
 from klplug.hosting.settings import Edit
-from klplug_verl.host import WITHOUT_PLUGINS
+from klplug_verl.host import WITHOUT_PLUGINS, before
 from klplug_verl.keys import (
     CTRL_TARGET,
     CTRL_TYPE,
@@ -18,6 +18,7 @@ from klplug_verl.keys import (
     USE_LOSS,
     USE_REWARD,
 )
+from klplug_verl.sources import SUBTRACTED
 
 
 def edit(kl_type: str, kl_coef: str, settings: Settings) -> list[Edit]:
@@ -48,6 +49,14 @@ def how(settings: Settings) -> str:
 
 def without_klplug(kl_type: str, kl_coef: str, settings: Any) -> Iterator[tuple[str, str]]:
     """What verl itself has that comes near."""
-    if kl_type == "k2_as_loss" and not settings.table.version.startswith("0.7."):
-        words = (f"{USE_LOSS}=True", f"{LOSS_TYPE}=k3+", f"{LOSS_COEF}={kl_coef}")
-        yield "without klplug, and without a weight for reused samples", " ".join(words)
+    if kl_type != "k2_as_loss":
+        return
+    source = settings.table.source
+    name = "k3+"
+    if before(settings.table.like, (0, 8)):  # k2 is a name since 0.4
+        name = "mse" if before(settings.table.like, (0, 4)) else "k2"
+    words = (f"{USE_LOSS}=True", f"{LOSS_TYPE}={name}", f"{LOSS_COEF}={kl_coef}")
+    how = "without klplug, and without a weight for reused samples"
+    if source is not None and SUBTRACTED in source.facts:
+        how = "once its update_policy adds the KL loss, in the place of subtracting it"
+    yield how, " ".join(words)

@@ -30,11 +30,12 @@ from klplug.audit.settings import (
     unknown_settings,
 )
 from klplug.audit.shell import Word
-from klplug.audit.tables import Table, flattened, load_yaml
+from klplug.audit.tables import Source, Table, flattened, load_yaml
 from klplug.hosting.settings import Unknown
 from klplug.spec import KLSpec, TermSpec, parse
+from klplug_verl import sources
 from klplug_verl.edit import without_klplug
-from klplug_verl.host import HOST
+from klplug_verl.host import HOST, before
 from klplug_verl.keys import (
     ACTOR,
     BYPASS,
@@ -110,6 +111,7 @@ ASPECTS = {
 _STOCK = HOST.stock
 _STRATEGIES = {"dp": "fsdp"}  # what the files of the group model_engine set
 _KL_KEYS = (LOSS_TYPE, LOSS_COEF, PENALTY, CTRL_COEF, CTRL_TYPE, CTRL_TARGET, CTRL_HORIZON)
+N_AGENT = "actor_rollout_ref.rollout.n_agent"
 _COUNTS = (TRAIN_BATCH, MINI_BATCH, EPOCHS)
 _OPENED = ("ray_kwargs", "hydra", "klplug")
 
@@ -175,11 +177,12 @@ class Parsed:
 
     written: dict[str, Setting]
     spelled: dict[str, tuple[Word, ...]]  # by key, the words of the command that set it
-    added: frozenset[str]  # written with '+': they need not exist
+    added: frozenset[str]  # written with '+' or '++': they need not exist
     bare: tuple[Setting, ...]  # arguments that Hydra would not take
     files: tuple[Path, ...]
     unread: tuple[Setting, ...]
     holes: tuple[tuple[Setting, str], ...]  # whole arguments that can't be known
+    appended: frozenset[str] = frozenset()  # written with one '+': they must not exist
     own_config: bool = False  # a recipe, whose config has settings beyond verl's
     launch: Launch | None = None  # the command; of a config file on its own there is none
 
@@ -202,6 +205,7 @@ def arguments(
     written: dict[str, Setting] = {}
     spelled: dict[str, tuple[Word, ...]] = {}
     added: set[str] = set()
+    appended: set[str] = set()
     bare, unread, holes = [], [], []
     files: list[Path] = []
     config: dict[str, Word] = {}
@@ -224,6 +228,8 @@ def arguments(
                 spelled[key] = (*spelled.get(key, ()), word)
             if match[1]:
                 added |= settings.keys()
+            if match[1] == "+":
+                appended |= settings.keys()
             if _sweeps(match[3]) and not (multirun or word.unknown):
                 bare.append(Setting(match[2], match[3], word.line, True))
         elif word.unknown:
@@ -249,6 +255,7 @@ def arguments(
         tuple(files),
         tuple(unread),
         tuple(holes),
+        frozenset(appended),
         own_config or bool(unread),
     )
 
@@ -378,7 +385,23 @@ def _of_file(path: Path, within: tuple[Path, ...]) -> dict[str, Setting]:
 
 
 def misses(table: Table, launched: Parsed) -> list[Setting]:
-    """Overrides that Hydra would refuse: no such key, and no '+' before it."""
+    """Overrides that Hydra would refuse: of keys that are not there, or that '+' adds again."""
+    return [*lacking(table, launched), *appended(table, launched)]
+
+
+def appended(table: Table, launched: Parsed) -> list[Setting]:
+    """Overrides with one '+', of keys that have a value already: Hydra refuses them."""
+    if launched.own_config:
+        return []
+    return [
+        launched.written[key]
+        for key in launched.appended
+        if table.defaults.get(key) is not None and not launched.files
+    ]
+
+
+def lacking(table: Table, launched: Parsed) -> list[Setting]:
+    """Overrides of no key of the release, with no '+' before it."""
     if launched.own_config:
         return []
     return [
@@ -404,23 +427,84 @@ def _inside_open(table: Table, key: str) -> bool:
     return any(isinstance(table.defaults.get(head), dict) for head in heads)
 
 
+MARK = "trainer/config/ppo_trainer.yaml"
+"""What a folder has that is verl's package."""
+
+
+def version(package: Path) -> str:
+    """The release that a package says it is; empty where it does not."""
+    path = package / "version" / "version"
+    return path.read_text().strip() if path.is_file() else ""
+
+
+def source(package: Path) -> Source:
+    return sources.source(package)
+
+
 def table(package: Path) -> dict[str, Any]:
-    """What a release knows: verl's own flattened configs; other engines' only add names."""
+    """What a release knows: verl's own configs, flat; other engines' only add names."""
     folder = package / "trainer" / "config"
     main = folder / "_generated_ppo_trainer.yaml"
     others = sorted(path for path in folder.glob("_generated_ppo_*_trainer.yaml") if path != main)
+    if main.is_file():
+        contents = [load_yaml(path.read_text()) for path in [main, *others]]
+    else:  # before 0.5
+        paths = (folder / "ppo_trainer.yaml", folder / "ppo_megatron_trainer.yaml")
+        contents = [_composed(path, folder) for path in paths if path.is_file()]
     defaults: dict[str, Any] = {}
-    for path in [main, *others]:
-        for key, value in flattened(load_yaml(path.read_text())).items():
+    for content in contents:
+        for key, value in flattened(content).items():
             defaults.setdefault(key, value)
     return {"defaults": defaults, "choices": {}, "switches": {}}
 
 
+def _composed(path: Path, root: Path, depth: int = 0) -> Any:
+    """A config with the files of its defaults list below it, as Hydra composes them."""
+    content = load_yaml(path.read_text())
+    if not isinstance(content, dict) or depth > 8:
+        return {}
+    whole: dict[str, Any] = {}
+    for entry in content.pop("defaults", ()):
+        if isinstance(entry, dict):
+            for group, name in entry.items():
+                group, _, place = str(group).removeprefix("override ").partition("@")
+                file = (path.parent / group / f"{name}.yaml").resolve()
+                if not file.is_file():
+                    file = root / group / f"{name}.yaml"
+                if file.is_file() and root.resolve() in file.resolve().parents:
+                    _place(whole, place or group, _composed(file, root, depth + 1))
+    return _over(whole, content)
+
+
+def _place(whole: dict[str, Any], place: str, content: Any) -> None:
+    if place in ("_here_", "_global_"):
+        whole |= _over(whole, content)
+        return
+    *parents, last = place.split(".")
+    for parent in parents:
+        whole = whole.setdefault(parent, {})
+    whole[last] = _over(whole.get(last), content)
+
+
+def _over(below: Any, above: Any) -> Any:
+    """One mapping over another."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {key: _over(below.get(key), value) for key, value in above.items()}
+
+
 def settings(table: Table, launched: Parsed, version_from: str) -> Settings:
     """The settings of a run, and what verl or Hydra would not take of them."""
-    missing = misses(table, launched)
-    guessed = version_from == "guessed"
+    missing = lacking(table, launched)
+    # A script that lies beside a package may be older than it, or for another config of it.
+    guessed = version_from in ("guessed", "beside")
     rejected = [] if guessed else unknown_settings("verl", table, missing)
+    if version_from in ("installed", "given"):
+        rejected += [
+            Rejected(s, f"Hydra adds nothing that is there: {s.key} takes no '+'")
+            for s in appended(table, launched)
+            if s.key in ASPECTS
+        ]
     cut = None if launched.launch is None else launched.launch.cut
     rejected += [
         Rejected(
@@ -434,6 +518,10 @@ def settings(table: Table, launched: Parsed, version_from: str) -> Settings:
         if cut is None or s.line != cut.line
     ]
     written = dict(launched.written)
+    if N_AGENT in written and not (
+        N in written and written[N].value != 1
+    ):  # of verl 0.1, in Search-R1
+        written[N] = replace(written[N_AGENT], key=N_AGENT)
     engine = written.get(ENGINE)
     if engine is not None and not engine.unknown and STRATEGY not in written:
         value = _STRATEGIES.get(str(engine.value), engine.value)
@@ -446,7 +534,7 @@ def settings(table: Table, launched: Parsed, version_from: str) -> Settings:
             launched.spelled,
             launched.launch,
             rejected=tuple(rejected),
-            nobodys=nobodys("verl", missing) if guessed else (),
+            nobodys=nobodys("verl", missing, version_from),
             unread=launched.unread,
             holes=launched.holes,
         )
@@ -461,7 +549,7 @@ def run(settings: Settings) -> Run:
     policy_by_answer = (
         by_answer
         or mode in _ALWAYS_BY_ANSWER
-        or (mode == "gspo" and _before(settings.table.version, (0, 9)))
+        or (mode == "gspo" and before(settings.table.version, (0, 9)))
     )
     terms, rejected = _terms(settings)
     terms += _teacher(settings)
@@ -502,9 +590,8 @@ def run(settings: Settings) -> Run:
         rejected=tuple(rejected),
         refused=tuple(refused),
         notes=tuple(_notes(settings, other)),
-        served=(other is None or other.served)
-        and not (launch is not None and launch.foreign)
-        and not settings.on(DISTILLS),
+        beside=_beside(settings),
+        served=_served(settings, other),
         nearest=tuple(_nearest(settings, terms)),
         unread=settings.unread,
         unknown=_unknown(settings, other),
@@ -513,6 +600,15 @@ def run(settings: Settings) -> Run:
         sourced=() if launch is None else launch.sourced,
         unreached=() if launch is None else launch.unreached,
     )
+
+
+def _served(settings: Settings, other: _Trainer | None) -> bool:
+    """Whether klplug has hooks for this trainer and release."""
+    launch, table = settings.launch, settings.table
+    if (other is not None and not other.served) or (launch is not None and launch.foreign):
+        return False
+    changed = table.source is not None and bool(table.source.changed)
+    return not (changed or before(table.version, (0, 7)) or settings.on(DISTILLS))
 
 
 def _asked_by(settings: Settings) -> str:
@@ -527,14 +623,10 @@ _LOSS_MODES = (
 )
 
 
-def _before(version: str, release: tuple[int, int]) -> bool:
-    return tuple(int(part) for part in version.split(".")[:2]) < release
-
-
 def _not_hooked(settings: Settings, terms: list[Term]) -> tuple[str, Setting] | None:
     """A kl_type in a release without plugins, which needs a variable that stands elsewhere."""
     version, launch = settings.table.version, settings.launch
-    if launch is None or launch.sourced or not _before(version, (0, 9)):
+    if launch is None or launch.sourced or not before(version, (0, 9)):
         return None
     environment = f"VERL_USE_EXTERNAL_MODULES={os.environ.get('VERL_USE_EXTERNAL_MODULES')}"
     if loads_klplug(launch.around) or loads_klplug(environment):
@@ -598,7 +690,9 @@ def _advantage(settings: Settings) -> Advantage:
     name = settings.text(ESTIMATOR)
     alone = not settings[N].unknown and settings.number(N, 1) < 2
     mean = 0 if alone else 1
-    std = 0 if alone or not settings.on(NORM_BY_STD) else -1
+    # Before 0.3.1 there is no such switch.
+    by_std = settings.on(NORM_BY_STD) or not settings.has(NORM_BY_STD)
+    std = 0 if alone or not by_std else -1
     gamma = settings.number(GAMMA, 1.0)
     after = {
         "grpo": Scale(mean, std),
@@ -639,13 +733,13 @@ def _terms(settings: Settings) -> tuple[list[Term], list[Rejected]]:
     terms = []
     # A kl_type in one of verl's own keys decides over the other place too.
     is_klplugs = any(_full(settings.text(key)) is not None for key in (PENALTY, LOSS_TYPE))
-    for switch, kind, amount, placement in (
-        (USE_REWARD, PENALTY, CTRL_COEF, "in_reward"),
-        (USE_LOSS, LOSS_TYPE, LOSS_COEF, "as_loss"),
+    for switch, on, kind, amount, placement in (
+        (*_reward_switch(settings), PENALTY, CTRL_COEF, "in_reward"),
+        (USE_LOSS, settings.on(USE_LOSS), LOSS_TYPE, LOSS_COEF, "as_loss"),
     ):
         name = settings.text(kind)
         full = _full(name)
-        if full is None and (is_klplugs or not settings.on(switch)):
+        if full is None and (is_klplugs or not on):
             continue
         spec, straight, clamped = _stock(name, placement, settings.table)
         if full is not None and [term.placement for term in full.terms] == [placement]:
@@ -656,6 +750,8 @@ def _terms(settings: Settings) -> tuple[list[Term], list[Rejected]]:
         dropped = "distillation without task rewards throws the policy loss away" if alone else ""
         if placement == "in_reward":
             dropped = dropped or _dropped(settings)
+        elif sources.NO_LOSS in _facts(settings):
+            dropped = dropped or "the actor of the verl beside the script has no KL loss"
         terms.append(
             Term(
                 spec=spec,
@@ -668,9 +764,28 @@ def _terms(settings: Settings) -> tuple[list[Term], list[Rejected]]:
                 dropped=dropped,
                 joins_after=full is not None and spec is not None and spec.reward_norm == "none",
                 from_klplug=full is not None,
+                subtracted=placement == "as_loss" and sources.SUBTRACTED in _facts(settings),
             )
         )
     return terms, rejected
+
+
+def _facts(settings: Settings) -> tuple[str, ...]:
+    source = settings.table.source
+    return () if source is None else source.facts
+
+
+def _reward_switch(settings: Settings) -> tuple[str, bool]:
+    """What turns the KL in the reward on, and whether it does."""
+    facts = _facts(settings)
+    if sources.NEVER in facts:
+        return USE_REWARD, settings.on(USE_REWARD)
+    if sources.SWITCHED in facts or (
+        sources.UNLESS_LOSS not in facts and USE_REWARD in settings.table.defaults
+    ):
+        return USE_REWARD, settings.on(USE_REWARD)
+    # Before 0.3.1 verl has it in the reward, unless it has it in the loss.
+    return USE_LOSS, not settings.on(USE_LOSS)
 
 
 def _teacher(settings: Settings) -> list[Term]:
@@ -712,6 +827,8 @@ def _dropped(settings: Settings) -> str:
     other = None if launch is None or launch.foreign else _own(launch.trainer)
     if other is not None and other.drops:
         return other.drops
+    if sources.NEVER in _facts(settings):
+        return "the trainer of the verl beside the script never calls apply_kl_penalty"
     if settings.text(ESTIMATOR) == "gdpo" and settings[GDPO_KEYS].value:
         return (
             "gdpo makes advantages of the rewards under gdpo_reward_keys, and not of the reward "
@@ -760,7 +877,7 @@ def _klplug_terms(
 def _stock(name: str, placement: str, table: Table) -> tuple[TermSpec | None, bool, bool]:
     """verl's ``kl_penalty``: (the same gradient, straight-through, clamped)."""
     base, plus = name.removesuffix("+"), name.endswith("+")
-    if base not in _STOCK[placement] or (plus and _before(table.version, (0, 8))):
+    if base not in _names(table) or (plus and before(table.like, (0, 8))):
         return None, False, False
     straight = plus and placement == "as_loss"
     # A value in the reward has no gradient of its own: '+' changes nothing there.
@@ -768,8 +885,15 @@ def _stock(name: str, placement: str, table: Table) -> tuple[TermSpec | None, bo
     return spec, straight, spec.estimator == "k3" and not straight
 
 
+def _names(table: Table) -> tuple[str, ...]:
+    """The estimators that ``kl_penalty`` knows; k1, k2 and k3 are names since 0.4."""
+    names = tuple(_STOCK["in_reward"])
+    old = before(table.like, (0, 4))
+    return tuple(name for name in names if not (old and re.fullmatch("k[123]", name)))
+
+
 def _why_no_estimator(name: str, table: Table) -> str:
-    if name.endswith("+") and name[:-1] in _STOCK["in_reward"]:
+    if name.endswith("+") and name[:-1] in _names(table) and not before(table.like, (0, 6)):
         return (
             f"verl {table.version} documents the suffix '+' and does not take it off: "
             "kl_penalty raises NotImplementedError at the first step (0.8.0 mended it)"
@@ -777,7 +901,7 @@ def _why_no_estimator(name: str, table: Table) -> str:
     if name == "full":
         return "verl's kl_penalty raises NotImplementedError for 'full' at the first step"
     return (
-        f"verl's kl_penalty knows {', '.join(_STOCK['in_reward'])}; for another name it raises "
+        f"verl's kl_penalty knows {', '.join(_names(table))}; for another name it raises "
         "NotImplementedError at the first step"
     )
 
@@ -787,7 +911,7 @@ def _bad_values(settings: Settings) -> list[Rejected]:
     modes = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean"]
     modes.append("seq-mean-token-sum-norm")
     agg = settings[LOSS_AGG]
-    if not agg.unknown and agg.value not in modes:
+    if agg.value is not None and not agg.unknown and agg.value not in modes:
         rejected.append(Rejected(agg, f"loss_agg_mode takes {', '.join(modes)}"))
     fetches = _fetches(settings)
     counts = (MINI_BATCH, EPOCHS, N) if fetches else (*_COUNTS, N)
@@ -812,7 +936,7 @@ def _compares_batches(settings: Settings) -> bool:
     update of what there is; other trainers count batches in their own way.
     """
     known = settings.version_from != "guessed"
-    return known and _is_verls(settings) and not _before(settings.table.version, (0, 3))
+    return known and _is_verls(settings) and not before(settings.table.version, (0, 3))
 
 
 def _is_verls(settings: Settings) -> bool:
@@ -836,6 +960,13 @@ def _notes(settings: Settings, other: _Trainer | None) -> Iterable[tuple[str, Se
         )
     elif launch is not None and other is not None and other.note:
         yield other.note, Setting("", None, launch.words[launch.main].line)
+
+
+def _beside(settings: Settings) -> str:
+    source, launch = settings.table.source, settings.launch
+    if source is None or launch is None:
+        return ""
+    return os.path.relpath(source.folder, launch.folder)
 
 
 def _nearest(settings: Settings, terms: list[Term]) -> Iterable[tuple[str, str]]:
@@ -932,6 +1063,15 @@ def _unknown(
         for key in _left_to_config(settings):
             reason = f"{config} is not read, and may set {key}"
             unknown.setdefault(ASPECTS[key], []).append((config, reason))
+    source = settings.table.source
+    for name, bears in () if source is None else source.changed:
+        if (
+            bears == sources.ALWAYS
+            or (bears != sources.OF_LOSS and _reward_switch(settings)[1])
+            or (bears != sources.OF_REWARD and settings.on(USE_LOSS))
+        ):
+            reason = f"verl/{name} is no release's"
+            unknown.setdefault(aspects.KL, []).append((Setting("", None), reason))
     if other is not None and other.own_loss and settings.launch is not None:
         setting = Setting("", None, settings.launch.line)
         reason = f"{settings.launch.trainer} has a loss of its own"

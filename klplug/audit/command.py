@@ -17,7 +17,7 @@ from klplug.audit.frameworks import Framework, configured_by, started_by
 from klplug.audit.report import Report, report
 from klplug.audit.settings import Launch
 from klplug.audit.shell import Command, Script, Word
-from klplug.audit.tables import Table, candidates, flattened, given
+from klplug.audit.tables import Table, beside, candidates, flattened, given
 from klplug.hosting.host import Host, hosts
 
 # Larger than any script; a data file given by mistake is not read to its end.
@@ -201,16 +201,20 @@ def _unreached(
 def _report(host: Host, parsed: Any, version: str | None) -> Report:
     """The report on what a host's ``reading`` took from a command or a file."""
     reading = host.room("reading")
-    table, origin = _table(host.name, version, lambda t: len(reading.misses(t, parsed)))
+    folder = parsed.launch.folder if parsed.launch is not None else None
+    table, origin = _table(host.name, version, folder, lambda t: len(reading.misses(t, parsed)))
     settings = reading.settings(table, parsed, origin)
     return report(reading.run(settings), settings)
 
 
-def _table(host: str, version: str | None, misses: Any) -> tuple[Table, str]:
-    """The release to read a command by: the one asked for, or the first that fits it best."""
+def _table(host: str, version: str | None, folder: Path | None, misses: Any) -> tuple[Table, str]:
+    """The release to read a command by: asked for, beside it, or the first that fits it best."""
     if version is not None:
         table = given(host, version)
         return replace(table, version=version), "given"
+    own = None if folder is None else beside(host, folder)
+    if own is not None:
+        return own, "beside"
     table = min(candidates(host), key=misses)
     return table, "installed" if table.installed else "guessed"
 

@@ -177,6 +177,16 @@ def _another_trainer(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     yield from run.notes
 
 
+@rule("package-beside", INFO, "The host's package lies beside the script")
+def _package_beside(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    if run.beside:
+        yield (
+            f"{run.beside} is the package that this script starts, {run.version}: its settings are "
+            "read, and its KL's code is compared with the releases'.",
+            Setting("", None, run.line),
+        )
+
+
 @rule("config-not-read", WARNING, "A config file that could not be read")
 def _config_not_read(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for setting in run.unread:
@@ -358,6 +368,12 @@ def _negative(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for term in run.terms:
         if term.coef < 0:
             yield "A negative coefficient rewards distance from the reference.", term.amount
+        elif term.subtracted and term.coef > 0:
+            yield (
+                "This release subtracts the KL loss where it should add it: it rewards distance "
+                "from the reference.",
+                term.where,
+            )
 
 
 @rule("no-effect", WARNING, "A KL flag that does nothing where it stands", aspects.KL)

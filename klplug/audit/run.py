@@ -79,6 +79,7 @@ class Term:
         joins_after: in the reward, joined after everything the host does to it.
         without_baseline: in the reward, joined after the baseline of the group and with none.
         from_klplug: a kl_type, not a stock estimator.
+        subtracted: the host takes the loss away from the policy's, in the place of adding it.
     """
 
     spec: TermSpec | None
@@ -92,6 +93,12 @@ class Term:
     joins_after: bool = False
     without_baseline: bool = False
     from_klplug: bool = False
+    subtracted: bool = False
+
+    @property
+    def away(self) -> bool:
+        """It pays for leaving the reference."""
+        return self.coef < 0 or self.subtracted
 
     @property
     def reaches(self) -> bool:
@@ -197,6 +204,7 @@ class Run:
         rollout_is_old: the ratio is to the sampler itself.
         stale: rollouts come from a policy some updates old.
         notes: what its trainer does otherwise than the host's usual one, a sentence each.
+        beside: the folder of the host's package that lies beside the script; empty for a release.
         served: klplug has hooks for this trainer and release.
         nearest: where it has none, what the host itself has that comes near, a label and settings.
         unknown: aspects that hang on something only a run could tell, with the reasons.
@@ -230,6 +238,7 @@ class Run:
     refused: tuple[Rejected, ...] = ()  # what klplug would say in place of starting
     notes: tuple[tuple[str, Setting], ...] = ()
     nobodys: tuple[tuple[str, Setting], ...] = ()  # settings that no known release has
+    beside: str = ""
     served: bool = True
     nearest: tuple[tuple[str, str], ...] = ()
     cut: Cut | None = None

@@ -232,12 +232,14 @@ def unknown_settings(host: str, table: Table, misses: list[Setting]) -> list[Rej
     ]
 
 
-def nobodys(host: str, misses: list[Setting]) -> tuple[tuple[str, Setting], ...]:
-    """The one sentence on settings that no known release has, where none was named."""
-    if not misses:
+def nobodys(host: str, misses: list[Setting], version_from: str) -> tuple[tuple[str, Setting], ...]:
+    """The one sentence on settings that no known release has, or the package beside lacks."""
+    if not misses or version_from not in ("guessed", "beside"):
         return ()
     names = ", ".join(setting.key for setting in misses[:4])
     more = f" and {len(misses) - 4} more" if len(misses) > 4 else ""
+    if version_from == "beside":
+        return ((f"The {host} beside this script has no {names}{more}.", misses[0]),)
     return (
         (f"No release of {host} known here has {names}{more}: a fork's, or misspelt.", misses[0]),
     )

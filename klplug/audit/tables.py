@@ -1,7 +1,9 @@
 """What each release of a host knows: its settings and their defaults.
 
-Read from the release that is installed, or from the table that its adapter keeps, made by
-``python -m klplug.audit.tables HOST VERSION FOLDER`` from an unpacked wheel; tests run it again.
+Read from the folder of the host's package beside the script, from the release that is installed,
+or from the table that its adapter keeps. ``python -m klplug.audit.tables HOST VERSION=FOLDER ...``
+makes those from unpacked wheels: the newest in full, each other as what differs from the next
+newer one. Tests run it again.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import json
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +22,24 @@ import yaml
 
 from klplug.audit.errors import AuditError
 from klplug.hosting.host import hosts
+
+
+@dataclass(frozen=True)
+class Source:
+    """How a package that lies beside a script applies its KL, next to the releases' code.
+
+    Attributes:
+        folder: the package.
+        like: the release whose estimators it has; empty where it has no release's.
+        changed: the functions whose code is no release's, by file and name, and what they bear
+            on, in the adapter's words.
+        facts: where it applies a KL, in the adapter's words.
+    """
+
+    folder: Path
+    like: str = ""
+    changed: tuple[tuple[str, str], ...] = ()
+    facts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -32,6 +53,7 @@ class Table:
         defaults: name of a setting to its default.
         choices: settings that take one of a list.
         switches: flags that take no value.
+        source: how the package beside the script applies its KL; ``None`` for a release.
     """
 
     host: str
@@ -40,6 +62,12 @@ class Table:
     defaults: dict[str, Any]
     choices: dict[str, list[Any]]
     switches: dict[str, bool]
+    source: Source | None = None
+
+    @property
+    def like(self) -> str:
+        """The release whose KL functions it has."""
+        return self.version if self.source is None else self.source.like or self.version
 
     def knows(self, key: str) -> bool:
         """True for a setting, and for a group of settings."""
@@ -68,7 +96,29 @@ def _release(version: str) -> tuple[int, ...]:
 @cache
 def stored(host: str, version: str) -> Table:
     content = json.loads((hosts()[host].tables / f"{version}.json").read_text())
+    if "after" in content:
+        newer = stored(host, content["after"])
+        full = {part: _merged(getattr(newer, part), content[part]) for part in _PARTS}
+        return Table(host, version, False, full["defaults"], full["choices"], full["switches"])
     return Table(host, version, False, **content)
+
+
+_PARTS = ("defaults", "choices", "switches")
+
+
+def _merged(newer: dict[str, Any], older: dict[str, Any]) -> dict[str, Any]:
+    """A part of an older table: what is new or changed in it, and what it lacks."""
+    kept = {key: value for key, value in newer.items() if key not in older["lacks"]}
+    return {**kept, **older["has"]}
+
+
+def _difference(newer: dict[str, Any], older: dict[str, Any]) -> dict[str, Any]:
+    has = {k: v for k, v in older.items() if k not in newer or not _same(newer[k], v)}
+    return {"has": has, "lacks": sorted(newer.keys() - older.keys())}
+
+
+def _same(one: Any, other: Any) -> bool:
+    return type(one) is type(other) and bool(one == other)
 
 
 @cache
@@ -89,7 +139,7 @@ def installed(host: str) -> Table | None:
 
 
 def given(host: str, version: str) -> Table:
-    """The table to read a release by: its own, or that of the newest one before it.
+    """The table to read a release by: that of its minor, or of the newest one before it.
 
     Raises:
         AuditError: a version older than any table, or not a version.
@@ -97,9 +147,13 @@ def given(host: str, version: str) -> Table:
     here = installed(host)
     if here is not None and here.version == version:
         return here
-    for known in versions(host):
-        if _release(version) and _release(known) <= _release(version):
-            return stored(host, known)
+    asked = _release(version)
+    before = [known for known in versions(host) if asked and _release(known) <= asked]
+    minor = [known for known in versions(host) if asked and _release(known)[:2] == asked[:2]]
+    if before and (not minor or before[0] in minor):
+        return stored(host, before[0])
+    if minor:
+        return stored(host, minor[-1])
     raise AuditError(
         f"{host} {version!r} is not known; there are tables for {', '.join(versions(host))}"
     )
@@ -110,6 +164,41 @@ def candidates(host: str) -> list[Table]:
     here = installed(host)
     tables = [stored(host, v) for v in versions(host) if here is None or v != here.version]
     return [here, *tables] if here is not None else tables
+
+
+_HEIGHT = 6  # how many folders up from a script its host's package is looked for
+
+
+def beside(host: str, folder: Path) -> Table | None:
+    """The package of the host that lies in a folder above the script, as a checkout has it."""
+    mark = getattr(hosts()[host].room("reading"), "MARK", None)
+    above = folder.resolve()
+    for parent in (above, *above.parents[: _HEIGHT - 1]):
+        for place in (parent / host, parent / host / host, parent / "src" / host):
+            if mark is not None and (place / mark).is_file():
+                return _package(host, place)
+        if (parent / ".git").exists():
+            break
+    return None
+
+
+@cache
+def _package(host: str, package: Path) -> Table | None:
+    reading = hosts()[host].room("reading")
+    try:
+        content = read(host, package)
+        source: Source = reading.source(package)
+    except (OSError, SyntaxError, ValueError, yaml.YAMLError):
+        return None
+    version: str = reading.version(package)
+    if len(_release(version)) < 2:
+        version = source.like or _nearest(host, content["defaults"].keys())
+    return Table(host, version, False, **content, source=source)
+
+
+def _nearest(host: str, keys: Collection[str]) -> str:
+    """The release whose settings are most like these."""
+    return min(versions(host), key=lambda v: len(stored(host, v).defaults.keys() ^ set(keys)))
 
 
 def read(host: str, package: Path) -> dict[str, Any]:
@@ -135,11 +224,20 @@ def flattened(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def main() -> None:
-    host, version, folder = sys.argv[1:]
-    content = read(host, Path(folder))
-    path = hosts()[host].tables / f"{version}.json"
-    path.write_text(json.dumps(content, indent=0, sort_keys=True) + "\n")
-    print(f"{path}: {len(content['defaults'])} settings")
+    host, *pairs = sys.argv[1:]
+    folders = dict(pair.split("=", 1) for pair in pairs)
+    newer: tuple[str, dict[str, Any]] | None = None
+    for version in sorted(folders, key=_release, reverse=True):
+        # As JSON has it: no tuples.
+        content = json.loads(json.dumps(read(host, Path(folders[version]))))
+        kept = content
+        if newer is not None:
+            parts = {part: _difference(newer[1][part], content[part]) for part in _PARTS}
+            kept = {"after": newer[0], **parts}
+        path = hosts()[host].tables / f"{version}.json"
+        path.write_text(json.dumps(kept, indent=0, sort_keys=True) + "\n")
+        print(f"{path}: {len(content['defaults'])} settings")
+        newer = version, content
 
 
 if __name__ == "__main__":

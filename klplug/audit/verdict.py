@@ -58,6 +58,8 @@ def verdict(run: Run, term: Term) -> Verdict:
     gradient, target = gradient_of(spec)
     if not term.as_loss and run.advantage.best_only:
         gradient, target = NEITHER, "the KL of the best answer of each group alone"
+    if gradient in (REVERSE, FORWARD) and term.away:
+        gradient, target = NEITHER, f"away from the reference: minus {target}"
     scaled = run.known(COEF, ADVANTAGE)
     own_token = spec.horizon == "token" or run.advantage.discount == 0
     return Verdict(

@@ -34,6 +34,7 @@ _STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 _ORIGINS = {
     "installed": "its defaults as installed here",
     "given": "as asked for",
+    "beside": "its package lies beside the script",
     "guessed": "the newest known release with these settings; say another with --host-version",
 }
 _GRADIENTS = {
@@ -273,7 +274,9 @@ def _verdict(report: Report) -> Iterator[str]:
     if report.gradient == "none":
         yield "No KL to a reference."
         return
-    words = f"{report.kl_type or 'Several terms'}: {_SHORT[report.gradient]}"
+    away = report.target is not None and report.target.startswith("away")
+    gradient = "away from the reference" if away else _SHORT[report.gradient]
+    words = f"{report.kl_type or 'Several terms'}: {gradient}"
     updates = report.updates_per_rollout
     if updates is not None and updates > 1 and report.corrected is not None:
         words += f", {updates:g} updates {'corrected' if report.corrected else 'uncorrected'}"

@@ -1,0 +1,102 @@
+"""Whether a copy of verl applies its KL as a release does, from its code as syntax trees.
+
+The code of a release, and of a few copies that were read beside it, is known by its digest
+(``klplug.audit.source``). Of other code nothing is said but that it is another.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from klplug.audit.source import calls, digest, function, tree
+from klplug.audit.tables import Source
+
+UNLESS_LOSS = "in the reward unless use_kl_loss"
+SWITCHED = "in the reward by use_kl_in_reward"
+NEVER = "never in the reward"
+ADDED = "as a loss"
+SUBTRACTED = "as a loss, subtracted"
+NO_LOSS = "never as a loss"
+
+_CORE, _TRAINER = "trainer/ppo/core_algos.py", "trainer/ppo/ray_trainer.py"
+_LOSSES = ("workers/actor/dp_actor.py", "workers/utils/losses.py")
+
+# kl_penalty, and kl_penalty_forward where there is one: the newest release with this code.
+_ESTIMATORS = {
+    "1d7fba058d6d": "0.3.0.post1",
+    "12b2abd59272": "0.5.0",
+    "0725bab0adad+141adb2530c7": "0.7.1",
+    "b52309d756ad+141adb2530c7": "0.9.1",
+}
+_APPLY = (
+    *("d3227d86efe6", "1d741eac1360", "d2a30495abc9"),  # 0.2 and 0.3; 0.4; from 0.5 on
+    "d1f11c85ea46",  # 0.3.1.dev: 0.3's, with a reference always
+    "5c4b08e09e8c",  # Search-R1: 0.3's, over the tokens that the policy wrote
+)
+# Where fit calls it.
+_REWARD = {
+    "81d66b6e1c91": UNLESS_LOSS,  # 0.2 and 0.3
+    "ee3245d6dd9d": UNLESS_LOSS,  # 0.1: the same, without a default for the key
+    "5c16eb648fdf": SWITCHED,  # from 0.4 on
+}
+# The block of use_kl_loss, in update_policy and in ppo_loss.
+_LOSS = {
+    **dict.fromkeys(("636bf1fee116", "e359b1cd7b4d", "66b894f60a9e", "b3d00b9162f7"), ADDED),
+    "af83fc9b3d50": ADDED,
+    "8b2b04c0a750": ADDED,  # 0.3.1.dev: 0.4's, with the mode out of the config
+    "02e83c841da8": ADDED,  # Skywork-OR1: 0.3's, in two lines
+    "4dd6719d117f": SUBTRACTED,  # 0.1
+}
+
+# What a changed function bears on.
+ALWAYS, ANY_KL, OF_REWARD, OF_LOSS = "always", "any KL", "a KL in the reward", "a KL as a loss"
+
+
+def source(package: Path) -> Source:
+    """How a package applies its KL.
+
+    Raises:
+        SyntaxError: a file of it is no Python.
+    """
+    like, changed, facts = "", [], []
+    core, trainer = tree(package / _CORE), tree(package / _TRAINER)
+    if core is not None:
+        found = [function(core, name) for name in ("kl_penalty", "kl_penalty_forward")]
+        like = _ESTIMATORS.get(_of([node for node in found if node is not None]), "")
+        if not like:
+            changed.append((f"{_CORE}: kl_penalty", ANY_KL))
+    if trainer is not None:
+        applied = function(trainer, "apply_kl_penalty")
+        places = calls(trainer, "apply_kl_penalty")
+        if not places:
+            facts.append(NEVER)
+        elif applied is None or digest(applied) not in _APPLY:
+            changed.append((f"{_TRAINER}: apply_kl_penalty", OF_REWARD))
+        elif (fact := _REWARD.get(_of(places))) is None:
+            changed.append((f"{_TRAINER}: fit", ALWAYS))
+        else:
+            facts.append(fact)
+    modules = [(name, tree(package / name)) for name in _LOSSES]
+    blocks = [(name, calls(module, "kl_penalty")) for name, module in modules if module is not None]
+    if blocks and not any(places for _, places in blocks):
+        facts.append(NO_LOSS)
+    for name, places in blocks:
+        if not places:
+            continue
+        fact = _LOSS.get(_of(places))
+        if fact is not None:
+            facts.append(fact)
+        else:
+            switched = all("use_kl_loss" in _head(place) for place in places)
+            changed.append((f"{name}: the KL loss", OF_LOSS if switched else ALWAYS))
+    return Source(package, like, tuple(changed), tuple(dict.fromkeys(facts)))
+
+
+def _head(node: ast.AST) -> str:
+    """The condition that a block stands under."""
+    return ast.unparse(node.test) if isinstance(node, ast.If) else ""
+
+
+def _of(nodes: list[ast.AST]) -> str:
+    return "+".join(digest(node) for node in nodes)
