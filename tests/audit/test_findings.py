@@ -145,7 +145,8 @@ def _audit(tmp_path: Path, script: str) -> Report:
 
 
 def test_every_finding_has_a_case() -> None:
-    assert set(CASES) == set(RULES)
+    # package-beside needs a folder: tests/audit/test_releases.py.
+    assert set(CASES) == set(RULES) - {"package-beside"}
     assert len(RULES) >= 15
 
 

@@ -20,6 +20,7 @@ from klplug.audit.shell import Script, Word
 from klplug.audit.tables import installed, read, stored, versions
 from tests.audit.verdicts import SCRIPTS
 from tests.one_meaning import BETA, TOLERANCE, batch, loss_gradient
+from tests.openrlhf.own_parser import defaults, parser
 from tests.openrlhf.test_experience import Samples, advantages
 from tests.releases import release
 
@@ -71,6 +72,27 @@ def test_every_table_is_what_its_release_says(version: str) -> None:
     }
 
 
+@pytest.mark.parametrize("version", versions("openrlhf"))
+def test_flags_are_read_as_argparse_has_them(version: str) -> None:
+    theirs = json.loads(json.dumps(defaults(release("openrlhf", version) / "openrlhf")))
+    ours = stored("openrlhf", version).defaults
+    # What a loop makes of its own values is no written default.
+    computed = {key for key in theirs if key.endswith(".adam.lr")}
+    assert {k: v for k, v in ours.items() if k not in computed} == {
+        k: v for k, v in theirs.items() if k not in computed
+    }
+
+
+@pytest.mark.parametrize("version", versions("openrlhf"))
+def test_the_kl_of_every_release_is_known_by_its_code(version: str) -> None:
+    found = model.source(release("openrlhf", version) / "openrlhf")
+    assert found.changed == ()
+    # 0.10 has the code of 0.9, 0.11.1 that of 0.10.
+    assert found.like in versions("openrlhf")
+    clamps = "clamp(min=-10, max=10)" in (found.folder / "models" / "utils.py").read_text()
+    assert clamps == (tuple(map(int, found.like.split(".")[:2])) >= (0, 8))
+
+
 def words(path: Path) -> list[Word]:
     commands = [command.words for command in Script(path.read_text()).commands]
     found = next(c for c in commands if "openrlhf.cli.train_ppo_ray" in [w.text for w in c])
@@ -86,7 +108,7 @@ def words(path: Path) -> list[Word]:
 )
 def test_flags_are_those_of_argparse(name: str) -> None:
     given = words(SCRIPTS / f"{name}.sh")
-    theirs = vars(model.parser(package()).parse_args([word.text for word in given]))
+    theirs = vars(parser(package()).parse_args([word.text for word in given]))
     table = installed("openrlhf")
     assert table is not None
     ours = model.settings(table, model.arguments(given, through_klplug=False))
@@ -116,7 +138,7 @@ def test_what_argparse_refuses_is_rejected(
         table, model.arguments([Word(f) for f in flags], through_klplug=False)
     ).rejected
     try:
-        model.parser(package()).parse_args(flags)
+        parser(package()).parse_args(flags)
         accepted = True
     except SystemExit:
         accepted = False

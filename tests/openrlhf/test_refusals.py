@@ -17,6 +17,7 @@ from klplug.audit.shell import Word
 from klplug.audit.tables import installed
 from klplug.hosting.host import hosts
 from tests.audit.verdicts import SCRIPTS
+from tests.openrlhf.own_parser import parser
 from tests.openrlhf.test_audit import package, words
 from tests.openrlhf.test_launcher import KL, MISTAKES, UNSERVED
 
@@ -34,14 +35,14 @@ COMMANDS = [
 
 def derived(flags: list[str]) -> tuple[Namespace, str]:
     """What the launcher makes of OpenRLHF's own parser, and the line it prints."""
-    parser = reading.parser(package())
-    parser._option_string_actions["--algo.kl.estimator"].choices = None
-    add_options(parser)
-    args = parser.parse_args(flags)
+    theirs = parser(package())
+    theirs._option_string_actions["--algo.kl.estimator"].choices = None
+    add_options(theirs)
+    args = theirs.parse_args(flags)
     written = vars(args)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["klplug_openrlhf", *flags])
-        given = written_options(parser)
+        given = written_options(theirs)
     line = derive(args, given)
     return Namespace(**written), line
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from klplug_verl import reading as model
+from klplug_verl import sources
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -62,6 +63,46 @@ def test_the_installed_release_is_read_from_its_own_config() -> None:
 def test_every_table_is_what_its_release_says(version: str) -> None:
     content = read("verl", release("verl", version) / "verl")
     assert json.loads(json.dumps(content["defaults"])) == stored("verl", version).defaults
+
+
+@pytest.mark.parametrize("version", versions("verl"))
+def test_the_kl_of_every_release_is_known_by_its_code(version: str) -> None:
+    package = release("verl", version) / "verl"
+    found = sources.source(package)
+    # One table is for the releases with this code of kl_penalty: 0.2 and 0.3; 0.4, 0.5; ...
+    assert found.changed == () and found.like in versions("verl")
+    switched = "use_kl_in_reward" in (package / "trainer/ppo/ray_trainer.py").read_text()
+    where = sources.SWITCHED if switched else sources.UNLESS_LOSS
+    assert set(found.facts) == {where, sources.ADDED}
+
+
+# TinyZero's actor is 0.2's but for one sign.
+@pytest.mark.parametrize(
+    ("file", "old", "new", "fact", "changed"),
+    [
+        ("dp_actor", "policy_loss + kl_loss *", "policy_loss - kl_loss *", "SUBTRACTED", None),
+        ("dp_actor", "kl_loss * self.config", "2 * kl_loss * self.config", None, "the KL loss"),
+        ("dp_actor", "# compute kl loss", "# another comment", "ADDED", None),
+        ("ray_trainer", "- beta * kld", "+ beta * kld", None, "apply_kl_penalty"),
+        ("ray_trainer", "if not self.config.actor_rollout_ref.actor.get(", "if (", None, "fit"),
+        ("core_algos", "0.5 * (logprob", "0.6 * (logprob", None, "kl_penalty"),
+    ],
+)
+def test_a_copy_with_one_change(
+    tmp_path: Path, file: str, old: str, new: str, fact: str | None, changed: str | None
+) -> None:
+    original = release("verl", "0.2.0.post2") / "verl"
+    for name in ("workers/actor/dp_actor", "trainer/ppo/ray_trainer", "trainer/ppo/core_algos"):
+        text = (original / f"{name}.py").read_text()
+        if name.endswith(file):
+            assert old in text
+            text = text.replace(old, new)
+        path = tmp_path / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    found = sources.source(tmp_path)
+    assert [name.rpartition(": ")[2] for name, _ in found.changed] == ([changed] if changed else [])
+    assert fact is None or getattr(sources, fact) in found.facts
 
 
 def test_the_installed_release_is_the_one_used() -> None:

@@ -1,0 +1,198 @@
+"""Older releases by their own rules, and a host's package beside the script.
+
+The rules were read in the wheels: verl 0.2 to 0.6 ``trainer/ppo/ray_trainer.py`` (``fit``) and
+``core_algos.py`` (``kl_penalty``); OpenRLHF 0.4 to 0.8 ``models/utils.py`` and ``trainer/``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from klplug.audit import Report, audit
+from klplug.audit.tables import given, stored, versions
+
+_A = "actor_rollout_ref.actor"
+_VERL = "python3 -m verl.trainer.main_ppo"
+_LOSS = f"{_A}.use_kl_loss=True"
+_ORL = "python3 -m openrlhf.cli.train_ppo_ray --init_kl_coef 0.01"
+_GROUP = "--advantage_estimator rloo --n_samples_per_prompt 4"
+
+
+def _audit(tmp_path: Path, text: str, version: str | None = None) -> Report:
+    path = tmp_path / "run.sh"
+    path.write_text(text + "\n")
+    return audit(path, host_version=version)
+
+
+def _ids(report: Report) -> set[str]:
+    return {finding.id for finding in report.findings}
+
+
+@pytest.mark.parametrize(
+    ("version", "settings", "gradient", "beta"),
+    [
+        ("0.2.0.post2", "", "reverse", 0.001),
+        ("0.3.0.post1", "algorithm.kl_ctrl.kl_coef=0.05", "reverse", 0.05),
+        ("0.3.0.post1", _LOSS, "forward", 0.001),
+        ("0.3.0.post1", "algorithm.kl_penalty=low_var_kl", "neither", 0.001),
+        ("0.3.0.post1", f"{_LOSS} {_A}.kl_loss_type=mse", "reverse", 0.001),
+        ("0.4.1", "", "none", 0.0),
+        ("0.4.1", "algorithm.use_kl_in_reward=True", "reverse", 0.001),
+        ("0.6.1", f"{_LOSS} {_A}.kl_loss_type=k2", "reverse", 0.001),
+    ],
+)
+def test_verl(tmp_path: Path, version: str, settings: str, gradient: str, beta: float) -> None:
+    report = _audit(tmp_path, f"{_VERL} {settings}", version)
+    assert (report.gradient, report.beta) == (gradient, beta)
+    # klplug has hooks from 0.7 on; what is advised is a name that the release knows.
+    assert report.after is None
+    assert not any("k3+" in write for _, write in report.instead)
+
+
+def test_names_that_a_release_does_not_know(tmp_path: Path) -> None:
+    command = f"{_VERL} {_LOSS} {_A}.kl_loss_type="
+    for version, name, knows in (
+        ("0.3.0.post1", "k2", False),
+        ("0.4.1", "k2", True),
+        ("0.5.0", "k3+", False),
+        ("0.6.1", "k3+", False),
+        ("0.8.0", "k3+", True),
+    ):
+        assert ("rejected-setting" not in _ids(_audit(tmp_path, command + name, version))) == knows
+
+
+def test_a_smaller_batch_than_the_mini_batch(tmp_path: Path) -> None:
+    command = f"{_VERL} data.train_batch_size=64"
+    assert "rejected-setting" not in _ids(_audit(tmp_path, command, "0.2.0.post2"))
+    assert "rejected-setting" in _ids(_audit(tmp_path, command, "0.3.0.post1"))
+
+
+def test_a_plus_before_a_key_that_is_there_tells_the_release(tmp_path: Path) -> None:
+    # trainer.val_before_train is a key since 0.4; before, it is added.
+    report = _audit(tmp_path, f"{_VERL} +trainer.val_before_train=False")
+    assert (report.host_version, report.gradient) == ("0.3.0.post1", "reverse")
+    assert _audit(tmp_path, f"{_VERL} trainer.val_before_train=False").gradient == "none"
+    twice = _audit(tmp_path, f"{_VERL} +{_LOSS}", "0.9.1")
+    assert any("takes no '+'" in finding.message for finding in twice.findings)
+
+
+@pytest.mark.parametrize(
+    ("version", "flags", "gradient", "dead_zone"),
+    [
+        ("0.4.6", "", "reverse", False),
+        ("0.5.9.post1", "--use_kl_estimator_k3", "neither", False),
+        ("0.7.5", "--use_kl_loss --kl_estimator k3", "forward", False),
+        ("0.8.11", "--use_kl_loss --kl_estimator k3", "forward", True),
+        ("0.7.5", "--use_kl_loss --kl_estimator k2", "reverse", False),
+    ],
+)
+def test_openrlhf(tmp_path: Path, version: str, flags: str, gradient: str, dead_zone: bool) -> None:
+    report = _audit(tmp_path, f"{_ORL} {flags}", version)
+    assert (report.gradient, bool(report.dead_zone)) == (gradient, dead_zone)
+    assert report.after is None and "rejected-setting" not in _ids(report)
+
+
+def test_openrlhf_whitens_rloo_up_to_0_7(tmp_path: Path) -> None:
+    command = f"{_ORL} {_GROUP}"
+    assert "whitened" in _ids(_audit(tmp_path, command, "0.7.5"))
+    assert "whitened" not in _ids(_audit(tmp_path, command, "0.8.11"))
+
+
+def test_a_release_is_read_by_the_table_of_its_minor() -> None:
+    for asked, table in (
+        ("0.2.0", "0.2.0.post2"),
+        ("0.4.0", "0.4.1"),
+        ("0.7.0", "0.7.1"),
+        ("0.9.1", "0.9.1"),
+    ):
+        assert given("verl", asked).version == table
+    assert given("openrlhf", "0.11.1").version == "0.11.1"
+
+
+def test_tables_are_small() -> None:
+    folder = Path(__file__).parents[2] / "adapters"
+    assert sum(path.stat().st_size for path in folder.glob("*/tables/*.json")) < 200_000
+    for host in ("verl", "openrlhf"):
+        assert all(stored(host, version).defaults for version in versions(host))
+
+
+# A package beside the script. Its code is written here; releases' own is in tests/verl.
+
+_CONFIG = """
+data: {train_batch_size: 64}
+actor_rollout_ref:
+  actor: {use_kl_loss: false, kl_loss_coef: 0.5, kl_loss_type: low_var_kl,
+          ppo_mini_batch_size: 64, ppo_epochs: 1}
+  rollout: {n: 1, n_agent: 1}
+algorithm: {adv_estimator: gae, kl_penalty: kl, kl_ctrl: {type: fixed, kl_coef: 0.25}}
+"""
+
+
+def _package(tmp_path: Path, files: dict[str, str], at: str = "verl") -> None:
+    for name, text in {"trainer/config/ppo_trainer.yaml": _CONFIG, **files}.items():
+        path = tmp_path / at / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+@pytest.mark.parametrize("at", ["verl", "verl/verl", "src/verl"])
+def test_its_config_has_the_defaults(tmp_path: Path, at: str) -> None:
+    _package(tmp_path, {}, at)
+    folder = tmp_path / "examples" / "grpo"
+    folder.mkdir(parents=True)
+    report = _audit(folder, f"python3 -m verl.trainer.main_ppo {_A}.kl_loss_coef=0.1")
+    assert (report.version_from, report.gradient, report.beta) == ("beside", "reverse", 0.25)
+    assert any(f.id == "package-beside" and at in f.message for f in report.findings)
+    loss = _audit(folder, f"python3 -m verl.trainer.main_ppo {_LOSS}")
+    assert (loss.gradient, loss.beta) == ("forward", 0.5)
+    # A release that is asked for is that release.
+    assert _audit(folder, "python3 -m verl.trainer.main_ppo", "0.9.1").gradient == "none"
+
+
+def test_search_r1_counts_answers_by_n_agent(tmp_path: Path) -> None:
+    _package(tmp_path, {})
+    grpo = f"python3 -m verl.trainer.main_ppo algorithm.adv_estimator=grpo {_LOSS}"
+    alone = _audit(tmp_path, grpo)
+    group = _audit(tmp_path, f"{grpo} actor_rollout_ref.rollout.n_agent=5")
+    assert "group-of-one" in _ids(alone) - _ids(group)
+
+
+def test_a_kl_of_its_own_is_unknown_and_named(tmp_path: Path) -> None:
+    code = "def kl_penalty(logprob, ref_logprob, kl_penalty):\n    return ref_logprob - logprob\n"
+    _package(tmp_path, {"trainer/ppo/core_algos.py": code})
+    report = _audit(tmp_path, "python3 -m verl.trainer.main_ppo")
+    assert report.gradient is None and report.after is None
+    assert report.unknown["gradient"] == (
+        "verl/trainer/ppo/core_algos.py: kl_penalty is no release's",
+    )
+
+
+def test_a_trainer_that_never_applies_it(tmp_path: Path) -> None:
+    trainer = (
+        "def fit(batch):\n    # apply_kl_penalty(batch)\n    pass\n"
+    )
+    _package(tmp_path, {"trainer/ppo/ray_trainer.py": trainer})
+    report = _audit(tmp_path, "python3 -m verl.trainer.main_ppo")
+    assert report.gradient == "none"
+
+
+def test_nothing_of_it_is_run_and_a_broken_one_is_passed_over(tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    _package(tmp_path, {"trainer/ppo/core_algos.py": f"open({str(mark)!r}, 'w')\n"})
+    assert _audit(tmp_path, "python3 -m verl.trainer.main_ppo").version_from == "beside"
+    assert not mark.exists()
+    other = tmp_path / "other"
+    _package(other, {"trainer/ppo/core_algos.py": "def (\n"})
+    assert _audit(other, "python3 -m verl.trainer.main_ppo").version_from != "beside"
+    flags = other / "openrlhf" / "cli" / "train_ppo_ray.py"
+    flags.parent.mkdir(parents=True)
+    flags.write_text(
+        f"open({str(mark)!r}, 'w')\n"
+        "parser.add_argument('--init_kl_coef', type=float, default=0.5)\n"
+        "parser.add_argument('--use_kl_loss', action='store_true')\n"
+    )
+    report = _audit(other, "python3 -m openrlhf.cli.train_ppo_ray")
+    assert (report.version_from, report.beta) == ("beside", 0.5)
+    assert not mark.exists()
