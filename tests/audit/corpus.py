@@ -193,7 +193,9 @@ def judged(row: Row) -> bool:
 
 def wrong(row: Row) -> bool:
     """A verdict that is not the right one."""
-    return judged(row) and Counter(row.verdict) != Counter(row.right)
+    # The audit's word for what goes away from the reference.
+    right = ["neither" if gradient == "away" else gradient for gradient in row.right]
+    return judged(row) and Counter(row.verdict) != Counter(right)
 
 
 def table(rows: Sequence[Row]) -> str:

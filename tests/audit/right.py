@@ -34,6 +34,9 @@ READ = (
     *("verl-project/verl", "volcengine/verl", "TIGER-AI-Lab/verl-tool", "Jiayi-Pan/TinyZero"),
     *("PeterGriffinJin/Search-R1", "Unakar/Logic-RL", "agentica-project/rllm"),
     *("Qihoo360/Light-R1", "pat-jj/DeepRetrieval", "OpenRLHF/OpenRLHF", "OpenRLHF/OpenRLHF-M"),
+    *("GAIR-NLP/ToRL", "hkust-nlp/simpleRL-reason", "SkyworkAI/Skywork-OR1", "Agent-RL/ReCall"),
+    *("PRIME-RL/Entropy-Mechanism-of-RL", "ElliottYan/LUFFY", "RUCAIBox/R1-Searcher"),
+    *("ModalMinds/MM-EUREKA", "TideDra/lmm-r1"),
 )
 
 
@@ -52,9 +55,10 @@ def right(
         return None, None
     package = next(
         (
-            folder / "verl"
+            place
             for folder in script.parents
-            if (folder / "verl" / "trainer" / "config" / "ppo_trainer.yaml").is_file()
+            for place in (folder / "verl", folder / "verl" / "verl", folder / "src" / "verl")
+            if (place / "trainer" / "config" / "ppo_trainer.yaml").is_file()
             and folder.is_relative_to(checkout)
         ),
         None,
@@ -66,7 +70,9 @@ def right(
     subtracted = actor.is_file() and "policy_loss - kl_loss" in actor.read_text()
     given = defaults(package)
     switched = "use_kl_in_reward" in trainer
-    return of_verl(words, given, switched, subtracted), updates(words, given)
+    # Some copies have the call in a comment.
+    applied = re.search(r"^[^#\n]*= *apply_kl_penalty\(", trainer, re.MULTILINE) is not None
+    return of_verl(words, given, switched, subtracted, applied), updates(words, given)
 
 
 def written(words: Sequence[str], given: dict[str, Any]) -> dict[str, Any] | None:
@@ -116,7 +122,11 @@ def defaults(package: Path) -> dict[str, Any]:
 
 
 def of_verl(
-    words: Sequence[str], given: dict[str, Any], switched: bool, subtracted: bool = False
+    words: Sequence[str],
+    given: dict[str, Any],
+    switched: bool,
+    subtracted: bool = False,
+    applied: bool = True,
 ) -> str | None:
     """The gradient; ``None`` where it hangs on a file that the command names.
 
@@ -125,6 +135,7 @@ def of_verl(
         given: the defaults.
         switched: this verl has ``use_kl_in_reward``; else the KL is in the reward by default.
         subtracted: its policy loss has the KL loss with a minus.
+        applied: its trainer calls ``apply_kl_penalty``.
     """
     settings = written(words, given)
     if settings is None:
@@ -142,7 +153,7 @@ def of_verl(
         terms.append("reverse" if kind.endswith("+") else _AS_LOSS[kind])
         if subtracted and terms[-1] != "zero":
             terms[-1] = "away"
-    if reward and float(settings["algorithm.kl_ctrl.kl_coef"]) != 0:
+    if reward and applied and float(settings["algorithm.kl_ctrl.kl_coef"]) != 0:
         terms.append(_IN_REWARD[str(settings["algorithm.kl_penalty"]).removesuffix("+")])
     return _together(terms)
 

@@ -66,6 +66,11 @@ def test_a_loss_that_is_subtracted() -> None:
     assert of_verl([], _HEAD, False, subtracted=True) == "reverse"
 
 
+def test_a_trainer_whose_call_is_a_comment() -> None:
+    assert of_verl([], _HEAD, False, applied=False) == "none"
+    assert of_verl([_LOSS], _HEAD, False, applied=False) == "forward"
+
+
 # OpenRLHF: trainer/ppo_utils/experience_maker.py and models/utils.py, compute_approx_kl.
 @pytest.mark.parametrize(
     ("words", "gradient"),

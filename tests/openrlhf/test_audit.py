@@ -87,7 +87,7 @@ def test_flags_are_read_as_argparse_has_them(version: str) -> None:
 def test_the_kl_of_every_release_is_known_by_its_code(version: str) -> None:
     found = model.source(release("openrlhf", version) / "openrlhf")
     assert found.changed == ()
-    # 0.10 has the code of 0.9, 0.11.1 that of 0.10.
+    # 0.9 has the code of 0.10.
     assert found.like in versions("openrlhf")
     clamps = "clamp(min=-10, max=10)" in (found.folder / "models" / "utils.py").read_text()
     assert clamps == (tuple(map(int, found.like.split(".")[:2])) >= (0, 8))
