@@ -170,9 +170,7 @@ def test_a_kl_of_its_own_is_unknown_and_named(tmp_path: Path) -> None:
 
 
 def test_a_trainer_that_never_applies_it(tmp_path: Path) -> None:
-    trainer = (
-        "def fit(batch):\n    # apply_kl_penalty(batch)\n    pass\n"
-    )
+    trainer = "def fit(batch):\n    # apply_kl_penalty(batch)\n    pass\n"
     _package(tmp_path, {"trainer/ppo/ray_trainer.py": trainer})
     report = _audit(tmp_path, "python3 -m verl.trainer.main_ppo")
     assert report.gradient == "none"
