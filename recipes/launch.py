@@ -62,12 +62,18 @@ def launch(host: ModuleType, name: str, own: list[str], environment: Mapping[str
     Raises:
         RecipeError: Names what cannot be; nothing was loaded yet.
     """
-    recipe = chosen(host, load(name), environment)
+    written = load(name)
+    recipe = chosen(host, written, environment)
     data = Path(environment.get("DATA") or f"data/{host.NAME}/{recipe.data}").expanduser()
     out = Path(environment.get("OUT") or f"runs/{host.NAME}-{recipe.name}").expanduser()
     data, out = data.absolute(), out.absolute()  # the hosts' workers are elsewhere
     words = [*host.command(recipe, data, out), *own]
     if environment.get("DRY_RUN", "0") not in ("", "0"):
+        if recipe.model != written.model and recipe.shape == written.shape:
+            print(
+                f"MODEL={recipe.model}: its sizes are not known, so the estimates are those of "
+                f"{written.model}. A folder with a config.json has them\n"
+            )
         dry_run(host, recipe, words, data)
         return
     check_installed(host)

@@ -7,10 +7,12 @@ import re
 import runpy
 import sys
 from argparse import Namespace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from recipes import cpu_shim
 from recipes.quickstart.openrlhf import kl_arguments
 from recipes.recipe import KEPT_CHECKPOINTS, Recipe, RecipeError
 from recipes.shared import reward
@@ -96,6 +98,8 @@ def compose(words: list[str]) -> Namespace:
     Raises:
         RecipeError: OpenRLHF, or klplug, refuses the command.
     """
+    if find_spec("flash_attn") is None:  # building it takes a GPU's compiler; none of it is called
+        sys.path.append(str(cpu_shim.HERE / "packages"))
     import openrlhf.utils
     import ray
 

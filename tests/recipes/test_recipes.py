@@ -283,6 +283,30 @@ def test_both_hosts_have_one_reward() -> None:
         assert reward_func(["q" + response], ["q"], ["0.5"])["rewards"].tolist() == [right]
 
 
+@pytest.mark.parametrize(("model", "said"), [("owner/other", True), (None, False)])
+def test_estimates_of_another_model_say_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str | None, said: bool
+) -> None:
+    variables = {"DRY_RUN": "1", "DATA": str(tmp_path)} | ({"MODEL": model} if model else {})
+    with pytest.raises(RecipeError, match=r"train\.jsonl is not there"):
+        launch.launch(host, GSM8K, [], variables)
+    out = capsys.readouterr().out
+    assert ("the estimates are those of Qwen/Qwen2.5-Math-1.5B" in out) is said
+
+
+def test_a_dry_run_needs_neither_flash_attn_nor_a_gpu(data: Path) -> None:
+    """As it is started, without the quickstart's stand-ins."""
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes.openrlhf", "smollm2-360m-gsm8k"],
+        cwd=ROOT,
+        env=os.environ | {"DATA": str(data), "DRY_RUN": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "answers_per_update   256" in done.stdout and "kl_coef              0.001" in done.stdout
+
+
 DRY_RUNS = """
 import contextlib, io, json, multiprocessing, os, sys
 from recipes import launch
