@@ -7,7 +7,8 @@ core alone: equal to the same numbers, the two are equal to each other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -106,6 +107,15 @@ STEPS = (
 """Every estimator and every value of every option of a KL in the loss, in few: what is trained on
 by each host's own trainer, engine and model."""
 
+EXACT = (
+    "exact_as_loss",
+    "exact_as_loss,ratio=old",
+    "exact_as_loss,horizon=sequence",
+    "js_as_loss,vocab=exact",
+    "exact_as_loss+k3_in_reward",
+)
+"""Over the vocabulary: trained on by hidden states instead of log-probs, with ``states``."""
+
 KL_TYPES = (*AS_LOSS, *IN_REWARD, *SUMS, *DIVERGENCES, *HEADS, *BASELINES, *SAMPLER)
 
 
@@ -137,6 +147,93 @@ def batch() -> Batch:
         response_mask=mask,
         advantages=torch.tensor([0.8, -0.4, 1.1, -1.5])[:, None] * mask,
     )
+
+
+TEMPERATURE = 0.8
+
+
+@dataclass(frozen=True)
+class States:
+    """One micro-batch of hidden states, float32: of 7 tokens in 5 and 6 dimensions.
+
+    Attributes:
+        hidden: (4, 6, 5), those that predict the tokens of a ``Batch``'s answers.
+        weight: (7, 5), the policy's output matrix.
+        ref_hidden: (4, 6, 6), of a reference that is wider.
+        ref_weight: (7, 6).
+        tokens: (4, 6), the answers.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    ref_hidden: Tensor
+    ref_weight: Tensor
+    tokens: Tensor
+
+    def log_softmax(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Of all tokens, from whole logits: (4, 6, 7)."""
+        return (hidden @ weight.T / TEMPERATURE).log_softmax(-1)
+
+    def batch(self, hidden: Tensor) -> Batch:
+        """The log-probs of ``hidden``; everything else of the batch moved to where they are."""
+        given, index = batch(), self.tokens[..., None]
+        mask = given.response_mask
+        log_probs = self.log_softmax(hidden, self.weight).gather(-1, index)[..., 0] * mask
+        reference = self.log_softmax(self.ref_hidden, self.ref_weight).gather(-1, index)[..., 0]
+        here = log_probs.detach()
+        return replace(
+            given,
+            log_probs=log_probs,
+            ref_log_probs=reference * mask,
+            old_log_probs=here + given.old_log_probs - given.log_probs,
+            rollout_log_probs=here + given.rollout_log_probs - given.log_probs,
+        )
+
+
+def states() -> States:
+    """The same on every machine."""
+
+    def waves(*shape: int, pace: float) -> Tensor:
+        size = torch.Size(shape).numel()
+        return torch.sin(pace * torch.arange(1.0, 1.0 + size)).reshape(shape)
+
+    return States(
+        hidden=1.5 * waves(4, 6, 5, pace=1.1),
+        weight=waves(7, 5, pace=2.3),
+        ref_hidden=1.3 * waves(4, 6, 6, pace=0.7),
+        ref_weight=waves(7, 6, pace=1.9),
+        tokens=torch.arange(24).reshape(4, 6) * 5 % 7,
+    )
+
+
+def exact_step_gradient(kl_type: str) -> Tensor:
+    """The gradient of the policy's hidden states in a whole step, (4, 6, 5); as step_gradient."""
+    own = states()
+    hidden = own.hidden.clone().requires_grad_(True)
+    given = own.batch(hidden)
+    log_p = own.log_softmax(hidden, own.weight)
+    log_q = own.log_softmax(own.ref_hidden, own.ref_weight)
+    if kl_type.startswith("js"):  # 2 JS
+        middle = torch.logaddexp(log_p, log_q) - math.log(2)
+        parts = log_p.exp() * (log_p - middle) + log_q.exp() * (log_q - middle)
+    else:
+        parts = log_p.exp() * (log_p - log_q)
+    in_the_loss = klplug.parse(kl_type).placed("as_loss")
+    loss = klplug.policy_loss(
+        in_the_loss,
+        given.log_probs,
+        given.ref_log_probs,
+        given.response_mask,
+        old_log_probs=given.old_log_probs,
+        rollout_log_probs=given.rollout_log_probs,
+        advantages=given.advantages,
+        kl_coef=BETA,
+        clip_range=CLIP_RANGE,
+        exact_kl=parts.sum(-1) if in_the_loss.terms else None,
+    )
+    klplug.aggregate(loss, given.response_mask, "token-mean").backward()
+    assert hidden.grad is not None
+    return hidden.grad
 
 
 def return_baseline(kl_type: str, given: Batch | None = None) -> Tensor | None:

@@ -13,6 +13,7 @@ from klplug import KLSpec, KLStep, KLTerm, Tally, kl_term
 from klplug.hosting.host import announce
 from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.spec import sum_of
+from klplug_openrlhf import hidden
 from klplug_openrlhf.keys import STOCK_ESTIMATORS, write
 from klplug_openrlhf.plan import ACTIVE, RECORDERS, Plan
 
@@ -25,6 +26,7 @@ class Step:
     experience: Any
     kl_coef: float
     loss_fn: Any
+    hidden: hidden.Micro | None = None
     kl: Tensor | None = None
     tally: Tally | None = None
     joined: bool = False
@@ -44,6 +46,7 @@ class Step:
             kl_coef=self.kl_coef,
             clip_range=(self.loss_fn.clip_eps_low, self.loss_fn.clip_eps_high),
             return_baseline=given.kl,  # see trainer.carry_baseline
+            exact_kl=None if self.hidden is None else self.hidden.kl(spec, log_probs),
         )
 
 
@@ -80,7 +83,8 @@ def training_step(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> A
     step = Step(plan, experience, given["kl_ctl"], trainer.actor_loss_fn)
     token = _STEP.set(step)
     try:
-        status = original(*args, **kwargs)
+        with hidden.micro(plan, trainer, experience) as step.hidden:
+            status = original(*args, **kwargs)
     finally:
         _STEP.reset(token)
     _check(step)

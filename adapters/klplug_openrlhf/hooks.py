@@ -10,11 +10,12 @@ from __future__ import annotations
 from types import ModuleType
 
 from klplug.hosting.patching import Hook, Patch
-from klplug_openrlhf import actor, trainer
+from klplug_openrlhf import actor, hidden, trainer
 from klplug_openrlhf.host import HOST
 
 _ACTOR = "openrlhf.trainer.ray.ppo_actor"
 _MAKER = "openrlhf.trainer.ppo_utils.experience_maker"
+_LAUNCHER = "openrlhf.trainer.ray.launcher"
 _TRAINER = "openrlhf.trainer.ppo_trainer"
 
 PATCH = Patch(
@@ -63,6 +64,19 @@ PATCH = Patch(
             "RemoteExperienceMaker.compute_advantages_and_returns",
             ("experiences",),
             trainer.compute_advantages_and_returns,
+        ),
+        Hook(
+            _LAUNCHER,
+            "BaseModelActor.execute_batch",
+            ("method_name", "all_data", "start_idx", "end_idx"),
+            hidden.execute_batch,
+            supplies=("exact_kl",),
+        ),
+        Hook(
+            _MAKER,
+            "RemoteExperienceMaker._flatten_results",
+            ("refs", "duplicate_factor"),
+            hidden.flatten_results,
         ),
         Hook(_TRAINER, "BasePPOTrainer.__init__", ("strategy",), trainer.init),
         Hook(_TRAINER, "BasePPOTrainer.ppo_train", ("global_steps",), trainer.ppo_train),

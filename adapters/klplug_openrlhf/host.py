@@ -17,7 +17,7 @@ _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 def served(spec: KLSpec) -> str:
     if any(term.head in ("combined", "clipped") for term in spec.terms):
         return "with policy_loss_type=ppo"
-    return "not yet" if any(term.vocab == "exact" for term in spec.terms) else "yes"
+    return "yes"
 
 
 def problems(environment: Mapping[str, str], version: str | None) -> list[str]:

@@ -11,6 +11,7 @@ import wrapt
 MODULES = (
     "openrlhf.models.utils",
     "openrlhf.models.loss",
+    "openrlhf.trainer.ray.launcher",
     "openrlhf.trainer.ray.ppo_actor",
     "openrlhf.trainer.ppo_utils.experience_maker",
     "openrlhf.trainer.ppo_trainer",

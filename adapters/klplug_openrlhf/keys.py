@@ -15,6 +15,7 @@ FLAT = {
     "actor.dual_clip": "dual_clip",
     "actor.loss_agg_mode": "loss_agg_mode",
     "actor.policy_loss_type": "policy_loss_type",
+    "actor.model_name_or_path": "pretrain",
     "algo.advantage.estimator": "advantage_estimator",
     "algo.advantage.gamma": "gamma",
     "algo.advantage.is_correction_enable": "enable_vllm_is_correction",
@@ -26,7 +27,11 @@ FLAT = {
     "algo.kl.target": "kl_target",
     "algo.kl.unbiased_gradient": "unbiased_kl_gradient",
     "algo.kl.use_loss": "use_kl_loss",
+    "data.max_len": "max_len",
+    "ds.ring_attn_size": "ring_attn_size",
+    "ds.tensor_parallel_size": "ds_tensor_parallel_size",
     "rollout.batch_size": "rollout_batch_size",
+    "rollout.max_new_tokens": "max_new_tokens",
     "rollout.n_samples_per_prompt": "n_samples_per_prompt",
     "train.async_enable": "async_train",
     "train.batch_size": "train_batch_size",
@@ -46,6 +51,9 @@ ROLLOUT_BATCH, N = "rollout.batch_size", "rollout.n_samples_per_prompt"
 TRAIN_BATCH, EPOCHS = "train.batch_size", "train.max_epochs"
 ASYNC = "train.async_enable"
 ENGINES = "vllm.num_engines"
+PRETRAIN = "actor.model_name_or_path"
+MAX_LEN, MAX_NEW_TOKENS = "data.max_len", "rollout.max_new_tokens"
+RING, TENSOR_PARALLEL = "ds.ring_attn_size", "ds.tensor_parallel_size"
 
 KL_TYPE, KL_COEF = "klplug.kl_type", "klplug.kl_coef"
 KL_CTRL, KL_TARGET, KL_HORIZON = "klplug.kl_ctrl", "klplug.kl_target", "klplug.kl_horizon"

@@ -22,9 +22,11 @@ from klplug_openrlhf.keys import (
     KL_CTRL,
     KL_TYPE,
     POLICY_LOSS,
+    RING,
     ROLLOUT_BATCH,
     STOCK_ESTIMATORS,
     TARGET,
+    TENSOR_PARALLEL,
     N,
 )
 from klplug_openrlhf.plan import RECORDERS, Plan, Recorder, coefficient, dividing_by_length
@@ -164,8 +166,19 @@ def baseline_on_discounted_returns(plan: Plan, settings: Settings) -> Said:
         )
 
 
+def hidden_states_in_pieces(plan: Plan, settings: Settings) -> Said:
+    if not plan.over_vocabulary:
+        return
+    for key, cut in ((RING, "answers are"), (TENSOR_PARALLEL, "the vocabulary is")):
+        if (size := settings.get(key, 1)) > 1:
+            yield (
+                key,
+                f"kl_type {plan.spec} with {settings.named(key)} {size}: vocab=exact is refused "
+                f"where {cut} cut over ranks. Leave {settings.named(key)} out, or the option vocab",
+            )
+
+
 ROWS = (
-    hosting.no_hidden_states,
     another_kl_type,
     two_coefficients,
     moving_controller,
@@ -179,4 +192,5 @@ ROWS = (
     no_other_answers,
     hosting.two_baselines,
     hosting.baseline_of_nothing,
+    hidden_states_in_pieces,
 )

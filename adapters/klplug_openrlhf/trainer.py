@@ -17,6 +17,7 @@ from klplug.hosting.controller import MeasuredController
 from klplug.hosting.host import announce
 from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.watch import Watch
+from klplug_openrlhf import hidden
 from klplug_openrlhf.keys import read
 from klplug_openrlhf.plan import ACTIVE, Plan
 
@@ -27,16 +28,22 @@ def init(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> None:
     if plan is None:
         return
     announce("the trainer", plan.spec, plan.kl_coef)
+    if plan.over_vocabulary:
+        print(hidden.foretell(trainer.args), flush=True)
     trainer.klplug_watch = Watch()
     trainer.kl_ctl = MeasuredController(plan.controller())
     trainer.experience_maker.kl_ctl = trainer.kl_ctl
 
 
 def make_experience(original: Call, maker: Any, args: Args, kwargs: Kwargs) -> Any:
-    experiences = original(*args, **kwargs)
     plan = Plan.of(maker.args)
     if plan is None:
-        return experiences
+        return original(*args, **kwargs)
+    if plan.over_vocabulary:
+        hidden.check_memory(bound(original, args, kwargs)["samples_list"], maker.args)
+    experiences = original(*args, **kwargs)
+    if plan.over_vocabulary:
+        hidden.attach(maker, experiences)
     for experience in experiences:
         experience.info[ACTIVE] = torch.ones(experience.action_mask.shape[0])
         if plan.is_active and not plan.needs_reference:
@@ -157,6 +164,8 @@ def ppo_train(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
         status["klplug/kl_coef"] = trainer.kl_ctl.value
         if trainer.kl_ctl.measured is not None:
             status["klplug/kl_before_update"] = trainer.kl_ctl.measured
+        if hasattr(trainer.experience_maker, "klplug_bytes"):
+            status[hidden.BYTES] = float(trainer.experience_maker.klplug_bytes)
     return status
 
 

@@ -71,6 +71,11 @@ class Asked:
         return bool(self.spec.terms)
 
     @property
+    def over_vocabulary(self) -> bool:
+        """Whether it needs hidden states of policy and reference."""
+        return any(term.vocab == "exact" for term in self.spec.terms)
+
+    @property
     def needs_reference(self) -> bool:
         """Whether any term is to the reference model, and not to the sampler."""
         return "ref_log_probs" in self.spec.requires

@@ -114,7 +114,8 @@ UNSERVED: list[tuple[str, tuple[str, ...], list[str]]] = [
         ("k2_as_loss,head=combined", ("--actor.policy_loss_type", "gspo"),
          ["--actor.policy_loss_type is gspo", "head=separate"]),
         ("k2_as_loss,head=clipped", ("--actor.policy_loss_type", "gspo"), ["head=clipped"]),
-        ("exact_as_loss", (), ["vocab=exact", "klplug.exact_kl", "'k2_as_loss'"]),
+        ("exact_as_loss", ("--ds.ring_attn_size", "2"), ["--ds.ring_attn_size 2", "vocab=exact"]),
+        ("exact_as_loss", ("--ds.tensor_parallel_size", "2"), ["--ds.tensor_parallel_size 2"]),
         ("k2_as_loss,reference=rollout", ("--vllm.num_engines", "0"), ["reference=ref"]),
         (
             "k2_as_loss,reference=rollout",

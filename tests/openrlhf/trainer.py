@@ -114,6 +114,28 @@ class Policy:
         return self.log_probs, None
 
 
+class PolicyOfStates:
+    """An actor whose hidden states are given, with an output layer that it calls."""
+
+    temperature = one_meaning.TEMPERATURE
+
+    def __init__(self, given: one_meaning.States) -> None:
+        self.tokens, self.hidden = given.tokens, given.hidden.clone().requires_grad_()
+        self.head = torch.nn.Linear(given.weight.shape[1], len(given.weight), bias=False)
+        self.head.weight.data = given.weight.clone()
+        text = SimpleNamespace(get_text_config=lambda: SimpleNamespace())
+        self.model = SimpleNamespace(get_output_embeddings=lambda: self.head, config=text)
+
+    def train(self) -> None:
+        pass
+
+    def __call__(self, sequences: Tensor, mask: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+        last = torch.zeros_like(self.hidden[:, :1])  # predicts nothing that was sampled
+        logits = self.head(torch.cat([self.hidden, last], 1)) / self.temperature
+        log_probs = logits.log_softmax(-1)[:, :-1].gather(-1, self.tokens[..., None])[..., 0]
+        return log_probs * mask, None
+
+
 class Given:
     """An ActorPPOTrainer without a model: whole training steps at given log-probs.
 
@@ -143,17 +165,45 @@ class Given:
 
     def gradient(self, kl_type: str, given: one_meaning.Batch) -> Tensor:
         """Of the whole training step, policy loss included, at ``given.log_probs``."""
+        log_probs = given.log_probs.clone().requires_grad_()
+        self._step(kl_type, given, Policy(log_probs))
+        assert log_probs.grad is not None
+        return log_probs.grad
+
+    def gradient_of_states(
+        self, kl_type: str, states: one_meaning.States, given: one_meaning.Batch
+    ) -> Tensor:
+        """The same, at the policy's hidden states."""
+        from klplug_openrlhf.hidden import INFO, Matrix, Reference
+
+        policy = PolicyOfStates(states)
+        lent = Matrix(states.ref_weight, None, None)
+        rows = zip(states.ref_hidden, given.response_mask.bool(), strict=True)
+        references = [Reference(hidden[mask], lent) for hidden, mask in rows]
+        sequences = torch.cat([torch.zeros_like(states.tokens[:, :1]), states.tokens], 1)
+        info = {INFO: references} if "exact" in kl_type else {}
+        self._step(kl_type, given, policy, sequences, info)
+        assert policy.hidden.grad is not None
+        return policy.hidden.grad
+
+    def _step(
+        self,
+        kl_type: str,
+        given: one_meaning.Batch,
+        policy: Any,
+        sequences: Tensor | None = None,
+        info: dict[str, Any] | None = None,
+    ) -> None:
         from openrlhf.trainer.ppo_utils.experience import Experience
 
         configure(self.args, kl_type, one_meaning.BETA)
-        log_probs = given.log_probs.clone().requires_grad_()
-        shape = (log_probs.shape[0], log_probs.shape[1] + 1)
+        shape = (given.log_probs.shape[0], given.log_probs.shape[1] + 1)
         spec = None if kl_type.startswith("stock:") else parse(kl_type)
         reference = given.ref_log_probs
         if spec is not None and spec.requires == ("rollout_log_probs",):
             reference = given.rollout_log_probs  # as the experience maker does it
         experience = Experience(
-            sequences=torch.ones(shape, dtype=torch.long),
+            sequences=torch.ones(shape, dtype=torch.long) if sequences is None else sequences,
             attention_mask=torch.ones(shape, dtype=torch.long),
             action_mask=given.response_mask.long(),
             action_log_probs=given.old_log_probs,
@@ -161,11 +211,9 @@ class Given:
             rollout_log_probs=given.rollout_log_probs,
             advantages=given.advantages,
             kl=None if spec is None else one_meaning.return_baseline(str(spec), given),
-            info={"klplug/active": torch.ones(shape[0])},
+            info={"klplug/active": torch.ones(shape[0]), **(info or {})},
         )
-        self.trainer(Policy(log_probs)).training_step(experience, one_meaning.BETA, 0)
-        assert log_probs.grad is not None
-        return log_probs.grad
+        self.trainer(policy).training_step(experience, one_meaning.BETA, 0)
 
 
 class Bench:

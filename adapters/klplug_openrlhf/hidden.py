@@ -1,0 +1,323 @@
+"""vocab=exact: the reference's hidden states on their way to the policy, and the exact KL there.
+
+The reference's actor keeps, beside its log-probs, the hidden states of the answers' tokens, and
+lends its output matrix once. Both travel in ``Experience.info``, the only field of OpenRLHF's that
+takes more than a number per token. The policy's own states are taken as they enter its output
+layer, inside the engine, so that their gradient is the engine's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor, nn
+
+from klplug import KLSpec, exact_kl
+from klplug.hosting.memory import check_room, gigabytes
+from klplug.hosting.patching import Args, Call, Kwargs, bound
+from klplug_openrlhf.keys import MAX_LEN, MAX_NEW_TOKENS, PRETRAIN, ROLLOUT_BATCH, N, read
+from klplug_openrlhf.plan import Plan
+
+INFO = "klplug/reference"
+BYTES = "klplug/exact_bytes"
+# Mean distance, in nats, of two ways to the same log-probs: rounding to bfloat16 gives 0.02.
+APART = 0.1
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A model's output layer: (V, H), its bias, and what its logits are bounded by."""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Of one answer: the reference's hidden states, (tokens, H), and a Ray ref to its matrix."""
+
+    hidden: Tensor
+    matrix: Any
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the reference's actor returns of a micro-batch in place of its log-probs alone."""
+
+    log_probs: Tensor
+    references: list[Reference]
+
+
+# ── Any model ───────────────────────────────────────────────────────────────────────────────────
+
+
+def output_layer(actor: Any) -> nn.Module:
+    """The layer that makes an actor's logits of hidden states, inside whatever engine it has."""
+    model = getattr(actor.model, "module", actor.model)
+    layer = model.get_output_embeddings()
+    if layer is None or getattr(layer, "weight", None) is None:
+        raise RuntimeError(
+            f"vocab=exact: {type(model).__name__} shows no output layer with a weight "
+            "(get_output_embeddings), and klplug needs its output matrix"
+        )
+    return layer  # type: ignore[no-any-return]
+
+
+def softcap(actor: Any) -> float | None:
+    """The bound of the logits, of the models that have one."""
+    config = getattr(actor.model, "module", actor.model).config
+    value: float | None = getattr(config.get_text_config(), "final_logit_softcapping", None)
+    return value
+
+
+@contextmanager
+def entering(actor: Any, keep: Callable[[Tensor], None]) -> Iterator[None]:
+    """Call ``keep`` with the hidden states that enter the output layer in each forward."""
+    handle = output_layer(actor).register_forward_pre_hook(lambda _, args: keep(args[0]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def of_answers(hidden: Tensor, action_mask: Tensor, attention_mask: Tensor) -> Tensor:
+    """The states that predict the answers' tokens, (N, H), in the order of ``action_mask``.
+
+    ``hidden`` is (B, T, H), or of packed samples (1, tokens, H), without the padding.
+    """
+    row, column = action_mask.nonzero(as_tuple=True)
+    length = attention_mask.shape[1]
+    # A token's log-prob comes from the state before it; the mask covers the last columns.
+    position = row * length + column + (length - 1 - action_mask.shape[1])
+    if hidden.shape[:2] != attention_mask.shape:
+        kept = attention_mask.flatten().cumsum(0)
+        if hidden.shape[:2] != (1, int(kept[-1])):
+            raise RuntimeError(
+                f"vocab=exact: the output layer was given hidden states of shape "
+                f"{tuple(hidden.shape)} for token ids of shape {tuple(attention_mask.shape)}"
+            )
+        position = kept[position] - 1
+    return hidden.flatten(0, 1)[position]
+
+
+@contextmanager
+def whole(layer: nn.Module) -> Iterator[None]:
+    """The layer's parameters as they are, gathered where ZeRO-3 has cut them."""
+    parameters = [p for p in layer.parameters() if hasattr(p, "ds_id")]
+    if not parameters:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters):
+        yield
+
+
+# ── The reference's actor ───────────────────────────────────────────────────────────────────────
+
+
+def execute_batch(original: Call, actor: Any, args: Args, kwargs: Kwargs) -> Any:
+    """OpenRLHF's forwards of some micro-batches; the reference's with their hidden states."""
+    plan = Plan.of(actor.strategy.args)
+    given = bound(original, args, kwargs)
+    is_reference = any(c.__name__ == "ReferenceModelActor" for c in type(actor).__mro__)
+    if (
+        plan is None
+        or not plan.over_vocabulary
+        or not is_reference
+        or given["method_name"] != "forward"
+    ):
+        return original(*args, **kwargs)
+    here = slice(given["start_idx"], given["end_idx"])
+    masks, attention = (given["all_data"][name][here] for name in ("action_mask", "attention_mask"))
+    states: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> None:
+        at = hidden.device
+        i = len(states)
+        states.append(of_answers(hidden, masks[i].to(at), attention[i].to(at)).cpu())
+
+    with entering(actor.model, keep):
+        results = original(*args, **kwargs)
+    if len(states) != len(results):
+        raise RuntimeError(
+            f"vocab=exact: {len(results)} forwards of the reference called its output layer "
+            f"{len(states)} times"
+        )
+    if not hasattr(actor, "klplug_matrix"):
+        actor.klplug_matrix = ray.put(matrix(actor.model))
+    return [
+        Answers(log_probs, _by_answer(hidden, mask, actor.klplug_matrix))
+        for log_probs, hidden, mask in zip(results, states, masks, strict=True)
+    ]
+
+
+def matrix(actor: Any) -> Matrix:
+    """A copy of an actor's output layer, on the CPU."""
+    layer = output_layer(actor)
+    with whole(layer):
+        weight: Any = layer.weight
+        bias = getattr(layer, "bias", None)
+        return Matrix(
+            weight.detach().cpu().clone(),
+            None if bias is None else bias.detach().cpu().clone(),
+            softcap(actor),
+        )
+
+
+def _by_answer(hidden: Tensor, mask: Tensor, lent: Any) -> list[Reference]:
+    # Cloned: a pickled view brings its whole storage along.
+    parts = torch.split(hidden, mask.sum(-1).tolist())
+    return [Reference(part.clone(), lent) for part in parts]
+
+
+# ── The trainer ─────────────────────────────────────────────────────────────────────────────────
+
+
+def flatten_results(original: Call, maker: Any, args: Args, kwargs: Kwargs) -> Any:
+    """What the models answered; the references are kept until the experience is made."""
+    results = original(*args, **kwargs)
+    if not any(isinstance(result, Answers) for result in results):
+        return results
+    maker.klplug_references = [answers.references for answers in results]
+    return [answers.log_probs for answers in results]
+
+
+def attach(maker: Any, experiences: list[Any]) -> None:
+    """Each answer's reference into its experience, in the order they were asked for in."""
+    references = vars(maker).pop("klplug_references", None)
+    if references is None:
+        raise RuntimeError(
+            "vocab=exact: the reference sent no hidden states: is klplug active in its process?"
+        )
+    for experience, own in zip(experiences, references, strict=True):
+        experience.info[INFO] = own
+    maker.klplug_bytes = sum(r.hidden.nbytes for own in references for r in own)
+
+
+@functools.cache
+def bytes_per_token(path: str) -> int:
+    """Of hidden states in 16 bits."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=True)
+    return 2 * int(config.get_text_config().hidden_size)
+
+
+def foretell(args: Any) -> str:
+    """What hidden states will take, said before training."""
+    each = bytes_per_token(read(args, PRETRAIN))
+    answers = read(args, ROLLOUT_BATCH) * read(args, N)
+    length = read(args, MAX_NEW_TOKENS) or read(args, MAX_LEN)
+    return (
+        f"klplug: vocab=exact keeps the reference's hidden states of a step in memory: {each} "
+        f"bytes a token, for {answers} answers of at most {length} tokens "
+        f"{gigabytes(each * answers * length)} at most"
+    )
+
+
+def check_memory(samples: list[Any], args: Any) -> None:
+    """Raise if the hidden states of these samples have no room on this machine."""
+    tokens = sum(int(sample.action_mask.sum()) for sample in samples)
+    check_room("the reference's hidden states", tokens, bytes_per_token(read(args, PRETRAIN)))
+
+
+# ── The policy's actors ─────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Micro:
+    """One micro-batch's hidden states, of policy and reference."""
+
+    trainer: Any
+    experience: Any
+    references: list[Reference]
+    states: list[Tensor]
+
+    def kl(self, spec: KLSpec, log_probs: Tensor) -> Tensor | None:
+        """The exact KL of each token, (B, A), with the policy's gradient; 0 where masked."""
+        term = next((term for term in spec.terms if term.vocab == "exact"), None)
+        if term is None:
+            return None
+        actor, given = self.trainer.actor, self.experience
+        if len(self.states) != 1:
+            raise RuntimeError(
+                f"kl_type {term}: OpenRLHF's training step called the policy's output layer "
+                f"{len(self.states)} times before its KL, and klplug expects one"
+            )
+        mask = given.action_mask != 0
+        hidden = of_answers(self.states.pop(), mask, given.attention_mask)
+        targets = given.sequences[:, -mask.shape[1] :][mask]
+        reference = torch.cat([own.hidden for own in self.references]).to(hidden.device)
+        lent, layer = _lent(self.trainer, self.references, hidden.device), output_layer(actor)
+        with whole(layer):
+            exact = exact_kl(
+                hidden,
+                layer.weight,  # type: ignore[arg-type]
+                reference,
+                lent.weight,
+                targets,
+                divergence=term.estimator,
+                alpha=term.alpha,
+                bias=getattr(layer, "bias", None),
+                ref_bias=lent.bias,
+                temperature=actor.temperature,
+                softcap=lent.softcap,
+            )
+        self._compare("the policy", log_probs[mask], exact.log_probs)
+        self._compare("the reference", given.base_action_log_probs[mask], exact.ref_log_probs)
+        kl = exact.kl
+        if kl.requires_grad:
+            # ZeRO-3 gathers the matrix for the backward of its own layer, which may come later.
+            cut: list[Any] = [p for p in layer.parameters() if hasattr(p, "ds_id")]
+            if cut:
+                kl.register_hook(lambda _: cut[0].all_gather(cut))  # type: ignore[no-untyped-call]
+        return kl.new_zeros(mask.shape).index_put(mask.nonzero(as_tuple=True), kl)
+
+    def _compare(self, whose: str, engines: Tensor, own: Tensor) -> None:
+        """Stop where hidden states and matrix are not what the engine makes its logits of."""
+        if getattr(self.trainer, f"klplug_compared_{whose}", False) or not len(own):
+            return
+        apart = float((engines.detach() - own.detach()).abs().mean())
+        if not apart < APART:
+            raise RuntimeError(
+                f"vocab=exact: the log-probs of {whose} from its hidden states and output matrix "
+                f"are {apart:.3g} nats from the engine's own (allowed: {APART}). Its logits are "
+                "scaled, or its answers placed, in a way that klplug does not know"
+            )
+        setattr(self.trainer, f"klplug_compared_{whose}", True)
+
+
+def _lent(trainer: Any, references: list[Reference], device: torch.device) -> Matrix:
+    """The reference's matrix, fetched once for the whole run."""
+    if not hasattr(trainer, "klplug_matrix"):
+        lent: Matrix = ray.get(references[0].matrix)
+        bias = None if lent.bias is None else lent.bias.to(device)
+        trainer.klplug_matrix = Matrix(lent.weight.to(device), bias, lent.softcap)
+    matrix: Matrix = trainer.klplug_matrix
+    return matrix
+
+
+@contextmanager
+def micro(plan: Plan, trainer: Any, experience: Any) -> Iterator[Micro | None]:
+    """While OpenRLHF trains on one micro-batch: its hidden states; ``None`` for other KLs."""
+    if not plan.over_vocabulary:
+        yield None
+        return
+    if INFO not in experience.info:
+        raise RuntimeError(
+            f"kl_type {plan.spec}: this experience has no hidden states of the reference: klplug "
+            "was not active in the process that made it"
+        )
+    # OpenRLHF would log it, as it logs all of info.
+    experience.info = dict(experience.info)
+    made = Micro(trainer, experience, experience.info.pop(INFO), [])
+    with entering(trainer.actor, made.states.append):
+        yield made
