@@ -144,6 +144,8 @@ def of_verl(
     def on(key: str) -> bool:
         return str(settings.get(key)).lower() in ("true", "1")
 
+    if on("distillation.enabled"):
+        return None  # its KL is to a teacher: not read here
     terms = []
     loss = on(_ACTOR + "use_kl_loss")
     reward = on("algorithm.use_kl_in_reward") if switched else not loss

@@ -55,6 +55,7 @@ def test_the_page_is_made_of_the_table() -> None:
         (["algorithm.use_kl_in_reward=True", "algorithm.kl_penalty=k3"], True, "neither"),
         ([_LOSS, "algorithm.use_kl_in_reward=True"], True, "neither"),
         ([_LOSS, "--config-name=mine"], True, None),
+        ([_LOSS, "distillation.enabled=True"], True, None),
     ],
 )
 def test_right_on_verl(words: Sequence[str], switched: bool, gradient: str | None) -> None:
