@@ -104,7 +104,8 @@ test-runs: $(TEST_HOSTS:%=.venv-%)
 	$(call say,every whole run that make test leaves out; under an hour)
 	@status=0; for host in $(TEST_HOSTS); do \
 		KLPLUG_TEST_HOSTS=$$host .venv-$$host/bin/python -m pytest -q --durations=0 \
-			-m 'slow and not smoke' tests/recipes tests/$$host tests/cluster tests/face || status=1; \
+			-m 'slow and not smoke' tests/recipes tests/$$host tests/cluster tests/face tests/faults \
+			|| status=1; \
 	done; exit $$status
 
 test-latest: $(TEST_HOSTS:%=.venv-%)

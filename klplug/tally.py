@@ -255,7 +255,8 @@ def _nonfinite(whole: Seen) -> dict[str, Tensor]:
         return {}
     dtype = whole.gradient.dtype
     x = torch.stack([tensor.to(dtype) for tensor in whole.inputs.values()])
-    found = (masked_(x, whole.counted).sum((-2, -1)) * 0).nan_to_num(nan=1.0)
+    total = masked_(x, whole.counted).sum((-2, -1))
+    found = (total - total).nan_to_num(nan=1.0)
     return {f"nonfinite/{name}": found[i] for i, name in enumerate(whole.inputs)}
 
 

@@ -33,6 +33,7 @@ FLAT = {
     "rollout.batch_size": "rollout_batch_size",
     "rollout.max_new_tokens": "max_new_tokens",
     "rollout.n_samples_per_prompt": "n_samples_per_prompt",
+    "rollout.top_p": "top_p",
     "train.async_enable": "async_train",
     "train.batch_size": "train_batch_size",
     "train.max_epochs": "max_epochs",
@@ -50,6 +51,7 @@ DUAL_CLIP = "actor.dual_clip"
 ROLLOUT_BATCH, N = "rollout.batch_size", "rollout.n_samples_per_prompt"
 TRAIN_BATCH, EPOCHS = "train.batch_size", "train.max_epochs"
 ASYNC = "train.async_enable"
+TOP_P = "rollout.top_p"
 ENGINES = "vllm.num_engines"
 PRETRAIN = "actor.model_name_or_path"
 MAX_LEN, MAX_NEW_TOKENS = "data.max_len", "rollout.max_new_tokens"

@@ -20,6 +20,7 @@ from klplug_openrlhf.keys import (
     KL_TYPE,
     LOSS_AGG,
     POLICY_LOSS,
+    PRETRAIN,
     STOCK_ESTIMATORS,
     Arguments,
     read,
@@ -99,6 +100,7 @@ class Plan(Asked):
             kl_horizon=read(args, "klplug.kl_horizon"),
             records_for_kl=bool(read(args, "klplug.records_for_kl")),
             divides_by_length=bool(dividing_by_length(Arguments(args))),
+            model=read(args, PRETRAIN),
         )
 
 

@@ -255,6 +255,7 @@ def run(settings: Settings) -> Run:
         reason = f"{estimator.value} needs more than one answer per prompt"
         rejected.append(Rejected(settings[N], reason))
     refused = list(HOST.refused(settings)) if through_klplug else []
+    noted = HOST.noted(settings, through_klplug)
     launch = settings.launch
     return Run(
         host="openrlhf",
@@ -286,6 +287,7 @@ def run(settings: Settings) -> Run:
         nobodys=settings.nobodys,
         rejected=tuple(rejected),
         refused=tuple(Rejected(settings[r.key or KL_TYPE], r.words) for r in refused),
+        noted=tuple((n.id, Rejected(settings[n.key or KL_TYPE], n.words)) for n in noted),
         unknown=_unknown(settings),
         cut=None if launch is None else launch.cut,
         line=None if launch is None else launch.line,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from klplug import parse
 from klplug.hosting import refusals as hosting
+from klplug.hosting.notes import truncated
 from klplug.hosting.refusals import Refusal, Said
 from klplug.hosting.settings import Settings
 from klplug_openrlhf.keys import (
@@ -29,6 +30,7 @@ from klplug_openrlhf.keys import (
     TENSOR_PARALLEL,
     N,
 )
+from klplug_openrlhf.notes import cut
 from klplug_openrlhf.plan import RECORDERS, Plan, Recorder, coefficient, dividing_by_length
 
 GROUP_ESTIMATORS = ("group_norm", "dr_grpo", "rloo")
@@ -178,6 +180,18 @@ def hidden_states_in_pieces(plan: Plan, settings: Settings) -> Said:
             )
 
 
+def truncated_sampler(plan: Plan, settings: Settings) -> Said:
+    found = cut(settings)
+    if found is None:
+        return
+    key, how = found
+    for words in truncated(plan, how):
+        yield (
+            key,
+            f"{words}. Sample from the whole distribution, or use ratio=old and reference=ref",
+        )
+
+
 ROWS = (
     another_kl_type,
     two_coefficients,
@@ -193,4 +207,5 @@ ROWS = (
     hosting.two_baselines,
     hosting.baseline_of_nothing,
     hidden_states_in_pieces,
+    truncated_sampler,
 )

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
 
 import klplug
-from klplug.hosting.settings import Settings, SettingsError, overridden
+from klplug.hosting.settings import SettingsError, overridden
 from klplug_openrlhf.keys import (
     COEF,
     DECIDED,
-    DUAL_CLIP,
-    ESTIMATOR,
     KIND,
     KL_COEF,
     KL_TYPE,
@@ -19,10 +16,9 @@ from klplug_openrlhf.keys import (
     Arguments,
     spelled,
 )
-from klplug_openrlhf.plan import Plan, asked, dividing_by_length
+from klplug_openrlhf.notes import notes as said_of
+from klplug_openrlhf.plan import asked
 from klplug_openrlhf.refusals import recorder, refusals
-
-WHITENED_ESTIMATORS = ("gae", "reinforce", "reinforce_baseline")
 
 
 def derive(args: Namespace, written: Namespace) -> str:
@@ -62,7 +58,7 @@ def derive(args: Namespace, written: Namespace) -> str:
     if records is not None and records_for_kl:
         settings[records.option] = records.on
     before = [_flag(own.named(key), value) for key, value in overridden(settings, DECIDED, own)]
-    notes = list(_notes(plan, own))
+    notes = [note.words for note in said_of(plan, own)]
     settings = {spelled(args, name) or name: value for name, value in settings.items()}
     vars(args).update(settings)
     shown = {k: v for k, v in settings.items() if not k.startswith("klplug.")}
@@ -76,22 +72,3 @@ def derive(args: Namespace, written: Namespace) -> str:
 
 def _flag(name: str, value: object) -> str:
     return name if value is True else f"{name} {value}"
-
-
-def _notes(plan: Plan, settings: Settings) -> Iterator[str]:
-    """What is served, and may not be what was expected."""
-    estimator = settings.get(ESTIMATOR)
-    if plan.in_reward.terms and estimator in WHITENED_ESTIMATORS:
-        yield (
-            f"{estimator} whitens advantages after the KL has joined them, so its "
-            "strength is kl_coef over their standard deviation in each batch"
-        )
-    dividing = ", ".join(dividing_by_length(settings))
-    if dividing and any(term.horizon == "sequence" for term in plan.as_loss.terms):
-        yield (
-            f"{dividing} divides by the answer's length, and the gradient of whole answers is "
-            "exact for sums over tokens only: it is tilted to long answers"
-        )
-    clip = settings.get(DUAL_CLIP)
-    if plan.combined.terms and clip is not None:
-        yield f"{settings.named(DUAL_CLIP)} {clip:g} clips the KL with the advantages that it is in"

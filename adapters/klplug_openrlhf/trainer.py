@@ -30,7 +30,7 @@ def init(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> None:
     announce("the trainer", plan.spec, plan.kl_coef)
     if plan.over_vocabulary:
         print(hidden.foretell(trainer.args), flush=True)
-    trainer.klplug_watch = Watch()
+    trainer.klplug_watch, trainer.klplug_reference = Watch(), plan.reference()
     trainer.kl_ctl = MeasuredController(plan.controller())
     trainer.experience_maker.kl_ctl = trainer.kl_ctl
 
@@ -131,7 +131,8 @@ def _whole_answers(original: Call, maker: Any, experiences: list[Any]) -> list[A
 def over_groups(answers: list[Tensor], experiences: list[Any], group: int) -> list[Tensor]:
     """Each answer's KL less the mean of its group's others, in the order of ``experiences``."""
     kl = torch.cat(answers).unsqueeze(-1)
-    excess = (kl - others_mean(kl, _groups(experiences, group))).squeeze(-1)
+    present = torch.cat([e.action_mask.any(-1) for e in experiences])
+    excess = (kl - others_mean(kl, _groups(experiences, group), present)).squeeze(-1)
     return list(torch.split(excess, [len(e.index) for e in experiences]))
 
 
@@ -177,7 +178,7 @@ def save(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
     call = inspect.signature(original).bind(*args, **kwargs)
     call.arguments["client_states"] = {
         **(call.arguments.get("client_states") or {}),
-        "klplug": trainer.kl_ctl.saved(plan.spec),
+        "klplug": trainer.kl_ctl.saved(plan.spec, trainer.klplug_reference),
     }
     return original(*call.args, **call.kwargs)
 
@@ -187,5 +188,7 @@ def init_checkpoint_states(original: Call, trainer: Any, args: Args, kwargs: Kwa
     plan = Plan.of(trainer.args)
     if plan is None or not states.get("global_step"):
         return states
-    trainer.kl_ctl.resume(states.get("klplug"), plan.spec, plan.kl_ctrl, "OpenRLHF")
+    trainer.kl_ctl.resume(
+        states.get("klplug"), plan.spec, trainer.klplug_reference, plan.kl_ctrl, "OpenRLHF"
+    )
     return states

@@ -122,6 +122,12 @@ _ANY = (
         trainer.apply_kl_penalty,
         supplies=_IN_TRAINER,
     ),
+    Hook(
+        "verl.trainer.ppo.rollout_corr_helper",
+        "compute_rollout_correction_and_add_to_batch",
+        ("batch",),
+        trainer.rollout_correction,
+    ),
 )
 
 # How workers compute a loss: through one function for all engines, since 0.8 the only way; in 0.7

@@ -15,6 +15,7 @@ KEYS = ("kl_type", "kl_coef", "kl_ctrl", "kl_target", "kl_horizon")
 KL_TYPE, KL_COEF, KL_CTRL, KL_TARGET, KL_HORIZON = (f"klplug.{key}" for key in KEYS)
 
 ACTOR = "actor_rollout_ref.actor."
+REF = "actor_rollout_ref.ref."
 USE_LOSS = ACTOR + "use_kl_loss"
 LOSS_TYPE = ACTOR + "kl_loss_type"
 LOSS_COEF = ACTOR + "kl_loss_coef"
@@ -24,7 +25,15 @@ MINI_BATCH = ACTOR + "ppo_mini_batch_size"
 EPOCHS = ACTOR + "ppo_epochs"
 DYNAMIC = ACTOR + "use_dynamic_bsz"
 STRATEGY = ACTOR + "strategy"
+MODEL = "actor_rollout_ref.model.path"
+ADAPTERS = (
+    "actor_rollout_ref.model.lora_adapter_path",
+    "actor_rollout_ref.model.lora.adapter_path",
+)
 N = "actor_rollout_ref.rollout.n"
+TEMPERATURE = "actor_rollout_ref.rollout.temperature"
+TOP_P, TOP_K = "actor_rollout_ref.rollout.top_p", "actor_rollout_ref.rollout.top_k"
+LOGPROBS_MODE = "actor_rollout_ref.rollout.logprobs_mode"
 RECORDS = "actor_rollout_ref.rollout.calculate_log_probs"
 TRAIN_BATCH = "data.train_batch_size"
 FETCHED = "async_training.require_batches"

@@ -10,10 +10,12 @@ from typing import Any
 import klplug
 from klplug import KLSpec, parse
 from klplug.hosting.settings import Asked, Settings, SettingsError, Unknown
+from klplug.spec import TermSpec
 from klplug_verl.keys import (
     CTRL_HORIZON,
     CTRL_TARGET,
     CTRL_TYPE,
+    ESTIMATOR,
     KEYS,
     KL_COEF,
     KL_CTRL,
@@ -23,6 +25,7 @@ from klplug_verl.keys import (
     LOSS_AGG,
     LOSS_MODE,
     LOSS_TYPE,
+    MODEL,
     PLACES,
     STOCK,
     Config,
@@ -36,7 +39,18 @@ MEAN_OF_ANSWER_LOSSES = ("sapo", "geo_mean")
 
 @dataclass(frozen=True)
 class Plan(Asked):
-    """What the trainer does in a run, read from the ``klplug`` node of its resolved config."""
+    """What the trainer does in a run, read from the ``klplug`` node of its resolved config.
+
+    Attributes:
+        bootstraps: advantages are those of a value function (``gae``), which learns the KL with the
+            reward: both are in the tokens' rewards before it.
+    """
+
+    bootstraps: bool = False
+
+    def before_advantages(self, term: TermSpec) -> bool:
+        """Whether a term in the reward joins the tokens' rewards, and not the advantages."""
+        return self.bootstraps or term.reward_norm == "group"
 
     @classmethod
     def of(cls, config: Any) -> Plan | None:
@@ -52,6 +66,8 @@ class Plan(Asked):
             kl_target=own.get("kl_target"),
             kl_horizon=own.get("kl_horizon"),
             divides_by_length=divides_by_length(Config(config)),
+            model=read(config, MODEL),
+            bootstraps=read(config, ESTIMATOR) == "gae",
         )
 
 

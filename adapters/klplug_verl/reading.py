@@ -557,6 +557,7 @@ def run(settings: Settings) -> Run:
     refused = [
         Rejected(settings[r.key or _asked_by(settings)], r.words) for r in HOST.refused(settings)
     ]
+    noted = HOST.noted(settings, any(term.from_klplug for term in terms))
     launch = settings.launch
     other = None if launch is None or launch.foreign else _own(launch.trainer)
     idle, never = _idle(settings, terms)
@@ -589,6 +590,7 @@ def run(settings: Settings) -> Run:
         not_hooked=_not_hooked(settings, terms),
         rejected=tuple(rejected),
         refused=tuple(refused),
+        noted=tuple((n.id, Rejected(settings[n.key or KL_TYPE], n.words)) for n in noted),
         notes=tuple(_notes(settings, other)),
         beside=_beside(settings),
         served=_served(settings, other),
@@ -762,7 +764,10 @@ def _terms(settings: Settings) -> tuple[list[Term], list[Rejected]]:
                 straight_through=straight,
                 clamped=clamped,
                 dropped=dropped,
-                joins_after=full is not None and spec is not None and spec.reward_norm == "none",
+                joins_after=full is not None
+                and spec is not None
+                and spec.reward_norm == "none"
+                and settings[ESTIMATOR].value != "gae",
                 from_klplug=full is not None,
                 subtracted=placement == "as_loss" and sources.SUBTRACTED in _facts(settings),
             )
@@ -866,7 +871,7 @@ def _klplug_terms(
             where=own,
             kind=own,
             amount=amount,
-            joins_after=term.reward_norm == "none",
+            joins_after=term.reward_norm == "none" and settings[ESTIMATOR].value != "gae",
             from_klplug=True,
         )
         for term in spec.terms

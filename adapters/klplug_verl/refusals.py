@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from klplug import parse
 from klplug.hosting import refusals as hosting
+from klplug.hosting.notes import truncated
 from klplug.hosting.refusals import Refusal, Said
 from klplug.hosting.settings import Settings
 from klplug_verl.keys import (
@@ -29,6 +30,7 @@ from klplug_verl.keys import (
     N,
     is_stock,
 )
+from klplug_verl.notes import cut
 from klplug_verl.plan import Plan, coefficients, divides_by_length
 
 REWARD_ESTIMATORS = (
@@ -143,28 +145,39 @@ def no_definite_strength(plan: Plan, settings: Settings) -> Said:
     if not joined_after:
         return
     estimator = str(settings.get(ESTIMATOR))
-    if estimator not in (*REWARD_ESTIMATORS, "gdpo"):
+    if estimator not in (*REWARD_ESTIMATORS, "gae", "gdpo"):
         yield (
             ESTIMATOR,
-            f"kl_type {plan.spec} with {ESTIMATOR}={estimator}: it whitens, bootstraps "
+            f"kl_type {plan.spec} with {ESTIMATOR}={estimator}: it whitens "
             f"or weighs what it is given, so a KL has no definite strength there. Use one of "
-            f"{', '.join(REWARD_ESTIMATORS)}, or k2_as_loss, or verl's own order: "
+            f"{', '.join(REWARD_ESTIMATORS)}, gae, or k2_as_loss, or verl's own order: "
             f"{joined_after[0].estimator}_in_reward,reward_norm=group",
         )
 
 
 def length_tilts(plan: Plan, settings: Settings) -> Said:
-    if (
-        any(t.reward_norm == "none" for t in plan.in_reward.terms)
-        and divides_by_length(settings)
-        and int(settings.get(N, 1)) < 2
-    ):
+    joined_after = any(t.reward_norm == "none" for t in plan.in_reward.terms)
+    if not joined_after or not divides_by_length(settings):
+        return
+    alone = settings.get(ESTIMATOR) == "gae"
+    key, value = (ESTIMATOR, "gae") if alone else (N, settings.get(N, 1))
+    if alone or int(value) < 2:
         yield (
-            N,
+            key,
             f"kl_type {plan.spec} with a policy loss that divides by the answer's length would "
-            f"tilt the optimum to long answers, and with {N}=1 there is no "
+            f"tilt the optimum to long answers, and with {key}={value} there is no "
             f"group to take a baseline from. Use {LOSS_AGG}=token-mean, "
-            "n > 1, or k2_as_loss",
+            f"{'a group estimator' if alone else 'n > 1'}, or k2_as_loss",
+        )
+
+
+def baseline_beside_values(plan: Plan, settings: Settings) -> Said:
+    baseline = next((t.baseline for t in plan.in_reward.terms if t.baseline != "none"), None)
+    if baseline is not None and settings.get(ESTIMATOR) == "gae":
+        yield (
+            ESTIMATOR,
+            f"kl_type {plan.spec} with {ESTIMATOR}=gae: its value function is the baseline of "
+            f"reward and KL. Leave baseline={baseline} out",
         )
 
 
@@ -218,6 +231,18 @@ def rollout_not_recorded(plan: Plan, settings: Settings) -> Said:
         yield RECORDS, f"kl_type {plan.spec} needs rollout log-probs, and {RECORDS}=False"
 
 
+def truncated_sampler(plan: Plan, settings: Settings) -> Said:
+    found = cut(settings)
+    if found is None:
+        return
+    key, how = found
+    for words in truncated(plan, how):
+        yield (
+            key,
+            f"{words}. Sample from the whole distribution, or use ratio=old and reference=ref",
+        )
+
+
 ROWS = (
     hosting.no_hidden_states,
     another_kl_type,
@@ -229,6 +254,7 @@ ROWS = (
     rewards_past_the_kl,
     no_definite_strength,
     length_tilts,
+    baseline_beside_values,
     head_of_another_loss,
     hosting.two_baselines,
     hosting.baseline_of_nothing,
@@ -237,4 +263,5 @@ ROWS = (
     hosting.controller_of_nothing,
     policy_loss_thrown_away,
     rollout_not_recorded,
+    truncated_sampler,
 )

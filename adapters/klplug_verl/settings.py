@@ -22,6 +22,7 @@ from klplug_verl.keys import (
     USE_REWARD,
     Config,
 )
+from klplug_verl.notes import notes
 from klplug_verl.plan import asked, divides_by_length
 from klplug_verl.refusals import refusals
 
@@ -79,9 +80,10 @@ def derive(config: Any, written: Mapping[str, Any]) -> str | None:
     text = ", ".join(f"{key}={value}" for key, value in settings.items())
     coef = f" kl_coef={plan.kl_coef:g}" if spec.terms else ""
     line = f"klplug {klplug.__version__}: kl_type={spec}{coef}; sets {text}"
+    said = [note.words for note in notes(plan, own)]
     if before:
-        line += f"\nklplug: note: kl_type decides, and overrides {', '.join(before)}"
-    return line
+        said.append(f"kl_type decides, and overrides {', '.join(before)}")
+    return "\nklplug: note: ".join([line, *said])
 
 
 def _update(config: Any, settings: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ verl has two: the v1 trainer of 0.9, and ``RayPPOTrainer``, whose step is one lo
 from __future__ import annotations
 
 import dataclasses
-import json
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from contextvars import ContextVar
@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from klplug import KLSpec, KLTerm, kl_return_baseline, kl_term, parse, reward_to_go
+from klplug.hosting import state
 from klplug.hosting.controller import MeasuredController
 from klplug.hosting.host import announce
 from klplug.hosting.patching import Args, Call, Kwargs, bound
+from klplug.hosting.state import Reference
 from klplug.spec import TermSpec
 from klplug.watch import Watch
 from klplug_verl.actor import BASELINE, COEF_KEY, SUMS
@@ -33,11 +35,17 @@ STATE_FILE = "klplug.json"
 
 @dataclass
 class Run:
-    """The trainer's plan, its controller, and what it measured at the start of this step."""
+    """The trainer's plan, its controller, and what it measured at the start of this step.
+
+    ``sampled`` is the mask of what was sampled, where verl has masked tokens out of it since.
+    """
 
     plan: Plan
     controller: MeasuredController
-    n_samples: int = 0
+    reference: Reference | None = None
+    joined: bool = False
+    n_answers: int = 0
+    sampled: Tensor | None = None
     baseline: Tensor | None = None  # of the KL returns, for the workers
     metrics: dict[str, float] = field(default_factory=dict)
     watch: Watch = field(default_factory=Watch)
@@ -48,6 +56,7 @@ class Run:
 
     def reset(self) -> None:
         self.metrics, self.controller.measured, self.baseline = {}, None, None
+        self.joined = False
 
     def report(self) -> dict[str, float]:
         """What this step logs; that a KL as loss is active is the workers' to say."""
@@ -69,7 +78,7 @@ def init(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> None:
     if plan is None:
         return
     announce("the trainer", plan.spec, plan.kl_coef)
-    trainer.klplug = Run(plan, MeasuredController(plan.controller()))
+    trainer.klplug = Run(plan, MeasuredController(plan.controller()), plan.reference())
     trainer.kl_ctrl_in_reward = trainer.klplug.controller
 
 
@@ -125,16 +134,26 @@ def apply_kl_penalty(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     tensors, groups = data.batch, data.non_tensor_batch["uid"]
     rewards = tensors["token_level_scores"]
     in_reward = run.plan.in_reward
-    for part in _joined(in_reward, "group"):
+    for part in filter(run.plan.before_advantages, in_reward.terms):
         rewards = rewards - beta * _term(part, tensors, groups).coefficient
     tensors["token_level_rewards"] = rewards
     value = _term(in_reward, tensors, groups).value
-    lengths = tensors["response_mask"].sum(-1).clamp(min=1)
+    lengths = tensors["response_mask"].sum(-1)
+    answers = lengths > 0  # a batch may be padded with rows that are none
+    of_answer = value.sum(-1)[answers] / lengths[answers]
     metrics = {
-        "actor/reward_kl_penalty": float((value.sum(-1) / lengths).mean()),
+        "actor/reward_kl_penalty": float(of_answer.sum() / max(len(of_answer), 1)),
         "actor/reward_kl_penalty_coeff": beta,
     }
     return data, metrics
+
+
+def rollout_correction(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
+    """verl's rejection sampling, which masks tokens out of the samples before they are joined."""
+    run = _RUN.get()
+    if run is not None:
+        run.sampled = bound(original, args, kwargs)["batch"].batch["response_mask"]
+    return original(*args, **kwargs)
 
 
 def compute_advantage_for_trajectories(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -163,54 +182,60 @@ def compute_advantage_of_rows(original: Call, _: Any, args: Args, kwargs: Kwargs
 
 
 def _join(run: Run, data: Any, keys: Sequence[str]) -> None:
-    """Measure the KL of the whole batch, and join one in the reward to the advantages."""
-    if not run.plan.spec.terms:
-        return
+    """Measure the KL of the whole batch, and join one in the reward to the advantages.
+
+    The KL of an answer is that of all tokens sampled, as in verl's own order, which takes it before
+    its rejection sampling masks some out; the advantages of those then reach nothing.
+    """
+    run.joined = True
     tensors, groups = data.batch, data.non_tensor_batch["uid"]
+    mask = tensors["response_mask"]
+    sampled, run.sampled = mask if run.sampled is None else run.sampled, None
+    if not run.plan.needs_reference:  # to the sampler the KL is 0 here
+        return
     as_loss, in_reward = run.plan.as_loss, run.plan.in_reward
     # Samples of the policy itself: the estimates are unbiased here.
-    policy, mask = tensors["old_log_probs"], tensors["response_mask"]
-    reference = tensors["ref_log_prob" if run.plan.needs_reference else "rollout_log_probs"]
     shown = in_reward if in_reward.terms else parse("k1_in_reward")
-    tally = kl_term(shown, policy, reference, mask, group_ids=groups).tally
+    tally = _term(shown, tensors, groups, sampled).tally
     run.metrics = {key: float(value) for key, value in tally.metrics().items()}
     if not run.is_as_loss:  # else the workers' metrics are watched
         run.watch.tell(run.metrics)
     run.controller.measured = run.metrics["klplug/kl"]
     run.metrics["klplug/kl_before_update"] = run.controller.measured
-    run.n_samples = len(data)
+    answers = _answers(keys)
+    run.n_answers = sum(bool(sampled[rows].any()) for rows in answers)
     compared = [term for term in run.plan.spec.terms if term.baseline != "none"]
-    if compared and len(_answers(keys)) < len(keys):
+    if compared and len(answers) < len(keys):
         raise RuntimeError(
             f"kl_type {run.plan.spec}: baseline={compared[0].baseline} compares answers, and this "
             "agent loop cut them into several rows. Use baseline=none"
         )
     for term in as_loss.terms:
-        if term in compared:
+        if term in compared:  # of the tokens that the workers train on
+            policy, reference = tensors["old_log_probs"], tensors["ref_log_prob"]
             run.baseline = kl_return_baseline(term, policy, reference, mask, groups)
     beta = run.controller.value
-    for part in _joined(in_reward, "none"):
+    for part in itertools.filterfalse(run.plan.before_advantages, in_reward.terms):
         if run.plan.divides_by_length:
             alone = dataclasses.replace(part, baseline="none")  # compared with its group anyway
-            force = excess_over_group(_term(alone, tensors, groups).coefficient, keys, groups)
+            coefficient = _term(alone, tensors, groups, sampled).coefficient
+            force = excess_over_group(coefficient, sampled, keys, groups)
         else:
-            force = to_go_over_answer(_term(part, tensors, groups).coefficient, keys)
+            force = to_go_over_answer(_term(part, tensors, groups, sampled).coefficient, keys)
         penalty = beta * force * mask
         tensors["advantages"] = tensors["advantages"] - penalty
         tensors["returns"] = tensors["returns"] - penalty
 
 
-def _joined(in_reward: KLSpec, reward_norm: str) -> list[TermSpec]:
-    return [term for term in in_reward.terms if term.reward_norm == reward_norm]
-
-
-def _term(spec: KLSpec, tensors: Any, groups: Sequence[Any]) -> KLTerm:
+def _term(
+    spec: TermSpec | KLSpec, tensors: Any, groups: Sequence[Any], mask: Tensor | None = None
+) -> KLTerm:
     """At the policy that sampled, which no update has moved yet."""
     return kl_term(
         spec,
         tensors["old_log_probs"],
         tensors["ref_log_prob"],
-        tensors["response_mask"],
+        tensors["response_mask"] if mask is None else mask,
         group_ids=groups,
     )
 
@@ -236,18 +261,22 @@ def to_go_over_answer(coefficient: Tensor, keys: Sequence[str]) -> Tensor:
     return to_go
 
 
-def excess_over_group(coefficient: Tensor, keys: Sequence[str], groups: Sequence[Any]) -> Tensor:
+def excess_over_group(
+    coefficient: Tensor, mask: Tensor, keys: Sequence[str], groups: Sequence[Any]
+) -> Tensor:
     """Each answer's whole KL less the mean of its group's other answers, (B, 1).
 
     Where tokens weigh 1/length, a reward-to-go tilts the optimum to long answers; one number per
-    answer keeps pi* = ref exp(r/beta)/Z as fixed point. An answer alone in its group gets 0.
+    answer keeps pi* = ref exp(r/beta)/Z as fixed point. An answer alone in its group gets 0; one
+    without tokens is none.
     """
     totals = coefficient.sum(-1)
     answers = _answers(keys)
     kl = torch.stack([totals[rows].sum() for rows in answers])
     members: dict[Any, list[int]] = defaultdict(list)
     for answer, rows in enumerate(answers):
-        members[groups[rows[0]]].append(answer)
+        if mask[rows].any():
+            members[groups[rows[0]]].append(answer)
     excess = torch.zeros_like(totals)
     for group in members.values():
         for answer in group:
@@ -284,7 +313,7 @@ def update_actor_in_fit(original: Call, trainer: Any, args: Args, kwargs: Kwargs
 
 
 def _coefficient_for_workers(run: Run, trainer: Any) -> float:
-    if run.controller.measured is None and run.plan.spec.terms:
+    if not run.joined and run.plan.spec.terms:
         raise RuntimeError(
             f"kl_type {run.plan.spec} is set, but no KL was measured before this update: does "
             f"{type(trainer).__name__} have an advantage stage of its own?"
@@ -299,7 +328,7 @@ def _updated(run: Run, workers_report: bool) -> None:
             "their loss replaced?"
         )
     if run.controller.measured is not None:
-        run.controller.update(run.controller.measured, run.n_samples)
+        run.controller.update(run.controller.measured, run.n_answers)
 
 
 def save_checkpoint(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -309,7 +338,7 @@ def save_checkpoint(original: Call, trainer: Any, args: Args, kwargs: Kwargs) ->
         folder = Path(trainer.config.trainer.default_local_dir)
         folder = folder / f"global_step_{trainer.global_steps}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / STATE_FILE).write_text(json.dumps(run.controller.saved(run.plan.spec)) + "\n")
+        state.write(folder / STATE_FILE, run.controller.saved(run.plan.spec, run.reference))
     return original(*args, **kwargs)
 
 
@@ -323,7 +352,6 @@ def load_checkpoint(original: Call, trainer: Any, args: Args, kwargs: Kwargs) ->
         folder = Path(settings.resume_from_path)
     else:
         folder = Path(settings.default_local_dir) / f"global_step_{trainer.global_steps}"
-    path = folder / STATE_FILE
-    saved = json.loads(path.read_text()) if path.exists() else None
-    run.controller.resume(saved, run.plan.spec, run.plan.kl_ctrl, "verl")
+    saved = state.read(folder / STATE_FILE)
+    run.controller.resume(saved, run.plan.spec, run.reference, run.plan.kl_ctrl, "verl")
     return result

@@ -11,6 +11,7 @@ from klplug.audit.pages import address
 from klplug.audit.run import Run, Term
 from klplug.audit.settings import Setting
 from klplug.audit.verdict import NEITHER, REVERSE, Verdict
+from klplug.hosting.notes import STALE
 
 INFO, WARNING, ERROR = SEVERITIES = ("info", "warning", "error")
 
@@ -478,10 +479,36 @@ def _stale(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
         covered = term.as_loss or not (run.corrects_rollout or run.rollout_is_old)
         if covered and run.ratio_of(term) != "rollout":
             yield (
-                "Asynchronous rollouts come from a policy some updates old, and nothing weighs the "
-                "KL for that: the ratio to old starts when the update does.",
+                f"{STALE}.",
                 run.stale,
             )
+
+
+@rule(
+    "truncated-sampler",
+    WARNING,
+    "The sampler's log-probs are not the policy's",
+    aspects.KL,
+)
+def _truncated_sampler(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    yield from _noted(run, "truncated_sampler")
+
+
+@rule("lora-reference", WARNING, "The reference lacks the adapter that the policy has", aspects.KL)
+def _lora_reference(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    yield from _noted(run, "lora_reference")
+
+
+@rule("reference-dtype", WARNING, "The reference computes in another dtype", aspects.KL)
+def _reference_dtype(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    yield from _noted(run, "reference_dtype")
+
+
+def _noted(run: Run, row: str) -> Iterator[Hit]:
+    """What the host's own list says of a run with a KL, once."""
+    said = [note for id, note in run.noted if id == row]
+    if said and run.active:
+        yield _sentence(said[0].reason), said[0].setting
 
 
 # Clamps.
@@ -721,6 +748,19 @@ def _adaptive_target(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
             "The controller divides by its target, which must be a positive number.",
             controller.target,
         )
+
+
+@rule(
+    "short-horizon",
+    WARNING,
+    "A KL horizon shorter than a step",
+    aspects.KL,
+    aspects.CONTROLLER,
+    aspects.GROUP,
+)
+def _short_horizon(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    if run.controller is not None and run.controller.drives:
+        yield from _noted(run, "short_horizon")
 
 
 # Settings of a fork, last.

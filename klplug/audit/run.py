@@ -236,6 +236,7 @@ class Run:
     no_effect: tuple[tuple[Setting, str], ...] = ()
     rejected: tuple[Rejected, ...] = ()
     refused: tuple[Rejected, ...] = ()  # what klplug would say in place of starting
+    noted: tuple[tuple[str, Rejected], ...] = ()  # what is said of a run that starts, by row
     notes: tuple[tuple[str, Setting], ...] = ()
     nobodys: tuple[tuple[str, Setting], ...] = ()  # settings that no known release has
     beside: str = ""

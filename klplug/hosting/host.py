@@ -129,6 +129,14 @@ class Host:
         if plan is not None:
             yield from self.room("refusals").refusals(plan, settings)
 
+    def noted(self, settings: Settings, through_klplug: bool) -> Iterator[Refusal]:
+        """What is said of a run that starts: by klplug's process, or of the host's own KL."""
+        try:
+            plan = self.room("plan").asked(settings) if through_klplug else None
+        except (Unknown, ValueError):
+            return
+        yield from self.room("notes").notes(plan, settings)
+
     def edit(self, kl_type: str, kl_coef: str, settings: Any) -> list[Edit]:
         """What to delete from a command and what to add, so that it follows ``kl_type``."""
         edits: list[Edit] = self.room("edit").edit(kl_type, kl_coef, settings)

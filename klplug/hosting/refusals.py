@@ -11,7 +11,7 @@ from klplug.hosting.settings import Asked, Settings, Unknown
 
 @dataclass(frozen=True)
 class Refusal:
-    """One reason why a run is not started.
+    """One reason why a run is not started, or what is said of one that is.
 
     Attributes:
         id: the row that says so.
@@ -28,8 +28,8 @@ Said = Iterator[tuple[str | None, str]]
 Row = Callable[[Any, Settings], Said]
 
 
-def refusals(rows: Iterable[Row], plan: Asked, settings: Settings) -> Iterator[Refusal]:
-    """Every refusal that is certain; a row yields the setting that it is about, and its words."""
+def refusals(rows: Iterable[Row], plan: Asked | None, settings: Settings) -> Iterator[Refusal]:
+    """All that is certain; a row yields the setting that it is about, and its words."""
     for row in rows:
         try:
             for key, words in row(plan, settings):

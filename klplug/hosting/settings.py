@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from klplug.controllers import KLController, kl_controller
+from klplug.hosting.state import Reference
 from klplug.spec import KLSpec
 
 
@@ -56,7 +58,8 @@ def started() -> str:
 class Asked:
     """What a user asked, checked; each adapter's plan adds what its hooks need to know.
 
-    ``kl_coef`` is nan where only a run could tell.
+    ``kl_coef`` is nan where only a run could tell. ``model`` is the policy's, and so the
+    reference's; an audit does not ask.
     """
 
     spec: KLSpec
@@ -65,6 +68,7 @@ class Asked:
     kl_target: float | None = None
     kl_horizon: float | None = None
     divides_by_length: bool = False
+    model: str | None = None
 
     @property
     def is_active(self) -> bool:
@@ -88,8 +92,16 @@ class Asked:
     def as_loss(self) -> KLSpec:
         return self.spec.placed("as_loss")
 
+    def reference(self) -> Reference | None:
+        """The model that the KL is to; ``None`` where it is to none."""
+        if not self.needs_reference or self.model is None:
+            return None
+        return Reference.of(self.model)
+
     def controller(self) -> KLController:
-        return kl_controller(self.kl_ctrl, self.kl_coef, self.kl_target, self.kl_horizon)
+        # A coefficient that only a run could tell is not refused for what it might be.
+        start = 1.0 if math.isnan(self.kl_coef) else self.kl_coef
+        return kl_controller(self.kl_ctrl, start, self.kl_target, self.kl_horizon)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ def _openrlhf(flags: str, estimator: str = "group_norm") -> str:
 _ORL_K1 = "--algo.kl.init_coef 0.01 "
 _ORL_K3 = f"{_ORL_K1} --algo.kl.use_loss --algo.kl.estimator k3 "
 _GOOD = _verl("+klplug.kl_type=k2_as_loss +klplug.kl_coef=0.01")
+_TO_SAMPLER = _GOOD.replace("k2_as_loss", "\\'k2_as_loss,ratio=rollout\\'")
 _ENV_VARS = "ray_kwargs.ray_init.runtime_env.env_vars"
 _VERL_0_7 = f"{_GOOD} trainer.use_legacy_worker_impl=disable"  # a setting of that release
 
@@ -52,7 +53,8 @@ CASES = {
     ),
     "klplug-refuses": (
         _GOOD.replace("+klplug.kl_coef=0.01", ""),
-        _GOOD.replace("+klplug.kl_coef=0.01", "+klplug.kl_coef=$BETA"),
+        # An adaptive controller starts from a coefficient, which may be unknown.
+        _GOOD.replace("=0.01", "=$(pick) +klplug.kl_ctrl=adaptive +klplug.kl_target=1"),
     ),
     "rejected-setting": (_verl(f"{_LOSS}k2 {_A}.loss_agg_mode=mean"), _verl(f"{_LOSS}k2")),
     "unknown-setting": (_verl(f"{_LOSS}k2 {_A}.kl_los=3"), _verl(f"{_LOSS}k2 +{_A}.kl_los=3")),
@@ -100,6 +102,22 @@ CASES = {
     "gspo-ratio": (_verl(f"{_TWICE}{_GSPO}{_REWARD}k1"), _verl(f"{_ONCE}{_GSPO}{_REWARD}k1")),
     "rollout-mismatch": (_verl(f"{_IS}{_LOSS}k2"), _verl(f"{_IS}{_REWARD}k1")),
     "stale-samples": (_verl(f"{_ASYNC}{_LOSS}k2"), _verl(f"{_ASYNC}{_IS}{_REWARD}k1")),
+    "truncated-sampler": (
+        _TO_SAMPLER.replace("grpo ", "grpo actor_rollout_ref.rollout.top_p=0.9 "),
+        _TO_SAMPLER.replace("grpo ", "grpo actor_rollout_ref.rollout.temperature=0.9 "),
+    ),
+    "lora-reference": (
+        f"{_GOOD} actor_rollout_ref.model.lora_adapter_path=ckpt/sft",
+        f"{_GOOD} actor_rollout_ref.model.lora_rank=32",
+    ),
+    "reference-dtype": (
+        f"{_GOOD} +{_A}.fsdp_config.mixed_precision.param_dtype=fp32",
+        f"{_GOOD} +{_A}.fsdp_config.mixed_precision.param_dtype=bfloat16",
+    ),
+    "short-horizon": (
+        _verl(f"{_REWARD}k1 {_ADAPTIVE} algorithm.kl_ctrl.horizon=100"),  # of 512 answers
+        _verl(f"{_REWARD}k1 {_ADAPTIVE} algorithm.kl_ctrl.horizon=103"),
+    ),
     "dead-zone": (_verl(f"{_LOSS}k3"), _verl(f"{_LOSS}k3+")),
     "before-group-norm": (
         _verl(f"{_REWARD}k1"),

@@ -116,6 +116,16 @@ UNSERVED: list[tuple[str, tuple[str, ...], list[str]]] = [
         ("k2_as_loss,head=clipped", ("--actor.policy_loss_type", "gspo"), ["head=clipped"]),
         ("exact_as_loss", ("--ds.ring_attn_size", "2"), ["--ds.ring_attn_size 2", "vocab=exact"]),
         ("exact_as_loss", ("--ds.tensor_parallel_size", "2"), ["--ds.tensor_parallel_size 2"]),
+        (
+            "k2_as_loss,reference=rollout",
+            ("--rollout.top_p", "0.9"),
+            ["--rollout.top_p 0.9: the sampler's", "whole distribution"],
+        ),
+        (
+            "k2_as_loss,ratio=rollout,horizon=sequence",
+            ("--rollout.top_p", "0.9"),
+            ["fades with the answer's length"],
+        ),
         ("k2_as_loss,reference=rollout", ("--vllm.num_engines", "0"), ["reference=ref"]),
         (
             "k2_as_loss,reference=rollout",

@@ -35,6 +35,7 @@ def trainer(
     monkeypatch: pytest.MonkeyPatch,
     kl_type: str = "k2_as_loss",
     group: Group | None = None,
+    model: str = "hub/model",
     **own: Any,
 ) -> Any:
     from openrlhf.trainer import ppo_trainer
@@ -44,6 +45,7 @@ def trainer(
     if hasattr(args, "klplug"):
         vars(args.klplug).update(own)
     change(args, "ckpt.save_steps", 1)
+    change(args, "actor.model_name_or_path", model)
     change(args, "ckpt.load_enable", True)
     monkeypatch.setattr(ppo_trainer.ray, "get", lambda refs: refs)
     monkeypatch.setattr(ppo_trainer.os.path, "exists", lambda path: True)
@@ -78,6 +80,7 @@ def test_the_state_of_the_controller_survives_save_and_resume(
     assert group.saved["global_step"] == 3
     assert group.saved["klplug"] == {
         "kl_type": "k2_as_loss",
+        "reference": {"path": "hub/model", "weights": None},
         "kl_ctrl": "adaptive",
         "value": moved,
     }
@@ -96,6 +99,25 @@ def test_the_best_checkpoint_has_it_too(monkeypatch: pytest.MonkeyPatch) -> None
     made.save_best_checkpoint({"eval_words_pass1": 0.5}, 3, {"global_step": 3})
     assert group.saved["klplug"]["kl_type"] == "k2_as_loss"
     assert group.saved["best_eval_metric_value"] == 0.5
+
+
+def test_resuming_with_another_reference_warns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    group = Group()
+    trainer(monkeypatch, group=group).save_logs_and_checkpoints(3, {}, {"global_step": 3})
+    trainer(monkeypatch, group=Group(group.saved)).init_checkpoint_states()
+    assert "WARNING" not in capsys.readouterr().out
+    trainer(monkeypatch, group=Group(group.saved), model="ckpt/step_3").init_checkpoint_states()
+    said = capsys.readouterr().out
+    assert "with the reference ckpt/step_3 a run that was trained with hub/model:" in said
+
+
+def test_a_kl_to_the_sampler_keeps_no_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Group()
+    made = trainer(monkeypatch, "k2_as_loss,reference=rollout", group=group)
+    made.save_logs_and_checkpoints(3, {}, {"global_step": 3})
+    assert "reference" not in group.saved["klplug"]
 
 
 @pytest.mark.parametrize(

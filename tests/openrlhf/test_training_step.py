@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,8 @@ from klplug import aggregate, kl_term, policy_loss
 from tests.one_meaning import STEPS
 from tests.openrlhf.command_line import change
 from tests.openrlhf.trainer import BATCH, Bench, Recorded, tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.usefixtures("ops", "patched")
 
@@ -379,3 +385,71 @@ def test_lora_trains_against_the_same_reference(model: Path) -> None:
     bench = Bench(model, zero_stage=2, lora_rank=4)
     experience = bench.experience()
     assert_same(bench.step(experience, "k2_as_loss,ratio=none"), bench.step(experience, "stock:k2"))
+
+
+@pytest.mark.parametrize("kl", ["k2_as_loss", "k2_as_loss,horizon=sequence", "k3_as_loss"])
+def test_packed_samples_have_the_kl_of_padded_ones(packed: Bench, bench: Bench, kl: str) -> None:
+    """OpenRLHF packs rows for its model alone: klplug sees (B, T), each answer in its row."""
+    experience = packed.experience()
+    ends = experience.action_mask.shape[1] - experience.action_mask.flip(1).argmax(1)
+    lengths = (ends + 1)[:, None]  # of the token that the last one predicts too
+    experience.attention_mask = (torch.arange(experience.sequences.shape[1]) < lengths).long()
+    found, padded = packed.step(experience, kl), bench.step(experience, kl)
+    mask = experience.action_mask.bool()
+    assert found.log_probs[mask].std() > 0.1
+    # bfloat16, by two ways of attention.
+    torch.testing.assert_close(found.log_probs[mask], padded.log_probs[mask], rtol=0, atol=0.05)
+    alone = found.at_log_probs - packed.step(experience, "none").at_log_probs
+    force = expected(experience, found.log_probs, kl)
+    torch.testing.assert_close(alone, force, rtol=1e-4, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def packed(model: Path) -> Bench:
+    return Bench(model, zero_stage=2, packing=True)
+
+
+def test_a_ring_of_two_ranks_gives_the_gradient_of_one(
+    packed: Bench, model: Path, tmp_path: Path
+) -> None:
+    """Ring attention: each rank has half of the packed row, and log-probs of the whole."""
+    kl_types = ["none", "k2_as_loss", "k2_as_loss,horizon=sequence"]
+    out, own = tmp_path / "out.pt", {k: v for k, v in os.environ.items() if k != "LOCAL_RANK"}
+    own |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "adapters")])}
+    own |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.openrlhf.rank", str(model)]
+    ranks = [
+        subprocess.Popen(
+            [*command, *kl_types, str(out)],
+            cwd=tmp_path,
+            env=own | {"RANK": str(rank), "LOCAL_RANK": "0"},
+        )
+        for rank in range(2)
+    ]
+    assert [rank.wait(300) for rank in ranks] == [0, 0]
+    given, steps = torch.load(out, weights_only=False)
+    experience = packed.experience()
+    for name, value in given.items():
+        setattr(experience, name, value)
+    mask = experience.action_mask.bool()
+    without = steps[0]["at_log_probs"]
+    for kl, found in zip(kl_types, steps, strict=True):
+        one = packed.step(experience, kl)
+        torch.testing.assert_close(  # bfloat16
+            found["log_probs"][mask], one.log_probs[mask], rtol=0, atol=0.05
+        )
+        distance = (found["of_parameters"] - one.of_parameters).norm()
+        assert distance < 0.05 * one.of_parameters.norm()
+        if kl != "none":
+            force = expected(experience, found["log_probs"], kl)
+            alone = found["at_log_probs"] - without
+            torch.testing.assert_close(alone, force, rtol=1e-4, atol=1e-7)
+            assert found["metrics"]["klplug/k1"] == pytest.approx(
+                float(one.metrics["klplug/k1"]), abs=0.02
+            )
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])

@@ -82,8 +82,8 @@ class Recorded:
 
 
 def strategy_of_one(args: Any) -> Any:
-    """OpenRLHF's strategy in a process group of this process alone."""
-    if not torch.distributed.is_initialized():
+    """OpenRLHF's strategy in a process group of this process alone, unless it is given another."""
+    if not torch.distributed.is_initialized() and "MASTER_PORT" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -216,18 +216,69 @@ class Given:
         self.trainer(policy).training_step(experience, one_meaning.BETA, 0)
 
 
+PACKED = "packed"
+
+
+def packed_attention() -> None:
+    """What flash-attention does for packed rows, which alone needs a GPU: each answer to itself.
+
+    Under ring attention a rank has a slice of the row; there the others' are fetched.
+    """
+    import torch.nn.functional as F
+    from openrlhf.models import ring_attn_utils
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def packed(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **given: Any
+    ) -> tuple[Tensor, None]:
+        group, positions = ring_attn_utils.get_ring_attn_group(), given["position_ids"]
+        length = query.shape[2]
+        start = 0 if group is None else length * torch.distributed.get_rank(group)
+        key, value = (of_all_ranks(x, 2) for x in (key, value))
+        answer = (of_all_ranks(positions, 1)[0] == 0).cumsum(-1)
+        allowed = (answer[:, None] == answer[None, :]).tril()[start : start + length]
+        found = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=allowed, enable_gqa=True
+        )
+        return found.transpose(1, 2), None
+
+    ALL_ATTENTION_FUNCTIONS.register(PACKED, packed)
+
+
+def of_all_ranks(x: Tensor, dim: int) -> Tensor:
+    """The slices of every rank of the ring, one after the other; differentiable."""
+    from openrlhf.models import ring_attn_utils
+
+    group = ring_attn_utils.get_ring_attn_group()
+    if group is None:
+        return x
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(x.contiguous(), group=group), dim)
+
+
 class Bench:
     """An ActorPPOTrainer whose optimiser never steps, so that every call sees the same policy."""
 
-    def __init__(self, model: Path, zero_stage: int, lora_rank: int = 0) -> None:
+    def __init__(
+        self,
+        model: Path,
+        zero_stage: int,
+        lora_rank: int = 0,
+        packing: bool = False,
+        ring: int = 1,
+    ) -> None:
         from openrlhf.models import Actor
         from openrlhf.trainer.ray.ppo_actor import ActorPPOTrainer
 
-        self.args = arguments(zero_stage)
+        self.args = arguments(zero_stage, ds__ring_attn_size=ring)
         self.strategy = strategy_of_one(self.args)
+        if packing:
+            packed_attention()
         actor = Actor(
             str(model),
-            attn_implementation="eager",
+            attn_implementation=PACKED if packing else "eager",
+            packing_samples=packing,
             param_dtype="bf16",
             ds_config=self.strategy.get_ds_train_config(),
             lora_rank=lora_rank,

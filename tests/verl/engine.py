@@ -26,10 +26,51 @@ def nested(rows: list[Tensor]) -> Tensor:
     return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
 
 
+PACKED = "packed"
+
+
+def packed_attention() -> None:
+    """verl's own attention of packed rows, exchange between ranks included, without a GPU's kernel.
+
+    In place of flash-attention, which alone needs one: attention of each answer to itself.
+    """
+    import torch.nn.functional as F
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from verl.models.transformers import monkey_patch
+
+    def attention_of_each(
+        query: Tensor, key: Tensor, value: Tensor, *_: Any, position_ids: Tensor, **__: Any
+    ) -> Tensor:
+        answer = (position_ids[0] == 0).cumsum(-1)
+        allowed = (answer[:, None] == answer[None, :]).tril()
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=True)
+        return found.transpose(1, 2)
+
+    def packed(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **given: Any
+    ) -> tuple[Tensor, None]:
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        exchanged = monkey_patch._ulysses_flash_attention_forward
+        return exchanged(q, k, v, None, q.size(1), position_ids=given["position_ids"]), None
+
+    monkey_patch._flash_attention_forward = attention_of_each
+    ALL_ATTENTION_FUNCTIONS.register(PACKED, packed)
+
+
 class Bench:
     """A worker whose optimiser never steps: every case meets the same policy."""
 
-    def __init__(self, rank: int = 0, world_size: int = 1, port: int | None = None) -> None:
+    def __init__(
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        port: int | None = None,
+        packed: bool = False,
+        ulysses: int = 1,
+    ) -> None:
+        if packed:
+            packed_attention()
         os.environ.update(
             RANK=str(rank),
             WORLD_SIZE=str(world_size),
@@ -47,20 +88,22 @@ class Bench:
         from verl.workers.engine_workers import TrainingWorker
 
         torch.set_num_threads(1)
-        self.rank, self.world_size = rank, world_size
+        # Ranks of one sequence-parallel group have the same samples.
+        self.rank, self.world_size = rank // ulysses, world_size // ulysses
         self.worker = TrainingWorker(
             TrainingWorkerConfig(
                 model_type="language_model",
                 model_config=HFModelConfig(
                     path=str(POLICY),
-                    use_remove_padding=False,
+                    use_remove_padding=packed,
                     enable_gradient_checkpointing=False,
-                    override_config={"attn_implementation": "sdpa"},
+                    override_config={"attn_implementation": PACKED if packed else "sdpa"},
                 ),
                 engine_config=FSDPEngineConfig(
                     strategy="fsdp2",
                     forward_only=False,
                     fsdp_size=-1,
+                    ulysses_sequence_parallel_size=ulysses,
                     use_torch_compile=False,
                     dtype="float32",
                     mixed_precision={"param_dtype": "fp32"},

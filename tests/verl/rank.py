@@ -1,4 +1,7 @@
-"""One rank of several: ``python -m tests.verl.rank CASES.json OUT.pt``, RANK in its environment."""
+"""One rank of several: ``python -m tests.verl.rank CASES.json OUT.pt``, RANK in its environment.
+
+``python -m tests.verl.rank CASES.json OUT.pt 2``: of packed rows, cut between 2 ranks (Ulysses).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,14 @@ def main() -> None:
 
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     rank = int(os.environ["RANK"])
-    bench = Bench(rank, int(os.environ["WORLD_SIZE"]), int(os.environ["MASTER_PORT"]))
+    ulysses = int(sys.argv[3]) if len(sys.argv) > 3 else 1
+    bench = Bench(
+        rank,
+        int(os.environ["WORLD_SIZE"]),
+        int(os.environ["MASTER_PORT"]),
+        packed=ulysses > 1,
+        ulysses=ulysses,
+    )
     data = bench.batch()
     results = [bench.step(data, **case) for case in cases]
     if rank == 0:

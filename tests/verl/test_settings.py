@@ -13,6 +13,11 @@ ACTOR = "actor_rollout_ref.actor"
 OTHER_LOSSES = sorted(set(POLICY_LOSS_REGISTRY) - {"vanilla"})
 
 
+ROLLOUT = "actor_rollout_ref.rollout."
+TOP_P, TOP_K = f"{ROLLOUT}top_p=0.9", f"{ROLLOUT}top_k=50"
+RAW = f"{ROLLOUT}logprobs_mode=raw_logprobs"
+
+
 def own(kl_type: str, *more: str) -> list[str]:
     return [f"+klplug.kl_type={quoted(kl_type)}", *([COEF] if kl_type != "none" else []), *more]
 
@@ -191,6 +196,13 @@ MEAN = f"{ACTOR}.loss_agg_mode=seq-mean-token-mean"
 
 
 MISTAKES: list[tuple[list[str], list[str]]] = [
+    (own("k2_as_loss,reference=rollout", TOP_P), [f"{TOP_P}: the sampler's", "whole distribution"]),
+    (own("k2_as_loss,ratio=none,reference=rollout", TOP_K), [f"{TOP_K}: the sampler's"]),
+    (own("k2_as_loss,ratio=rollout,horizon=sequence", TOP_P), [TOP_P, "fades with the answer's"]),
+    (
+        own("k2_as_loss,reference=rollout", f"{ROLLOUT}temperature=0.7", RAW),
+        ["logprobs_mode=raw_logprobs and", "temperature=0.7: the sampler's"],
+    ),
     (own("exact_as_loss"), ["vocab=exact", "klplug.exact_kl", "'k2_as_loss'"]),
     (["+klplug.kl_type=k4_as_loss", COEF], ["k4_as_loss", "Known", "k3_as_loss"]),
     (["+klplug.kl_type=k3", COEF], ["k3_as_loss", "k3_in_reward"]),
@@ -271,7 +283,11 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     ),
     # What is not served, by name.
     (own("k2_as_loss", "+async_training.x=1"), ["asynchronous", "separate_async"]),
-    (own("k1_in_reward", "algorithm.adv_estimator=gae"), ["gae", "reward_norm=group"]),
+    (
+        own("k1_in_reward,baseline=batch", "algorithm.adv_estimator=gae"),
+        ["adv_estimator=gae", "baseline=batch"],
+    ),
+    (own("k1_in_reward", MEAN, "algorithm.adv_estimator=gae"), ["=gae there is no group"]),
     (
         own("k1_in_reward,reward_norm=group", "algorithm.adv_estimator=gdpo"),
         ["gdpo_reward_keys", "k2_as_loss"],

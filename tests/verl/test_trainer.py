@@ -16,6 +16,7 @@ from omegaconf import open_dict
 from torch import Tensor
 
 from klplug import kl_term
+from klplug.hosting.state import Reference, StateError
 from tests.one_meaning import BASELINES, BETA, batch, return_baseline, reward_advantages
 from tests.one_meaning import batch as batch_of_one_meaning
 from tests.verl.tensors import KEYS, experience
@@ -108,6 +109,26 @@ def test_reward_norm_group_is_verls_own_order(estimator: str) -> None:
     assert metrics["actor/reward_kl_penalty_coeff"] == BETA
 
 
+def test_under_gae_a_kl_is_in_the_rewards_that_the_values_are_of(kind: str) -> None:
+    """As on OpenRLHF, and as verl's own; the two orders are one where there is no group."""
+    algorithm = "algorithm.adv_estimator=gae"
+    own = (
+        "algorithm.use_kl_in_reward=True",
+        "algorithm.kl_penalty=k1",
+        f"algorithm.kl_ctrl.kl_coef={BETA}",
+    )
+    found = []
+    for settings in ((), own, klplug("k1_in_reward"), klplug("k1_in_reward,reward_norm=group")):
+        data = experience(batch(), SCORES)
+        data.batch["values"] = 0.3 * batch().old_log_probs
+        found.append(joined(trainer(algorithm, *settings, kind=kind), data, KEYS)[0].batch)
+    without, stock, ours, group = found
+    assert (stock["returns"] - without["returns"]).norm() > 0.1
+    for name in ("token_level_rewards", "advantages", "returns"):
+        torch.testing.assert_close(ours[name], stock[name], rtol=1e-6, atol=1e-7)
+        assert torch.equal(ours[name], group[name])
+
+
 def test_reward_norm_group_has_another_force_than_none() -> None:
     none, _ = staged(*klplug("k1_in_reward"))
     group, _ = staged(*klplug("k1_in_reward,reward_norm=group"))
@@ -193,10 +214,12 @@ def test_the_sampler_as_the_reference_loads_no_model(
     if not is_needed:
         del data.batch["ref_log_prob"]
     _, metrics = joined(made, data, KEYS)
+    # On the sampler's own samples its KL is 0, and no KL to a reference is to be had.
+    assert ("klplug/k1" in metrics) is ("klplug/kl_before_update" in metrics) is is_needed
     if kl_type != "none":
         made.actor_rollout_wg = Workers()
         update(made, metrics)
-        assert metrics["klplug/kl_before_update"] > 0
+        assert made.actor_rollout_wg.sent == [BETA]
 
 
 def test_stock_kls_need_their_reference_model(kind: str) -> None:
@@ -219,8 +242,92 @@ def test_what_comes_later_in_the_answer_counts_across_its_rows() -> None:
 def test_a_group_compares_answers_not_rows() -> None:
     coefficient = torch.tensor([[1.0], [2.0], [4.0], [8.0]])
     keys, groups = ["u_0_0", "u_1_0", "u_0_1", "w_0_0"], ["u", "u", "u", "w"]
-    excess = excess_over_group(coefficient, keys, groups)
+    excess = excess_over_group(coefficient, torch.ones(4, 1), keys, groups)
     assert torch.equal(excess, torch.tensor([[3.0], [-3.0], [3.0], [0.0]]))
+    without = excess_over_group(coefficient, torch.tensor([[1], [0], [1], [1]]), keys, groups)
+    assert torch.equal(without, torch.zeros(4, 1))  # one without tokens is none
+
+
+# Rows without tokens: verl pads its batches, filters and rejection sampling empty them.
+
+PADDED_KEYS = ("a_0_0", "a_1_0", "b_0_0", "pad_0_0")
+
+
+def padded() -> tuple[Any, Tensor]:
+    """Two answers of one prompt, one alone, and a row of padding; log(pi/ref) of their tokens."""
+    given = batch()
+    data = experience(given, SCORES, groups=("a", "a", "b", "pad"))
+    data.batch["response_mask"][3] = 0
+    data.batch["token_level_scores"][3] = 0
+    return data, (given.old_log_probs - given.ref_log_probs) * data.batch["response_mask"]
+
+
+def to_go(x: Tensor) -> Tensor:
+    return x.flip(-1).cumsum(-1).flip(-1)
+
+
+@pytest.mark.parametrize(
+    "division", ["", "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean"]
+)
+def test_an_answer_alone_and_a_row_of_padding_stop_no_run(kind: str, division: str) -> None:
+    own = [division] if division else []
+    data, lr = padded()
+    found, _ = joined(
+        trainer(*klplug("k1_in_reward,baseline=group"), *own, kind=kind), data, PADDED_KEYS
+    )
+    stock, _ = joined(trainer(*own, kind=kind), padded()[0], PADDED_KEYS)
+    extra = found.batch["advantages"] - stock.batch["advantages"]
+    kl = lr.sum(-1, keepdim=True).expand_as(lr) if division else to_go(lr)
+    alone = torch.zeros_like(kl[2]) if division else kl[2]
+    force = torch.stack([kl[0] - kl[1], kl[1] - kl[0], alone, torch.zeros_like(kl[3])])
+    expected = -BETA * force * data.batch["response_mask"]
+    torch.testing.assert_close(extra, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_n_of_the_controller_counts_answers(kind: str) -> None:
+    data, _ = padded()
+    made = trainer(*klplug("k2_as_loss"), *ADAPTIVE, kind=kind)
+    made.actor_rollout_wg = Workers()
+    joined(made, data, PADDED_KEYS)
+    update(made, {})
+    assert made.klplug.controller.value == pytest.approx(BETA * math.exp(0.2 * 3 / 40))
+
+
+def test_n_counts_an_answer_of_several_rows_once() -> None:
+    made = trainer(*klplug("k2_as_loss"), *ADAPTIVE)
+    if not hasattr(made, "_compute_advantage"):
+        return  # a row is an answer there
+    joined(made, padded()[0], ("a_0_0", "a_0_1", "b_0_0", "pad_0_0"))
+    assert made.klplug.n_answers == 2
+
+
+def test_a_row_of_padding_does_not_dilute_the_penalty_that_is_logged(kind: str) -> None:
+    data, lr = padded()
+    own = klplug("k1_in_reward,reward_norm=group")
+    _, metrics = joined(trainer(*own, kind=kind), data, PADDED_KEYS)
+    lengths = torch.tensor([6.0, 4.0, 1.0])
+    expected = (lr.sum(-1)[:3] / lengths).mean().item()
+    assert metrics["actor/reward_kl_penalty"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_rejection_sampling_leaves_the_kl_of_an_answer_whole(kind: str) -> None:
+    """verl's own KL in the reward is taken before its rejection sampling masks tokens out."""
+    rejects = (
+        "algorithm.rollout_correction.rollout_rs=token_k1",
+        "algorithm.rollout_correction.rollout_rs_threshold='0.95_1.05'",
+    )
+    found, _ = joined(
+        trainer(*klplug("k1_in_reward"), *rejects, kind=kind), experience(batch(), SCORES), KEYS
+    )
+    stock, _ = joined(trainer(*rejects, kind=kind), experience(batch(), SCORES), KEYS)
+    given, kept = batch(), found.batch["response_mask"]
+    assert 0 < kept.sum() < given.response_mask.sum()
+    assert torch.equal(kept, stock.batch["response_mask"])
+    lr = (given.old_log_probs - given.ref_log_probs) * given.response_mask
+    expected = -BETA * to_go(lr) * kept
+    extra = (found.batch["advantages"] - stock.batch["advantages"]) * kept
+    torch.testing.assert_close(extra, expected, rtol=1e-4, atol=1e-5)
+    assert (to_go(lr) - to_go(lr * kept)).abs().max() > 0.01  # and that is another
 
 
 # The controller.
@@ -359,7 +466,9 @@ def test_state_is_saved_and_restored(
     first.klplug.controller.controller.value = 0.123
     first._save_checkpoint()
     state = json.loads((tmp_path / "global_step_7" / "klplug.json").read_text())
-    assert state == {"kl_type": "k2_as_loss", "kl_ctrl": "adaptive", "value": 0.123}
+    reference = {"path": "hub/model", "weights": None}
+    own = {"kl_ctrl": "adaptive", "value": 0.123}
+    assert state == {"kl_type": "k2_as_loss", "reference": reference, **own}
 
     second = saving(kind, tmp_path, *klplug("k2_as_loss"), *ADAPTIVE)
     second._load_checkpoint()
@@ -388,6 +497,31 @@ def test_resuming_under_another_kl_type_warns(
     (path / "klplug.json").unlink()
     saving(kind, tmp_path, *klplug("k2_as_loss"))._load_checkpoint()
     assert "verl's own KL" in capsys.readouterr().out
+
+
+def test_resuming_with_another_reference_warns(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = saving(kind, tmp_path, *klplug("k2_as_loss"))
+    first.global_steps = 3
+    first._save_checkpoint()
+    resumed = saving(kind, tmp_path, *klplug("k2_as_loss"))
+    resumed._load_checkpoint()
+    assert "WARNING" not in capsys.readouterr().out
+    resumed.klplug.reference = Reference.of("hub/model-step-3")
+    resumed._load_checkpoint()
+    said = capsys.readouterr().out
+    assert "with the reference hub/model-step-3 a run that was trained with hub/model:" in said
+
+
+def test_a_state_file_cut_in_half_stops_the_resume(kind: str, tmp_path: Path) -> None:
+    first = saving(kind, tmp_path, *klplug("k2_as_loss"))
+    first.global_steps = 3
+    first._save_checkpoint()
+    path = tmp_path / "global_step_3" / "klplug.json"
+    path.write_text(path.read_text()[:20])
+    with pytest.raises(StateError, match=r"global_step_3/klplug.json.*delete the file"):
+        saving(kind, tmp_path, *klplug("k2_as_loss"))._load_checkpoint()
 
 
 def test_a_stock_run_writes_no_state(kind: str, tmp_path: Path) -> None:

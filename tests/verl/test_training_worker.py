@@ -193,12 +193,36 @@ def test_two_ranks_give_the_gradient_of_one(bench: Bench, data: Any, tmp_path: P
         {"kl_loss_type": form, "loss_agg_mode": mode} for form in FORMS for mode in AGGREGATIONS
     ]
     cases.append({"kl_loss_type": FORMS[0], "micro_batch": 2})
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    out, port = tmp_path / "out.pt", str(free_port())
+    for case, (gradient, metrics) in zip(cases, on_two_ranks(cases, tmp_path), strict=True):
+        whole, whole_metrics = bench.step(data, **case)
+        same(whole, gradient, rtol=1e-4)
+        approximately(whole_metrics, metrics)
+
+
+def test_packed_rows_cut_between_two_ranks_give_the_gradient_of_padded_ones(
+    bench: Bench, data: Any, tmp_path: Path
+) -> None:
+    """verl's sequence parallelism (Ulysses): each rank has half of every packed row."""
+    cases = [{"kl_loss_type": form} for form in FORMS]
+    cases.append({"kl_loss_type": FORMS[0], "micro_batch": 2})
+    results = on_two_ranks(cases, tmp_path, "2")
+    for case, (gradient, metrics) in zip(cases, results, strict=True):
+        whole, whole_metrics = bench.step(data, **case)
+        same(whole, gradient, rtol=1e-4)
+        approximately(whole_metrics, metrics)
+
+
+def on_two_ranks(
+    cases: list[dict[str, Any]], folder: Path, *words: str
+) -> list[tuple[Tensor, dict[str, Any]]]:
+    """Gradient and metrics of each case, by two processes."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    out, port = folder / "out.pt", str(free_port())
+    command = [sys.executable, "-W", "ignore", "-m", "tests.verl.rank", "cases.json", str(out)]
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.verl.rank", "cases.json", str(out)],
-            cwd=tmp_path,
+            [*command, *words],
+            cwd=folder,
             env={
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "adapters")]),
@@ -210,10 +234,8 @@ def test_two_ranks_give_the_gradient_of_one(bench: Bench, data: Any, tmp_path: P
         for rank in range(2)
     ]
     assert [rank.wait(300) for rank in ranks] == [0, 0]
-    for case, (gradient, metrics) in zip(cases, torch.load(out, weights_only=False), strict=True):
-        whole, whole_metrics = bench.step(data, **case)
-        same(whole, gradient, rtol=1e-4)
-        approximately(whole_metrics, metrics)
+    results: list[tuple[Tensor, dict[str, Any]]] = torch.load(out, weights_only=False)
+    return results
 
 
 # What reaches the worker.

@@ -139,7 +139,7 @@ def joined(trainer: Any, data: Any, keys: Sequence[str]) -> tuple[Any, dict[str,
                 data.batch[name] = tensor.to_padded_tensor(0.0)
         return data, metrics
 
-    from verl.trainer.ppo import ray_trainer
+    from verl.trainer.ppo import ray_trainer, rollout_corr_helper
 
     algorithm = trainer.config.algorithm
 
@@ -152,6 +152,12 @@ def joined(trainer: Any, data: Any, keys: Sequence[str]) -> tuple[Any, dict[str,
             metrics.update(own)
         else:
             found.batch["token_level_rewards"] = found.batch["token_level_scores"]
+        correction = algorithm.get("rollout_correction")
+        if correction is not None and "rollout_log_probs" in found.batch:
+            found, own = rollout_corr_helper.compute_rollout_correction_and_add_to_batch(
+                found, correction
+            )
+            metrics.update(own)
         return ray_trainer.compute_advantage(
             found,
             adv_estimator=algorithm.adv_estimator,

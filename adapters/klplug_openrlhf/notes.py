@@ -1,0 +1,103 @@
+"""What klplug says of a run on OpenRLHF that starts: at its launch, and in its audit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from klplug.hosting import notes as hosting
+from klplug.hosting.refusals import Refusal, Said, refusals
+from klplug.hosting.settings import Settings
+from klplug_openrlhf.keys import (
+    ASYNC,
+    DUAL_CLIP,
+    ESTIMATOR,
+    HORIZON,
+    IS_ENABLE,
+    IS_LEVEL,
+    KL_HORIZON,
+    LOSS_AGG,
+    ROLLOUT_BATCH,
+    TARGET,
+    TOP_P,
+    N,
+)
+from klplug_openrlhf.plan import Plan, dividing_by_length
+
+WHITENED_ESTIMATORS = ("gae", "reinforce", "reinforce_baseline")
+
+
+def notes(plan: Plan | None, settings: Settings) -> Iterator[Refusal]:
+    """What is served, and may not be what was expected; of its own KL where there is no plan."""
+    return refusals(ROWS, plan, settings)
+
+
+def cut(settings: Settings) -> tuple[str, str] | None:
+    """The option by which the sampler's log-probs are not the policy's, and it in words.
+
+    Trainer and sampler divide by the same temperature.
+    """
+    top_p = settings.get(TOP_P, 1.0)
+    return (TOP_P, f"{settings.named(TOP_P)} {top_p:g}") if top_p < 1 else None
+
+
+def whitened(plan: Plan | None, settings: Settings) -> Said:
+    estimator = settings.get(ESTIMATOR)
+    if plan is not None and plan.in_reward.terms and estimator in WHITENED_ESTIMATORS:
+        yield (
+            ESTIMATOR,
+            f"{estimator} whitens advantages after the KL has joined them, so its "
+            "strength is kl_coef over their standard deviation in each batch",
+        )
+
+
+def divided_by_length(plan: Plan | None, settings: Settings) -> Said:
+    if plan is None:
+        return
+    dividing = ", ".join(dividing_by_length(settings))
+    if dividing and any(term.horizon == "sequence" for term in plan.as_loss.terms):
+        yield (
+            LOSS_AGG,
+            f"{dividing} divides by the answer's length, and the gradient of whole answers is "
+            "exact for sums over tokens only: it is tilted to long answers",
+        )
+
+
+def dual_clip(plan: Plan | None, settings: Settings) -> Said:
+    clip = settings.get(DUAL_CLIP)
+    if plan is not None and plan.combined.terms and clip is not None:
+        yield (
+            DUAL_CLIP,
+            f"{settings.named(DUAL_CLIP)} {clip:g} clips the KL with the advantages that it is in",
+        )
+
+
+def truncated_sampler(plan: Plan | None, settings: Settings) -> Said:
+    if plan is not None and (found := cut(settings)) is not None:
+        key, how = found
+        for words in hosting.tilted_weights(plan, how):
+            yield key, words
+
+
+def stale_samples(plan: Plan | None, settings: Settings) -> Said:
+    if plan is None or not settings.get(ASYNC, False):
+        return
+    in_reward = settings.get(IS_LEVEL, "off") != "off" or bool(settings.get(IS_ENABLE, False))
+    for term in plan.spec.terms:
+        weighted = in_reward if term.placement == "in_reward" else hosting.weighs_the_sampler(term)
+        if not weighted:
+            yield ASYNC, hosting.STALE
+            return
+
+
+def short_horizon(plan: Plan | None, settings: Settings) -> Said:
+    answers = int(settings.get(ROLLOUT_BATCH, 0)) * int(settings.get(N, 1))
+    if plan is not None:
+        for words in hosting.short_horizon(plan, answers):
+            yield KL_HORIZON, words
+        return
+    horizon = settings.get(HORIZON)
+    if settings.get(TARGET) and horizon and 5 * horizon < answers:
+        yield HORIZON, hosting.negative_horizon(horizon, answers)
+
+
+ROWS = (whitened, divided_by_length, dual_clip, truncated_sampler, stale_samples, short_horizon)

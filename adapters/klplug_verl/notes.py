@@ -1,0 +1,126 @@
+"""What klplug says of a run on verl that starts: at its launch, and in its audit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from klplug.hosting import notes as hosting
+from klplug.hosting.refusals import Refusal, Said, refusals
+from klplug.hosting.settings import Settings
+from klplug_verl.keys import (
+    ACTOR,
+    ADAPTERS,
+    BYPASS,
+    CTRL_HORIZON,
+    CTRL_TYPE,
+    ESTIMATOR,
+    KL_HORIZON,
+    LOGPROBS_MODE,
+    REF,
+    ROLLOUT_IS,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+    TRAIN_BATCH,
+    TRAINER_MODE,
+    N,
+)
+from klplug_verl.plan import Plan
+
+
+def notes(plan: Plan | None, settings: Settings) -> Iterator[Refusal]:
+    """What is served, and may not be what was expected; of verl's own KL where there is no plan."""
+    return refusals(ROWS, plan, settings)
+
+
+def cut(settings: Settings) -> tuple[str, str] | None:
+    """The setting by which the sampler's log-probs are not the policy's, and it in words.
+
+    Trainer and sampler divide by the same temperature, but for log-probs that are taken before it.
+    """
+    if settings.get(LOGPROBS_MODE, "processed_logprobs") == "raw_logprobs":
+        temperature = settings.get(TEMPERATURE, 1.0)
+        if temperature != 1:
+            return TEMPERATURE, f"{LOGPROBS_MODE}=raw_logprobs and {TEMPERATURE}={temperature:g}"
+        return None
+    top_p, top_k = settings.get(TOP_P, 1), settings.get(TOP_K, -1)
+    if top_p < 1:
+        return TOP_P, f"{TOP_P}={top_p:g}"
+    if top_k > 0:
+        return TOP_K, f"{TOP_K}={top_k}"
+    return None
+
+
+def whitened(plan: Plan | None, settings: Settings) -> Said:
+    in_reward = plan is not None and plan.spec.placed("in_reward").terms
+    if in_reward and settings.get(ESTIMATOR) == "gae":
+        yield (
+            ESTIMATOR,
+            "gae whitens advantages after the KL has joined them, so its "
+            "strength is kl_coef over their standard deviation in each batch",
+        )
+
+
+def truncated_sampler(plan: Plan | None, settings: Settings) -> Said:
+    if plan is not None and (found := cut(settings)) is not None:
+        key, how = found
+        for words in hosting.tilted_weights(plan, how):
+            yield key, words
+
+
+def stale_samples(plan: Plan | None, settings: Settings) -> Said:
+    if plan is None or settings.get(TRAINER_MODE) not in ("colocate_async", "separate_async"):
+        return
+    in_reward = bool(settings.get(ROLLOUT_IS)) or bool(settings.get(BYPASS))
+    for term in plan.spec.terms:
+        weighted = in_reward if term.placement == "in_reward" else hosting.weighs_the_sampler(term)
+        if not weighted:
+            yield TRAINER_MODE, hosting.STALE
+            return
+
+
+def lora_reference(plan: Plan | None, settings: Settings) -> Said:
+    if plan is not None and not plan.needs_reference:
+        return
+    for key in ADAPTERS:
+        if (path := settings.get(key)) is not None:
+            yield (
+                key,
+                f"{key}={path}: verl's reference is the base model without this adapter, so the KL "
+                "is not 0 at the first step, and pulls out again what the adapter learned. Merge "
+                "it into the model to hold the policy to it",
+            )
+
+
+def reference_dtype(plan: Plan | None, settings: Settings) -> Said:
+    if plan is not None and not plan.needs_reference:
+        return
+    key = f"{REF}fsdp_config.mixed_precision.param_dtype"
+    policy, reference = (dtype(settings, side) for side in (ACTOR, REF))
+    if policy != reference:
+        yield (
+            key,
+            f"The policy computes in {policy} and the reference in {reference}: their log-probs "
+            "differ where the weights are the same, so the KL is not 0 at the first step and never "
+            "falls below that. Set the same mixed_precision.param_dtype for both",
+        )
+
+
+def dtype(settings: Settings, side: str) -> str:
+    """In which FSDP computes; verl's default is bf16."""
+    name = settings.get(f"{side}fsdp_config.mixed_precision.param_dtype", "bf16")
+    return {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}.get(str(name), str(name))
+
+
+def short_horizon(plan: Plan | None, settings: Settings) -> Said:
+    answers = int(settings.get(TRAIN_BATCH, 0)) * int(settings.get(N, 1))
+    if plan is not None:
+        for words in hosting.short_horizon(plan, answers):
+            yield KL_HORIZON, words
+        return
+    horizon = settings.get(CTRL_HORIZON)
+    if settings.get(CTRL_TYPE) == "adaptive" and horizon and 5 * horizon < answers:
+        yield CTRL_HORIZON, hosting.negative_horizon(horizon, answers)
+
+
+ROWS = (whitened, truncated_sampler, stale_samples, lora_reference, reference_dtype, short_horizon)

@@ -1,0 +1,72 @@
+"""What is said of a run that starts, in the same words at its launch and by its audit.
+
+Sentences that hold on any host; a host's ``notes.py`` knows when.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from klplug.controllers import AdaptiveKL
+from klplug.hosting.settings import Asked
+from klplug.spec import TermSpec
+
+STALE = (
+    "Asynchronous rollouts come from a policy some updates old, and nothing weighs the KL for "
+    "that: the ratio to old starts when the update does"
+)
+
+
+def weighs_the_sampler(term: TermSpec) -> bool:
+    """Whether samples are weighted from the sampler's own probabilities, for a term as loss."""
+    return term.placement == "as_loss" and term.head == "separate" and term.ratio == "rollout"
+
+
+def truncated(plan: Asked, how: str) -> Iterator[str]:
+    """Why the sampler's log-probs are not those of a policy, whose sampling ``how`` cuts or bends.
+
+    A sampler that keeps a share S of the mass gives log pi - log S: pi/rollout is S, and not 1.
+    """
+    for term in plan.spec.terms:
+        if term.reference == "rollout":
+            yield (
+                f"kl_type {term} with {how}: the sampler's log-probs are then of another "
+                "distribution than the policy's, so this KL pulls where the two policies are one"
+            )
+        elif term.ratio == "rollout" and term.level in ("prefix", "sequence"):
+            yield (
+                f"kl_type {term} with {how}: the sampler's log-probs are then of another "
+                "distribution than the policy's, and a product of ratios to it fades with the "
+                "answer's length"
+            )
+
+
+def tilted_weights(plan: Asked, how: str) -> Iterator[str]:
+    """Of weights per token, each of which is off by its own S, and no more."""
+    for term in plan.spec.terms:
+        if term.ratio == "rollout" and term.reference != "rollout" and term.level == "token":
+            yield (
+                f"ratio=rollout with {how}: the sampler's log-probs are then of another "
+                "distribution than the policy's, so the weights are not 1 on its own samples "
+                "(klplug/weight_mean)"
+            )
+
+
+def short_horizon(plan: Asked, answers: int) -> Iterator[str]:
+    """Of klplug's adaptive controller, ``exp(error n / horizon)`` with an error of 0.2 at most."""
+    controller = plan.controller()
+    if isinstance(controller, AdaptiveKL) and controller.horizon < answers:
+        yield (
+            f"kl_horizon is counted in answers, and {controller.horizon:g} is less than the "
+            f"{answers} of a step: kl_coef can change by a factor of "
+            f"e^{0.2 * answers / controller.horizon:.3g} in one"
+        )
+
+
+def negative_horizon(horizon: float, answers: int) -> str:
+    """Of the hosts' own, ``1 + error * n / horizon``."""
+    return (
+        f"The horizon is counted in answers, and {horizon:g} is less than a fifth of the {answers} "
+        "of a step: the controller multiplies by 1 - 0.2 n / horizon, so its coefficient turns "
+        "negative"
+    )

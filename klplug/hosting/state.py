@@ -1,0 +1,121 @@
+"""What a checkpoint keeps of klplug: written whole or not at all, and read with one clear error."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class StateError(ValueError):
+    """What a checkpoint kept of klplug can't be read."""
+
+
+def write(path: Path, state: Mapping[str, Any]) -> None:
+    """Put the file in place in one step: a run that ends here leaves the one before whole.
+
+    Raises:
+        OSError: names the file.
+    """
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with scratch.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(state) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise OSError(
+            error.errno, f"klplug can't save the state of its controller: {error.strerror}", path
+        ) from None
+
+
+def read(path: Path) -> Any:
+    """What ``write`` put there; ``None`` where there is no such file.
+
+    Raises:
+        StateError: names the file, what is wrong and what to do.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise StateError(
+            f"{path} is no whole JSON file ({error}), so the state of klplug's controller can't be "
+            f"read. {WHAT_TO_DO}"
+        ) from None
+
+
+WHAT_TO_DO = (
+    "Resume from another checkpoint; or delete the file, and the controller starts from kl_coef"
+)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The reference model of a run, as its checkpoints remember it.
+
+    Attributes:
+        path: as the host is given it, a folder or a name on the hub.
+        weights: a digest of its weights; ``None`` where they are not on this machine.
+    """
+
+    path: str
+    weights: str | None
+
+    @classmethod
+    def of(cls, path: str) -> Reference:
+        folder = _folder(path)
+        return cls(path, None if folder is None else _digest(folder))
+
+    def is_another_than(self, saved: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint was trained against other weights; its path where none are known.
+
+        The same weights at another place are the same reference.
+        """
+        weights = saved.get("weights")
+        if self.weights is None or weights is None:
+            return self.path != saved.get("path")
+        return self.weights != weights
+
+
+_BLOCK, _BLOCKS = 1 << 16, 64
+
+
+def _digest(folder: Path) -> str | None:
+    """Of every weights file its name, its size and blocks spread evenly over it.
+
+    Training moves every weight, so a sample of them tells two models apart; reading all of a large
+    model would take minutes.
+    """
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+    if not files:
+        return None
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name}\0{size}\0".encode())
+        with file.open("rb") as content:
+            for start in range(0, size, max(_BLOCK, size // _BLOCKS)):
+                content.seek(start)
+                digest.update(content.read(_BLOCK))
+    return digest.hexdigest()
+
+
+def _folder(path: str) -> Path | None:
+    """Where the weights lie on this machine: the folder itself, or the hub's copy of it."""
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(path, "config.json")
+    except (ImportError, ValueError):  # no name on the hub, as hdfs://...
+        return None
+    return Path(config).parent if isinstance(config, str) else None

@@ -1,0 +1,85 @@
+"""A run of either host that saves each step, started as a user starts it, to be disturbed."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from recipes import cpu_shim
+from recipes.quickstart import openrlhf, run, verl
+from recipes.quickstart.processes import HostProcesses
+from recipes.quickstart.progress import Metrics
+from recipes.quickstart.settings import HERE, settings
+
+PATIENCE = 900  # seconds
+HOST = {"openrlhf": openrlhf, "verl": verl}
+ADAPTIVE = {
+    "openrlhf": [
+        *("--klplug.kl_ctrl", "adaptive", "--klplug.kl_target", "1e-5"),
+        *("--klplug.kl_horizon", "1000", "--ckpt.save_steps", "1"),
+    ],
+    "verl": [
+        *("+klplug.kl_ctrl=adaptive", "+klplug.kl_target=1e-5", "+klplug.kl_horizon=1000"),
+        "trainer.save_freq=1",
+        # What is not saved can't be resumed: the quickstart keeps the weights alone.
+        "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra]",
+    ],
+}
+RESUME = {"openrlhf": ["--ckpt.load_enable"], "verl": ["trainer.resume_mode=auto"]}
+
+
+@dataclass
+class Disturbed:
+    """A run that goes on, its processes and its log."""
+
+    host: str
+    process: subprocess.Popen[bytes]
+    processes: HostProcesses
+    log: Path
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    @property
+    def steps(self) -> list[Metrics]:
+        found = (HOST[self.host].step_metrics(line) for line in self.text.splitlines())
+        return [metrics for metrics in found if metrics is not None]
+
+    def wait(self) -> int:
+        return self.process.wait(PATIENCE)
+
+    def wait_for_step(self, step: int) -> None:
+        """Until that step is logged, or the run has ended."""
+        end = time.monotonic() + PATIENCE
+        while not any(metrics["step"] >= step for metrics in self.steps):
+            assert self.process.poll() is None and time.monotonic() < end, run.last_lines(self.log)
+            time.sleep(0.5)
+
+    def named(self, title: str) -> psutil.Process:
+        """The process of this run whose title has these words."""
+        found = [p for p in self.processes.alive() if title in " ".join(p.cmdline())]
+        assert found, [p.cmdline() for p in self.processes.alive()]
+        return found[0]
+
+
+@contextmanager
+def running(
+    host: str, folder: Path, *words: str, kl_type: str = "k1_in_reward", steps: int = 3
+) -> Iterator[Disturbed]:
+    """A run in ``folder``, whose checkpoints a later one there finds; ended with the block."""
+    made = settings(host=host, kl_type=kl_type, steps=steps)
+    prompts, log = folder / "prompts.jsonl", folder / "log.txt"
+    run.write_prompts(made, prompts)
+    log.write_text("")
+    command = HOST[host].command(made, made.recipe, HERE / "policy", prompts, folder / "policy")
+    with HostProcesses() as processes:
+        environment = processes.environment(cpu_shim.environment(host))
+        process = processes.start([*command, *ADAPTIVE[host], *words], environment, folder, log)
+        yield Disturbed(host, process, processes, log)

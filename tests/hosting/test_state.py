@@ -1,0 +1,141 @@
+"""The state that a checkpoint keeps: whole or not there, and read with an error that helps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from klplug import parse
+from klplug.controllers import AdaptiveKL
+from klplug.hosting.controller import MeasuredController
+from klplug.hosting.state import Reference, StateError, read, write
+
+STATE = {"kl_type": "k2_as_loss", "kl_ctrl": "adaptive", "value": 0.25}
+# No file may grow, as on a full disk: the system's own error, after the file was opened.
+ON_A_FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from klplug.hosting.state import write
+resource.setrlimit(resource.RLIMIT_FSIZE, (8, 8))
+write(Path(sys.argv[1]), {"kl_type": "k3_as_loss", "kl_ctrl": "fixed", "value": 1.0})
+"""
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "klplug.json"
+    assert read(path) is None
+    write(path, STATE)
+    write(path, STATE | {"value": 0.5})
+    assert read(path) == STATE | {"value": 0.5}
+    assert [p.name for p in tmp_path.iterdir()] == ["klplug.json"]
+
+
+def test_a_full_disk_leaves_the_file_before_whole(tmp_path: Path) -> None:
+    path = tmp_path / "klplug.json"
+    write(path, STATE)
+    command = [sys.executable, "-c", ON_A_FULL_DISK, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "klplug can't save the state of its controller" in done.stderr.splitlines()[-1]
+    assert str(path) in done.stderr.splitlines()[-1]
+    assert read(path) == STATE
+    assert [p.name for p in tmp_path.iterdir()] == ["klplug.json"]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 20, 56])
+def test_a_file_cut_short_is_named_with_what_to_do(kept: int, tmp_path: Path) -> None:
+    path = tmp_path / "klplug.json"
+    write(path, STATE)
+    assert path.stat().st_size > kept + 1
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(StateError, match="delete the file") as caught:
+        read(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("saved", [[], 3, {}, {"kl_type": "k2_as_loss"}, "{"])
+def test_a_state_of_another_shape_is_named(saved: Any) -> None:
+    controller = MeasuredController(AdaptiveKL(0.1, target=0.1, horizon=10))
+    with pytest.raises(StateError, match="state of klplug's controller"):
+        controller.resume(saved, parse("k2_as_loss"), None, "adaptive", "a host")
+
+
+@pytest.mark.parametrize("value", [None, "0.1", -1.0, float("nan")])
+def test_a_coefficient_that_is_none_is_named(value: Any) -> None:
+    controller = MeasuredController(AdaptiveKL(0.1, target=0.1, horizon=10))
+    with pytest.raises(ValueError, match=r"saved state.*value="):
+        controller.resume(STATE | {"value": value}, parse("k2_as_loss"), None, "adaptive", "a host")
+    assert controller.value == 0.1
+
+
+# The reference's identity.
+
+
+def model(folder: Path, middle: bytes = b"\0", size: int = 3 << 20) -> Path:
+    """A model of one large weights file, whose byte in the middle is given."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    weights = bytearray(size)
+    weights[size // 2 : size // 2 + 1] = middle
+    (folder / "model.safetensors").write_bytes(weights)
+    return folder
+
+
+def test_a_reference_is_its_weights_wherever_they_lie(tmp_path: Path) -> None:
+    first = Reference.of(str(model(tmp_path / "sft")))
+    moved = Reference.of(str(shutil.copytree(tmp_path / "sft", tmp_path / "elsewhere")))
+    trained = Reference.of(str(model(tmp_path / "step_300", b"\1")))
+    assert not moved.is_another_than(vars(first))
+    assert trained.is_another_than(vars(first))
+    shutil.rmtree(tmp_path / "sft")
+    replaced = Reference.of(str(model(tmp_path / "sft", b"\1")))
+    assert replaced.path == first.path and replaced.is_another_than(vars(first))
+
+
+def test_where_no_weights_are_at_hand_the_name_decides() -> None:
+    first = Reference.of("hub/model")
+    assert first.weights is None
+    assert not Reference.of("hub/model").is_another_than(vars(first))
+    assert Reference.of("hub/another").is_another_than(vars(first))
+
+
+def test_a_resume_with_another_reference_says_both(capsys: pytest.CaptureFixture[str]) -> None:
+    controller = MeasuredController(AdaptiveKL(0.1, target=0.1, horizon=10))
+    spec, first = parse("k2_as_loss"), Reference("hub/sft", "1234567890abcdef")
+    saved = json.loads(json.dumps(controller.saved(spec, first)))
+    controller.resume(saved, spec, Reference("hub/sft", "1234567890abcdef"), "adaptive", "a host")
+    controller.resume(controller.saved(spec, None), spec, first, "adaptive", "a host")
+    assert capsys.readouterr().out == ""
+    controller.resume(saved, spec, Reference("ckpt/step_3", "fedcba09"), "adaptive", "a host")
+    said = capsys.readouterr().out
+    assert "WARNING: resuming with the reference ckpt/step_3 (weights fedcba09)" in said
+    assert "hub/sft (weights 12345678)" in said
+
+
+# Two runs on one folder.
+
+WRITES = """
+import sys
+from pathlib import Path
+from klplug.hosting.state import write
+for n in range(60):
+    write(Path(sys.argv[1]), {"kl_type": sys.argv[2] * 500, "kl_ctrl": "adaptive", "value": n})
+"""
+
+
+def test_two_runs_on_one_folder_leave_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "klplug.json"
+    write(path, STATE)
+    runs = [subprocess.Popen([sys.executable, "-c", WRITES, str(path), who]) for who in "ab"]
+    seen = set()
+    while any(run.poll() is None for run in runs):
+        seen.add(read(path)["kl_type"][:1])
+    assert [run.wait() for run in runs] == [0, 0] and {"a", "b"} & seen
+    assert read(path)["value"] == 59
+    assert [p.name for p in tmp_path.iterdir()] == ["klplug.json"]

@@ -1,0 +1,42 @@
+"""One rank of a ring: ``python -m tests.openrlhf.rank MODEL KL_TYPE... OUT.pt``, RANK set.
+
+OpenRLHF's ring attention by its own code, with stand-ins for the two packages that need a GPU:
+ring-flash-attn, and flash-attention's gather.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from recipes import cpu_shim
+
+
+def main() -> None:
+    cpu_shim.install("openrlhf")
+    ring = ModuleType("ring_flash_attn")
+    ring.substitute_hf_flash_attn = lambda *_: None
+    ring.update_ring_flash_attn_params = lambda *_: None
+    sys.modules["ring_flash_attn"] = ring
+
+    import klplug_openrlhf
+    from openrlhf.models import ring_attn_utils
+
+    from tests.openrlhf.trainer import Bench, of_all_ranks
+
+    klplug_openrlhf.apply()
+    ring_attn_utils.all_gather = lambda x, group: of_all_ranks(x, 0)
+    model, *kl_types, out = sys.argv[1:]
+    bench = Bench(Path(model), zero_stage=2, packing=True, ring=int(os.environ["WORLD_SIZE"]))
+    experience = bench.experience()
+    steps = [vars(bench.step(experience, kl)) for kl in kl_types]
+    if os.environ["RANK"] == "0":
+        torch.save((vars(experience), steps), out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""What is said of a run that starts: the launch and the audit say it in the same words."""
+
+from __future__ import annotations
+
+import pytest
+from klplug_verl.notes import ROWS
+
+from klplug.hosting.host import hosts
+from tests.verl.test_refusals import _settings, report
+from tests.verl.test_settings import RAW, ROLLOUT, TOP_K, TOP_P, own
+from tests.verl.trainer import derived
+
+MODEL = "actor_rollout_ref.model."
+DTYPE = "fsdp_config.mixed_precision.param_dtype"
+ADAPTIVE = ("+klplug.kl_ctrl=adaptive", "+klplug.kl_target=0.1")
+BY_THE_SAMPLER = "k2_as_loss,ratio=rollout"
+
+# finding: what has it, with a word of it.
+SAID = {
+    "truncated-sampler": [
+        (own(BY_THE_SAMPLER, TOP_P), "top_p=0.9"),
+        (own(BY_THE_SAMPLER, TOP_K), "top_k=50"),
+        (own(BY_THE_SAMPLER, RAW, f"{ROLLOUT}temperature=0.7"), "temperature=0.7"),
+    ],
+    "stale-samples": [
+        (own("k2_as_loss", "trainer.v1.trainer_mode=separate_async"), "some updates old"),
+        (own("k1_in_reward", "trainer.v1.trainer_mode=colocate_async"), "some updates old"),
+        (
+            own("k2_as_loss,ratio=rollout,head=clipped", "trainer.v1.trainer_mode=separate_async"),
+            "some updates old",
+        ),
+    ],
+    "lora-reference": [
+        (own("k2_as_loss", f"{MODEL}lora_adapter_path=ckpt/sft"), "lora_adapter_path=ckpt/sft"),
+        (own("k1_in_reward", f"{MODEL}lora.adapter_path=ckpt/sft"), "lora.adapter_path=ckpt/sft"),
+    ],
+    "reference-dtype": [
+        (own("k2_as_loss", f"+actor_rollout_ref.actor.{DTYPE}=fp32"), "in fp32 and the reference"),
+        (own("k1_in_reward", f"+actor_rollout_ref.ref.{DTYPE}=float32"), "the reference in fp32"),
+    ],
+    "short-horizon": [
+        # Of two answers to each of 1024 prompts, verl's default.
+        (own("k2_as_loss", *ADAPTIVE, "+klplug.kl_horizon=1000"), "factor of e^0.41 in one"),
+        # klplug's own default is 10000.
+        (own("k2_as_loss", *ADAPTIVE, "data.train_batch_size=8192"), "less than the 16384"),
+    ],
+}
+# Its own finding says it of stock runs too, and otherwise.
+LAUNCH = {"whitened": own("k1_in_reward", "algorithm.adv_estimator=gae")}
+UNSAID = [
+    own("k2_as_loss", TOP_P),
+    own(BY_THE_SAMPLER, f"{ROLLOUT}temperature=0.7"),
+    own(BY_THE_SAMPLER, RAW, TOP_P),
+    own(BY_THE_SAMPLER, "trainer.v1.trainer_mode=separate_async"),
+    own(
+        "k1_in_reward",
+        "trainer.v1.trainer_mode=separate_async",
+        "algorithm.rollout_correction.rollout_is=token",
+    ),
+    own("k2_as_loss,reference=rollout", f"{MODEL}lora_adapter_path=ckpt/sft"),
+    own("k2_as_loss,reference=rollout", f"+actor_rollout_ref.ref.{DTYPE}=fp32"),
+    own("k2_as_loss", f"+actor_rollout_ref.ref.{DTYPE}=bfloat16"),
+    own("k2_as_loss", *ADAPTIVE, "+klplug.kl_horizon=2048"),
+    own("k2_as_loss", *ADAPTIVE),
+]
+
+
+def notes(overrides: list[str]) -> list[str]:
+    """As the command's own process says them."""
+    _, line = derived(*overrides)
+    assert line is not None
+    return [said.removeprefix("klplug: note: ") for said in line.splitlines()[1:]]
+
+
+@pytest.mark.parametrize(
+    ("finding", "overrides", "word"), [(f, *case) for f, cases in SAID.items() for case in cases]
+)
+def test_the_launch_and_the_audit_say_the_same(
+    finding: str, overrides: list[str], word: str
+) -> None:
+    (said,) = notes(overrides)
+    assert word in said and "\n" not in said
+    found = {f.id: f.message for f in report(overrides).findings}
+    assert found[finding] == f"{said}."
+    assert "klplug-refuses" not in found
+
+
+@pytest.mark.parametrize("overrides", UNSAID)
+def test_nothing_is_said_where_there_is_nothing_to_say(overrides: list[str]) -> None:
+    assert notes(overrides) == []
+    assert not {*SAID} & {f.id for f in report(overrides).findings}
+
+
+def test_every_row_is_among_them() -> None:
+    cases = [overrides for cases in SAID.values() for overrides, _ in cases]
+    said = {
+        note.id
+        for overrides in [*cases, *LAUNCH.values()]
+        for note in hosts()["verl"].noted(_settings(overrides), True)
+    }
+    assert said == {row.__name__ for row in ROWS}
+
+
+STOCK_LOSS = [
+    "actor_rollout_ref.actor.use_kl_loss=True",
+    "actor_rollout_ref.actor.kl_loss_type=low_var_kl",
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "finding"),
+    [
+        ([*STOCK_LOSS, f"{MODEL}lora_adapter_path=ckpt/sft"], "lora-reference"),
+        ([*STOCK_LOSS, f"+actor_rollout_ref.ref.{DTYPE}=fp32"], "reference-dtype"),
+    ],
+)
+def test_the_audit_says_it_of_verls_own_kl_and_not_of_none(
+    overrides: list[str], finding: str
+) -> None:
+    assert finding in {f.id for f in report(overrides).findings}
+    assert finding not in {f.id for f in report(overrides[2:]).findings}
