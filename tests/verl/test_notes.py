@@ -26,7 +26,7 @@ SAID = {
         (own("k2_as_loss", "trainer.v1.trainer_mode=separate_async"), "some updates old"),
         (own("k1_in_reward", "trainer.v1.trainer_mode=colocate_async"), "some updates old"),
         (
-            own("k2_as_loss,ratio=rollout,head=clipped", "trainer.v1.trainer_mode=separate_async"),
+            own("k2_as_loss,head=clipped", "trainer.v1.trainer_mode=separate_async"),
             "some updates old",
         ),
     ],
