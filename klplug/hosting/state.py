@@ -63,7 +63,7 @@ class Reference:
 
     Attributes:
         path: as the host is given it, a folder or a name on the hub.
-        weights: a digest of its weights; ``None`` where they are not on this machine.
+        weights: a digest of its weights; ``None`` where there is no such folder on this machine.
     """
 
     path: str
@@ -71,8 +71,8 @@ class Reference:
 
     @classmethod
     def of(cls, path: str) -> Reference:
-        folder = _folder(path)
-        return cls(path, None if folder is None else _digest(folder))
+        folder = Path(path)
+        return cls(path, _digest(folder) if folder.is_dir() else None)
 
     def is_another_than(self, saved: Mapping[str, Any]) -> bool:
         """Whether a checkpoint was trained against other weights; its path where none are known.
@@ -106,16 +106,3 @@ def _digest(folder: Path) -> str | None:
                 content.seek(start)
                 digest.update(content.read(_BLOCK))
     return digest.hexdigest()
-
-
-def _folder(path: str) -> Path | None:
-    """Where the weights lie on this machine: the folder itself, or the hub's copy of it."""
-    if Path(path).is_dir():
-        return Path(path)
-    try:
-        from huggingface_hub import try_to_load_from_cache
-
-        config = try_to_load_from_cache(path, "config.json")
-    except (ImportError, ValueError):  # no name on the hub, as hdfs://...
-        return None
-    return Path(config).parent if isinstance(config, str) else None
