@@ -81,8 +81,8 @@ class Reference:
         """
         weights = saved.get("weights")
         if self.weights is None or weights is None:
-            return self.path != saved.get("path")
-        return self.weights != weights
+            return bool(self.path != saved.get("path"))
+        return bool(self.weights != weights)
 
 
 _BLOCK, _BLOCKS = 1 << 16, 64
