@@ -30,7 +30,7 @@ from klplug_openrlhf.keys import (
     TENSOR_PARALLEL,
     N,
 )
-from klplug_openrlhf.notes import cut
+from klplug_openrlhf.notes import cut as cut_sampler
 from klplug_openrlhf.plan import RECORDERS, Plan, Recorder, coefficient, dividing_by_length
 
 GROUP_ESTIMATORS = ("group_norm", "dr_grpo", "rloo")
@@ -181,7 +181,7 @@ def hidden_states_in_pieces(plan: Plan, settings: Settings) -> Said:
 
 
 def truncated_sampler(plan: Plan, settings: Settings) -> Said:
-    found = cut(settings)
+    found = cut_sampler(settings)
     if found is None:
         return
     key, how = found
