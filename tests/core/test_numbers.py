@@ -333,3 +333,18 @@ def test_a_return_baseline_needs_what_kl_term_does(missing: str) -> None:
         return
     with pytest.raises(ValueError, match="needs group_ids, which is missing"):
         klplug.kl_return_baseline("k1_in_reward,baseline=group", *given)
+
+
+@pytest.mark.parametrize("name", ["ref_log_probs", "old_log_probs"])
+def test_the_work_is_done_in_the_widest_dtype_of_what_it_needs(name: str) -> None:
+    """A float64 reference beside a float32 policy: their difference keeps what float32 rounds."""
+    apart = 2.0**-30  # beside -1 it has no digit in float32
+    tensors = {
+        key: torch.full((1, 1), -1.0, requires_grad=key == "log_probs")
+        for key in ("log_probs", "ref_log_probs", "old_log_probs")
+    }
+    tensors[name] = torch.tensor([[-1.0 - apart]], dtype=torch.float64)
+    term = kl_term("k2_as_loss", **tensors, response_mask=torch.ones(1, 1))
+    expected = {"ref_log_probs": apart, "old_log_probs": math.exp(apart)}[name]
+    found = {"ref_log_probs": term.coefficient, "old_log_probs": term.weight}[name]
+    assert found.dtype == torch.float64 and found.item() == expected

@@ -149,7 +149,7 @@ WEIGHTS = of(
     ("(slope < 0) & (rho > 1 + high)", "(slope < 0) & (rho > 1 + low)"),
     ("masked(answers.whole(log_weight), mask)", "masked(answers.so_far(log_weight), mask)"),
     ("return self.dropped.to(self.weight.dtype)", "return None"),
-    tests=("oracle", "term", "numbers"),
+    tests=("oracle", "term", "numbers", "exact"),
 )
 
 ANSWERS = of(
@@ -158,7 +158,7 @@ ANSWERS = of(
     ("last = position.where(mask, 0).cummax(-1).values", "last = position"),
     ("self.so_far(x) + self.to_go(x) - x", "self.so_far(x) + self.to_go(x)"),
     ("same = number[:, step:] == number[:, :-step]", "same = number[:, step:] >= 0"),
-    tests=("oracle", "term", "numbers"),
+    tests=("oracle", "term", "numbers", "exact"),
 )
 
 BASELINES = of(
@@ -169,7 +169,7 @@ BASELINES = of(
         "returns.new_ones(len(returns)) if present is None else present.to(returns.dtype)",
         "returns.new_ones(len(returns))",
     ),
-    tests=("oracle", "term", "numbers"),
+    tests=("oracle", "term", "numbers", "exact"),
 )
 
 METRICS = (
