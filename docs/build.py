@@ -3,13 +3,15 @@
 The pages read the same on GitHub, on PyPI and as a site, so what is made stands in them. A line
 says what comes next, and until where:
 
-    <!-- made: kl_types k1 -->          every registered kl_type of these estimators, each a table
+    <!-- made: kl_types k1 -->          every registered kl_type of these estimators, or of this
+                                        name, each a table
     <!-- made: table -->                all of them, a line each
     <!-- made: choices k2_as_loss ... -->   some of them, a line each
     <!-- made: options -->              each option, its values and what it means
     <!-- made: refused -->              of the kl_types in the first column, parse's answer
     <!-- made: curves NAME kl_type ... -->    c against the log-ratio: docs/img/NAME.svg
     <!-- made: picture NAME -->         one of docs/pictures.py
+    <!-- made: plant -->                controllers on a simulated run: a table and a picture
     <!-- made: papers -->               papers, and the kl_type of each
     <!-- made: output N WORDS -->       the first N lines that a command of klplug prints
     # made: findings                    in mkdocs.yml: a page for each finding
@@ -30,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import klplug
-from docs import pictures
+from docs import pictures, plant
 from klplug.axes import AXES, OPTIONS, Axis
 from klplug.cli.explain import explain
 from klplug.hosting.host import hosts
@@ -63,7 +65,7 @@ def kl_types(page: Path, words: list[str], old: str) -> str:
     rows = [
         row
         for row in klplug.kl_types().values()
-        if {term.estimator for term in klplug.parse(row.name).terms} & set(words)
+        if {row.name, *(term.estimator for term in klplug.parse(row.name).terms)} & set(words)
     ]
     assert rows, f"no kl_type has an estimator among {words}"
     return "\n".join(map(_details, rows))
@@ -200,6 +202,15 @@ def papers(page: Path, words: list[str], old: str) -> str:
     return table(("paper", "`kl_type`", "what it has", "`--paper`"), rows)
 
 
+def simulated(page: Path, words: list[str], old: str) -> str:
+    """Every controller on every simulated run, and one of them drawn."""
+    headings = (
+        *("run", "controller", "settles after the start, steps", "does not"),
+        *("after the jump", "does not", "highest KL over target"),
+    )
+    return picture(page, ["controllers"], old) + "\n" + table(headings, list(plant.rows()))
+
+
 MAKERS: dict[str, Callable[[Path, list[str], str], str]] = {
     "kl_types": kl_types,
     "table": overview,
@@ -210,6 +221,7 @@ MAKERS: dict[str, Callable[[Path, list[str], str], str]] = {
     "picture": picture,
     "output": output,
     "papers": papers,
+    "plant": simulated,
     "findings": findings,
 }
 PICTURES: dict[Path, str] = {}

@@ -193,6 +193,15 @@ _NONE = KLType(
     test="",
 )
 
+_MONITOR = replace(
+    _NONE,
+    name="monitor",
+    target="zero: the reference model is loaded, and the KL to it is measured",
+    value_bias="the metric klplug/kl has the KL",
+    requires=parse("monitor").requires,
+    test="test_monitor_measures_the_kl_and_moves_nothing",
+)
+
 
 def kl_types() -> dict[str, KLType]:
     """Every registered ``kl_type`` by name, with formula, target gradient, bias and source.
@@ -203,7 +212,7 @@ def kl_types() -> dict[str, KLType]:
     """
     rows = [_row(f"{e}_{p}") for e in ESTIMATORS for p in PLACEMENTS]
     rows += [_over_answers(e) for e in ESTIMATORS.values() if e.sequence_target]
-    rows += [*_HEADS, *_EXACT, _SAMPLER, _SAMPLER_WITHOUT_RATIO, _SUM, _NONE]
+    rows += [*_HEADS, *_EXACT, _SAMPLER, _SAMPLER_WITHOUT_RATIO, _SUM, _MONITOR, _NONE]
     from klplug.hosting.host import hosts  # the floor above: it knows the hosts
 
     found = hosts().values()

@@ -20,6 +20,7 @@ __all__ = [
     "OPTIONS",
     "PLACEMENTS",
     "KLSpec",
+    "MonitorSpec",
     "SumSpec",
     "TermSpec",
     "check_kl_coef",
@@ -29,6 +30,9 @@ __all__ = [
 
 _NAMES = tuple(f"{e}_{p}" for e in ESTIMATORS for p in PLACEMENTS)
 _ALIAS_NAMES = tuple(f"{a}_{p}" for a in ALIASES for p in PLACEMENTS)
+
+MONITOR = "monitor"
+"""No force: the reference is loaded, and every metric is of the KL to it."""
 
 EXACT = "exact_as_loss"
 """Another name of ``k2_as_loss,vocab=exact``."""
@@ -50,7 +54,7 @@ class KLSpec:
 
     @property
     def terms(self) -> tuple[TermSpec, ...]:
-        """The terms: of a single one itself, of ``none`` none."""
+        """The terms: of a single one itself, of ``none`` and ``monitor`` none."""
         raise NotImplementedError
 
     @property
@@ -64,8 +68,16 @@ class KLSpec:
         )
         return tuple(dict.fromkeys(needed))
 
+    @property
+    def measures(self) -> bool:
+        """Whether there is a KL to measure: with every ``kl_type`` but ``none``."""
+        return bool(self.requires)
+
     def placed(self, placement: str) -> KLSpec:
-        """The part of this formulation with this placement; ``none`` where there is none."""
+        """The part of this formulation with this placement; ``none`` where there is none.
+
+        ``monitor`` is measured where a loss is.
+        """
         _check_choice("placement", placement, PLACEMENTS)
         return sum_of(term for term in self.terms if term.placement == placement)
 
@@ -205,6 +217,26 @@ class SumSpec(KLSpec):
         return "+".join(map(str, self.parts)) or "none"
 
 
+@dataclass(frozen=True)
+class MonitorSpec(KLSpec):
+    """``monitor``: the KL to the reference model is measured, and nothing acts."""
+
+    @property
+    def terms(self) -> tuple[TermSpec, ...]:
+        return ()
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        return AXES["reference"].needs["ref"]
+
+    def placed(self, placement: str) -> KLSpec:
+        _check_choice("placement", placement, PLACEMENTS)
+        return self if placement == "as_loss" else sum_of(())
+
+    def __str__(self) -> str:
+        return MONITOR
+
+
 _NEEDY = tuple(axis for axis in AXES.values() if axis.needs)
 _ATTRIBUTES = ("estimator", "placement", *OPTIONS)
 
@@ -224,7 +256,8 @@ def sum_of(terms: Iterable[TermSpec]) -> KLSpec:
 def parse(text: str | KLSpec) -> KLSpec:
     """The ``KLSpec`` that a ``kl_type`` string names: ``<estimator>_<placement>[,key=value...]``.
 
-    Terms are joined by ``+``; ``none`` is no KL at all. A ``KLSpec`` is returned as it is.
+    Terms are joined by ``+``; ``none`` is no KL at all, and ``monitor`` one without force. A
+    ``KLSpec`` is returned as it is.
 
     Raises:
         ValueError: an unknown name or option (the message lists what there is and the nearest
@@ -250,8 +283,11 @@ def _parsed(text: str) -> KLSpec:
     if not all(parts):
         raise Refused(f"kl_type {text!r} has an empty term beside '+'", "empty-term")
     specs = [_part(part) for part in parts]
-    if not all(spec.terms for spec in specs):
-        raise Refused("kl_type 'none' can't be a term of a sum. Leave it out", "none-in-a-sum")
+    for spec in specs:
+        if not spec.terms:
+            raise Refused(
+                f"kl_type {str(spec)!r} can't be a term of a sum. Leave it out", "none-in-a-sum"
+            )
     return sum_of(term for spec in specs for term in spec.terms)
 
 
@@ -281,12 +317,12 @@ def _part(text: str) -> KLSpec:
                 "unknown-value",
             )
         return TermSpec("k2", "as_loss", **values)
-    if name != "none":
+    if name not in ("none", MONITOR):
         return TermSpec(*_estimator_and_placement(name), **values)
     if values:
         given = ", ".join(option for option in OPTIONS if option in values)
-        raise Refused(f"kl_type 'none' takes no options, got {given}", "options-of-none")
-    return sum_of(())
+        raise Refused(f"kl_type {name!r} takes no options, got {given}", "options-of-none")
+    return sum_of(()) if name == "none" else MonitorSpec()
 
 
 def _number(text: str, axis: Axis, value: str) -> float:
@@ -322,12 +358,12 @@ def _estimator_and_placement(name: str) -> tuple[str, str]:
     # Nobody is led to one that does nothing who did not write its estimator.
     meant = [
         known
-        for known in (*_NAMES, *aliases, "none")
+        for known in (*_NAMES, *aliases, "none", MONITOR)
         if not _does_nothing(known) or name.startswith(known.partition("_")[0])
     ]
     raise Refused(
         f"kl_type {name!r} is unknown.{_nearest(name, meant)} Known: {', '.join(_NAMES)}, none, "
-        f"and the aliases {', '.join(aliases)}",
+        f"{MONITOR}, and the aliases {', '.join(aliases)}",
         "unknown-name",
     )
 
@@ -370,11 +406,14 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 def check_kl_coef(spec: KLSpec, kl_coef: float | None) -> float:
     """The coefficient beta to use with ``spec``, or a ValueError that says what is wrong with it.
 
-    ``none`` takes no coefficient (and gets 0); any other ``kl_type`` needs a finite, positive one.
+    ``none`` and ``monitor`` take none (and get 0); any other ``kl_type`` needs a finite, positive
+    one.
     """
     if not spec.terms:
         if kl_coef is not None:
-            raise ValueError(f"kl_type 'none' takes no kl_coef, got {kl_coef!r}: leave it out")
+            raise ValueError(
+                f"kl_type {str(spec)!r} takes no kl_coef, got {kl_coef!r}: leave it out"
+            )
         return 0.0
     if kl_coef is None:
         raise ValueError(f"kl_type {str(spec)!r} needs a kl_coef, a positive number")

@@ -188,9 +188,10 @@ def markdown_table() -> str:
         for host in recipe.hosts:
             *_, training, rollout = memory(recipe, host)
             nodes = f"{recipe.nodes} x " if recipe.nodes > 1 else ""
+            strength = "" if recipe.kl_coef is None else f", {recipe.kl_coef:g}"
             lines.append(
                 f"| `{recipe.name}` | {host} | {nodes}{recipe.gpus_per_node} x {recipe.gpu_gib} GB "
-                f"| {recipe.kl_type}, {recipe.kl_coef:g} | {recipe.steps} "
+                f"| {recipe.kl_type}{strength} | {recipe.steps} "
                 f"| {training.value:.0f}, {rollout.value:.0f} | {time(recipe)[-1].value:.1f} | |"
             )
     return "\n".join(lines)

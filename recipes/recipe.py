@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from recipes.quickstart.settings import SettingsError, canonical_kl_type
+from recipes.quickstart.settings import WITHOUT_COEF, SettingsError, canonical_kl_type
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 HOSTS = ("openrlhf", "verl")
@@ -279,9 +279,9 @@ def with_kl(recipe: Recipe, kl_type: str | None, kl_coef: float | None) -> Recip
         canonical = canonical_kl_type(kl_type or recipe.kl_type)
     except SettingsError as error:
         raise RecipeError(str(error)) from error
-    if canonical == "none":
+    if canonical in WITHOUT_COEF:
         if kl_coef is not None:
-            raise RecipeError(f"KL_COEF={kl_coef:g}: KL_TYPE=none takes no coefficient")
+            raise RecipeError(f"KL_COEF={kl_coef:g}: KL_TYPE={canonical} takes no coefficient")
         return replace(recipe, kl_type=canonical, kl_coef=None)
     coef = recipe.kl_coef if kl_coef is None else kl_coef
     if coef is None or not math.isfinite(coef) or coef <= 0:

@@ -46,10 +46,10 @@ def derive(args: Namespace, written: Namespace) -> str:
     )
     settings = {
         USE_LOSS: active,  # also keeps the reference's log-probs up to the update
-        # Above 0 it loads a reference model.
-        COEF: plan.kl_coef if plan.needs_reference else 0.0,
+        # Above 0 it loads a reference model; what acts is the controller's, and monitor's is 0.
+        COEF: (plan.kl_coef or 1.0) if plan.needs_reference else 0.0,
         KL_TYPE: str(spec),
-        KL_COEF: plan.kl_coef if active else None,
+        KL_COEF: plan.kl_coef if spec.terms else None,
         "klplug.records_for_kl": records_for_kl,
     }
     if active:
@@ -63,7 +63,7 @@ def derive(args: Namespace, written: Namespace) -> str:
     vars(args).update(settings)
     shown = {k: v for k, v in settings.items() if not k.startswith("klplug.")}
     text = ", ".join(f"--{k}={v}" for k, v in shown.items())
-    coef_text = f" kl_coef={plan.kl_coef:g}" if active else ""
+    coef_text = f" kl_coef={plan.kl_coef:g}" if spec.terms else ""
     line = f"klplug {klplug.__version__}: kl_type={spec}{coef_text}; sets {text}"
     if before:
         notes.append(f"kl_type decides, and overrides {', '.join(before)}")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import klplug
+from klplug.controllers import SETTINGS as CONTROLLER_SETTINGS
 from klplug.hosting.settings import SettingsError, overridden
 from klplug_verl.keys import (
     CTRL_COEF,
@@ -53,7 +54,7 @@ def derive(config: Any, written: Mapping[str, Any]) -> str | None:
         raise SettingsError(refusal.words)
 
     as_loss, in_reward = plan.as_loss, plan.in_reward
-    settings: dict[str, Any] = {USE_LOSS: bool(as_loss.terms), USE_REWARD: bool(in_reward.terms)}
+    settings: dict[str, Any] = {USE_LOSS: as_loss.measures, USE_REWARD: bool(in_reward.terms)}
     # The strings that travel. A process that klplug did not reach stops at them: verl's own
     # kl_penalty knows no such name.
     if settings[USE_LOSS]:
@@ -73,8 +74,7 @@ def derive(config: Any, written: Mapping[str, Any]) -> str | None:
         "kl_type": str(spec),
         "kl_coef": plan.kl_coef if spec.terms else None,
         "kl_ctrl": plan.kl_ctrl,
-        "kl_target": plan.kl_target,
-        "kl_horizon": plan.kl_horizon,
+        **{name: getattr(plan, name) for name in CONTROLLER_SETTINGS},
     }
     _update(config, {"klplug": {key: value for key, value in kept.items() if value is not None}})
     text = ", ".join(f"{key}={value}" for key, value in settings.items())

@@ -52,7 +52,7 @@ class Run:
 
     @property
     def is_as_loss(self) -> bool:
-        return bool(self.plan.as_loss.terms)
+        return self.plan.as_loss.measures
 
     def reset(self) -> None:
         self.metrics, self.controller.measured, self.baseline = {}, None, None
@@ -313,7 +313,7 @@ def update_actor_in_fit(original: Call, trainer: Any, args: Args, kwargs: Kwargs
 
 
 def _coefficient_for_workers(run: Run, trainer: Any) -> float:
-    if not run.joined and run.plan.spec.terms:
+    if not run.joined and run.plan.spec.measures:
         raise RuntimeError(
             f"kl_type {run.plan.spec} is set, but no KL was measured before this update: does "
             f"{type(trainer).__name__} have an advantage stage of its own?"

@@ -107,7 +107,7 @@ def registered(spec: klplug.KLSpec) -> tuple[klplug.KLType, ...]:
     found: tuple[int, klplug.KLType] | None = None
     for row in klplug.kl_types().values():
         named = klplug.parse(row.name)
-        if set(named.terms) == set(spec.terms):
+        if named == spec:
             return (row,)
         if len(named.terms) != 1 or len(spec.terms) != 1:
             continue

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from klplug.controllers import KLController, kl_controller
+from klplug.controllers import CONTROLS, KLController, kl_controller
+from klplug.controllers import SETTINGS as CONTROLLER_SETTINGS
 from klplug.hosting.state import Reference
 from klplug.spec import KLSpec
 
@@ -67,6 +68,9 @@ class Asked:
     kl_ctrl: str = "fixed"
     kl_target: float | None = None
     kl_horizon: float | None = None
+    kl_band: float | None = None
+    kl_end: float | None = None
+    kl_steps: float | None = None
     divides_by_length: bool = False
     model: str | None = None
 
@@ -99,9 +103,20 @@ class Asked:
         return Reference.of(self.model)
 
     def controller(self) -> KLController:
+        if self.kl_ctrl != "fixed" and not self.spec.terms:
+            raise SettingsError(
+                f"kl_ctrl={self.kl_ctrl} with kl_type {self.spec}: there is no coefficient to "
+                "move. Leave it out"
+            )
         # A coefficient that only a run could tell is not refused for what it might be.
         start = 1.0 if math.isnan(self.kl_coef) else self.kl_coef
-        return kl_controller(self.kl_ctrl, start, self.kl_target, self.kl_horizon)
+        settings = {name: getattr(self, name) for name in CONTROLLER_SETTINGS}
+        return kl_controller(self.kl_ctrl, start, **settings)
+
+    @property
+    def is_driven(self) -> bool:
+        """Whether a KL moves the coefficient, so that there must be one to measure."""
+        return CONTROLS[self.kl_ctrl].driven
 
 
 @dataclass(frozen=True)

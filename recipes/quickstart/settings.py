@@ -13,6 +13,7 @@ RUNS = REPOSITORY / "runs"
 
 HOSTS = ("openrlhf", "verl")
 STOCK = ("stock:k1", "stock:k2", "stock:k3")
+WITHOUT_COEF = ("none", "monitor")
 NAMED_MODELS = ("tiny", "smollm2")
 
 
@@ -179,9 +180,9 @@ def canonical_kl_type(kl_type: str) -> str:
 
 
 def checked_kl_coef(kl_type: str, coef: float | None, recipe: Recipe) -> float | None:
-    if kl_type == "none":
+    if kl_type in WITHOUT_COEF:
         if coef is not None:
-            raise SettingsError(f"KL_COEF={coef:g}: KL_TYPE=none takes no coefficient")
+            raise SettingsError(f"KL_COEF={coef:g}: KL_TYPE={kl_type} takes no coefficient")
         return None
     if coef is None:
         return recipe.kl_coef

@@ -746,6 +746,19 @@ def test_a_sum_of_an_exact_kl_and_a_sampled_one() -> None:
     assert_equal(gradient(f"{sampled}+exact_as_loss"), expected)
 
 
+def test_monitor_measures_the_kl_and_moves_nothing(problem: Problem) -> None:
+    policy, kl = problem.policy(), 0.0
+    for i, probability in enumerate(problem.answer_probability(policy).tolist()):
+        row = slice(i, i + 1)
+        log_probs = problem.log_probs(policy)[row]
+        mask = problem.mask[row]
+        term = kl_term("monitor", log_probs, problem.log_probs(problem.ref())[row], mask)
+        assert (problem.gradient(term.loss.sum()) == 0).all()
+        kl += probability * float(term.metrics["klplug/k1"] * mask.sum())
+    expected = (problem.reach(policy) * problem.per_prefix("reverse")).sum()
+    assert_equal(torch.tensor(kl, dtype=torch.float64), expected.detach())
+
+
 def test_every_catalogued_kl_type_is_in_an_oracle() -> None:
     tested = {
         "k2_as_loss,vocab=exact",
@@ -756,6 +769,7 @@ def test_every_catalogued_kl_type_is_in_an_oracle() -> None:
         "k2_as_loss,reference=rollout",
         "k2_as_loss,ratio=none,reference=rollout",
         "k3_in_reward+k3_as_loss",
+        "monitor",
         "none",
     }
     assert set(kl_types()) <= tested

@@ -86,6 +86,19 @@ def test_terms_requires_and_placed() -> None:
     assert "group_ids" in parse("k1_in_reward,baseline=group").requires
 
 
+def test_monitor_has_no_terms_and_a_reference() -> None:
+    monitor = parse(" monitor ")
+    assert str(monitor) == "monitor" and parse(str(monitor)) == monitor != parse("none")
+    assert monitor.terms == () and monitor.requires == ("ref_log_probs",)
+    assert monitor.measures and parse("k2_as_loss,reference=rollout").measures
+    assert not parse("none").measures
+    assert monitor.placed("as_loss") == monitor
+    assert monitor.placed("in_reward") == parse("none")
+    assert check_kl_coef(monitor, None) == 0
+    with pytest.raises(ValueError, match=r"kl_type 'monitor' takes no kl_coef, got 0.1"):
+        check_kl_coef(monitor, 0.1)
+
+
 def test_none_is_the_empty_sum() -> None:
     none = parse("none")
     assert none.terms == () and str(none) == "none" and hash(none) == hash(sum_of(()))
@@ -213,6 +226,8 @@ def test_a_spec_is_frozen_and_parses_to_itself() -> None:
         ("k3_as_loss,horizon=sequence", ["'forward_as_loss,horizon=sequence'"]),
         ("none,cap=3", ["none", "cap"]),
         ("none+k2_as_loss", ["none", "sum", "Leave it out"]),
+        ("k2_as_loss+monitor", ["'monitor'", "sum", "Leave it out"]),
+        ("monitor,reference=rollout", ["'monitor' takes no options, got reference"]),
         ("k2_as_loss+k2_as_loss", ["twice", "kl_coef"]),
         ("k2_as_loss+", ["empty term"]),
     ],

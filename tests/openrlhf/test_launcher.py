@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from klplug_openrlhf import launcher
+from klplug_openrlhf.plan import Plan
 
 from klplug import parse
 from tests.openrlhf.command_line import settled
@@ -65,6 +66,14 @@ def test_aliases_and_options_are_canonical(run: Any) -> None:
 def test_none_loads_no_reference(run: Any) -> None:
     args, _ = run("--klplug.kl_type", "none")
     assert args.algo.kl.init_coef == 0 and args.algo.kl.use_loss is False
+
+
+def test_monitor_loads_the_reference_and_has_no_strength(run: Any) -> None:
+    args, _ = run("--klplug.kl_type", "monitor")
+    assert args.algo.kl.init_coef > 0 and args.algo.kl.use_loss  # what loads and keeps it
+    plan = Plan.of(args)
+    assert plan is not None and plan.is_active and plan.needs_reference
+    assert plan.controller().value == 0
 
 
 def test_ratio_rollout_turns_the_recording_on(run: Any) -> None:
@@ -247,12 +256,24 @@ MISTAKES: list[tuple[tuple[str, ...], list[str]]] = [
         (("--klplug.kl_type", "k2_as_loss", "--klplug.kl_coef", "nan"), ["nan", "finite"]),
         (("--klplug.kl_type", "k2_as_loss", "--klplug.kl_coef", "0"), ["do nothing", "none"]),
         (("--klplug.kl_type", "none", "--klplug.kl_coef", "0.1"), ["takes no kl_coef"]),
+        (("--klplug.kl_type", "monitor", "--klplug.kl_coef", "0.1"), ["'monitor' takes no"]),
+        (
+            ("--klplug.kl_type", "monitor", "--klplug.kl_ctrl", "adaptive"),
+            ["kl_ctrl=adaptive", "monitor", "no coefficient to move"],
+        ),
         ((*KL, "--algo.kl.estimator", "banana"), ["banana"]),
         ((*KL, "--algo.kl.init_coef", "0.5"), ["--algo.kl.init_coef 0.5", "0.001"]),
         ((*KL, "--algo.kl.target", "0.1"), ["--algo.kl.target", "--klplug.kl_ctrl adaptive"]),
         ((*KL, "--algo.kl.estimator", "k3_as_loss"), ["k3_as_loss", "two formulations"]),
         ((*KL, "--klplug.kl_ctrl", "adaptive"), ["kl_target"]),
-        ((*KL, "--klplug.kl_ctrl", "pid"), ["pid", "fixed, adaptive"]),
+        ((*KL, "--klplug.kl_ctrl", "sine"), ["sine", "fixed, adaptive, linear, cosine, pid"]),
+        ((*KL, "--klplug.kl_ctrl", "linear", "--klplug.kl_steps", "9"), ["linear needs a kl_end"]),
+        ((*KL, "--klplug.kl_ctrl", "cosine", "--klplug.kl_end", "0"), ["cosine needs a kl_steps"]),
+        ((*KL, "--klplug.kl_ctrl", "pid"), ["pid needs a kl_target"]),
+        (
+            (*KL, "--klplug.kl_ctrl", "pid", "--klplug.kl_target", "1", "--klplug.kl_horizon", "9"),
+            ["kl_horizon=9.0 has no meaning with kl_ctrl=pid", "adaptive"],
+        ),
         ((*KL, "--klplug.kl_target", "0.1"), ["kl_target", "adaptive"]),
         (
             (*KL[:1], "k1_in_reward", *KL[2:], "--actor.loss_agg_mode", "seq-mean-token-mean",

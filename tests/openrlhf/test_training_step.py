@@ -77,6 +77,18 @@ def test_parity_with_stock_where_its_clamps_do_not_act(
     assert (ours.at_log_probs - without.at_log_probs).norm() > 0.01 * without.at_log_probs.norm()
 
 
+def test_monitor_measures_what_a_kl_would_and_moves_nothing(bench: Bench) -> None:
+    experience = bench.experience()
+    monitored, without = bench.step(experience, "monitor"), bench.step(experience, "none")
+    assert torch.equal(monitored.at_log_probs, without.at_log_probs)
+    assert torch.equal(monitored.of_parameters, without.of_parameters)
+    acting = bench.step(experience, "k2_as_loss,ratio=none")
+    for name in ("kl", "k1", "k2", "k3", "abs"):
+        measured = monitored.metrics[f"klplug/{name}"]
+        assert measured == acting.metrics[f"klplug/{name}"] != 0
+        assert f"klplug/{name}" not in without.metrics
+
+
 @pytest.mark.parametrize(
     ("kl_type", "stock", "log_ratio"),
     [

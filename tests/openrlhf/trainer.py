@@ -45,8 +45,8 @@ def configure(args: Any, kl: str, coef: float = 0.1) -> None:
         change(args, "algo.kl.unbiased_gradient", name == "unbiased")
         change(args, "algo.kl.init_coef", coef)
         return
-    none = kl == "none"
-    args.klplug = SimpleNamespace(kl_type=kl, kl_coef=None if none else coef)
+    without = not parse(kl).terms
+    args.klplug = SimpleNamespace(kl_type=kl, kl_coef=None if without else coef)
     change(args, "algo.kl.estimator", kl)
     change(args, "algo.kl.unbiased_gradient", False)
     reference = "ref_log_probs" in parse(kl).requires

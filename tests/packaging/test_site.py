@@ -34,7 +34,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_registered_kl_type_has_a_section(site: Path) -> None:
-    pages = "".join(p.read_text() for p in (site / "kl-types").glob("*/index.html"))
+    pages = "".join(p.read_text() for p in (site / "kl-types").rglob("index.html"))
     for name in klplug.kl_types():
         if name != "none":
             assert re.search(rf"<h3[^>]*><code>{re.escape(name)}</code>", pages), name
@@ -72,6 +72,23 @@ def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
     for page in site.rglob("*.html"):
         found = loaded.search(page.read_text())
         assert found is None, f"{page.name}: {found and found.group()}"
+
+
+def test_what_the_page_says_of_controllers_its_table_has() -> None:
+    from docs.plant import rows
+
+    found = {(run, name.strip("`")): cells for run, name, *cells in rows()}
+    late = [run for run, _ in found if "delay" in run]
+    for (run, name), (_, start, _, jump, _) in found.items():
+        failures = [int(share.split()[0]) for share in (start, jump)]
+        if name == "pid":
+            assert failures == [0, 0]
+        elif name == "adaptive":
+            assert (sum(failures) > 0) is (run in late)
+        elif "1024" in name and run in late:
+            assert sum(failures) >= 20
+        elif name == "fixed" or "half" in name:
+            assert failures[1] == 20
 
 
 def _refusal(kl_type: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from klplug_verl.plan import Plan
+from klplug_verl.settings import derive
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
 from tests.verl.trainer import derived, quoted
@@ -55,6 +56,17 @@ def test_none_needs_no_reference_worker() -> None:
     assert line is not None and "kl_type=none" in line
     assert need_reference_policy(derived(*own("k2_as_loss"))[0])
     assert need_reference_policy(derived(*own("k1_in_reward"))[0])
+
+
+def test_monitor_loads_a_reference_and_has_no_strength() -> None:
+    config, line = derived("+klplug.kl_type=monitor")
+    assert config.actor_rollout_ref.actor.use_kl_loss is True
+    assert config.actor_rollout_ref.actor.kl_loss_type == "monitor"
+    assert config.actor_rollout_ref.actor.kl_loss_coef == 0
+    assert config.algorithm.use_kl_in_reward is False
+    assert line is not None and "kl_type=monitor; sets" in line
+    again = derive(config, {})  # as the trainer does
+    assert again is not None and config.klplug == {"kl_type": "monitor", "kl_ctrl": "fixed"}
 
 
 def test_an_alias_is_reported_under_its_true_name() -> None:
@@ -208,6 +220,12 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["+klplug.kl_type=k3", COEF], ["k3_as_loss", "k3_in_reward"]),
     (["+klplug.kl_type=k2_as_loss"], ["needs a kl_coef"]),
     (["+klplug.kl_type=k2_as_loss", "+klplug.kl_coef=0"], ["kl_coef is 0", "none"]),
+    (["+klplug.kl_type=monitor", COEF], ["'monitor' takes no kl_coef"]),
+    (
+        ["+klplug.kl_type=monitor", "+klplug.kl_ctrl=adaptive"],
+        ["kl_ctrl=adaptive", "monitor", "no coefficient to move"],
+    ),
+    ([f"{ACTOR}.use_kl_loss=True", f"{ACTOR}.kl_loss_type=monitor"], ["+klplug.kl_type=monitor"]),
     (["+klplug.kl_type=k2_as_loss", "+klplug.kl_coef=-1"], ["positive", "-1"]),
     (["+klplug.kl_type=k2_as_loss", "+klplug.kl_coef=much"], ["number", "much"]),
     (["+klplug.kl_type=none", COEF], ["takes no kl_coef"]),
@@ -216,7 +234,13 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["+klplug=k2_as_loss"], ["one by one"]),
     (["+klplug.kl_type=3", COEF], ["not a string"]),
     (own("k2_as_loss", "+klplug.kl_ctrl=adaptive"), ["kl_target"]),
-    (own("k2_as_loss", "+klplug.kl_ctrl=pid"), ["pid", "adaptive"]),
+    (own("k2_as_loss", "+klplug.kl_ctrl=sine"), ["sine", "adaptive", "pid"]),
+    (own("k2_as_loss", "+klplug.kl_ctrl=pid"), ["pid needs a kl_target"]),
+    (own("k2_as_loss", "+klplug.kl_ctrl=linear", "+klplug.kl_end=0"), ["needs a kl_steps"]),
+    (
+        own("k2_as_loss", "+klplug.kl_ctrl=pid", "+klplug.kl_target=1", "+klplug.kl_steps=9"),
+        ["kl_steps=9 has no meaning with kl_ctrl=pid", "linear, cosine"],
+    ),
     (own("k2_as_loss", "+klplug.kl_target=0.1"), ["kl_target", "fixed"]),
     # What was written and contradicts: both are named.
     (own("k2_as_loss", f"{ACTOR}.kl_loss_type=k3_as_loss"), ["k3_as_loss", "k2_as_loss"]),

@@ -143,9 +143,9 @@ def test_both_orders_can_be_summed() -> None:
     torch.testing.assert_close(extra, reward_advantages("k2_in_reward"), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kl_type", ["k2_as_loss", "none"])
+@pytest.mark.parametrize("kl_type", ["k2_as_loss", "none", "monitor"])
 def test_without_a_kl_in_the_reward_advantages_are_stock(kl_type: str) -> None:
-    own = [f"+klplug.kl_type={kl_type}", *([COEF] if kl_type != "none" else [])]
+    own = [f"+klplug.kl_type={kl_type}", *([COEF] if kl_type == "k2_as_loss" else [])]
     ours, metrics = staged(*own)
     stock, stock_metrics = staged()
     assert torch.equal(ours.batch["advantages"], stock.batch["advantages"])
@@ -569,3 +569,67 @@ def test_each_process_says_once_that_klplug_is_active(
     assert said.count("active in the trainer") == 1 and "kl_type=k2_as_loss" in said
     trainer(kind=kind)
     assert "klplug" not in capsys.readouterr().out
+
+
+MOVING = {
+    "linear": ("+klplug.kl_ctrl=linear", "+klplug.kl_end=0", "+klplug.kl_steps=4"),
+    "cosine": ("+klplug.kl_ctrl=cosine", "+klplug.kl_end=0", "+klplug.kl_steps=4"),
+    "pid": ("+klplug.kl_ctrl=pid", "+klplug.kl_target=0.01"),
+}
+HALF = math.sqrt(0.5) / 2
+OF_ITS_START = {
+    "linear": (1, 0.75, 0.5),
+    "cosine": (1, 0.5 + HALF, 0.5),
+    # Far above its band, the same each time: no rise, and the integral's gain.
+    "pid": (1, math.exp(0.03), math.exp(0.06)),
+}
+
+
+@pytest.mark.parametrize("kl_ctrl", MOVING)
+@pytest.mark.parametrize("kl_type", ["k2_as_loss", "k1_in_reward"])
+def test_every_controller_moves_the_coefficient_once_a_step(
+    kl_type: str, kl_ctrl: str, kind: str
+) -> None:
+    made = trainer(*klplug(kl_type), *MOVING[kl_ctrl], kind=kind)
+    made.actor_rollout_wg = Workers()
+    for share in OF_ITS_START[kl_ctrl]:
+        data, metrics = joined(made, experience(batch(), SCORES), KEYS)
+        assert metrics["klplug/kl_coef"] == pytest.approx(BETA * share)
+        if kl_type == "k1_in_reward":
+            stock, _ = staged()
+            extra = data.batch["advantages"] - stock.batch["advantages"]
+            expected = share * reward_advantages("k1_in_reward")
+            torch.testing.assert_close(extra, expected, rtol=1e-4, atol=1e-5)
+        update(made, metrics)
+    sent = [BETA * share for share in OF_ITS_START[kl_ctrl]]
+    assert made.actor_rollout_wg.sent == pytest.approx(sent)
+
+
+def test_a_schedule_goes_with_a_kl_to_the_sampler(kind: str) -> None:
+    made = trainer(*klplug("k2_as_loss,reference=rollout"), *MOVING["linear"], kind=kind)
+    made.actor_rollout_wg = Workers()
+    for _ in range(3):
+        data = experience(batch(), SCORES)
+        del data.batch["ref_log_prob"]
+        joined(made, data, KEYS)
+        update(made, {})
+    assert made.actor_rollout_wg.sent == pytest.approx([BETA, 0.75 * BETA, 0.5 * BETA])
+
+
+@pytest.mark.parametrize("kl_ctrl", MOVING)
+def test_every_controller_goes_on_from_a_checkpoint(
+    kl_ctrl: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = (
+        saving(kind, tmp_path, *klplug("k2_as_loss"), *MOVING[kl_ctrl]) for _ in range(2)
+    )
+    for kl in (0.02, 0.005):
+        first.klplug.controller.controller.update(kl, 4)
+    first.global_steps = 2
+    first._save_checkpoint()
+    second._load_checkpoint()
+    assert second.klplug.controller.value == first.klplug.controller.value != BETA
+    for made in (first, second):
+        made.klplug.controller.controller.update(0.05, 4)
+    assert second.klplug.controller.value == first.klplug.controller.value
+    assert "WARNING" not in capsys.readouterr().out

@@ -66,6 +66,15 @@ def test_the_gradient_is_stock_verls(bench: Bench, data: Any, kl_type: str, stoc
     assert metrics["actor/pg_loss"] == their_metrics["actor/pg_loss"]
 
 
+def test_monitor_measures_what_a_kl_would_and_moves_nothing(bench: Bench, data: Any) -> None:
+    monitored, metrics = bench.step(data, "monitor", coef=0.0)
+    without, _ = bench.step(data, None)
+    _, acting = bench.step(data, "k2_as_loss,ratio=none")
+    assert torch.equal(monitored, without) and without.norm() > 0
+    for name in ("kl", "k1", "k2", "k3", "abs"):
+        assert metrics[f"klplug/{name}"] == acting[f"klplug/{name}"] != 0
+
+
 def with_ref(data: Any, token: int, log_ratio: float, bench: Bench) -> Any:
     """All tokens at the reference but one of the first answer, ``log_ratio`` away from it."""
     changed = data.clone()
