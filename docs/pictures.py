@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from docs import plant
 from klplug.report.plots import COLOURS, INK
 
 BLUE, ORANGE = COLOURS[:2]
@@ -57,4 +58,9 @@ def group_norm(axes: Any) -> None:
     axes.legend(frameon=False, labelcolor=INK)
 
 
-PICTURES = {"full-and-loc": full_and_loc, "dead-zone": dead_zone, "group-norm": group_norm}
+PICTURES = {
+    "controllers": plant.picture,
+    "dead-zone": dead_zone,
+    "full-and-loc": full_and_loc,
+    "group-norm": group_norm,
+}

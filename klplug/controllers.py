@@ -1,18 +1,31 @@
-"""How kl_coef moves over a run: fixed, or adaptive towards a target KL.
+"""How kl_coef moves over a run: fixed, by a schedule, or towards a target KL.
+
+=========  ==========================================  =======================  ============
+kl_ctrl    what moves it                               needs                    may have
+=========  ==========================================  =======================  ============
+fixed      nothing
+linear     the step, on a line to ``kl_end``           ``kl_end``, ``kl_steps``
+cosine     the step, on half a cosine to ``kl_end``    ``kl_end``, ``kl_steps``
+adaptive   the KL: Ziegler's rule, as an exponent      ``kl_target``            ``kl_horizon``
+pid        the KL: a PID outside a band                ``kl_target``            ``kl_band``
+=========  ==========================================  =======================  ============
 
 A controller is fed an estimate of KL(pi||ref), ``klplug/kl``, in nats per token, measured by the
 host's adapter before the update: never the value of a biased estimator such as k2. It is fed the
-number of answers, rows without tokens left out.
+number of answers, rows without tokens left out. ``docs/controllers.md`` has them side by side on a
+simulated run.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-KL_CONTROLLERS = ("fixed", "adaptive")
 LOWEST, HIGHEST = 1e-4, 1e4
-"""Of its start, how far an adaptive coefficient goes: no drift of the KL calls for more."""
+"""Of its start, how far a driven coefficient goes: no drift of the KL calls for more."""
 
 
 class KLController(Protocol):
@@ -43,41 +56,68 @@ class FixedKL:
         """A fixed coefficient is what this run's configuration says, whatever was saved."""
 
 
-class AdaptiveKL:
-    """``value *= exp(clip(kl / target - 1, -0.2, 0.2) * n_samples / horizon)``.
+class ScheduledKL:
+    """From ``kl_coef`` to ``end`` in ``steps`` updates of the policy, and ``end`` from then on.
 
-    Ziegler's rule, ``1 + x`` in place of ``exp(x)``, to first order; his turns negative from 5
-    horizons a step on. Always positive, and held within [1e-4, 1e4] of its start, where it says so
-    once at either end.
-
-    Source: Ziegler et al. 2019, arXiv 1909.08593, section 2.2.
+    With x the share of the steps that are done, ``linear`` is ``start + (end - start) x`` and
+    ``cosine`` is ``start + (end - start) (1 - cos(pi x)) / 2``. The KL moves neither.
 
     Args:
-        kl_coef: the coefficient to start from.
-        target: KL(pi||ref) to hold, nats per token.
-        horizon: answers over which the coefficient can change by a factor e^0.2. Where a step has
-            more, it changes by more in one step.
+        kl_ctrl: linear or cosine.
+        kl_coef: the coefficient of the first update.
+        end: the last coefficient; 0 lets the policy go.
+        steps: updates of the policy from the first to the last, counted where the host counts
+            them: once a rollout.
     """
 
-    def __init__(self, kl_coef: float, target: float, horizon: float) -> None:
-        self.value = self._start = kl_coef
-        self.target = target
-        self.horizon = horizon
-        self._said: set[str] = set()
+    def __init__(self, kl_ctrl: str, kl_coef: float, end: float, steps: float) -> None:
+        self.kl_ctrl, self.start, self.end, self.steps = kl_ctrl, kl_coef, end, steps
+        self.done = 0
+
+    @property
+    def value(self) -> float:
+        share = min(self.done / self.steps, 1.0)
+        if self.kl_ctrl == "cosine":
+            share = (1 - math.cos(math.pi * share)) / 2
+        return self.start + (self.end - self.start) * share
 
     def update(self, kl: float, n_samples: int) -> None:
-        """Move the coefficient by one step's KL, nats per token, of so many answers."""
-        if not math.isfinite(kl):  # a diverged batch says nothing about how far to move
-            return
-        pace = n_samples / self.horizon
-        if pace > 1:
-            self._say(
-                "kl_horizon",
-                f"{self.horizon:g} is less than the {n_samples} answers of a step, and is counted "
-                f"in answers: kl_coef can change by e^{0.2 * pace:.3g} in one step",
+        self.done += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kl_ctrl": self.kl_ctrl, "value": self.value, "done": self.done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved step, on the line that this run's configuration draws.
+
+        Raises:
+            ValueError: it is no count.
+        """
+        done = state.get("done")
+        if isinstance(done, bool) or not isinstance(done, int) or done < 0:
+            raise ValueError(
+                f"the saved state of the KL controller has done={done!r}, which must be a count of "
+                "steps"
             )
-        # By logarithms, in which no exponent is too large.
-        log_value = math.log(self.value) + min(max(kl / self.target - 1, -0.2), 0.2) * pace
+        self.done = done
+
+
+class _Driven:
+    """A coefficient that a KL moves: positive, and held within [1e-4, 1e4] of its start, where it
+    says so once at either end."""
+
+    kl_ctrl: str
+
+    def __init__(self, kl_coef: float, target: float) -> None:
+        self.value = self._start = kl_coef
+        self.target = target
+        self._said: set[str] = set()
+
+    def _move(self, by: float, kl: float) -> None:
+        """Multiply the coefficient by ``e^by``: in logarithms, where no exponent is too large."""
+        if not by:  # not even by rounding
+            return
+        log_value = math.log(self.value) + by
         lowest, highest = self._start * LOWEST, self._start * HIGHEST
         for end, met in (
             (lowest, log_value <= math.log(lowest)),
@@ -86,11 +126,10 @@ class AdaptiveKL:
             if met:
                 self._say(
                     f"kl_coef={end:.3g}",
-                    f"is as far as the adaptive controller goes from its start {self._start:g}; "
-                    f"the KL is {kl:.3g}, kl_target {self.target:g}",
+                    f"is as far as the {self.kl_ctrl} controller goes from its start "
+                    f"{self._start:g}; the KL is {kl:.3g}, kl_target {self.target:g}",
                 )
-        log_value = min(max(log_value, math.log(lowest)), math.log(highest))
-        self.value = math.exp(log_value)
+        self.value = math.exp(min(max(log_value, math.log(lowest)), math.log(highest)))
 
     def _say(self, what: str, about: str) -> None:
         if what not in self._said:
@@ -98,7 +137,7 @@ class AdaptiveKL:
             print(f"klplug: WARNING: {what} {about}", flush=True)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"kl_ctrl": "adaptive", "value": self.value}
+        return {"kl_ctrl": self.kl_ctrl, "value": self.value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved coefficient.
@@ -115,28 +154,191 @@ class AdaptiveKL:
         self.value = float(value)
 
 
+class AdaptiveKL(_Driven):
+    """``value *= exp(clip(kl / target - 1, -0.2, 0.2) * n_samples / horizon)``.
+
+    Ziegler's rule, ``1 + x`` in place of ``exp(x)``, to first order; his turns negative from 5
+    horizons a step on.
+
+    Source: Ziegler et al. 2019, arXiv 1909.08593, section 2.2.
+
+    Args:
+        kl_coef: the coefficient to start from.
+        target: KL(pi||ref) to hold, nats per token.
+        horizon: answers over which the coefficient can change by a factor e^0.2. Where a step has
+            more, it changes by more in one step.
+    """
+
+    kl_ctrl = "adaptive"
+
+    def __init__(self, kl_coef: float, target: float, horizon: float) -> None:
+        super().__init__(kl_coef, target)
+        self.horizon = horizon
+
+    def update(self, kl: float, n_samples: int) -> None:
+        """Move the coefficient by one step's KL, nats per token, of so many answers."""
+        if not math.isfinite(kl):  # a diverged batch says nothing about how far to move
+            return
+        pace = n_samples / self.horizon
+        if pace > 1:
+            self._say(
+                "kl_horizon",
+                f"{self.horizon:g} is less than the {n_samples} answers of a step, and is counted "
+                f"in answers: kl_coef can change by e^{0.2 * pace:.3g} in one step",
+            )
+        self._move(min(max(kl / self.target - 1, -0.2), 0.2) * pace, kl)
+
+
+class PIDKL(_Driven):
+    """A PID on how far the KL is outside of a band around its target, on the log of kl_coef.
+
+    With e the distance of ``kl / target`` to the band [1 - band, 1 + band], 0 inside and at most 1,
+    each step multiplies the coefficient by ``exp(PROPORTIONAL (e - e') + INTEGRAL e)``, e' being
+    the step before's. Written as steps, it has no sum that winds up while the coefficient is at a
+    bound. In the band nothing pulls, so noise within it moves nothing. Steps count, not answers.
+
+    The derivative's gain is 0: any other was slower on the simulated runs of
+    ``docs/controllers.md``, on which the two gains are chosen.
+
+    Source: a band and a PID are SAFE's; it moves a threshold of the KL by them, this the
+    coefficient.
+
+    Args:
+        kl_coef: the coefficient to start from.
+        target: KL(pi||ref) to hold, nats per token.
+        band: half the width of the band, as a share of the target.
+    """
+
+    kl_ctrl = "pid"
+    PROPORTIONAL, INTEGRAL = 0.3, 0.03
+
+    def __init__(self, kl_coef: float, target: float, band: float) -> None:
+        super().__init__(kl_coef, target)
+        self.band = band
+        self._before: float | None = None
+
+    def update(self, kl: float, n_samples: int) -> None:
+        """Move the coefficient by one step's KL, nats per token."""
+        if not math.isfinite(kl):
+            return
+        off = kl / self.target - 1
+        error = math.copysign(min(max(abs(off) - self.band, 0.0), 1.0), off)
+        # The KL of a run starts at 0, which is no fall.
+        rise = 0.0 if self._before is None else error - self._before
+        self._before = error
+        self._move(self.PROPORTIONAL * rise + self.INTEGRAL * error, kl)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "error": self._before}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved coefficient and the last step's error.
+
+        Raises:
+            ValueError: they are no numbers.
+        """
+        super().load_state_dict(state)
+        error = state.get("error")
+        if error is not None and not (isinstance(error, (int, float)) and -1 <= error <= 1):
+            raise ValueError(
+                f"the saved state of the KL controller has error={error!r}, which must be a number "
+                "from -1 to 1"
+            )
+        self._before = error
+
+
+SETTINGS = {
+    "kl_target": "the KL to hold, nats per token",
+    "kl_horizon": "answers to adapt over (10000)",
+    "kl_band": "half the width of the band, as a share of kl_target (0.2)",
+    "kl_end": "the last coefficient",
+    "kl_steps": "updates of the policy until then",
+}
+"""What a controller may be told, in words, for command lines and documentation."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """One ``kl_ctrl``: how it is made, the settings that it needs, and those it has a default for.
+
+    Attributes:
+        make: from ``kl_coef`` and the settings, in that order.
+        driven: whether the KL moves it, so that there must be one to measure.
+    """
+
+    make: Callable[..., KLController]
+    needs: tuple[str, ...] = ()
+    defaults: Mapping[str, float] = field(default_factory=dict)
+    driven: bool = False
+
+
+CONTROLS = {
+    "fixed": Control(FixedKL),
+    "adaptive": Control(AdaptiveKL, ("kl_target",), {"kl_horizon": 10_000}, driven=True),
+    "linear": Control(functools.partial(ScheduledKL, "linear"), ("kl_end", "kl_steps")),
+    "cosine": Control(functools.partial(ScheduledKL, "cosine"), ("kl_end", "kl_steps")),
+    "pid": Control(PIDKL, ("kl_target",), {"kl_band": 0.2}, driven=True),
+}
+KL_CONTROLLERS = tuple(CONTROLS)
+
+
 def kl_controller(
-    kl_ctrl: str, kl_coef: float, kl_target: float | None = None, kl_horizon: float | None = None
+    kl_ctrl: str,
+    kl_coef: float,
+    kl_target: float | None = None,
+    kl_horizon: float | None = None,
+    *,
+    kl_end: float | None = None,
+    kl_steps: float | None = None,
+    kl_band: float | None = None,
 ) -> KLController:
-    """The controller that the settings name; 10 000 samples is the default horizon.
+    """The controller that the settings name.
 
     Raises:
-        ValueError: an unknown ``kl_ctrl``, an adaptive one without a positive target, a horizon
-            or a starting coefficient that is not positive, or a target with ``fixed``.
+        ValueError: an unknown ``kl_ctrl``; a setting that it needs and has not, or has no use for;
+            a number that can't be; or a start that is not positive where it moves.
     """
-    if kl_ctrl not in KL_CONTROLLERS:
+    if kl_ctrl not in CONTROLS:
         raise ValueError(f"kl_ctrl={kl_ctrl!r} is unknown; allowed: {', '.join(KL_CONTROLLERS)}")
-    for name, number in (("kl_target", kl_target), ("kl_horizon", kl_horizon)):
-        if number is not None and not (math.isfinite(number) and number > 0):
-            raise ValueError(f"{name}={number!r} must be finite and positive")
-        if number is not None and kl_ctrl == "fixed":
-            raise ValueError(f"{name}={number!r} has no meaning with kl_ctrl=fixed: use adaptive")
-    if kl_ctrl == "fixed":
-        return FixedKL(kl_coef)
-    if not 0 < kl_coef < math.inf:
+    given = {
+        "kl_target": kl_target,
+        "kl_horizon": kl_horizon,
+        "kl_band": kl_band,
+        "kl_end": kl_end,
+        "kl_steps": kl_steps,
+    }
+    control = CONTROLS[kl_ctrl]
+    for name, number in given.items():
+        if number is None:
+            continue
+        least, allowed = _ALLOWED.get(name, (math.ulp(0.0), "positive"))
+        if not (math.isfinite(number) and number >= least):
+            raise ValueError(f"{name}={number!r} must be finite and {allowed}")
+        if name not in (*control.needs, *control.defaults):
+            takers = [k for k, c in CONTROLS.items() if name in (*c.needs, *c.defaults)]
+            raise ValueError(
+                f"{name}={number!r} has no meaning with kl_ctrl={kl_ctrl}: it is for "
+                f"{', '.join(takers)}"
+            )
+    if kl_band is not None and kl_band >= 1:
+        raise ValueError(f"kl_band={kl_band!r} must be below 1: it is a share of kl_target")
+    if kl_ctrl != "fixed" and not 0 < kl_coef < math.inf:
         raise ValueError(
-            f"kl_ctrl=adaptive needs a positive kl_coef to start from, got {kl_coef!r}"
+            f"kl_ctrl={kl_ctrl} needs a positive kl_coef to start from, got {kl_coef!r}"
         )
-    if kl_target is None:
-        raise ValueError("kl_ctrl=adaptive needs a kl_target, in nats per token")
-    return AdaptiveKL(kl_coef, kl_target, 10_000 if kl_horizon is None else kl_horizon)
+    for name in control.needs:
+        if given[name] is None:
+            raise ValueError(f"kl_ctrl={kl_ctrl} needs a {name}, {SETTINGS[name]}")
+    settings = {name: given[name] for name in control.needs}
+    settings |= {
+        name: number if given[name] is None else given[name]
+        for name, number in control.defaults.items()
+    }
+    return control.make(kl_coef, *settings.values())
+
+
+_ALLOWED = {
+    "kl_end": (0.0, "not negative"),
+    "kl_band": (0.0, "not negative"),
+    "kl_steps": (1.0, "at least 1"),
+}

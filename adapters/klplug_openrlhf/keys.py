@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from klplug.controllers import SETTINGS as CONTROLLER_SETTINGS
 from klplug.hosting.settings import started
 
 FLAT = {
@@ -59,7 +60,8 @@ RING, TENSOR_PARALLEL = "ds.ring_attn_size", "ds.tensor_parallel_size"
 
 KL_TYPE, KL_COEF = "klplug.kl_type", "klplug.kl_coef"
 KL_CTRL, KL_TARGET, KL_HORIZON = "klplug.kl_ctrl", "klplug.kl_target", "klplug.kl_horizon"
-OWN = (KL_TYPE, KL_COEF, KL_CTRL, KL_TARGET, KL_HORIZON)
+CONTROL = tuple(f"klplug.{name}" for name in CONTROLLER_SETTINGS)
+OWN = (KL_TYPE, KL_COEF, KL_CTRL, *CONTROL)
 
 DECIDED = (USE_LOSS, KIND, COEF, TARGET, HORIZON, UNBIASED)
 """What ``kl_type`` and klplug's other options decide, whatever OpenRLHF's own say."""

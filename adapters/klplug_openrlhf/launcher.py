@@ -78,6 +78,8 @@ def parse_args(
 
 
 def add_options(parser: ArgumentParser) -> None:
+    from klplug.controllers import SETTINGS
+
     group = parser.add_argument_group(
         "klplug", "KL regularisation by the gradient it has; decides all of the host's KL options"
     )
@@ -94,14 +96,11 @@ def add_options(parser: ArgumentParser) -> None:
         "--klplug.kl_ctrl",
         default="fixed",
         metavar="CTRL",
-        help="fixed, or adaptive: moves the coefficient to hold --klplug.kl_target",
+        help="fixed; linear or cosine, to --klplug.kl_end in --klplug.kl_steps; adaptive or pid, "
+        "which hold --klplug.kl_target",
     )
-    group.add_argument(
-        "--klplug.kl_target", type=float, help="KL to hold, nats per token (adaptive)"
-    )
-    group.add_argument(
-        "--klplug.kl_horizon", type=float, help="samples to adapt over (adaptive; 10000)"
-    )
+    for name, meaning in SETTINGS.items():
+        group.add_argument(f"--klplug.{name}", type=float, help=meaning)
 
 
 def written_options(parser: ArgumentParser) -> Namespace:

@@ -8,6 +8,7 @@ from typing import Any
 
 import klplug
 from klplug import KLSpec, parse
+from klplug.controllers import SETTINGS as CONTROLLER_SETTINGS
 from klplug.hosting.settings import Asked, Settings, SettingsError, Unknown
 from klplug.spec import sum_of
 from klplug_openrlhf.keys import (
@@ -15,8 +16,6 @@ from klplug_openrlhf.keys import (
     KIND,
     KL_COEF,
     KL_CTRL,
-    KL_HORIZON,
-    KL_TARGET,
     KL_TYPE,
     LOSS_AGG,
     POLICY_LOSS,
@@ -96,8 +95,7 @@ class Plan(Asked):
             spec=spec,
             kl_coef=klplug.check_kl_coef(spec, coef),
             kl_ctrl=read(args, "klplug.kl_ctrl") or "fixed",
-            kl_target=read(args, "klplug.kl_target"),
-            kl_horizon=read(args, "klplug.kl_horizon"),
+            **{name: read(args, f"klplug.{name}") for name in CONTROLLER_SETTINGS},
             records_for_kl=bool(read(args, "klplug.records_for_kl")),
             divides_by_length=bool(dividing_by_length(Arguments(args))),
             model=read(args, PRETRAIN),
@@ -131,8 +129,7 @@ def asked(settings: Settings) -> Plan:
         spec=spec,
         kl_coef=kl_coef,
         kl_ctrl=settings.get(KL_CTRL) or "fixed",
-        kl_target=settings.get(KL_TARGET),
-        kl_horizon=settings.get(KL_HORIZON),
+        **{name: settings.get(f"klplug.{name}") for name in CONTROLLER_SETTINGS},
     )
     plan.controller()
     return plan

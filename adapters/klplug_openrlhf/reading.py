@@ -29,6 +29,7 @@ from klplug.audit.settings import (
 )
 from klplug.audit.shell import Word
 from klplug.audit.tables import Source, Table, flattened
+from klplug.controllers import CONTROLS
 from klplug.hosting.settings import Unknown
 from klplug.spec import parse
 from klplug_openrlhf import sources
@@ -36,6 +37,7 @@ from klplug_openrlhf.host import HOST
 from klplug_openrlhf.keys import (
     ASYNC,
     COEF,
+    CONTROL,
     EPOCHS,
     ESTIMATOR,
     FLAT,
@@ -45,7 +47,6 @@ from klplug_openrlhf.keys import (
     KIND,
     KL_COEF,
     KL_CTRL,
-    KL_HORIZON,
     KL_TARGET,
     KL_TYPE,
     LOSS_AGG,
@@ -220,7 +221,7 @@ def settings(table: Table, launched: Parsed, version_from: str = "installed") ->
 
 
 _K3 = "use_kl_estimator_k3"
-_FLOATS = (COEF, GAMMA, TARGET, KL_COEF, KL_TARGET, KL_HORIZON)
+_FLOATS = (COEF, GAMMA, TARGET, KL_COEF, *CONTROL)
 
 
 def _value(key: str, text: str) -> Any:
@@ -429,6 +430,8 @@ def _klplug_terms(settings: Settings, own: Setting) -> list[Term]:
 def _controller(settings: Settings, terms: list[Term]) -> Controller | None:
     own = settings[KL_CTRL]
     if own.written and own.value != "fixed":
+        if own.value in CONTROLS and not CONTROLS[own.value].driven:
+            return None
         return Controller(own, settings[KL_TARGET], True, "k3, before the update", True)
     target = settings[TARGET]
     if not target.written or not target.value:

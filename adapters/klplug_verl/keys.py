@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from klplug.controllers import SETTINGS as CONTROLLER_SETTINGS
 from klplug.hosting.settings import started
 
 STOCK = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "full")
 STOCK_NAMES = (*STOCK, *(f"{name}+" for name in STOCK))
 """What verl's ``kl_penalty`` knows."""
 
-KEYS = ("kl_type", "kl_coef", "kl_ctrl", "kl_target", "kl_horizon")
-KL_TYPE, KL_COEF, KL_CTRL, KL_TARGET, KL_HORIZON = (f"klplug.{key}" for key in KEYS)
+KEYS = ("kl_type", "kl_coef", "kl_ctrl", *CONTROLLER_SETTINGS)
+KL_TYPE, KL_COEF, KL_CTRL, KL_TARGET, *_ = (f"klplug.{key}" for key in KEYS)
 
 ACTOR = "actor_rollout_ref.actor."
 REF = "actor_rollout_ref.ref."

@@ -9,6 +9,7 @@ from typing import Any
 
 import klplug
 from klplug import KLSpec, parse
+from klplug.controllers import SETTINGS as CONTROLLER_SETTINGS
 from klplug.hosting.settings import Asked, Settings, SettingsError, Unknown
 from klplug.spec import TermSpec
 from klplug_verl.keys import (
@@ -19,8 +20,6 @@ from klplug_verl.keys import (
     KEYS,
     KL_COEF,
     KL_CTRL,
-    KL_HORIZON,
-    KL_TARGET,
     KL_TYPE,
     LOSS_AGG,
     LOSS_MODE,
@@ -63,8 +62,7 @@ class Plan(Asked):
             spec=spec,
             kl_coef=klplug.check_kl_coef(spec, own.get("kl_coef")),
             kl_ctrl=own.get("kl_ctrl") or "fixed",
-            kl_target=own.get("kl_target"),
-            kl_horizon=own.get("kl_horizon"),
+            **{name: own.get(name) for name in CONTROLLER_SETTINGS},
             divides_by_length=divides_by_length(Config(config)),
             model=read(config, MODEL),
             bootstraps=read(config, ESTIMATOR) == "gae",
@@ -100,8 +98,7 @@ def asked(settings: Settings) -> Plan | None:
         spec=spec,
         kl_coef=kl_coef,
         kl_ctrl=wanted.get("kl_ctrl") or "fixed",
-        kl_target=wanted.get("kl_target"),
-        kl_horizon=wanted.get("kl_horizon"),
+        **{name: wanted.get(name) for name in CONTROLLER_SETTINGS},
     )
     plan.controller()
     return plan
@@ -191,8 +188,7 @@ def _by_own_keys(own: Any, settings: Settings) -> dict[str, Any]:
         "kl_type": kl_type,
         "kl_coef": KL_COEF,
         "kl_ctrl": settings.get(KL_CTRL),
-        "kl_target": settings.get(KL_TARGET),
-        "kl_horizon": settings.get(KL_HORIZON),
+        **{name: settings.get(f"klplug.{name}") for name in CONTROLLER_SETTINGS},
     }
 
 

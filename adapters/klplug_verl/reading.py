@@ -31,6 +31,7 @@ from klplug.audit.settings import (
 )
 from klplug.audit.shell import Word
 from klplug.audit.tables import Source, Table, flattened, load_yaml
+from klplug.controllers import CONTROLS
 from klplug.hosting.settings import Unknown
 from klplug.spec import KLSpec, TermSpec, parse
 from klplug_verl import sources
@@ -998,6 +999,8 @@ def _stale(settings: Settings, other: _Trainer | None) -> Setting | None:
 def _controller(settings: Settings, terms: list[Term]) -> Controller | None:
     own = settings[KL_CTRL]
     if own.written and own.value not in (None, "fixed"):
+        if own.value in CONTROLS and not CONTROLS[own.value].driven:
+            return None
         return Controller(own, settings[KL_TARGET], True, "k3, before the update", True)
     setting = settings[CTRL_TYPE]
     if setting.value != "adaptive":

@@ -74,7 +74,7 @@ def baseline_of_nothing(plan: Asked, settings: Settings) -> Said:
 
 
 def controller_of_nothing(plan: Asked, settings: Settings) -> Said:
-    if plan.spec.terms and not plan.needs_reference and plan.kl_ctrl != "fixed":
+    if plan.spec.terms and not plan.needs_reference and plan.is_driven:
         key = "klplug.kl_ctrl"
         yield (
             key,

@@ -76,7 +76,7 @@ class Asked:
 
     @property
     def is_active(self) -> bool:
-        return bool(self.spec.terms)
+        return self.spec.measures
 
     @property
     def over_vocabulary(self) -> bool:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 
 import pytest
@@ -74,7 +75,7 @@ def test_state_survives() -> None:
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (("linear", 0.1), "fixed, adaptive"),
+        (("sine", 0.1), "fixed, adaptive, linear, cosine, pid"),
         (("adaptive", 0.1), "kl_target"),
         (("adaptive", -0.1, 0.1), "positive kl_coef"),
         (("adaptive", 0.1, 0.0), "kl_target"),
@@ -93,3 +94,119 @@ def test_without_a_horizon_it_is_that_of_both_hosts() -> None:
     controller = kl_controller("adaptive", 0.1, kl_target=1.0)
     controller.update(kl=2.0, n_samples=1000)
     assert controller.value == pytest.approx(0.1 * math.exp(0.2 * 1000 / 10_000))
+
+
+@pytest.mark.parametrize(
+    ("kl_ctrl", "settings", "words"),
+    [
+        ("linear", {"kl_steps": 5}, "linear needs a kl_end"),
+        ("cosine", {"kl_end": 0.1}, "cosine needs a kl_steps"),
+        ("linear", {"kl_end": -0.1, "kl_steps": 5}, "kl_end=-0.1 must be finite and not negative"),
+        ("linear", {"kl_end": math.nan, "kl_steps": 5}, "kl_end=nan"),
+        ("cosine", {"kl_end": 0.1, "kl_steps": 0}, "kl_steps=0 must be finite and at least 1"),
+        ("cosine", {"kl_end": 0.1, "kl_steps": 5, "kl_target": 1}, "it is for adaptive, pid"),
+        ("pid", {}, "pid needs a kl_target, the KL to hold, nats per token"),
+        ("pid", {"kl_target": 1, "kl_horizon": 9}, "kl_horizon=9 has no meaning.*for adaptive"),
+        ("pid", {"kl_target": 1, "kl_band": 1}, "kl_band=1 must be below 1"),
+        ("pid", {"kl_target": 1, "kl_band": -0.1}, "kl_band=-0.1 must be finite and not negative"),
+        ("adaptive", {"kl_target": 1, "kl_end": 0}, "kl_end=0 has no meaning.*for linear, cosine"),
+        ("fixed", {"kl_steps": 9}, "kl_steps=9 has no meaning with kl_ctrl=fixed"),
+    ],
+)
+def test_a_setting_that_is_missing_or_of_another_controller_is_named(
+    kl_ctrl: str, settings: dict[str, float], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        kl_controller(kl_ctrl, 0.1, **settings)
+
+
+@pytest.mark.parametrize("end", [0.0, 0.1, 0.5])
+def test_a_schedule_goes_from_start_to_end_and_stays(end: float) -> None:
+    linear = kl_controller("linear", 0.3, kl_end=end, kl_steps=4)
+    cosine = kl_controller("cosine", 0.3, kl_end=end, kl_steps=4)
+    half = math.sqrt(0.5) / 2
+    shares = [0, 0.25, 0.5, 0.75, 1, 1]
+    rounded = [0, 0.5 - half, 0.5, 0.5 + half, 1, 1]
+    for step, (straight, round_) in enumerate(zip(shares, rounded, strict=True)):
+        assert linear.value == pytest.approx(0.3 + (end - 0.3) * straight)
+        assert cosine.value == pytest.approx(0.3 + (end - 0.3) * round_)
+        for controller in (linear, cosine):
+            controller.update(math.nan if step else 1e9, 1024)  # whatever the KL is
+
+
+def test_a_pid_does_nothing_in_its_band_and_pulls_outside_of_it() -> None:
+    controller = kl_controller("pid", 0.1, kl_target=0.5, kl_band=0.2)
+    for kl in (0.41, 0.59, 0.5):
+        controller.update(kl, 8)
+        assert controller.value == 0.1
+    controller.update(0.75, 8)  # 1.5 targets: 0.3 above the band
+    assert controller.value == pytest.approx(0.1 * math.exp(0.3 * 0.3 + 0.03 * 0.3))
+    controller.update(0.75, 8)
+    assert controller.value == pytest.approx(0.1 * math.exp(0.3 * 0.3 + 2 * 0.03 * 0.3))
+    controller.update(0.25, 8)  # 0.3 below it
+    moved = 0.3 * 0.3 + 2 * 0.03 * 0.3 - 0.3 * 0.6 - 0.03 * 0.3
+    assert controller.value == pytest.approx(0.1 * math.exp(moved))
+    before = controller.value
+    controller.update(math.nan, 8)
+    assert controller.value == before
+
+
+def test_a_pid_meets_one_error_however_large_and_no_fall_at_the_start() -> None:
+    for kl, error in ((1e9, 1.0), (0.0, -0.8)):
+        controller = kl_controller("pid", 0.1, kl_target=0.5)
+        controller.update(kl, 8)
+        assert controller.value == pytest.approx(0.1 * math.exp(0.03 * error))
+
+
+@pytest.mark.parametrize("kl", [0.0, 1e9])
+def test_a_pid_is_held_within_bounds_and_comes_back(
+    kl: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    controller = kl_controller("pid", 0.001, kl_target=0.1)
+    for _ in range(2000):
+        controller.update(kl, 8)
+    assert controller.value == pytest.approx(0.001 * (1e4 if kl else 1e-4))
+    assert capsys.readouterr().out.count("the pid controller goes") == 1
+    for _ in range(10):  # no sum has wound up
+        controller.update(0.0 if kl else 1e9, 8)
+    assert 1e-7 * 1.1 < controller.value < 10 / 1.1
+
+
+STATES = {
+    "adaptive": {"kl_target": 0.05, "kl_horizon": 1000},
+    "linear": {"kl_end": 0.5, "kl_steps": 9},
+    "cosine": {"kl_end": 0.0, "kl_steps": 9},
+    "pid": {"kl_target": 0.05},
+}
+
+
+@pytest.mark.parametrize("kl_ctrl", STATES)
+def test_killed_and_resumed_is_the_same_as_never_killed(kl_ctrl: str) -> None:
+    kls = [0.0, 0.01, 0.2, 0.07, 0.3, 0.02, 0.05]
+    whole, first, second = (kl_controller(kl_ctrl, 0.1, **STATES[kl_ctrl]) for _ in range(3))
+    for kl in kls:
+        whole.update(kl, 64)
+    for kl in kls[:3]:
+        first.update(kl, 64)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.value == first.value
+    for kl in kls[3:]:
+        second.update(kl, 64)
+    assert second.value == whole.value != 0.1
+
+
+@pytest.mark.parametrize(
+    ("kl_ctrl", "state", "words"),
+    [
+        ("linear", {"value": 0.1}, "done=None, which must be a count of steps"),
+        ("cosine", {"value": 0.1, "done": -1}, "done=-1"),
+        ("cosine", {"value": 0.1, "done": 1.5}, "done=1.5"),
+        ("pid", {"value": 0.1, "error": 2}, "error=2, which must be a number from -1 to 1"),
+        ("pid", {"value": 0.0, "error": 0.1}, "value=0.0"),
+    ],
+)
+def test_a_saved_state_that_is_none_is_named(
+    kl_ctrl: str, state: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        kl_controller(kl_ctrl, 0.1, **STATES[kl_ctrl]).load_state_dict(state)

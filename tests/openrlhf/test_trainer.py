@@ -157,3 +157,34 @@ def test_a_gradient_that_stays_away_from_the_principled_one_is_told_once(
         of_trainer.ppo_train(lambda: {"klplug/gradient_cosine": 0.5}, made, (), {})
     said = capsys.readouterr().out
     assert said.count("klplug/gradient_cosine is 0.5, below 0.9 for 20 steps") == 1
+
+
+MOVING: dict[str, dict[str, Any]] = {
+    "linear": {"kl_end": 0.0, "kl_steps": 4.0},
+    "cosine": {"kl_end": 0.0, "kl_steps": 4.0},
+    "pid": {"kl_target": 0.01},
+}
+
+
+@pytest.mark.parametrize("kl_ctrl", MOVING)
+def test_every_controller_moves_and_goes_on_from_a_checkpoint(
+    kl_ctrl: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {"kl_ctrl": kl_ctrl, **MOVING[kl_ctrl]}
+    group = Group()
+    first = trainer(monkeypatch, group=group, **own)
+    for kl in (0.02, 0.05):
+        first.kl_ctl.measured = kl
+        first.kl_ctl.update(99.0, 50)  # what OpenRLHF says it is
+    # An error of 0.8, then of 1: it rises by 0.2.
+    moved = {"linear": 0.5, "cosine": 0.5, "pid": math.exp(0.03 * 1.8 + 0.3 * 0.2)}
+    assert first.experience_maker.kl_ctl.value == pytest.approx(0.1 * moved[kl_ctrl])
+    first.save_logs_and_checkpoints(3, {}, {"global_step": 3})
+    second = trainer(monkeypatch, group=Group(group.saved), **own)
+    capsys.readouterr()
+    second.init_checkpoint_states()
+    assert "WARNING" not in capsys.readouterr().out
+    for made in (first, second):
+        made.kl_ctl.measured = 0.01
+        made.kl_ctl.update(99.0, 50)
+    assert second.kl_ctl.value == first.kl_ctl.value != 0.1 * moved[kl_ctrl]
