@@ -80,11 +80,16 @@ AXES: dict[str, Axis] = {
         ),
         Axis(
             "reference",
-            ("ref", "rollout"),
+            ("ref", "rollout", "old"),
             lambda term: "ref",
-            "the policy that the KL is taken to: the reference model, or the sampler itself as "
-            "the trust region, with ratio=rollout or none, and no reference model",
-            needs={"ref": ("ref_log_probs",), "rollout": ("rollout_log_probs",)},
+            "the policy that the KL is taken to: the reference model; or, as the trust region and "
+            "with no reference model, the sampler itself (with ratio=rollout or none) or the "
+            "policy at the start of the step",
+            needs={
+                "ref": ("ref_log_probs",),
+                "rollout": ("rollout_log_probs",),
+                "old": ("old_log_probs",),
+            },
         ),
         Axis(
             "vocab",

@@ -168,6 +168,27 @@ _SAMPLER_WITHOUT_RATIO = _row(
     source="Kimi K2.5, arXiv 2602.02276; prime-rl's default",
     test="test_the_sampler_as_reference_without_a_ratio",
 )
+_OLD = _row(
+    "k2_as_loss,reference=old",
+    coefficient="log pi - log old",
+    target="grad KL(pi||old): zero on-policy, a trust region from then on",
+    gradient_bias="another reference: unbiased for KL(pi||old) of each token",
+    off_policy="OLDPREF of KL(pi||old), exact below the cap",
+    source="klplug; the policy at the start of the step as the proximal policy",
+    test="test_the_policy_at_the_start_of_the_step_as_reference",
+)
+_MIXTURE = KLType(
+    name="0.7*k2_as_loss+0.3*k2_as_loss,reference=old",
+    formula="0.7 x^2 / 2 + 0.3 (log pi - log old)^2 / 2",
+    coefficient="0.7 x + 0.3 (log pi - log old)",
+    target="LOC of 0.7 KL(pi||ref) + 0.3 KL(pi||old): of the KL to ref^0.7 old^0.3, unnormalised",
+    value_bias="of each KL that of k2",
+    gradient_bias="another reference: unbiased for LOC of that sum",
+    off_policy="OLDPREF of that sum, exact below the cap",
+    requires=parse("k2_as_loss+k2_as_loss,reference=old").requires,
+    source="klplug; the references of DAR, arXiv 2602.11523, with any coefficients",
+    test="test_a_sum_of_two_references_is_a_kl_to_their_geometric_mixture",
+)
 _SUM = KLType(
     name="k3_in_reward+k3_as_loss",
     formula=f"2 ({ESTIMATORS['k3'].formula})",
@@ -212,7 +233,17 @@ def kl_types() -> dict[str, KLType]:
     """
     rows = [_row(f"{e}_{p}") for e in ESTIMATORS for p in PLACEMENTS]
     rows += [_over_answers(e) for e in ESTIMATORS.values() if e.sequence_target]
-    rows += [*_HEADS, *_EXACT, _SAMPLER, _SAMPLER_WITHOUT_RATIO, _SUM, _MONITOR, _NONE]
+    rows += [
+        *_HEADS,
+        *_EXACT,
+        _SAMPLER,
+        _SAMPLER_WITHOUT_RATIO,
+        _OLD,
+        _MIXTURE,
+        _SUM,
+        _MONITOR,
+        _NONE,
+    ]
     from klplug.hosting.host import hosts  # the floor above: it knows the hosts
 
     found = hosts().values()

@@ -85,7 +85,16 @@ class Acting:
 
 
 def acting(spec: TermSpec, batch: Batch, estimate: Estimate) -> Acting:
-    """What the term ``spec`` does, by where it acts."""
+    """What the term ``spec`` does, by where it acts, times its factor."""
+    alone = _acting(spec, batch, estimate)
+    if spec.factor == 1:
+        return alone
+    value = finite_(spec.factor * alone.value)
+    pathwise = None if alone.pathwise is None else spec.factor * alone.pathwise
+    return replace(alone, value=value, pathwise=pathwise)
+
+
+def _acting(spec: TermSpec, batch: Batch, estimate: Estimate) -> Acting:
     if spec.vocab == "exact":
         return _over_the_vocabulary(spec, batch, estimate)
     if spec.placement == "in_reward":
@@ -204,7 +213,19 @@ def _over_the_vocabulary(spec: TermSpec, batch: Batch, estimate: Estimate) -> Ac
 
 
 def estimate_of(spec: TermSpec, batch: Batch) -> Estimate:
-    """Value, c and v of the term ``spec``; ``bound`` has acted on c, and nothing else yet."""
+    """Value, c and v of the term ``spec``; ``bound`` has acted on c, and after it the factor on c
+    and v. The value is the estimate's own, for the metrics."""
+    estimate = _estimate_of(spec, batch)
+    if spec.factor == 1:
+        return estimate
+    own = finite_(spec.factor * estimate.own)
+    is_own = estimate.later is estimate.own
+    return replace(
+        estimate, own=own, later=own if is_own else finite_(spec.factor * estimate.later)
+    )
+
+
+def _estimate_of(spec: TermSpec, batch: Batch) -> Estimate:
     if spec.vocab == "exact":
         return _expected(spec, batch)
     bounded = not math.isinf(spec.bound)

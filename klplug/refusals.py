@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 # The divergence whose form on whole answers is what an estimator without one is taken for.
 _TWINS = {"k3": "forward", "abs": "tv"}
 _WEIGHT = ("level", "cap", "mode")
+# Policies that the current one is at the start of a step.
+_BEHAVIOURS = ("rollout", "old")
 
 
 # What is refused as it is read, before there is a term with values to look at.
@@ -25,6 +27,7 @@ MISSPELT = (
     "no-placement",
     "no-value",
     "no-number",
+    "no-factor",
     "option-twice",
     "options-of-none",
     "none-in-a-sum",
@@ -179,9 +182,10 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "exact-to-sampler",
-        lambda t: _exact(t) and t.reference == "rollout",
-        "reference=rollout with vocab=exact is refused: a sampler hands over the log-probs of what "
-        "it sampled, not of the vocabulary. Use 'k2_as_loss,reference=rollout'",
+        lambda t: _exact(t) and t.reference in _BEHAVIOURS,
+        "reference={reference} with vocab=exact is refused: of the policy that made the samples "
+        "there are the log-probs of what was sampled, not of the vocabulary. Use "
+        "'k2_as_loss,reference={reference}'",
     ),
     Refusal(
         "exact-bound",
@@ -221,9 +225,9 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "sampler-in-reward",
-        lambda t: _in_reward(t) and t.reference == "rollout",
-        "reference=rollout is refused: frozen at the start of the step, where the policy is the "
-        "sampler, it holds nothing back. Use 'k2_as_loss,reference=rollout'",
+        lambda t: _in_reward(t) and t.reference in _BEHAVIOURS,
+        "reference={reference} is refused: frozen at the start of the step, where the policy is "
+        "that itself, it holds nothing back. Use 'k2_as_loss,reference={reference}'",
     ),
     Refusal(
         "baseline-before-group",

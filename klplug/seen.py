@@ -68,7 +68,7 @@ def seen_of(parts: Sequence[Part], whole: Acting, batch: Batch) -> list[Seen]:
     return [_whole(terms, whole, batch), *terms]
 
 
-_IN_A_KEY = str.maketrans({",": ".", "=": "-"})
+_IN_A_KEY = str.maketrans({",": ".", "=": "-", "*": "x"})
 
 
 def _seen(part: Part, batch: Batch) -> Seen:
@@ -104,6 +104,8 @@ def _principled(part: Part, batch: Batch, gradient: Tensor) -> Tensor:
     spec, estimate, importance = part.spec, part.estimate, part.acting.importance
     log_ratio = estimate.log_ratio
     weight = None if importance is None else importance.weight
+    if spec.factor != 1:
+        log_ratio = finite_(spec.factor * log_ratio)
     if spec.placement == "as_loss" and spec.horizon == "token":
         if estimate.own is log_ratio:
             return gradient

@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from klplug.axes import AXES, CHOICES, OPTIONS, PLACEMENTS, Axis
@@ -105,6 +105,8 @@ class TermSpec(KLSpec):
     Attributes:
         estimator: a name in ``ESTIMATORS``.
         placement: ``in_reward`` or ``as_loss``.
+        factor: its coefficient in a sum, any number but 0. A negative one drives away from the
+            term's reference: with another term it is extrapolation.
 
     Raises:
         ValueError: an unknown value, or a combination that means nothing.
@@ -124,9 +126,11 @@ class TermSpec(KLSpec):
     bound: float = LEFT_OUT
     reference: str = LEFT_OUT
     reward_norm: str | None = LEFT_OUT
+    factor: float = 1.0
 
     def __post_init__(self) -> None:
         self._check_name()
+        self._check_factor()
         for name, axis in AXES.items():
             if (value := getattr(self, name)) is not None:
                 self._fill(name, _checked(axis, value))
@@ -161,8 +165,14 @@ class TermSpec(KLSpec):
         """Whether that form adds up values of later tokens, which a vocabulary has too."""
         return self.definition.later is not None
 
+    @property
+    def alone(self) -> TermSpec:
+        """The term without its factor."""
+        return self if self.factor == 1 else replace(self, factor=1.0)
+
     def __str__(self) -> str:
-        written = [self.name]
+        factor = "" if self.factor == 1 else f"{AXES['cap'].shown(self.factor)}*"
+        written = [factor + self.name]
         for option in OPTIONS:
             axis, value = AXES[option], getattr(self, option)
             if value != axis.default(self):
@@ -178,6 +188,20 @@ class TermSpec(KLSpec):
                 "unknown-name",
             )
         _check_choice("placement", self.placement, PLACEMENTS)
+
+    def _check_factor(self) -> None:
+        factor = self.factor
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+            raise Refused(
+                f"kl_type {self.name}: the coefficient {factor!r} is no number", "no-factor"
+            )
+        if factor == 0 or not math.isfinite(factor):
+            raise Refused(
+                f"kl_type {self.name}: the coefficient {factor:g} must be finite and not 0. Leave "
+                "the term out, or write another number",
+                "no-factor",
+            )
+        self._fill("factor", float(factor))
 
     def _as_one_program(self) -> None:
         """k1 in the reward under the policy loss's own ratio is k2 as loss there, to the bit."""
@@ -203,9 +227,10 @@ class SumSpec(KLSpec):
     parts: tuple[TermSpec, ...]
 
     def __post_init__(self) -> None:
-        if len(set(self.parts)) < len(self.parts):
+        if len({part.alone for part in self.parts}) < len(self.parts):
             raise Refused(
-                f"kl_type {str(self)!r} has the same term twice: set a larger kl_coef instead",
+                f"kl_type {str(self)!r} has the same term twice: write it once, with the sum of "
+                "the coefficients before it",
                 "same-term-twice",
             )
 
@@ -249,15 +274,17 @@ def sum_of(terms: Iterable[TermSpec]) -> KLSpec:
     Raises:
         ValueError: the same term twice.
     """
-    terms = tuple(sorted(terms, key=lambda term: (PLACEMENTS.index(term.placement), str(term))))
+    terms = tuple(
+        sorted(terms, key=lambda term: (PLACEMENTS.index(term.placement), str(term.alone)))
+    )
     return terms[0] if len(terms) == 1 else SumSpec(terms)
 
 
 def parse(text: str | KLSpec) -> KLSpec:
     """The ``KLSpec`` that a ``kl_type`` string names: ``<estimator>_<placement>[,key=value...]``.
 
-    Terms are joined by ``+``; ``none`` is no KL at all, and ``monitor`` one without force. A
-    ``KLSpec`` is returned as it is.
+    Terms are joined by ``+``, each with a coefficient before ``*`` where it is not 1; ``none`` is
+    no KL at all, and ``monitor`` one without force. A ``KLSpec`` is returned as it is.
 
     Raises:
         ValueError: an unknown name or option (the message lists what there is and the nearest
@@ -294,6 +321,8 @@ def _parsed(text: str) -> KLSpec:
 def _part(text: str) -> KLSpec:
     """One term, or ``none``."""
     name, *options = (part.strip() for part in text.split(","))
+    number, times, name = name.rpartition("*")
+    name = name.strip()
     values: dict[str, Any] = {}
     for option in options:
         key, equals, value = (part.strip() for part in option.partition("="))
@@ -310,6 +339,8 @@ def _part(text: str) -> KLSpec:
         if key in values:
             raise Refused(f"kl_type {text!r}: option {key!r} is given twice", "option-twice")
         values[key] = _number(text, AXES[key], value) if AXES[key].number else value
+    if times:
+        values["factor"] = _factor(text, number.strip())
     if name == EXACT:
         if values.setdefault("vocab", "exact") != "exact":
             raise Refused(
@@ -320,7 +351,7 @@ def _part(text: str) -> KLSpec:
     if name not in ("none", MONITOR):
         return TermSpec(*_estimator_and_placement(name), **values)
     if values:
-        given = ", ".join(option for option in OPTIONS if option in values)
+        given = ", ".join(option for option in OPTIONS if option in values) or "a coefficient"
         raise Refused(f"kl_type {name!r} takes no options, got {given}", "options-of-none")
     return sum_of(()) if name == "none" else MonitorSpec()
 
@@ -334,6 +365,16 @@ def _number(text: str, axis: Axis, value: str) -> float:
         other = f" and not {axis.choices[0]!r}" if axis.choices else ""
         raise Refused(
             f"kl_type {text!r}: {axis.name}={value!r} is no number{other}", "no-number"
+        ) from None
+
+
+def _factor(text: str, number: str) -> float:
+    try:
+        return float(number)
+    except ValueError:
+        raise Refused(
+            f"kl_type {text!r}: {number!r} before '*' is no number, as in 0.5*k2_as_loss",
+            "no-factor",
         ) from None
 
 

@@ -81,8 +81,8 @@ class Tally:
 
         ``kl``, ``k1``, ``k2``, ``k3`` and ``abs`` are always to ref, and absent where no reference
         is at hand. The terms of a sum, and a term to another policy, have all of them under
-        ``klplug/<term>/``, <term> being ``str(term)`` with ``.`` for ``,`` and ``-`` for ``=``; the
-        shares and weights of the whole are then those of the worst term.
+        ``klplug/<term>/``, <term> being ``str(term)`` with ``.`` for ``,``, ``-`` for ``=`` and
+        ``x`` for ``*``; the shares and weights of the whole are then those of the worst term.
         """
         names = sorted(k.removesuffix("tokens") for k in self.sums if k.endswith("tokens"))
         means = self._means(names)

@@ -45,7 +45,13 @@ IN_REWARD = (
     "abs_in_reward",
     "k1_in_reward,bound=1",
 )
-SUMS = ("k3_in_reward+k3_as_loss", "k2_as_loss+k3_as_loss,ratio=none")
+SUMS = (
+    "k3_in_reward+k3_as_loss",
+    "k2_as_loss+k3_as_loss,ratio=none",
+    "0.7*k2_as_loss+0.3*k2_as_loss,reference=old",
+    "1.5*k2_as_loss,horizon=sequence+-0.5*k2_as_loss,horizon=sequence,reference=old",
+    "0.5*k3_in_reward+2*k3_as_loss",
+)
 DIVERGENCES = (
     "forward_as_loss",
     "js_as_loss",
@@ -82,6 +88,7 @@ SAMPLER = (
     "k2_as_loss,reference=rollout,horizon=sequence",
     "k2_as_loss,ratio=none,reference=rollout",
     "k2_as_loss+k3_as_loss,reference=rollout",
+    "k2_as_loss,reference=old",
 )
 STEPS = (
     "k1_as_loss",
@@ -103,6 +110,7 @@ STEPS = (
     "k2_as_loss,horizon=sequence,baseline=group",
     "k2_as_loss,horizon=sequence,baseline=batch",
     "k2_as_loss,reference=rollout",
+    "0.7*k2_as_loss+0.3*k2_as_loss,reference=old",
 )
 """Every estimator and every value of every option of a KL in the loss, in few: what is trained on
 by each host's own trainer, engine and model."""

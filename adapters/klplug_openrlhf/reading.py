@@ -424,7 +424,9 @@ def _klplug_terms(settings: Settings, own: Setting) -> list[Term]:
         if amount.value is None and coefficient(spec, settings) is not None:
             amount = settings[COEF]
     coef = settings.coefficient(amount.key)
-    return [Term(term, coef, own, own, amount, from_klplug=True) for term in spec.terms]
+    return [
+        Term(term, term.factor * coef, own, own, amount, from_klplug=True) for term in spec.terms
+    ]
 
 
 def _controller(settings: Settings, terms: list[Term]) -> Controller | None:

@@ -47,7 +47,12 @@ def make_experience(original: Call, maker: Any, args: Args, kwargs: Kwargs) -> A
     for experience in experiences:
         experience.info[ACTIVE] = torch.ones(experience.action_mask.shape[0])
         if plan.is_active and not plan.needs_reference:
-            experience.base_action_log_probs = experience.rollout_log_probs
+            # OpenRLHF reports a difference from it, whatever klplug compares with.
+            experience.base_action_log_probs = (
+                experience.rollout_log_probs
+                if "rollout_log_probs" in plan.spec.requires
+                else experience.action_log_probs
+            )
     if not plan.needs_reference:
         return experiences
     # Samples of the policy itself: the estimates are unbiased here.

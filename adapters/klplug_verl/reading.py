@@ -868,7 +868,7 @@ def _klplug_terms(
     terms = [
         Term(
             spec=term,
-            coef=coef,
+            coef=term.factor * coef,
             where=own,
             kind=own,
             amount=amount,

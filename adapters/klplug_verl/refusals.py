@@ -199,7 +199,7 @@ def legacy_worker(plan: Plan, settings: Settings) -> Said:
         *([f"strategy={strategy}"] if strategy not in ("fsdp", "fsdp2") else ()),
         *(["head=combined"] if any(t.head == "combined" for t in as_loss) else ()),
         *([f"baseline={t.baseline}" for t in as_loss if t.baseline != "none"]),
-        *(["reference=rollout"] if not plan.needs_reference else ()),
+        *([f"reference={as_loss[0].reference}"] if not plan.needs_reference else ()),
     ]
     if unserved:
         yield (

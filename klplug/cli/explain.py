@@ -144,7 +144,7 @@ def coefficient(spec: klplug.KLSpec, log_ratio: Sequence[float]) -> tuple[float,
     for term in spec.terms:
         alone = klplug.parse(_without(str(term), OF_THE_BATCH))
         inputs = dict.fromkeys(alone.requires, log_probs)
-        inputs["ref_log_probs" if "ref_log_probs" in inputs else "rollout_log_probs"] = reference
+        inputs[f"{term.reference}_log_probs"] = reference
         total += klplug.kl_term(
             alone,
             log_probs,

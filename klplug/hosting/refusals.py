@@ -65,11 +65,13 @@ def two_baselines(plan: Asked, settings: Settings) -> Said:
 
 
 def baseline_of_nothing(plan: Asked, settings: Settings) -> Said:
-    if any(t.reference == "rollout" and t.baseline != "none" for t in plan.spec.terms):
+    compared = (term.reference for term in plan.spec.terms if term.baseline != "none")
+    reference = next((name for name in compared if name != "ref"), None)
+    if reference is not None:
         yield (
             None,
-            f"kl_type {plan.spec}: baseline with reference=rollout is refused: it is measured at "
-            "the start of a step, where the policy is the sampler and their KL 0. Leave it out",
+            f"kl_type {plan.spec}: baseline with reference={reference} is refused: it is measured "
+            "at the start of a step, where the policy is the sampler and that KL 0. Leave it out",
         )
 
 

@@ -418,6 +418,111 @@ def test_the_sampler_as_reference_without_a_ratio(problem: Problem) -> None:
     assert gradient_at(problem.policy().detach(), kl_type).abs().max() < 1e-12
 
 
+def test_the_policy_at_the_start_of_the_step_as_reference(problem: Problem) -> None:
+    """KL(pi||old), the answers from old, and no reference model; the sampler may be another."""
+    policy, old = problem.log_probs(problem.policy()), problem.log_probs(problem.old())
+    probability = problem.answer_probability(problem.old())[:, None]
+    targets = {
+        "": lambda p: p.oldpref(),
+        ",level=prefix": lambda p: p.loc(),
+        ",horizon=sequence": lambda p: p.full(),
+    }
+    other = copy.copy(problem)
+    other.ref_logits = problem.old()
+    for options, target in targets.items():
+        kl_type = f"k2_as_loss{options},reference=old,cap=none"
+        term = kl_term(kl_type, policy, None, problem.mask, old_log_probs=old)
+        gradient = problem.gradient((probability * term.loss).sum())
+        assert_equal(gradient, target(other))
+        assert_different(gradient, target(problem))
+    on_policy = policy.detach()
+    term = kl_term("k2_as_loss,reference=old", policy, None, problem.mask, old_log_probs=on_policy)
+    assert (term.gradient == 0).all()
+
+
+def of_a_mixture(problem: Problem, a: float, b: float, horizon: str) -> Tensor:
+    """grad of a KL(pi||ref) + b KL(pi||old), as one KL to the unnormalised ref^a old^b."""
+    policy = problem.policy()
+    mixture = a * problem.ref() + b * problem.old()
+    per_prefix = (policy.exp() * ((a + b) * policy - mixture)).sum(-1)
+    reach = problem.reach(policy if horizon == "sequence" else problem.old().detach())
+    return problem.gradient((reach * per_prefix).sum())
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.7, 0.3), (1.5, -0.5), (-0.2, 2.0)])
+@pytest.mark.parametrize("horizon", ["token", "sequence"])
+def test_a_sum_of_two_references_is_a_kl_to_their_geometric_mixture(
+    problem: Problem, horizon: str, a: float, b: float
+) -> None:
+    options = f"horizon={horizon},cap=none"
+    kl_type = f"{a}*k2_as_loss,{options}+{b}*k2_as_loss,{options},reference=old"
+    term = kl_term(
+        kl_type,
+        problem.log_probs(problem.policy()),
+        problem.log_probs(problem.ref()),
+        problem.mask,
+        old_log_probs=problem.log_probs(problem.old()),
+    )
+    probability = problem.answer_probability(problem.old())[:, None]
+    gradient = problem.gradient((probability * term.loss).sum())
+    assert_equal(gradient, of_a_mixture(problem, a, b, horizon))
+    for other in ((a, 0.0), (a + b, 0.0), (1.0, 1.0)):
+        assert_different(gradient, of_a_mixture(problem, *other, horizon))
+    assert_equal(term.gradient, sum(part.gradient for part in term.parts))
+    assert_equal(term.value, sum(part.value for part in term.parts))
+
+
+FACTORED = (
+    "k2_as_loss,bound=0.3",
+    "k1_as_loss",
+    "k3_as_loss,ratio=rollout",
+    "tv_as_loss,cap=1.1",
+    "js_as_loss,horizon=sequence",
+    "forward_as_loss,horizon=sequence",
+    "k2_as_loss,horizon=sequence,baseline=batch",
+    "k3_in_reward",
+    "k1_in_reward,baseline=batch",
+    "k2_as_loss,head=clipped",
+    "exact_as_loss",
+    "exact_as_loss,horizon=sequence,ratio=old",
+)
+
+
+@pytest.mark.parametrize("kl_type", FACTORED)
+def test_a_coefficient_multiplies_what_a_term_does_and_no_metric_of_the_kl(kl_type: str) -> None:
+    problem = PROBLEMS["varying length"]()
+    log_probs, old = problem.log_probs(problem.policy()), problem.log_probs(problem.old())
+
+    def term(text: str):
+        return kl_term(
+            text,
+            log_probs,
+            problem.log_probs(problem.ref()),
+            problem.mask,
+            old_log_probs=old,
+            rollout_log_probs=old,
+            clip_range=(10.0, 10.0),
+            exact_kl=over_the_vocabulary(problem, kl_type) if "exact" in kl_type else None,
+        )
+
+    alone, half = term(kl_type), term(f"0.5*{kl_type}")
+    for name in ("value", "coefficient", "gradient"):
+        assert_equal(getattr(half, name), 0.5 * getattr(alone, name))
+    assert_equal(half.weight, alone.weight)
+    assert_equal(problem.gradient(half.loss.sum()), 0.5 * problem.gradient(alone.loss.sum()))
+    for name, metric in alone.metrics.items():
+        scaled = name in ("klplug/coef_mean", "klplug/coef_max")
+        assert_equal(half.metrics[name], (0.5 if scaled else 1.0) * metric)
+
+
+def test_under_the_policy_losss_clip_a_coefficient_is_as_much_kl_coef() -> None:
+    problem = PROBLEMS["varying length"]()
+    given = surrogate_inputs(problem)
+    half = policy_loss("0.5*k2_as_loss,head=combined", **given, kl_coef=0.8, clip_range=CLIP)
+    whole = policy_loss("k2_as_loss,head=combined", **given, kl_coef=0.4, clip_range=CLIP)
+    assert_equal(problem.gradient(half.sum()), problem.gradient(whole.sum()))
+
+
 # An advantage of either sign for each answer, and a clip that acts on some tokens.
 CLIP = (0.2, 0.3)
 
@@ -768,6 +873,8 @@ def test_every_catalogued_kl_type_is_in_an_oracle() -> None:
         *HEADS,
         "k2_as_loss,reference=rollout",
         "k2_as_loss,ratio=none,reference=rollout",
+        "k2_as_loss,reference=old",
+        "0.7*k2_as_loss+0.3*k2_as_loss,reference=old",
         "k3_in_reward+k3_as_loss",
         "monitor",
         "none",

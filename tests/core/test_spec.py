@@ -86,6 +86,33 @@ def test_terms_requires_and_placed() -> None:
     assert "group_ids" in parse("k1_in_reward,baseline=group").requires
 
 
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        (
+            "0.30*k2_as_loss,reference=old + .7 * mse_as_loss",
+            "0.7*k2_as_loss+0.3*k2_as_loss,reference=old",
+        ),
+        ("1*k2_as_loss", "k2_as_loss"),
+        ("1e+20*k2_as_loss+-0.5*k3_as_loss", "1e+20*k2_as_loss+-0.5*k3_as_loss"),
+        ("2*exact_as_loss", "2*k2_as_loss,vocab=exact"),
+        ("0.5*k1_in_reward,head=combined", "0.5*k2_as_loss,head=combined,horizon=sequence"),
+        ("9*k2_as_loss+0.1*k3_in_reward", "0.1*k3_in_reward+9*k2_as_loss"),
+    ],
+)
+def test_coefficients_have_one_form(text: str, canonical: str) -> None:
+    assert str(parse(text)) == canonical
+    assert parse(canonical) == parse(text)
+
+
+def test_what_a_sum_with_coefficients_is_made_of() -> None:
+    spec = parse("1.5*k2_as_loss+-0.5*k2_as_loss,reference=old+3*k1_in_reward")
+    assert [term.factor for term in spec.terms] == [3.0, 1.5, -0.5]
+    assert spec.requires == ("ref_log_probs", "old_log_probs")
+    assert str(spec.placed("in_reward")) == "3*k1_in_reward"
+    assert spec.terms[0].alone == parse("k1_in_reward") != spec.terms[0]
+
+
 def test_monitor_has_no_terms_and_a_reference() -> None:
     monitor = parse(" monitor ")
     assert str(monitor) == "monitor" and parse(str(monitor)) == monitor != parse("none")
@@ -203,7 +230,7 @@ def test_a_spec_is_frozen_and_parses_to_itself() -> None:
             ["reference=rollout", "'k2_as_loss,reference=rollout'"],
         ),
         ("k2_as_loss,reference=rollout,ratio=old", ["ratio=old", "Leave ratio out"]),
-        ("k2_as_loss,reference=old", ["reference", "Allowed: ref, rollout"]),
+        ("k2_as_loss,reference=older", ["reference", "Allowed: ref, rollout"]),
         ("k1_in_reward,reference=rollout", ["reference=rollout", "'k2_as_loss,reference=rollout'"]),
         ("k2_as_loss,baseline=group", ["baseline=group", "horizon=sequence,baseline=group"]),
         (
@@ -228,7 +255,17 @@ def test_a_spec_is_frozen_and_parses_to_itself() -> None:
         ("none+k2_as_loss", ["none", "sum", "Leave it out"]),
         ("k2_as_loss+monitor", ["'monitor'", "sum", "Leave it out"]),
         ("monitor,reference=rollout", ["'monitor' takes no options, got reference"]),
-        ("k2_as_loss+k2_as_loss", ["twice", "kl_coef"]),
+        ("k2_as_loss+k2_as_loss", ["twice", "sum of the coefficients"]),
+        ("0.5*k2_as_loss+-2*mse_as_loss", ["twice", "sum of the coefficients"]),
+        ("0*k2_as_loss", ["coefficient 0", "Leave the term out"]),
+        ("nan*k2_as_loss+k3_as_loss", ["coefficient nan", "finite"]),
+        ("1e999*k2_as_loss", ["coefficient inf", "finite"]),
+        ("half*k2_as_loss", ["'half' before '*' is no number", "0.5*k2_as_loss"]),
+        ("*k2_as_loss", ["'' before '*' is no number"]),
+        ("0.5*none", ["'none' takes no options, got a coefficient"]),
+        ("2*monitor", ["'monitor' takes no options, got a coefficient"]),
+        ("k1_in_reward,reference=old", ["holds nothing back", "'k2_as_loss,reference=old'"]),
+        ("exact_as_loss,reference=old", ["reference=old with vocab=exact", "not of the vocab"]),
         ("k2_as_loss+", ["empty term"]),
     ],
 )
@@ -244,7 +281,7 @@ OPTION_VALUES = {
     "vocab": st.sampled_from(["sample", "exact"]),
     "head": st.sampled_from(["separate", "combined", "clipped"]),
     "baseline": st.sampled_from(["none", "batch", "group"]),
-    "reference": st.sampled_from(["ref", "rollout"]),
+    "reference": st.sampled_from(["ref", "rollout", "old"]),
     "ratio": st.sampled_from(["old", "none", "rollout"]),
     "level": st.sampled_from(["token", "prefix", "sequence"]),
     "cap": st.floats(0.1, 1e12).map(repr) | st.just("none"),
@@ -260,7 +297,8 @@ def kl_types(draw: st.DrawFn) -> str:
     def term() -> str:
         name = f"{draw(st.sampled_from(sorted(ESTIMATORS)))}_{draw(st.sampled_from(PLACEMENTS))}"
         options = draw(st.lists(st.sampled_from(OPTIONS), unique=True))
-        return ",".join([name, *(f"{o}={draw(OPTION_VALUES[o])}" for o in options)])
+        factor = draw(st.just("") | st.floats(-1e20, 1e20).map("{!r}*".format))
+        return ",".join([factor + name, *(f"{o}={draw(OPTION_VALUES[o])}" for o in options)])
 
     return "+".join(term() for _ in range(draw(st.integers(1, 2))))
 

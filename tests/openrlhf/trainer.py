@@ -200,8 +200,10 @@ class Given:
         shape = (given.log_probs.shape[0], given.log_probs.shape[1] + 1)
         spec = None if kl_type.startswith("stock:") else parse(kl_type)
         reference = given.ref_log_probs
-        if spec is not None and spec.requires == ("rollout_log_probs",):
-            reference = given.rollout_log_probs  # as the experience maker does it
+        if spec is not None and "ref_log_probs" not in spec.requires:
+            # As the experience maker does it.
+            sampler = "rollout_log_probs" in spec.requires
+            reference = given.rollout_log_probs if sampler else given.old_log_probs
         experience = Experience(
             sequences=torch.ones(shape, dtype=torch.long) if sequences is None else sequences,
             attention_mask=torch.ones(shape, dtype=torch.long),

@@ -26,7 +26,10 @@ from recipes.verl import host as verl_host
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = "qwen2.5-math-1.5b-openr1-math"
-SYSTEMS = {"monitor": "monitor"}
+SYSTEMS = {
+    "monitor": "monitor",
+    "two-references": "0.7*k2_as_loss+0.3*k2_as_loss,reference=old",
+}
 GSM8K = "qwen2.5-math-1.5b-gsm8k"
 
 

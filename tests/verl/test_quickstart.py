@@ -144,6 +144,25 @@ def test_the_sampler_as_the_reference_runs_without_a_reference_model(tmp_path: P
 
 
 @pytest.mark.slow
+def test_monitor_measures_a_kl_that_nothing_holds(tmp_path: Path) -> None:
+    summary, steps, log = quickstart(tmp_path / "run", kl_type="monitor", steps=2)
+    assert summary["klplug_active"] is True and summary["kl_type"] == "monitor"
+    assert log.count("active in a worker") == 1 and "timing_s/ref" in log
+    assert [step["actor/kl_loss"] for step in steps] == [0, 0]
+    assert steps[1]["klplug/k3"] > 0 and steps[1]["klplug/kl_before_update"] > 0
+
+
+@pytest.mark.slow
+def test_two_references_over_several_updates(tmp_path: Path) -> None:
+    kl_type = "0.7*k2_as_loss+0.3*k2_as_loss,reference=old"
+    summary, steps, _ = quickstart(tmp_path / "run", kl_type=kl_type, steps=2, updates=2)
+    assert summary["klplug_active"] is True and summary["kl_type"] == kl_type
+    # Only the second update of a step has left the policy of its start.
+    assert steps[1]["klplug/0.7xk2_as_loss/k3"] > 0
+    assert 0 < steps[1]["klplug/0.3xk2_as_loss.reference-old/k3"] < steps[1]["klplug/k3"]
+
+
+@pytest.mark.slow
 def test_a_stock_run_is_a_stock_run(tmp_path: Path) -> None:
     summary, steps, log = quickstart(tmp_path / "run", kl_type="stock:k3", steps=2)
     assert summary["klplug_active"] is False and len(steps) == 2
