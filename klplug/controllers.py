@@ -31,7 +31,8 @@ LOWEST, HIGHEST = 1e-4, 1e4
 class KLController(Protocol):
     """``value`` is the coefficient now; ``update`` moves it once a step."""
 
-    value: float
+    @property
+    def value(self) -> float: ...
 
     def update(self, kl: float, n_samples: int) -> None: ...
 

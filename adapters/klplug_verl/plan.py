@@ -94,11 +94,12 @@ def asked(settings: Settings) -> Plan | None:
         kl_coef = klplug.check_kl_coef(spec, coef)
     except Unknown:
         kl_coef = math.nan
+    control: dict[str, Any] = {name: wanted.get(name) for name in CONTROLLER_SETTINGS}
     plan = Plan(
         spec=spec,
         kl_coef=kl_coef,
         kl_ctrl=wanted.get("kl_ctrl") or "fixed",
-        **{name: wanted.get(name) for name in CONTROLLER_SETTINGS},
+        **control,
     )
     plan.controller()
     return plan

@@ -13,6 +13,7 @@ from klplug.cli.catalogue import list_kl_types
 from klplug.cli.doctor import doctor_command
 from klplug.cli.explain import explain_command
 from klplug.cli.report import report_command
+from klplug.cli.soup import soup_command
 
 app = typer.Typer(
     name="klplug",
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "explain": explain_command,
     "report": report_command,
     "doctor": doctor_command,
+    "soup": soup_command,
 }
 EXAMPLES = {
     "audit": (
@@ -61,6 +63,10 @@ EXAMPLES = {
     ),
     "report": ("klplug report runs --out picture", "klplug report train.log --json"),
     "doctor": ("klplug doctor --no-ray", "klplug doctor --json"),
+    "soup": (
+        "klplug soup sft-1 sft-2 --out reference",
+        "klplug soup base sft --weights 0.3,0.7 --out reference",
+    ),
 }
 
 for name, command in COMMANDS.items():
