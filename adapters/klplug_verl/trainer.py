@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from contextvars import ContextVar
@@ -327,8 +328,8 @@ def _updated(run: Run, workers_report: bool) -> None:
             f"kl_type {run.plan.spec} is set, but the workers computed no KL of klplug's: was "
             "their loss replaced?"
         )
-    if run.controller.measured is not None:
-        run.controller.update(run.controller.measured, run.n_answers)
+    # Without a measured KL a schedule goes on all the same, and the others stay.
+    run.controller.update(math.nan, run.n_answers)
 
 
 def save_checkpoint(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
