@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -109,7 +109,7 @@ def registered(spec: klplug.KLSpec) -> tuple[klplug.KLType, ...]:
         named = klplug.parse(row.name)
         if named == spec:
             return (row,)
-        if len(named.terms) != 1 or len(spec.terms) != 1:
+        if len(named.terms) != 1 or len(spec.terms) != 1 or spec.terms[0].factor != 1:
             continue
         (own,), (asked,) = named.terms, spec.terms
         written = [option.partition("=")[0] for option in row.name.split(",")[1:]]
@@ -121,7 +121,20 @@ def registered(spec: klplug.KLSpec) -> tuple[klplug.KLType, ...]:
             found = len(written), row
     if found is not None:
         return (found[1],)
-    return tuple(row for term in spec.terms for row in registered(term))
+    return tuple(_times(term.factor, row) for term in spec.terms for row in registered(term.alone))
+
+
+def _times(factor: float, row: klplug.KLType) -> klplug.KLType:
+    """The row of a term, with the coefficient that a sum gives it."""
+    if factor == 1:
+        return row
+    away = "; below 0 it drives away from that reference" if factor < 0 else ""
+    return replace(
+        row,
+        formula=f"{factor:g} ({row.formula})",
+        coefficient=f"{factor:g} ({row.coefficient})",
+        target=f"{factor:g} times {row.target}{away}",
+    )
 
 
 def options(term: TermSpec) -> dict[str, Option]:

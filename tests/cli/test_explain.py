@@ -28,6 +28,9 @@ COEFFICIENTS: dict[str, Callable[[float], float]] = {
     "k3_in_reward": lambda lr: math.exp(-lr) - 1 + lr,
     "k3_in_reward+k3_as_loss": lambda lr: lr,
     "k2_as_loss+abs_in_reward": lambda lr: lr + abs(lr),
+    "1.5*k2_as_loss+-0.5*k2_as_loss,reference=old": lambda lr: lr,
+    "-0.5*k3_as_loss": lambda lr: -0.5 * (1 - math.exp(-lr)),
+    "monitor": lambda lr: 0.0,
     "none": lambda lr: 0.0,
 }
 
@@ -73,6 +76,13 @@ def test_every_registered_kl_type_is_explained_by_its_own_row(name: str) -> None
 )
 def test_the_row_that_answers_for_a_kl_type(kl_type: str, rows: list[str]) -> None:
     assert [row.name for row in registered(klplug.parse(kl_type))] == rows
+
+
+def test_a_coefficient_is_in_the_row_of_its_term() -> None:
+    first, second = registered(klplug.parse("1.5*k2_as_loss+-0.5*k3_as_loss,reference=old"))
+    assert (first.coefficient, second.formula) == ("1.5 (x)", "-0.5 (exp(-x) - 1 + x)")
+    assert first.target.startswith("1.5 times LOC") and "drives away" not in first.target
+    assert second.target.endswith("below 0 it drives away from that reference")
 
 
 def test_every_option_has_a_meaning() -> None:
