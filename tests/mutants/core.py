@@ -244,18 +244,18 @@ AGGREGATION = of(
 CONTROLLERS = of(
     "controllers",
     ("max(kl / self.target - 1, -0.2)", "max(kl / self.target - 1, -0.1)"),
-    ("if not math.isfinite(kl):", "if False:"),
-    ("self.value = math.exp(log_value)", "self.value = 1 + log_value"),
+    ("if not math.isfinite(kl):  # a diverged", "if False:  # a diverged"),
+    ("self.value = math.exp(min(", "self.value = 1 + (min("),
     ("max(log_value, math.log(lowest))", "max(log_value, -99.0)"),
     ("or not 0 < value < math.inf:", "or not value < math.inf:"),
-    ("10_000 if kl_horizon is None", "1_000 if kl_horizon is None"),
+    ('{"kl_horizon": 10_000}', '{"kl_horizon": 1_000}'),
     tests=("controllers",),
 )
 
 STRINGS = of(
     "spec",
-    ("if len(set(self.parts)) < len(self.parts):", "if False:"),
-    ("key=lambda term: (PLACEMENTS.index(term.placement), str(term))", "key=lambda term: 0"),
+    ("if len({part.alone for part in self.parts}) < len(self.parts):", "if False:"),
+    ("key=lambda term: (PLACEMENTS.index(term.placement), str(term.alone))", "key=lambda term: 0"),
     ("if term.placement == placement)", "if True)"),
     ('and self.horizon in (None, "sequence")', "and True"),
     tests=("spec", "numbers"),
