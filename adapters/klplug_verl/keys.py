@@ -13,7 +13,7 @@ STOCK_NAMES = (*STOCK, *(f"{name}+" for name in STOCK))
 """What verl's ``kl_penalty`` knows."""
 
 KEYS = ("kl_type", "kl_coef", "kl_ctrl", *CONTROLLER_SETTINGS)
-KL_TYPE, KL_COEF, KL_CTRL, KL_TARGET, *_ = (f"klplug.{key}" for key in KEYS)
+KL_TYPE, KL_COEF, KL_CTRL, KL_TARGET, KL_HORIZON, *_ = (f"klplug.{key}" for key in KEYS)
 
 ACTOR = "actor_rollout_ref.actor."
 REF = "actor_rollout_ref.ref."
