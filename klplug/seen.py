@@ -129,6 +129,9 @@ def _whole(terms: Sequence[Seen], whole: Acting, batch: Batch) -> Seen:
         log_ratio = masked_(log_ratio, numbers)
     gradient = whole.gradient()
     exact = next((term.exact for term in terms if term.exact is not None), None)
+    inputs = {name: tensor for term in terms for name, tensor in term.inputs.items()}
+    if not terms and log_ratio is not None:
+        inputs = {"log_probs": batch.log_probs, "ref_log_probs": batch.others["ref_log_probs"]}
     return Seen(
         name="",
         counted=batch.counted,
@@ -139,5 +142,5 @@ def _whole(terms: Sequence[Seen], whole: Acting, batch: Batch) -> Seen:
         gradient=gradient,
         principled=finite(sum((term.principled for term in terms), torch.zeros_like(gradient))),
         exact=exact,
-        inputs={name: tensor for term in terms for name, tensor in term.inputs.items()},
+        inputs=inputs,
     )

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import ray
 import torch
 from torch import Tensor, nn
 
@@ -152,6 +151,8 @@ def execute_batch(original: Call, actor: Any, args: Args, kwargs: Kwargs) -> Any
             f"{len(states)} times"
         )
     if not hasattr(actor, "klplug_matrix"):
+        import ray  # ours, where klplug is only asked about
+
         actor.klplug_matrix = ray.put(matrix(actor.model))
     return [
         Answers(log_probs, _by_answer(hidden, mask, actor.klplug_matrix))
@@ -298,6 +299,8 @@ class Micro:
 def _lent(trainer: Any, references: list[Reference], device: torch.device) -> Matrix:
     """The reference's matrix, fetched once for the whole run."""
     if not hasattr(trainer, "klplug_matrix"):
+        import ray
+
         lent: Matrix = ray.get(references[0].matrix)
         bias = None if lent.bias is None else lent.bias.to(device)
         trainer.klplug_matrix = Matrix(lent.weight.to(device), bias, lent.softcap)

@@ -102,7 +102,7 @@ def audit(
     if script is not None and command == 1:
         lost = _unreached(script, ways, {key.partition(".")[0] for key in reading.ASPECTS})
         ways = [replace(way, unreached=lost) for way in ways]
-    reports = [_report(chosen, reading.parsed(way), host_version) for way in ways]
+    reports = [_report(chosen, reading.parsed(way), host_version, way.folder) for way in ways]
     done = together(reports, ways[0].conditions) if len(ways) > 1 else reports[0]
     return replace(done, command=command, commands=len(found))
 
@@ -198,10 +198,9 @@ def _unreached(
     )
 
 
-def _report(host: Host, parsed: Any, version: str | None) -> Report:
+def _report(host: Host, parsed: Any, version: str | None, folder: Path | None = None) -> Report:
     """The report on what a host's ``reading`` took from a command or a file."""
     reading = host.room("reading")
-    folder = parsed.launch.folder if parsed.launch is not None else None
     table, origin = _table(host.name, version, folder, lambda t: len(reading.misses(t, parsed)))
     settings = reading.settings(table, parsed, origin)
     return report(reading.run(settings), settings)

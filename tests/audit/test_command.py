@@ -330,11 +330,13 @@ def _refused(tmp_path: Path, *words: str) -> bool:
 
 def test_a_refusal_that_hangs_on_the_unknown_is_not_said(tmp_path: Path) -> None:
     estimator = "algorithm.adv_estimator="
-    assert _refused(tmp_path, *_ASKS, f"{estimator}gae")
+    assert _refused(tmp_path, *_ASKS, f"{estimator}reinforce_plus_plus")
     assert not _refused(tmp_path, *_ASKS, f"{estimator}$ADV")
-    assert not _refused(tmp_path, *_ASKS, f"{estimator}gae", "$(extra)")
+    assert not _refused(tmp_path, *_ASKS, f"{estimator}reinforce_plus_plus", "$(extra)")
     # One that hangs on another value is.
-    assert _refused(tmp_path, *_ASKS[:1], "+klplug.kl_coef=$BETA", f"{estimator}gae")
+    assert _refused(
+        tmp_path, *_ASKS[:1], "+klplug.kl_coef=$BETA", f"{estimator}reinforce_plus_plus"
+    )
 
 
 def test_advice_deletes_what_it_decides_and_keeps_the_rest(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import klplug
 from klplug.cli.app import COMMANDS, EXAMPLES
 from tests.cli.conftest import Klplug
 from tests.cli.test_report import tensorboard
+from tests.cli.test_soup import written
 
 
 def python(script: str) -> subprocess.CompletedProcess[str]:
@@ -80,12 +81,15 @@ def test_the_examples_of_every_help_work(
     shutil.copy("train.sh", "scripts/one.sh")
     tensorboard(Path("runs/one"))
     Path("train.log").write_text("step:1 - critic/score/mean:0.5\nstep:2 - critic/score/mean:1\n")
+    for model in ("sft-1", "sft-2", "base", "sft"):
+        written(Path(model), {"a.weight": [1, 2, 3, 4], "b.weight": [5, 6, 7], "empty": []})
     monkeypatch.setattr("klplug.cli.doctor.hosts", dict)  # a Ray for an example is too much
     for example in EXAMPLES[command]:
         assert example in said
         program, *words = shlex.split(example)
         assert program == "klplug" and words[0] == command
         assert klplug_command(*words).status in (0, 1)
+        shutil.rmtree("reference", ignore_errors=True)  # the next example makes it anew
 
 
 @pytest.mark.parametrize(

@@ -277,7 +277,8 @@ def test_the_order_of_answers_does_not_matter(kl_type: str, seed: int, data: st.
 @pytest.mark.parametrize("kl_type", [g for g in GRID if not g.startswith("k1_as_loss")])
 def test_at_the_reference_there_is_nothing(kl_type: str) -> None:
     tensors = batch()
-    for name in ("ref_log_probs", "rollout_log_probs"):
+    old = ["old_log_probs"] if "reference=old" in kl_type else []
+    for name in ("ref_log_probs", "rollout_log_probs", *old):
         tensors[name] = tensors["log_probs"].detach().clone()
     term = kl_term(kl_type, **tensors)
     assert (term.loss == 0).all()

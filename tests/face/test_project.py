@@ -45,7 +45,13 @@ def test_the_address_stands_in_one_place() -> None:
     found = tool("git", "grep", "-n", "-F", "-e", ADDRESS, "-e", EMAIL)
     if found.returncode > 1:
         pytest.skip("not a git checkout")
-    lines = [line for line in found.stdout.splitlines() if not line.startswith("tests/face/")]
+    # In the pages it stands where a command prints it: `make pages` takes it from pyproject.toml.
+    printed = "Each finding has a page: "
+    lines = [
+        line
+        for line in found.stdout.splitlines()
+        if not line.startswith("tests/face/") and printed not in line
+    ]
     assert [line.partition(":")[0] for line in lines] == ["pyproject.toml"] * 2
     refused = (ROOT / ".github/workflows/release.yml").read_text()
     assert "github.com/OWNER/" in refused and "klplug.example" in refused
