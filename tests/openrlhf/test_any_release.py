@@ -127,7 +127,9 @@ def test_a_head_under_another_ratio_is_refused(
             *("--actor.policy_loss_type", "gspo"),
         )
     error = capsys.readouterr().err
-    assert f"{spelled(['--actor.policy_loss_type'])[0]} gspo" in error and "head=separate" in error
+    assert (
+        f"{spelled(['--actor.policy_loss_type'])[0]} is gspo" in error and "head=separate" in error
+    )
 
 
 def test_the_kl_is_aggregated_as_gspos_policy_loss_is(given: Given, patched: None) -> None:

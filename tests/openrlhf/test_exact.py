@@ -68,7 +68,8 @@ def bench(request: pytest.FixtureRequest, models: list[Path]) -> Bench:
 @pytest.fixture
 def lending(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's object store of one process."""
-    monkeypatch.setattr(hidden, "ray", SimpleNamespace(put=lambda x: x, get=lambda x: x))
+    monkeypatch.setattr("ray.put", lambda x: x)
+    monkeypatch.setattr("ray.get", lambda x: x)
 
 
 def samples(seed: int = 0) -> list[Any]:

@@ -196,17 +196,13 @@ def test_where_tokens_weigh_one_over_length_the_optimum_has_no_advantage(
 def test_micro_batches_in_any_order_have_the_same_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamic batching hands answers over in another order than they were sampled in."""
     kl = torch.tensor([1.0, 2.0, 3.0, 6.0, 0.0, 1.0, 2.0, 5.0])
-    plain = over_groups(
-        [kl[:4], kl[4:]],
-        [SimpleNamespace(index=[0, 1, 2, 3]), SimpleNamespace(index=[4, 5, 6, 7])],
-        4,
-    )
+
+    def micro(*index: int) -> SimpleNamespace:
+        return SimpleNamespace(index=list(index), action_mask=torch.ones(len(index), 2).bool())
+
+    plain = over_groups([kl[:4], kl[4:]], [micro(0, 1, 2, 3), micro(4, 5, 6, 7)], 4)
     order = [6, 0, 3, 5, 1, 7, 4, 2]
-    mixed = over_groups(
-        [kl[order[:3]], kl[order[3:]]],
-        [SimpleNamespace(index=order[:3]), SimpleNamespace(index=order[3:])],
-        4,
-    )
+    mixed = over_groups([kl[order[:3]], kl[order[3:]]], [micro(*order[:3]), micro(*order[3:])], 4)
     assert torch.cat(plain)[0].item() == pytest.approx(1 - (2 + 3 + 6) / 3)
     torch.testing.assert_close(torch.cat(mixed), torch.cat(plain)[order])
 

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from klplug_openrlhf import hidden
 
 from tests import one_meaning
 from tests.openrlhf.command_line import change
@@ -34,7 +33,7 @@ def test_the_loss_means_what_the_core_means(given: Given, kl_type: str) -> None:
 @pytest.fixture
 def lending(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's object store of one process."""
-    monkeypatch.setattr(hidden, "ray", SimpleNamespace(get=lambda x: x))
+    monkeypatch.setattr("ray.get", lambda x: x)
 
 
 @pytest.mark.usefixtures("lending")

@@ -35,6 +35,7 @@ def test_a_kl_type_means_the_same_there(version: str) -> None:
 def test_an_older_release_is_told_what_it_lacks() -> None:
     faults = missing(release("openrlhf", "0.8.11"), PATCH.hooks)
     assert [fault.split()[0] for fault in faults] == [
+        "openrlhf.trainer.ppo_utils.experience_maker.RemoteExperienceMaker._flatten_results",
         "openrlhf.trainer.ppo_trainer.BasePPOTrainer.save_best_checkpoint",
         "openrlhf.trainer.ppo_trainer.BasePPOTrainer.init_checkpoint_states",
     ]

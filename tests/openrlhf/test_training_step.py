@@ -408,7 +408,7 @@ def test_packed_samples_have_the_kl_of_padded_ones(packed: Bench, bench: Bench, 
     experience.attention_mask = (torch.arange(experience.sequences.shape[1]) < lengths).long()
     found, padded = packed.step(experience, kl), bench.step(experience, kl)
     mask = experience.action_mask.bool()
-    assert found.log_probs[mask].std() > 0.1
+    assert found.log_probs[mask].std() > 0.05  # other tokens, other log-probs
     # bfloat16, by two ways of attention.
     torch.testing.assert_close(found.log_probs[mask], padded.log_probs[mask], rtol=0, atol=0.05)
     alone = found.at_log_probs - packed.step(experience, "none").at_log_probs

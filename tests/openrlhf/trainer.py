@@ -83,7 +83,7 @@ class Recorded:
 
 def strategy_of_one(args: Any) -> Any:
     """OpenRLHF's strategy in a process group of this process alone, unless it is given another."""
-    if not torch.distributed.is_initialized() and "MASTER_PORT" not in os.environ:
+    if not torch.distributed.is_initialized() and os.environ.get("WORLD_SIZE", "1") == "1":
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

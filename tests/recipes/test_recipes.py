@@ -234,8 +234,9 @@ def test_parameters_are_those_of_the_model() -> None:
 
     for name, billions in ((GSM8K, 1.54), ("qwen2.5-math-7b-gsm8k", 7.62)):
         shape = load(name).shape
+        written = {key: value for key, value in asdict(shape).items() if key != "head_dim"}
         with torch.device("meta"):
-            model = Qwen2ForCausalLM(Qwen2Config(**asdict(shape)))
+            model = Qwen2ForCausalLM(Qwen2Config(**written))
         assert parameters(shape) == sum(p.numel() for p in model.parameters())
         assert parameters(shape) == pytest.approx(billions * 1e9, rel=3e-3)
 

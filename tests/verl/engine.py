@@ -90,6 +90,7 @@ class Bench:
         torch.set_num_threads(1)
         # Ranks of one sequence-parallel group have the same samples.
         self.rank, self.world_size = rank // ulysses, world_size // ulysses
+        self.is_shared = ulysses > 1
         self.worker = TrainingWorker(
             TrainingWorkerConfig(
                 model_type="language_model",
@@ -172,10 +173,14 @@ class Bench:
         from verl.workers.utils.padding import response_from_nested
 
         output = self.worker.infer_batch(data.clone())
-        return [
-            row.clone()
-            for row in response_from_nested(output["log_probs"], data["response_mask"]).unbind()
-        ]
+        rows: list[Any] = [None]
+        if output is not None:  # of ranks that share their rows one has them
+            found = response_from_nested(output["log_probs"], data["response_mask"])
+            rows = [[row.clone() for row in found.unbind()]]
+        if self.is_shared:
+            torch.distributed.broadcast_object_list(rows)
+        own: list[Tensor] = rows[0]
+        return own
 
     def step(
         self,
@@ -224,5 +229,5 @@ class Bench:
         tu.assign_non_tensor(own, **(meta or {}))
         self.gradients.clear()
         output = self.worker.train_mini_batch(own)
-        metrics = reduce_metrics(dict(tu.get(output, "metrics")))
+        metrics = {} if output is None else reduce_metrics(dict(tu.get(output, "metrics")))
         return torch.stack(self.gradients).sum(0), metrics
