@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from klplug.hosting import notes as hosting
-from klplug.hosting.refusals import Refusal, Said, refusals
-from klplug.hosting.settings import Settings
+from klplug.hosting.refusals import Refusal, refusals
+from klplug.hosting.settings import Said, Settings
 from klplug_openrlhf.keys import (
     ASYNC,
     DUAL_CLIP,
@@ -31,7 +31,7 @@ def notes(plan: Plan | None, settings: Settings) -> Iterator[Refusal]:
     return refusals(ROWS, plan, settings)
 
 
-def cut(settings: Settings) -> tuple[str, str] | None:
+def cut(settings: Settings) -> hosting.Cut:
     """The option by which the sampler's log-probs are not the policy's, and it in words.
 
     Trainer and sampler divide by the same temperature.
@@ -41,13 +41,7 @@ def cut(settings: Settings) -> tuple[str, str] | None:
 
 
 def whitened(plan: Plan | None, settings: Settings) -> Said:
-    estimator = settings.get(ESTIMATOR)
-    if plan is not None and plan.in_reward.terms and estimator in WHITENED_ESTIMATORS:
-        yield (
-            ESTIMATOR,
-            f"{estimator} whitens advantages after the KL has joined them, so its "
-            "strength is kl_coef over their standard deviation in each batch",
-        )
+    return hosting.whitened(plan, settings, ESTIMATOR, WHITENED_ESTIMATORS)
 
 
 def divided_by_length(plan: Plan | None, settings: Settings) -> Said:
@@ -72,21 +66,14 @@ def dual_clip(plan: Plan | None, settings: Settings) -> Said:
 
 
 def truncated_sampler(plan: Plan | None, settings: Settings) -> Said:
-    if plan is not None and (found := cut(settings)) is not None:
-        key, how = found
-        for words in hosting.tilted_weights(plan, how):
-            yield key, words
+    return hosting.truncated_sampler(plan, cut(settings))
 
 
 def stale_samples(plan: Plan | None, settings: Settings) -> Said:
     if plan is None or not settings.get(ASYNC, False):
         return
     in_reward = settings.get(IS_LEVEL, "off") != "off" or bool(settings.get(IS_ENABLE, False))
-    for term in plan.spec.terms:
-        weighted = in_reward if term.placement == "in_reward" else hosting.weighs_the_sampler(term)
-        if not weighted:
-            yield ASYNC, hosting.STALE
-            return
+    yield from hosting.stale_samples(plan, ASYNC, in_reward)
 
 
 def short_horizon(plan: Plan | None, settings: Settings) -> Said:

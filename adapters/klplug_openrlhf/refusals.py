@@ -10,9 +10,8 @@ from collections.abc import Iterator
 
 from klplug import parse
 from klplug.hosting import refusals as hosting
-from klplug.hosting.notes import truncated
-from klplug.hosting.refusals import Refusal, Said
-from klplug.hosting.settings import Settings
+from klplug.hosting.refusals import Refusal
+from klplug.hosting.settings import Said, Settings
 from klplug_openrlhf.keys import (
     COEF,
     ENGINES,
@@ -181,15 +180,7 @@ def hidden_states_in_pieces(plan: Plan, settings: Settings) -> Said:
 
 
 def truncated_sampler(plan: Plan, settings: Settings) -> Said:
-    found = cut_sampler(settings)
-    if found is None:
-        return
-    key, how = found
-    for words in truncated(plan, how):
-        yield (
-            key,
-            f"{words}. Sample from the whole distribution, or use ratio=old and reference=ref",
-        )
+    return hosting.truncated_sampler(plan, cut_sampler(settings))
 
 
 ROWS = (

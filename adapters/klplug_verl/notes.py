@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from klplug.hosting import notes as hosting
-from klplug.hosting.refusals import Refusal, Said, refusals
-from klplug.hosting.settings import Settings
+from klplug.hosting.refusals import Refusal, refusals
+from klplug.hosting.settings import Said, Settings
 from klplug_verl.keys import (
     ACTOR,
     ADAPTERS,
@@ -33,7 +33,7 @@ def notes(plan: Plan | None, settings: Settings) -> Iterator[Refusal]:
     return refusals(ROWS, plan, settings)
 
 
-def cut(settings: Settings) -> tuple[str, str] | None:
+def cut(settings: Settings) -> hosting.Cut:
     """The setting by which the sampler's log-probs are not the policy's, and it in words.
 
     Trainer and sampler divide by the same temperature, but for log-probs that are taken before it.
@@ -52,31 +52,18 @@ def cut(settings: Settings) -> tuple[str, str] | None:
 
 
 def whitened(plan: Plan | None, settings: Settings) -> Said:
-    in_reward = plan is not None and plan.spec.placed("in_reward").terms
-    if in_reward and settings.get(ESTIMATOR) == "gae":
-        yield (
-            ESTIMATOR,
-            "gae whitens advantages after the KL has joined them, so its "
-            "strength is kl_coef over their standard deviation in each batch",
-        )
+    return hosting.whitened(plan, settings, ESTIMATOR, ("gae",))
 
 
 def truncated_sampler(plan: Plan | None, settings: Settings) -> Said:
-    if plan is not None and (found := cut(settings)) is not None:
-        key, how = found
-        for words in hosting.tilted_weights(plan, how):
-            yield key, words
+    return hosting.truncated_sampler(plan, cut(settings))
 
 
 def stale_samples(plan: Plan | None, settings: Settings) -> Said:
     if plan is None or settings.get(TRAINER_MODE) not in ("colocate_async", "separate_async"):
         return
     in_reward = bool(settings.get(ROLLOUT_IS)) or bool(settings.get(BYPASS))
-    for term in plan.spec.terms:
-        weighted = in_reward if term.placement == "in_reward" else hosting.weighs_the_sampler(term)
-        if not weighted:
-            yield TRAINER_MODE, hosting.STALE
-            return
+    yield from hosting.stale_samples(plan, TRAINER_MODE, in_reward)
 
 
 def lora_reference(plan: Plan | None, settings: Settings) -> Said:

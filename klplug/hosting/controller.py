@@ -15,7 +15,7 @@ class MeasuredController:
     """A klplug controller behind a host's interface, fed the KL that was measured.
 
     Hosts hand their controller the value of whatever estimator was chosen, k2's included. The
-    adapter knows better: k3 under samples of the very policy they came from.
+    adapter knows better: ``klplug/kl`` under samples of the very policy they came from.
     """
 
     controller: KLController

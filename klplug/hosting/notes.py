@@ -5,10 +5,10 @@ Sentences that hold on any host; a host's ``notes.py`` knows when.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from klplug.controllers import AdaptiveKL
-from klplug.hosting.settings import Asked
+from klplug.hosting.settings import Asked, Said, Settings
 from klplug.spec import TermSpec
 
 STALE = (
@@ -41,15 +41,56 @@ def truncated(plan: Asked, how: str) -> Iterator[str]:
             )
 
 
-def tilted_weights(plan: Asked, how: str) -> Iterator[str]:
+Cut = tuple[str, str] | None
+"""The setting by which a sampler's log-probs are not the policy's, and it in words."""
+
+
+# Rows of every host, once it says which settings of its own they are about.
+
+
+def truncated_sampler(plan: Asked | None, found: Cut) -> Said:
     """Of weights per token, each of which is off by its own S, and no more."""
+    if plan is None or found is None:
+        return
+    key, how = found
     for term in plan.spec.terms:
         if term.ratio == "rollout" and term.reference != "rollout" and term.level == "token":
             yield (
+                key,
                 f"ratio=rollout with {how}: the sampler's log-probs are then of another "
                 "distribution than the policy's, so the weights are not 1 on its own samples "
-                "(klplug/weight_mean)"
+                "(klplug/weight_mean)",
             )
+
+
+def stale_samples(plan: Asked, setting: str, in_reward: bool) -> Said:
+    """Of asynchronous rollouts.
+
+    Args:
+        setting: by which they are asynchronous.
+        in_reward: whether the host itself weighs what is in the reward.
+    """
+    for term in plan.spec.terms:
+        weighted = in_reward if term.placement == "in_reward" else weighs_the_sampler(term)
+        if not weighted:
+            yield setting, STALE
+            return
+
+
+def whitened(plan: Asked | None, settings: Settings, setting: str, whitens: Sequence[str]) -> Said:
+    """Of advantage estimators that divide by a standard deviation once the KL is in.
+
+    Args:
+        setting: of the advantage estimator.
+        whitens: its values that do.
+    """
+    estimator = settings.get(setting)
+    if plan is not None and plan.in_reward.terms and estimator in whitens:
+        yield (
+            setting,
+            f"{estimator} whitens advantages after the KL has joined them, so its "
+            "strength is kl_coef over their standard deviation in each batch",
+        )
 
 
 def short_horizon(plan: Asked, answers: int) -> Iterator[str]:

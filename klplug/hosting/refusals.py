@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from klplug.hosting.settings import Asked, Settings, Unknown
+from klplug.hosting.notes import Cut, truncated
+from klplug.hosting.settings import Asked, Said, Settings, Unknown
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,6 @@ class Refusal:
     words: str
 
 
-Said = Iterator[tuple[str | None, str]]
 Row = Callable[[Any, Settings], Said]
 
 
@@ -125,4 +125,16 @@ def head_of_another_loss(plan: Asked, settings: Settings, loss: str, ppo: str) -
             loss,
             f"kl_type {plan.spec}: {settings.named(loss)} is {value}, and head={head} has the "
             f"ratio and the clip of PPO's policy loss, one per token. Use {ppo}, or head=separate",
+        )
+
+
+def truncated_sampler(plan: Asked, found: Cut) -> Said:
+    """A KL to a sampler, or a product of ratios to it, where sampling is cut or bent."""
+    if found is None:
+        return
+    key, how = found
+    for words in truncated(plan, how):
+        yield (
+            key,
+            f"{words}. Sample from the whole distribution, or use ratio=old and reference=ref",
         )

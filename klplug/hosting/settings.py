@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,6 +53,10 @@ def started() -> str:
     """The module that ``python -m`` started this process with; empty where there is none."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return spec.name if spec is not None else ""
+
+
+Said = Iterator[tuple[str | None, str]]
+"""What a row yields: the setting that it is about, and one line."""
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from klplug.hosting import refusals as hosting
-from klplug.hosting.refusals import Refusal, Said
-from klplug.hosting.settings import Asked, Settings
+from klplug.hosting.refusals import Refusal
+from klplug.hosting.settings import Asked, Said, Settings
 
 
 def refusals(plan: Asked, settings: Settings) -> Iterator[Refusal]:
