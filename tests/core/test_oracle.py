@@ -381,9 +381,9 @@ def test_unclipped_heads_have_the_token_ratio(problem: Problem, head: str) -> No
     assert_equal(gradient, problem.oldpref())
 
 
-def test_the_sampler_as_reference(problem: Problem) -> None:
-    """KL(pi||rollout), the answers from rollout, and no reference anywhere."""
-    policy, rollout = problem.log_probs(problem.policy()), problem.log_probs(problem.old())
+def assert_kl_to(reference: str, problem: Problem) -> None:
+    """The KL to what made the answers, in the place of the reference model."""
+    policy, old = problem.log_probs(problem.policy()), problem.log_probs(problem.old())
     probability = problem.answer_probability(problem.old())[:, None]
     targets = {
         "": lambda p: p.oldpref(),
@@ -393,11 +393,17 @@ def test_the_sampler_as_reference(problem: Problem) -> None:
     other = copy.copy(problem)
     other.ref_logits = problem.old()
     for options, target in targets.items():
-        kl_type = f"k2_as_loss{options},reference=rollout,cap=none"
-        term = kl_term(kl_type, policy, None, problem.mask, rollout_log_probs=rollout)
+        kl_type = f"k2_as_loss{options},reference={reference},cap=none"
+        given = {f"{reference}_log_probs": old}
+        term = kl_term(kl_type, policy, None, problem.mask, **given)
         gradient = problem.gradient((probability * term.loss).sum())
         assert_equal(gradient, target(other))
         assert_different(gradient, target(problem))
+
+
+def test_the_sampler_as_reference(problem: Problem) -> None:
+    """KL(pi||rollout), the answers from rollout, and no reference anywhere."""
+    assert_kl_to("rollout", problem)
 
 
 def test_the_sampler_as_reference_without_a_ratio(problem: Problem) -> None:
@@ -420,21 +426,8 @@ def test_the_sampler_as_reference_without_a_ratio(problem: Problem) -> None:
 
 def test_the_policy_at_the_start_of_the_step_as_reference(problem: Problem) -> None:
     """KL(pi||old), the answers from old, and no reference model; the sampler may be another."""
-    policy, old = problem.log_probs(problem.policy()), problem.log_probs(problem.old())
-    probability = problem.answer_probability(problem.old())[:, None]
-    targets = {
-        "": lambda p: p.oldpref(),
-        ",level=prefix": lambda p: p.loc(),
-        ",horizon=sequence": lambda p: p.full(),
-    }
-    other = copy.copy(problem)
-    other.ref_logits = problem.old()
-    for options, target in targets.items():
-        kl_type = f"k2_as_loss{options},reference=old,cap=none"
-        term = kl_term(kl_type, policy, None, problem.mask, old_log_probs=old)
-        gradient = problem.gradient((probability * term.loss).sum())
-        assert_equal(gradient, target(other))
-        assert_different(gradient, target(problem))
+    assert_kl_to("old", problem)
+    policy = problem.log_probs(problem.policy())
     on_policy = policy.detach()
     term = kl_term("k2_as_loss,reference=old", policy, None, problem.mask, old_log_probs=on_policy)
     assert (term.gradient == 0).all()

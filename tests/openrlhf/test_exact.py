@@ -27,6 +27,7 @@ from tests.openrlhf.trainer import (
     Bench,
     arguments,
     configure,
+    tiny_config,
 )
 
 pytestmark = pytest.mark.usefixtures("patched", "lending")
@@ -37,20 +38,10 @@ COEF = 0.1
 @pytest.fixture(scope="module", params=["untied", "tied"])
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Policy and reference: distributions far from flat, and from each other."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2ForCausalLM
 
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        tie_word_embeddings=request.param == "tied",
-    )
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(config)
+    model = Qwen2ForCausalLM(tiny_config(tied=request.param == "tied"))
     model.get_output_embeddings().weight.data.mul_(15)
     folders = [tmp_path_factory.mktemp(name) for name in ("policy", "reference")]
     for folder in folders:

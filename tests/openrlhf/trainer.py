@@ -53,11 +53,10 @@ def configure(args: Any, kl: str, coef: float = 0.1) -> None:
     change(args, "algo.kl.init_coef", coef if reference else 0.0)
 
 
-def tiny_model(folder: Path) -> Path:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def tiny_config(*, tied: bool) -> Any:
+    from transformers import Qwen2Config
 
-    torch.manual_seed(0)
-    config = Qwen2Config(
+    return Qwen2Config(
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=64,
@@ -65,9 +64,15 @@ def tiny_model(folder: Path) -> Path:
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=64,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
     )
-    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+def tiny_model(folder: Path) -> Path:
+    from transformers import Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(tiny_config(tied=False)).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
