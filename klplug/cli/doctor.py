@@ -38,12 +38,12 @@ class Probe:
     hooks: dict[str, bool] = field(default_factory=dict)
     error: str | None = None
     lacks: str | None = None
-    """A module that the host imports and that is not installed: ``error`` is the host's then."""
+    """What the host imports and can't: ``error`` is the host's own then, and not klplug's."""
 
     @property
     def text(self) -> str:
         if self.lacks is not None:
-            return f"not looked at: the host itself lacks {self.lacks}"
+            return f"not looked at: the host itself can't import {self.lacks}"
         if self.error is not None:
             return self.error
         return f"{sum(self.hooks.values())} of {len(self.hooks)} hooks active"
@@ -202,12 +202,12 @@ def _host_problems(host: str, report: HostReport) -> list[str]:
 
 def _lacking(host: str, report: HostReport) -> list[str]:
     """What a host needs for itself, and has not; each once."""
-    missing = dict.fromkeys(probe.lacks for probe in report.probes.values() if probe.lacks)
+    missing = {probe.lacks: probe.error for probe in report.probes.values() if probe.lacks}
     title = hosts()[host].title
     return [
-        f"{title} imports {name}, which is not installed here: it can't start without, and where "
-        "klplug joins it could not be looked at"
-        for name in missing
+        f"{title} can't import {name} here ({error}): it does not start without, and where klplug "
+        "joins it could not be looked at"
+        for name, error in missing.items()
     ]
 
 
@@ -233,7 +233,10 @@ def shadowed_names(folder: Path, path: Sequence[str]) -> list[str]:
     for name in names():
         installed = PathFinder.find_spec(name, elsewhere)
         found = PathFinder.find_spec(name, [here, *elsewhere])
-        if installed is None or found is None or found.origin == installed.origin:
+        # Without an origin it is a bare folder, which is no package's.
+        if installed is None or installed.origin is None or found is None:
+            continue
+        if found.origin == installed.origin:
             continue
         problems.append(
             f"{name} in the working directory hides the installed one from python -m: "
@@ -253,7 +256,8 @@ def doctor_command(
         print_json(asdict(found))
     else:
         print(text(found))
-    raise typer.Exit(Status.FINDINGS if found.problems or found.lacking else Status.CLEAN)
+    # A host that can't start trains with no other KL either: what it lacks is said, and no more.
+    raise typer.Exit(Status.FINDINGS if found.problems else Status.CLEAN)
 
 
 def text(found: Diagnosis) -> str:

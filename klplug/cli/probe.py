@@ -22,7 +22,8 @@ Answer = dict[str, Any]
 def probe(host: str, install: bool) -> Answer:
     """``hooks``, by path whether klplug's function runs there, and ``error``, if there was one.
 
-    ``lacks`` is what the host imports and this environment has not: not klplug's, nor the host.
+    ``lacks`` is what the host imports and can't, being neither klplug's nor its own: not installed,
+    or broken, as an extension without its CUDA library is.
 
     Args:
         host: its name.
@@ -43,7 +44,7 @@ def probe(host: str, install: bool) -> Answer:
         answer = {"hooks": {}, "error": f"{type(problem).__name__}: {problem}"}
         module = (getattr(problem, "name", None) or "").partition(".")[0]
         ours = ("klplug", "wrapt", *row.packages, host)
-        if isinstance(problem, ModuleNotFoundError) and module not in ours:
+        if isinstance(problem, ImportError) and module and module not in ours:
             answer["lacks"] = module
         return answer
 

@@ -115,20 +115,39 @@ def a_verl_that(folder: Path, imports: str) -> None:
     (folder / "verl" / "__init__.py").write_text(f"import {imports}\n")
 
 
+BROKEN = {
+    "absent": None,
+    "without its library": "raise ImportError('libcudart.so.12: not found', name='an_engine._C')",
+}
+
+
 @pytest.mark.skipif(not NO_HOST, reason="a host is installed")
+@pytest.mark.parametrize("engine", BROKEN.values(), ids=BROKEN)
 def test_what_the_host_itself_lacks_is_no_problem_of_klplugs(
-    klplug_command: Klplug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: str | None, klplug_command: Klplug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a_verl_that(tmp_path, imports="an_engine.of_its_own")
+    a_verl_that(tmp_path, imports="an_engine")
+    if engine is not None:
+        (tmp_path / "an_engine.py").write_text(engine)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(module, "_version", {"verl": "0.9.1"}.get)
+    monkeypatch.chdir(tmp_path.parent)
     done = klplug_command("doctor", "--json")
     found = json.loads(done.out)
-    assert done.status == 1
     assert {p["lacks"] for p in found["hosts"]["verl"]["probes"].values()} == {"an_engine"}
-    assert not any("an_engine" in problem for problem in found["problems"])
+    assert (found["problems"], done.status) == ([], 0)
     (lacking,) = found["lacking"]
-    assert "verl imports an_engine, which is not installed here" in lacking
+    assert "verl can't import an_engine here" in lacking
+    assert ("libcudart.so.12" in lacking) == (engine is not None)
+
+
+def test_a_bare_folder_hides_nothing(tmp_path: Path) -> None:
+    """Caches of a package that is gone, in site-packages, beside a checkout's."""
+    (tmp_path / "site-packages" / "verl" / "__pycache__").mkdir(parents=True)
+    (tmp_path / "here" / "verl").mkdir(parents=True)
+    (tmp_path / "here" / "verl" / "__init__.py").touch()
+    path = [str(tmp_path / "here"), str(tmp_path / "site-packages")]
+    assert shadowed_names(tmp_path / "here", path) == []
 
 
 @pytest.mark.skipif(not NO_HOST, reason="a host is installed")
@@ -148,7 +167,7 @@ def test_each_phase_is_said_as_it_begins_and_ends(
     said: list[str] = []
     module._probes("verl", ray=True, timeout=120, say=said.append)
     begun, ended, *_ = said
-    assert begun.endswith("...") and "lacks an_engine" in ended
+    assert begun.endswith("...") and "can't import an_engine" in ended
     assert [line.endswith("...") for line in said] == [True, False, True, False]
 
 
