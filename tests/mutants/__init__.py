@@ -7,6 +7,7 @@ are there to stop it. Each is made in a copy of the tree, never in the tree itse
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,11 @@ class Mutant:
         (was, *_), (now, *_) = self.old.strip().splitlines(), [*self.new.strip().splitlines(), ""]
         return f"{self.file}: {was}  ->  {now or 'nothing'}"
 
-    def changed(self, text: str) -> str:
-        """The file's text with the mistake in it.
+    def fits(self, tree: Path) -> bool:
+        """Whether what it replaces stands in ``tree`` once, so that there is a mistake to make."""
+        path = tree / self.file
+        return path.is_file() and path.read_text().count(self.old) == 1
 
-        Raises:
-            ValueError: what it replaces is not there, or more than once.
-        """
-        if text.count(self.old) != 1:
-            raise ValueError(f"{self.name}: its text stands {text.count(self.old)} times")
+    def changed(self, text: str) -> str:
+        """The file's text with the mistake in it."""
         return text.replace(self.old, self.new)

@@ -110,8 +110,12 @@ def main() -> int:
     hosts = os.environ.get("KLPLUG_TEST_HOSTS", "openrlhf,verl").split(",")
     mutants = [m for m in (*CORE, *HOSTS) if not m.host or m.host in hosts]
     mutants = [m for m in mutants if options.only in f"{m.name} {' '.join(m.tests)} {m.host}"]
-    for mutant in mutants:
-        mutant.changed((ROOT / mutant.file).read_text())
+    stale = [mutant.name for mutant in mutants if not mutant.fits(ROOT)]
+    if not mutants or stale:
+        print(
+            "these stand nowhere, or more than once:", *stale or ["none was asked for"], sep="\n  "
+        )
+        return 2
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(options.jobs) as pool:
         trees: SimpleQueue[Path] = SimpleQueue()

@@ -211,7 +211,7 @@ METRICS = (
         ("torch.where(steady, fitted, k1)", "k3"),
         ("k = (tokens / round(1 / TOP)).ceil_()", "k = tokens / round(1 / TOP)"),
         ('means["nonfinite"] / (1 + means["nonfinite"])', 'means["nonfinite"]'),
-        ("(masked_(x, whole.counted)", "(x"),
+        ("masked_(x, whole.counted)", "x"),
         ("growth.clamp_(max=HUGE)", "pass"),
         ("cosine, ratio = (ratios[:2] + nothing)", "cosine, ratio = ratios[:2]"),
         ('"weight": tokens if s.weight is None else s.weight.sum(-1)', '"weight": tokens'),
