@@ -1,6 +1,7 @@
 """The Ray cluster that a recipe of several nodes runs on, looked at before anything is loaded."""
 
-from recipes.recipe import Recipe, RecipeError
+from recipes.recipe import Recipe
+from recipes.shared.settings import SettingsError
 
 HOW = "`ray start --head` on the first node, `ray start --address FIRST:6379` on the others"
 
@@ -9,7 +10,7 @@ def check(recipe: Recipe) -> None:
     """Connect to the cluster of this machine, or of RAY_ADDRESS, and count its GPUs.
 
     Raises:
-        RecipeError: No cluster, or not enough nodes with enough GPUs; says what is there.
+        SettingsError: No cluster, or not enough nodes with enough GPUs; says what is there.
     """
     import ray
 
@@ -18,7 +19,7 @@ def check(recipe: Recipe) -> None:
         # Without it, the host would start a cluster of this node alone and wait for ever.
         ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
     except ConnectionError as error:
-        raise RecipeError(f"{wanted}, and there is no Ray cluster here: {HOW}") from error
+        raise SettingsError(f"{wanted}, and there is no Ray cluster here: {HOW}") from error
     try:
         nodes = {
             node["NodeManagerAddress"]: int(node["Resources"].get("GPU", 0))
@@ -29,4 +30,4 @@ def check(recipe: Recipe) -> None:
         ray.shutdown()
     if sum(gpus >= recipe.gpus_per_node for gpus in nodes.values()) < recipe.nodes:
         there = ", ".join(f"{address} has {gpus}" for address, gpus in sorted(nodes.items()))
-        raise RecipeError(f"{wanted} each, and in this Ray cluster {there}: {HOW}")
+        raise SettingsError(f"{wanted} each, and in this Ray cluster {there}: {HOW}")

@@ -28,9 +28,9 @@ from recipes.data import (
     prepared,
     source_table,
 )
-from recipes.quickstart.settings import RUNS, SettingsError, check_model
 from recipes.shared.folder import FolderError, claim
 from recipes.shared.reward import END_TOKENS, FRACTION, is_correct, is_gradable, last_boxed
+from recipes.shared.settings import RUNS, SettingsError, check_model
 
 SETTINGS, RECORDS, SUMMARY = "settings.json", "records.jsonl", "summary.json"
 NORMAL = NormalDist().inv_cdf(0.975)  # of a 95 % interval

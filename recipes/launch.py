@@ -16,8 +16,9 @@ from pathlib import Path
 from types import ModuleType
 
 from recipes import cluster, estimates
-from recipes.recipe import Recipe, RecipeError, Shape, load, names, with_kl
+from recipes.recipe import Recipe, Shape, load, names, with_kl
 from recipes.shared.folder import FolderError, claim
+from recipes.shared.settings import SettingsError, is_folder
 
 RECORD = "recipe.json"
 VARIABLES = {
@@ -37,7 +38,7 @@ def main(host: ModuleType, argv: list[str] | None = None) -> int:
         return 0
     try:
         launch(host, arguments.recipe, own, os.environ)
-    except (RecipeError, FolderError) as error:
+    except (SettingsError, FolderError) as error:
         print(f"recipes.{host.NAME}: error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -60,7 +61,7 @@ def launch(host: ModuleType, name: str, own: list[str], environment: Mapping[str
     """Becomes the host's process; with DRY_RUN, shows what it would be.
 
     Raises:
-        RecipeError: Names what cannot be; nothing was loaded yet.
+        SettingsError: Names what cannot be; nothing was loaded yet.
     """
     written = load(name)
     recipe = chosen(host, written, environment)
@@ -88,29 +89,24 @@ def launch(host: ModuleType, name: str, own: list[str], environment: Mapping[str
 def chosen(host: ModuleType, recipe: Recipe, environment: Mapping[str, str]) -> Recipe:
     """The recipe with what the variables say."""
     if host.NAME not in recipe.hosts:
-        raise RecipeError(f"recipe {recipe.name} is for {', '.join(recipe.hosts)} only")
+        raise SettingsError(f"recipe {recipe.name} is for {', '.join(recipe.hosts)} only")
     coef = environment.get("KL_COEF") or None
     try:
         recipe = with_kl(recipe, environment.get("KL_TYPE") or None, coef and float(coef))
     except ValueError as error:
-        if isinstance(error, RecipeError):
+        if isinstance(error, SettingsError):
             raise
-        raise RecipeError(f"KL_COEF={coef}: must be a number") from error
+        raise SettingsError(f"KL_COEF={coef}: must be a number") from error
     model = environment.get("MODEL")
     return with_model(recipe, model) if model else recipe
 
 
 def with_model(recipe: Recipe, model: str) -> Recipe:
     """The recipe with another model. A folder's config.json also gives the estimates' shape."""
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        if model.count("/") != 1 or model.startswith((".", "~", "/")):
-            raise RecipeError(f"MODEL={model}: no such folder, and not a hub's owner/name either")
+    if not is_folder(model):
         return replace(recipe, model=model)
-    config = folder / "config.json"
-    if not config.is_file():
-        raise RecipeError(f"MODEL={model}: the folder has no config.json")
-    written = json.loads(config.read_text("utf-8"))
+    folder = Path(model).expanduser()
+    written = json.loads((folder / "config.json").read_text("utf-8"))
     shape = {f.name: written[f.name] for f in fields(Shape) if f.name in written}
     return replace(recipe, model=str(folder.absolute()), shape=replace(recipe.shape, **shape))
 
@@ -118,7 +114,7 @@ def with_model(recipe: Recipe, model: str) -> Recipe:
 def check_installed(host: ModuleType) -> None:
     missing = [name for name in host.PACKAGES if find_spec(name) is None]
     if missing:
-        raise RecipeError(
+        raise SettingsError(
             f"{sys.executable} has no {', '.join(missing)}: install {host.NAME}, and klplug with "
             "pip install '.[recipes]' from this checkout, into the same environment"
         )
@@ -126,7 +122,7 @@ def check_installed(host: ModuleType) -> None:
 
 def check_data(host: ModuleType, recipe: Recipe, data: Path) -> None:
     if not (data / host.TRAIN_FILE).is_file():
-        raise RecipeError(
+        raise SettingsError(
             f"{data / host.TRAIN_FILE} is not there. Make it: "
             f"python -m recipes.data {recipe.data} --to {host.NAME} --out {shlex.quote(str(data))}"
         )
@@ -141,7 +137,7 @@ def check_gpus(recipe: Recipe) -> None:
 
     found = torch.cuda.device_count()
     if found < recipe.gpus_per_node:
-        raise RecipeError(
+        raise SettingsError(
             f"recipe {recipe.name} needs {recipe.gpus_per_node} GPUs of {recipe.gpu_gib} GB, and "
             f"this machine has {found}"
         )

@@ -6,7 +6,6 @@ its section, in its own words.
 """
 
 import difflib
-import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -15,15 +14,10 @@ from typing import Any
 
 import yaml
 
-from recipes.quickstart.settings import WITHOUT_COEF, SettingsError, canonical_kl_type
+from recipes.shared.settings import HOSTS, SettingsError, canonical_kl_type, checked_kl_coef
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
-HOSTS = ("openrlhf", "verl")
 KEPT_CHECKPOINTS = 3
-
-
-class RecipeError(ValueError):
-    """Something in a recipe, a file or a variable cannot be; the message is all one needs."""
 
 
 @dataclass(frozen=True)
@@ -152,15 +146,15 @@ def read(path: Path) -> dict[str, Any]:
     try:
         own = yaml.safe_load(path.read_text("utf-8")) or {}
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not YAML: {error}") from error
+        raise SettingsError(f"{path}: not YAML: {error}") from error
     if not isinstance(own, dict):
-        raise RecipeError(f"{path}: a mapping is needed, not {type(own).__name__}")
+        raise SettingsError(f"{path}: a mapping is needed, not {type(own).__name__}")
     merged: dict[str, Any] = {}
     included_names = own.pop("include", [])
     for name in [included_names] if isinstance(included_names, str) else included_names:
         included = CONFIGS / f"{name}.yaml"
         if not included.is_file():
-            raise RecipeError(f"{path}: include {name!r}: there is no {included}")
+            raise SettingsError(f"{path}: include {name!r}: there is no {included}")
         merged = joined(merged, read(included))
     return joined(merged, own)
 
@@ -179,13 +173,13 @@ def load(name: str) -> Recipe:
     """A recipe by its name in `configs/`, or by the path of a .yaml file.
 
     Raises:
-        RecipeError: No such recipe, or a key or value that cannot be.
+        SettingsError: No such recipe, or a key or value that cannot be.
     """
     path = Path(name) if name.endswith(".yaml") else CONFIGS / f"{name}.yaml"
     if not path.is_file():
         near = difflib.get_close_matches(name, names(), n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise RecipeError(f"no recipe {name!r}.{hint} There are {', '.join(names())}")
+        raise SettingsError(f"no recipe {name!r}.{hint} There are {', '.join(names())}")
     written = read(path)
     check_keys(written, Recipe, path)
     check_keys(written["shape"], Shape, path, "shape.")
@@ -199,13 +193,13 @@ def load(name: str) -> Recipe:
 def check_keys(written: Any, kind: type, path: Path, prefix: str = "") -> None:
     """Every key is known and of its type, and none is missing."""
     if not isinstance(written, dict):
-        raise RecipeError(f"{path}: {prefix.rstrip('.')} must be a mapping, not {written!r}")
+        raise SettingsError(f"{path}: {prefix.rstrip('.')} must be a mapping, not {written!r}")
     known = {f.name: f for f in fields(kind) if f.name != "name"}
     for key, value in written.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f" Did you mean {prefix}{near[0]}?" if near else ""
-            raise RecipeError(
+            raise SettingsError(
                 f"{path}: unknown key {prefix}{key}.{hint} Known: {', '.join(known)}. "
                 "What only one host knows goes into its section, openrlhf or verl"
             )
@@ -213,14 +207,14 @@ def check_keys(written: Any, kind: type, path: Path, prefix: str = "") -> None:
     needed = (f for f in known.values() if f.default is f.default_factory is MISSING)
     missing = [f"{prefix}{f.name}" for f in needed if f.name not in written]
     if missing:
-        raise RecipeError(f"{path}: missing: {', '.join(missing)}")
+        raise SettingsError(f"{path}: missing: {', '.join(missing)}")
 
 
 def of_type(value: Any, kind: Any, place: str) -> Any:
     """The value; a number that YAML takes for text, as it does 1e-6, made one.
 
     Raises:
-        RecipeError: It is of another type.
+        SettingsError: It is of another type.
     """
     if kind == float | None:
         return value if value is None else of_type(value, float, place)
@@ -231,41 +225,41 @@ def of_type(value: Any, kind: Any, place: str) -> Any:
     if is_right.get(kind, True):
         return value
     needed = {int: "a whole number", float: "a number"}.get(kind, "a mapping")
-    raise RecipeError(f"{place}={value!r} must be {needed}")
+    raise SettingsError(f"{place}={value!r} must be {needed}")
 
 
 def checked(recipe: Recipe) -> Recipe:
     """The recipe, its numbers fitting together.
 
     Raises:
-        RecipeError: Names what does not fit.
+        SettingsError: Names what does not fit.
     """
     where = f"recipe {recipe.name}"
     counts = ("prompts", "updates", "micro_batch", "episodes", "nodes", "gpus_per_node")
     for key in (*counts, "max_prompt_tokens", "max_new_tokens", "rollout_tensor_parallel"):
         if getattr(recipe, key) < 1:
-            raise RecipeError(f"{where}: {key}={getattr(recipe, key)} must be at least 1")
+            raise SettingsError(f"{where}: {key}={getattr(recipe, key)} must be at least 1")
     if recipe.samples < 2:
-        raise RecipeError(f"{where}: samples={recipe.samples}: a group needs at least 2 answers")
+        raise SettingsError(f"{where}: samples={recipe.samples}: a group needs at least 2 answers")
     if recipe.prompts % recipe.updates:
-        raise RecipeError(
+        raise SettingsError(
             f"{where}: updates={recipe.updates} does not divide prompts={recipe.prompts}"
         )
     update = recipe.answers // recipe.updates
     if update % (recipe.gpus * recipe.micro_batch):
-        raise RecipeError(
+        raise SettingsError(
             f"{where}: an update's {update} answers do not go evenly to {recipe.gpus} GPUs in "
             f"micro-batches of {recipe.micro_batch}"
         )
     if recipe.gpus % recipe.rollout_tensor_parallel:
-        raise RecipeError(
+        raise SettingsError(
             f"{where}: rollout_tensor_parallel={recipe.rollout_tensor_parallel} does not divide "
             f"{recipe.gpus} GPUs"
         )
     if recipe.temperature <= 0:
-        raise RecipeError(f"{where}: temperature={recipe.temperature} must be above 0")
+        raise SettingsError(f"{where}: temperature={recipe.temperature} must be above 0")
     if unknown := set(recipe.hosts) - set(HOSTS):
-        raise RecipeError(f"{where}: hosts={sorted(unknown)}: there is {', '.join(HOSTS)}")
+        raise SettingsError(f"{where}: hosts={sorted(unknown)}: there is {', '.join(HOSTS)}")
     return with_kl(recipe, recipe.kl_type, recipe.kl_coef)
 
 
@@ -273,19 +267,9 @@ def with_kl(recipe: Recipe, kl_type: str | None, kl_coef: float | None) -> Recip
     """The recipe with another KL; None keeps its own.
 
     Raises:
-        RecipeError: Names the variable, its value and what is allowed.
+        SettingsError: Names the variable, its value and what is allowed.
     """
-    try:
-        canonical = canonical_kl_type(kl_type or recipe.kl_type)
-    except SettingsError as error:
-        raise RecipeError(str(error)) from error
-    if canonical in WITHOUT_COEF:
-        if kl_coef is not None:
-            raise RecipeError(f"KL_COEF={kl_coef:g}: KL_TYPE={canonical} takes no coefficient")
-        return replace(recipe, kl_type=canonical, kl_coef=None)
-    coef = recipe.kl_coef if kl_coef is None else kl_coef
-    if coef is None or not math.isfinite(coef) or coef <= 0:
-        raise RecipeError(
-            f"KL_COEF={coef}: a finite number above 0 (KL_TYPE=none is a run without KL)"
-        )
-    return replace(recipe, kl_type=canonical, kl_coef=coef)
+    canonical = canonical_kl_type(kl_type or recipe.kl_type)
+    return replace(
+        recipe, kl_type=canonical, kl_coef=checked_kl_coef(canonical, kl_coef, recipe.kl_coef)
+    )

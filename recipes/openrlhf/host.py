@@ -14,8 +14,9 @@ from unittest import mock
 
 from recipes import cpu_shim
 from recipes.quickstart.openrlhf import kl_arguments
-from recipes.recipe import KEPT_CHECKPOINTS, Recipe, RecipeError
+from recipes.recipe import KEPT_CHECKPOINTS, Recipe
 from recipes.shared import reward
+from recipes.shared.settings import SettingsError
 
 NAME = "openrlhf"
 PACKAGES = ("openrlhf", "klplug_openrlhf", "math_verify")
@@ -96,7 +97,7 @@ def compose(words: list[str]) -> Namespace:
     its arguments, before which it would only start Ray.
 
     Raises:
-        RecipeError: OpenRLHF, or klplug, refuses the command.
+        SettingsError: OpenRLHF, or klplug, refuses the command.
     """
     if find_spec("flash_attn") is None:  # building it takes a GPU's compiler; none of it is called
         sys.path.append(str(cpu_shim.HERE / "packages"))
@@ -119,8 +120,8 @@ def compose(words: list[str]) -> Namespace:
     except Reached as reached:
         return reached.args[0]
     except (SystemExit, AssertionError) as error:
-        raise RecipeError(refusal(said.getvalue(), error)) from error
-    raise RecipeError(f"{module} ended before it would have trained")
+        raise SettingsError(refusal(said.getvalue(), error)) from error
+    raise SettingsError(f"{module} ended before it would have trained")
 
 
 def refusal(said: str, error: BaseException) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 from rich.console import Console
 
 from recipes.quickstart.run import RunError, quickstart
-from recipes.quickstart.settings import STOCK, SettingsError, settings
+from recipes.quickstart.settings import settings
 from recipes.shared.folder import FolderError
+from recipes.shared.settings import STOCK, SettingsError
 
 WIDTH = 120  # where no terminal says how wide it is
 

@@ -21,9 +21,8 @@ from recipes import cpu_shim
 from recipes.cpu_shim.deepspeed_ops import compiled_ops
 from recipes.quickstart import smollm2
 from recipes.quickstart.problems import Row, write_rows
-from recipes.quickstart.processes import HostProcesses
 from recipes.quickstart.progress import LogTail, Metrics, StepLine, json_line
-from recipes.quickstart.settings import CACHE, HERE, REPOSITORY, RUNS, Settings
+from recipes.quickstart.settings import HERE, Settings
 from recipes.quickstart.summary import (
     baselines,
     curves,
@@ -33,6 +32,8 @@ from recipes.quickstart.summary import (
     table,
 )
 from recipes.shared.folder import FolderError, held, keep, other
+from recipes.shared.processes import HostProcesses
+from recipes.shared.settings import CACHE, REPOSITORY, RUNS
 
 RECORD, WHAT = "settings.json", "quickstart run"
 FILES = (RECORD, "prompts.jsonl", "log.txt", "metrics.jsonl", "summary.json", "curves.png")

@@ -1,24 +1,22 @@
 """What a user sets for a quickstart run, and what is checked before anything starts."""
 
-import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from recipes.shared.settings import (
+    HOSTS,
+    RUNS,
+    STOCK,
+    SettingsError,
+    canonical_kl_type,
+    check_model,
+    checked_kl_coef,
+)
+
 HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parents[1]
-CACHE = REPOSITORY / ".cache"
-RUNS = REPOSITORY / "runs"
-
-HOSTS = ("openrlhf", "verl")
-STOCK = ("stock:k1", "stock:k2", "stock:k3")
-WITHOUT_COEF = ("none", "monitor")
 NAMED_MODELS = ("tiny", "smollm2")
-
-
-class SettingsError(ValueError):
-    """Something the user set cannot be; the message is all they need to see."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ def settings(
         raise SettingsError(f"HOST={host}: there is {', '.join(HOSTS)}")
     canonical = canonical_kl_type(kl_type)
     if model not in NAMED_MODELS:
-        check_model(model)
+        check_model(model, f"{', '.join(NAMED_MODELS)}, ")
     recipe = recipe_for(model)
     steps = recipe.steps if steps is None else steps
     if steps < 1:
@@ -156,63 +154,12 @@ def settings(
         raise SettingsError(f"SAVE_EVERY={save_every}: 0 for the end alone, or steps, at least 1")
     if gsm8k is not None and data != "gsm8k":
         raise SettingsError(f"GSM8K={gsm8k} is read with DATA=gsm8k only, not with DATA={data}")
-    coef = checked_kl_coef(canonical, kl_coef, recipe)
+    coef = checked_kl_coef(canonical, kl_coef, recipe.kl_coef)
     made = Settings(
         host, canonical, coef, steps, seed, model, data, gsm8k, ranks, updates, save_every
     )
     check_data(made)
     return made
-
-
-def canonical_kl_type(kl_type: str) -> str:
-    if kl_type in STOCK:
-        return kl_type
-    if kl_type.startswith("stock:"):
-        raise SettingsError(f"KL_TYPE={kl_type}: of the host's own there are {', '.join(STOCK)}")
-    from klplug import parse
-
-    try:
-        return str(parse(kl_type))
-    except ValueError as error:
-        raise SettingsError(
-            f"KL_TYPE={kl_type}: {error} For the host's own KL: {', '.join(STOCK)}"
-        ) from error
-
-
-def checked_kl_coef(kl_type: str, coef: float | None, recipe: Recipe) -> float | None:
-    if kl_type in WITHOUT_COEF:
-        if coef is not None:
-            raise SettingsError(f"KL_COEF={coef:g}: KL_TYPE={kl_type} takes no coefficient")
-        return None
-    if coef is None:
-        return recipe.kl_coef
-    if not math.isfinite(coef) or coef <= 0:
-        raise SettingsError(
-            f"KL_COEF={coef:g}: a finite number above 0 (KL_TYPE=none is a run without KL)"
-        )
-    return coef
-
-
-def check_model(model: str) -> None:
-    """A folder with a config.json, or a name that the hub knows."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise SettingsError(f"MODEL={model}: the folder has no config.json")
-        return
-    is_hub_name = model.count("/") == 1 and not model.startswith((".", "~", "/"))
-    if not is_hub_name:
-        raise SettingsError(
-            f"MODEL={model}: no such folder. There are {', '.join(NAMED_MODELS)}, "
-            "a Hugging Face folder, or a hub's owner/name"
-        )
-    from transformers import AutoConfig
-
-    try:
-        AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SettingsError(f"MODEL={model}: neither a folder nor on the hub. {reason}") from error
 
 
 def recipe_for(model: str) -> Recipe:

@@ -11,7 +11,8 @@ from typing import Any
 from rich.table import Table
 
 from recipes.quickstart.progress import Metrics, kl
-from recipes.quickstart.settings import STOCK, Settings
+from recipes.quickstart.settings import Settings
+from recipes.shared.settings import STOCK
 
 Summary = dict[str, Any]
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from recipes.quickstart.settings import RUNS
 from recipes.reproduce import gpu
 from recipes.reproduce.drive import DriveError, Row, cost, drive, read_rows, shown
 from recipes.reproduce.grid import HERE, Grid, GridError, load
+from recipes.shared.settings import RUNS
 
 COMMITTED = HERE / "results"
 

@@ -19,9 +19,10 @@ from typing import Any
 import psutil
 
 from recipes.quickstart.run import RunError
-from recipes.quickstart.settings import REPOSITORY, Settings
+from recipes.quickstart.settings import Settings
 from recipes.reproduce.gpu import GpuRun
 from recipes.reproduce.grid import Grid
+from recipes.shared.settings import REPOSITORY
 
 Row = dict[str, Any]
 Run = Settings | GpuRun

@@ -17,10 +17,10 @@ from typing import Any
 import yaml
 
 from recipes import estimates
-from recipes.quickstart.processes import HostProcesses
 from recipes.quickstart.run import Phases, RunError, host_side, last_lines
 from recipes.recipe import Recipe, checked, load, with_kl
 from recipes.reproduce.measure import columns
+from recipes.shared.processes import HostProcesses
 
 RECIPE = "run.yaml"
 # The data set on which a recipe's policy is evaluated.
@@ -44,7 +44,7 @@ class GpuRun:
         """Checked.
 
         Raises:
-            RecipeError: Names what cannot be.
+            SettingsError: Names what cannot be.
         """
         recipe = with_kl(load(self.base), self.kl_type, self.kl_coef)
         return checked(replace(recipe, updates=self.updates, seed=self.seed))

@@ -18,9 +18,9 @@ from typing import Any
 
 import yaml
 
-from recipes.quickstart.settings import HOSTS, Settings, SettingsError, settings
-from recipes.recipe import RecipeError
+from recipes.quickstart.settings import Settings, settings
 from recipes.reproduce.gpu import GpuRun
+from recipes.shared.settings import HOSTS, SettingsError
 
 HERE = Path(__file__).resolve().parent
 GRIDS = HERE / "grids"
@@ -101,7 +101,7 @@ def block_runs(
         varied = {"kl_type": kl_type, "kl_coef": coef, "updates": count, "seed": seed}
         try:
             yield gpu_run(**shared, **varied) if "base" in shared else settings(**shared, **varied)
-        except (SettingsError, RecipeError) as error:
+        except SettingsError as error:
             raise GridError(f"{where}: {error}") from error
 
 
@@ -111,7 +111,7 @@ def gpu_run(host: str, base: str, **varied: Any) -> GpuRun:
     asked = GpuRun(host, base, **varied)
     recipe = asked.recipe
     if host not in recipe.hosts:
-        raise RecipeError(f"recipe {base} is for {', '.join(recipe.hosts)} only")
+        raise SettingsError(f"recipe {base} is for {', '.join(recipe.hosts)} only")
     return replace(asked, kl_type=recipe.kl_type, kl_coef=recipe.kl_coef)
 
 

@@ -17,9 +17,9 @@ from typing import Any, Literal
 import numpy as np
 from scipy.stats import bootstrap
 
-from recipes.quickstart.settings import REPOSITORY
 from recipes.reproduce.drive import DriveError, Row, read_rows, seconds_of
 from recipes.reproduce.grid import HERE, load
+from recipes.shared.settings import REPOSITORY
 
 RESULTS = HERE / "results"
 PAGE = REPOSITORY / "docs" / "evidence.md"

@@ -8,8 +8,9 @@ from typing import Any
 from unittest import mock
 
 from recipes.quickstart.verl import kl_overrides
-from recipes.recipe import KEPT_CHECKPOINTS, Recipe, RecipeError
+from recipes.recipe import KEPT_CHECKPOINTS, Recipe
 from recipes.shared import reward
+from recipes.shared.settings import SettingsError
 
 NAME = "verl"
 PACKAGES = ("verl", "klplug_verl", "math_verify")
@@ -91,7 +92,7 @@ def compose(words: list[str]) -> Any:
     Hydra's composition, klplug's plugin and verl's `validate_config` all have had their say.
 
     Raises:
-        RecipeError: verl, or klplug, refuses the command.
+        SettingsError: verl, or klplug, refuses the command.
     """
     from verl.trainer import main_ppo
 
@@ -107,9 +108,9 @@ def compose(words: list[str]) -> Any:
             main_ppo.main()
     except SystemExit as error:
         lines = [line for line in said.getvalue().splitlines() if is_telling(line)]
-        raise RecipeError("verl refuses: " + " ".join(lines or [str(error)])) from error
+        raise SettingsError("verl refuses: " + " ".join(lines or [str(error)])) from error
     if not found:
-        raise RecipeError(f"{module} ended before it would have trained")
+        raise SettingsError(f"{module} ended before it would have trained")
     return found[0]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from recipes import cpu_shim
-from recipes.quickstart.processes import HostProcesses
+from recipes.shared.processes import HostProcesses
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD, SECOND = "127.0.0.2", "127.0.0.3"

@@ -16,8 +16,8 @@ import pytest
 import klplug
 from klplug.hosting.host import hosts
 from recipes.quickstart import run
-from recipes.quickstart.processes import HostProcesses
 from recipes.quickstart.settings import HERE, settings
+from recipes.shared.processes import HostProcesses
 from tests.cluster.nodes import (
     ROOT,
     SECOND,

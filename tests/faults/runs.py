@@ -13,9 +13,9 @@ import psutil
 
 from recipes import cpu_shim
 from recipes.quickstart import openrlhf, run, verl
-from recipes.quickstart.processes import HostProcesses
 from recipes.quickstart.progress import Metrics
 from recipes.quickstart.settings import HERE, settings
+from recipes.shared.processes import HostProcesses
 
 PATIENCE = 900  # seconds
 HOST = {"openrlhf": openrlhf, "verl": verl}

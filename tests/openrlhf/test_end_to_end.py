@@ -16,9 +16,9 @@ import pytest
 from recipes import cpu_shim
 from recipes.quickstart import openrlhf, run
 from recipes.quickstart.openrlhf import step_metrics
-from recipes.quickstart.processes import HostProcesses
 from recipes.quickstart.progress import Metrics
 from recipes.quickstart.settings import HERE, TINY, settings
+from recipes.shared.processes import HostProcesses
 from tests.openrlhf.command_line import spelled
 from tests.releases import release
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from recipes import cluster
-from recipes.recipe import RecipeError, load
+from recipes.recipe import load
+from recipes.shared.settings import SettingsError
 
 RECIPE = load("qwen2.5-math-7b-openr1-math-2-nodes")
 
@@ -46,7 +47,7 @@ def test_too_few_gpus_are_counted_by_node(
     ray: Any, monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, Any]], there: str
 ) -> None:
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    with pytest.raises(RecipeError, match="needs 2 nodes with 8 GPUs each") as error:
+    with pytest.raises(SettingsError, match="needs 2 nodes with 8 GPUs each") as error:
         cluster.check(RECIPE)
     assert there in str(error.value) and "ray start --address" in str(error.value)
 
@@ -61,7 +62,7 @@ def test_no_cluster_is_an_error_not_a_cluster_of_one(monkeypatch: pytest.MonkeyP
     import ray
 
     monkeypatch.setattr(ray, "init", refused)
-    with pytest.raises(RecipeError, match=r"no Ray cluster here: `ray start --head`"):
+    with pytest.raises(SettingsError, match=r"no Ray cluster here: `ray start --head`"):
         cluster.check(RECIPE)
 
 

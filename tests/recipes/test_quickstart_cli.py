@@ -17,11 +17,10 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from recipes.quickstart import openrlhf, processes, run
+from recipes.quickstart import openrlhf, run
 from recipes.quickstart import settings as settings_module
 from recipes.quickstart.__main__ import main
 from recipes.quickstart.openrlhf import kl_arguments
-from recipes.quickstart.processes import HostProcesses
 from recipes.quickstart.progress import StepLine
 from recipes.quickstart.settings import TINY, Settings, settings
 from recipes.quickstart.summary import (
@@ -32,7 +31,9 @@ from recipes.quickstart.summary import (
     rolling_mean,
     table,
 )
+from recipes.shared import processes
 from recipes.shared.folder import FolderError
+from recipes.shared.processes import HostProcesses
 
 
 @pytest.fixture(autouse=True)

@@ -22,8 +22,9 @@ from recipes import evaluate as module
 from recipes.data import EVALUATION, INSTRUCTION, Problem
 from recipes.evaluate import final_answer, ks, main, majority, pass_at, record, wilson
 from recipes.quickstart.problems import problems, write_rows
-from recipes.quickstart.settings import CACHE, HERE
+from recipes.quickstart.settings import HERE
 from recipes.quickstart.smollm2 import FOLDER
+from recipes.shared.settings import CACHE
 
 ROOT = Path(__file__).resolve().parents[2]
 POLICY = HERE / "policy"

@@ -19,9 +19,10 @@ pytest.importorskip("math_verify", reason="the recipes extra is not installed")
 from recipes import cpu_shim, launch
 from recipes.estimates import GIB, held, markdown_table, memory, parameters, time
 from recipes.openrlhf import host
-from recipes.recipe import CONFIGS, RecipeError, load, names
+from recipes.recipe import CONFIGS, load, names
 from recipes.shared.folder import FolderError
 from recipes.shared.reward import compute_score, reward_func
+from recipes.shared.settings import SettingsError
 from recipes.verl import host as verl_host
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,7 +105,7 @@ BAD_FILES = [
     ("episodes: 0", "episodes=0 must be at least 1"),
     ("hosts: [nemo]", r"hosts=\['nemo'\]: there is openrlhf, verl"),
     ("kl_type: k9_as_loss", "KL_TYPE=k9_as_loss"),
-    ("kl_coef: -1.0", "KL_COEF=-1.0: a finite number above 0"),
+    ("kl_coef: -1.0", "KL_COEF=-1: a finite number above 0"),
     ("include: [nothing]", "include 'nothing': there is no"),
     ("a: [", "not YAML"),
     ("- a", "a mapping is needed, not list"),
@@ -114,7 +115,7 @@ BAD_FILES = [
 @pytest.mark.parametrize(("text", "message"), BAD_FILES)
 def test_a_file_that_cannot_be_is_refused(tmp_path, text: str, message: str) -> None:
     include = "" if "include" in text or text.startswith("-") else f"include: [{GSM8K}]\n"
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(SettingsError, match=message):
         load(written(tmp_path / "mine.yaml", include + text))
 
 
@@ -125,9 +126,9 @@ def test_a_missing_key_and_a_missing_recipe_are_named(tmp_path) -> None:
         if "samples" not in line
     )
     path = written(tmp_path / "mine.yaml", f"include: [models/qwen2.5-math-1.5b]\n{lacking}\n")
-    with pytest.raises(RecipeError, match="missing: samples"):
+    with pytest.raises(SettingsError, match="missing: samples"):
         load(path)
-    with pytest.raises(RecipeError, match=f"Did you mean {GSM8K}"):
+    with pytest.raises(SettingsError, match=f"Did you mean {GSM8K}"):
         load("qwen2.5-math-1.5b-gsm8")
 
 
@@ -196,25 +197,25 @@ REFUSED = [
 
 @pytest.mark.parametrize(("variables", "message"), REFUSED)
 def test_a_variable_that_cannot_be_is_refused(data, started, tmp_path, variables, message) -> None:
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(SettingsError, match=message):
         run(data, tmp_path / "run", **variables)
     assert not started and not (tmp_path / "run").exists()
 
 
 def test_too_few_gpus_and_missing_data_are_said_first(data, started, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    with pytest.raises(RecipeError, match="needs 8 GPUs of 80 GB, and this machine has 4"):
+    with pytest.raises(SettingsError, match="needs 8 GPUs of 80 GB, and this machine has 4"):
         run(data, tmp_path / "run", name="qwen2.5-math-7b-gsm8k")
-    with pytest.raises(RecipeError, match=r"python -m recipes\.data gsm8k --to openrlhf --out"):
+    with pytest.raises(SettingsError, match=r"python -m recipes\.data gsm8k --to openrlhf --out"):
         run(tmp_path / "nothing", tmp_path / "run")
-    with pytest.raises(RecipeError, match="is for verl only"):
+    with pytest.raises(SettingsError, match="is for verl only"):
         run(data, tmp_path / "run", name="qwen2.5-math-7b-math-megatron")
     assert not started and not (tmp_path / "run").exists()
 
 
 def test_a_host_that_is_not_installed_is_named() -> None:
     lacking = type("Host", (), {"NAME": "nemo", "PACKAGES": ("json", "nemo_of_nowhere")})
-    with pytest.raises(RecipeError, match="has no nemo_of_nowhere: install nemo"):
+    with pytest.raises(SettingsError, match="has no nemo_of_nowhere: install nemo"):
         launch.check_installed(lacking)
 
 
@@ -222,7 +223,7 @@ def test_a_local_models_shape_is_its_own(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 128, "vocab_size": 465}))
     recipe = launch.with_model(load(GSM8K), str(tmp_path))
     assert (recipe.shape.hidden_size, recipe.shape.vocab_size) == (128, 465)
-    with pytest.raises(RecipeError, match=r"no config\.json"):
+    with pytest.raises(SettingsError, match=r"no config\.json"):
         launch.with_model(recipe, str(CONFIGS))
 
 
@@ -293,7 +294,7 @@ def test_estimates_of_another_model_say_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str | None, said: bool
 ) -> None:
     variables = {"DRY_RUN": "1", "DATA": str(tmp_path)} | ({"MODEL": model} if model else {})
-    with pytest.raises(RecipeError, match=r"train\.jsonl is not there"):
+    with pytest.raises(SettingsError, match=r"train\.jsonl is not there"):
         launch.launch(host, GSM8K, [], variables)
     out = capsys.readouterr().out
     assert ("the estimates are those of Qwen/Qwen2.5-Math-1.5B" in out) is said

@@ -14,11 +14,12 @@ import pytest
 from recipes.quickstart import openrlhf
 from recipes.quickstart import run as quickstart
 from recipes.quickstart.run import RunError
-from recipes.quickstart.settings import REPOSITORY, Settings, settings
+from recipes.quickstart.settings import Settings, settings
 from recipes.reproduce import measure
 from recipes.reproduce.__main__ import main, part
 from recipes.reproduce.drive import FORM, DriveError, append, drive, is_of, read_rows
 from recipes.reproduce.grid import Grid, GridError, load
+from recipes.shared.settings import REPOSITORY
 
 SMALL = """
 steps: 2
