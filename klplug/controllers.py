@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -116,10 +117,11 @@ class _Driven:
 
     def _move(self, by: float, kl: float) -> None:
         """Multiply the coefficient by ``e^by``: in logarithms, where no exponent is too large."""
-        if not by:  # not even by rounding
+        if not abs(by) > 0:  # not even by rounding, nor by what is no number
             return
         log_value = math.log(self.value) + by
-        lowest, highest = self._start * LOWEST, self._start * HIGHEST
+        lowest = max(self._start * LOWEST, sys.float_info.min)
+        highest = min(self._start * HIGHEST, sys.float_info.max)
         for end, met in (
             (lowest, log_value <= math.log(lowest)),
             (highest, log_value >= math.log(highest)),
@@ -130,7 +132,9 @@ class _Driven:
                     f"is as far as the {self.kl_ctrl} controller goes from its start "
                     f"{self._start:g}; the KL is {kl:.3g}, kl_target {self.target:g}",
                 )
-        self.value = math.exp(min(max(log_value, math.log(lowest)), math.log(highest)))
+                self.value = end
+                return
+        self.value = math.exp(log_value)
 
     def _say(self, what: str, about: str) -> None:
         if what not in self._said:
@@ -180,7 +184,7 @@ class AdaptiveKL(_Driven):
         """Move the coefficient by one step's KL, nats per token, of so many answers."""
         if not math.isfinite(kl):  # a diverged batch says nothing about how far to move
             return
-        pace = n_samples / self.horizon
+        pace = max(0, n_samples) / self.horizon
         if pace > 1:
             self._say(
                 "kl_horizon",

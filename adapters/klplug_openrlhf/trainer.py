@@ -59,6 +59,8 @@ def make_experience(original: Call, maker: Any, args: Args, kwargs: Kwargs) -> A
     tallies = [kl_term("k1_in_reward", *_tensors(e)).tally for e in experiences]
     if isinstance(maker.kl_ctl, MeasuredController):
         maker.kl_ctl.measured = float(Tally.merged(tallies).metrics()["klplug/kl"])
+        # OpenRLHF counts those of a full batch, whatever a filter or the data's end left of it.
+        maker.kl_ctl.answers = sum(int(e.action_mask.any(-1).sum()) for e in experiences)
     if not plan.in_reward.terms:
         return experiences
     if plan.in_reward != plan.in_reward_plain and not plan.divides_by_length:

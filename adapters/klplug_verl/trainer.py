@@ -23,7 +23,7 @@ from klplug.hosting import state
 from klplug.hosting.controller import MeasuredController
 from klplug.hosting.host import announce
 from klplug.hosting.patching import Args, Call, Kwargs, bound
-from klplug.hosting.state import Reference
+from klplug.hosting.state import Reference, StateError
 from klplug.spec import TermSpec
 from klplug.watch import Watch
 from klplug_verl.actor import BASELINE, COEF_KEY, SUMS
@@ -353,6 +353,10 @@ def load_checkpoint(original: Call, trainer: Any, args: Args, kwargs: Kwargs) ->
         folder = Path(settings.resume_from_path)
     else:
         folder = Path(settings.default_local_dir) / f"global_step_{trainer.global_steps}"
-    saved = state.read(folder / STATE_FILE)
-    run.controller.resume(saved, run.plan.spec, run.reference, run.plan.kl_ctrl, "verl")
+    file = folder / STATE_FILE
+    saved = state.read(file)
+    try:
+        run.controller.resume(saved, run.plan.spec, run.reference, run.plan.kl_ctrl, "verl")
+    except ValueError as error:
+        raise StateError(f"{file}: {error}. {state.WHAT_TO_DO}") from None
     return result

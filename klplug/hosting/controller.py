@@ -15,18 +15,23 @@ class MeasuredController:
     """A klplug controller behind a host's interface, fed the KL that was measured.
 
     Hosts hand their controller the value of whatever estimator was chosen, k2's included. The
-    adapter knows better: ``klplug/kl`` under samples of the very policy they came from.
+    adapter knows better: ``klplug/kl`` under samples of the very policy they came from, and how
+    many answers they are.
     """
 
     controller: KLController
     measured: float | None = None
+    answers: int | None = None
 
     @property
     def value(self) -> float:
         return self.controller.value
 
     def update(self, current: float, n_steps: int) -> None:
-        self.controller.update(current if self.measured is None else self.measured, n_steps)
+        self.controller.update(
+            current if self.measured is None else self.measured,
+            n_steps if self.answers is None else self.answers,
+        )
 
     def saved(self, spec: KLSpec, reference: Reference | None) -> dict[str, Any]:
         """What a checkpoint keeps; no reference of a KL that has none."""
@@ -36,34 +41,60 @@ class MeasuredController:
     def resume(
         self, saved: Any, spec: KLSpec, reference: Reference | None, kl_ctrl: str, host: str
     ) -> None:
-        """Go on from what a checkpoint kept, saying so if another KL or reference was trained with.
+        """Go on from what a checkpoint kept, saying so if another KL, coefficient or reference was
+        trained with.
 
         Args:
             saved: ``None`` where a checkpoint has nothing of klplug's.
 
         Raises:
-            StateError: it is not what ``saved`` gave.
+            ValueError: it is not what ``saved`` gave.
         """
-        if saved is not None and not (
-            isinstance(saved, dict) and {"kl_type", "kl_ctrl"} <= {*saved}
-        ):
+        if saved is not None and not _is_state(saved):
             raise StateError(f"the state of klplug's controller in a checkpoint is {saved!r}")
         if saved is None or saved["kl_type"] != str(spec):
             before = f"{host}'s own KL" if saved is None else f"kl_type={saved['kl_type']}"
-            print(
-                f"klplug: WARNING: resuming with kl_type={spec} a run that was trained with "
-                f"{before}: the two follow different gradients",
-                flush=True,
+            _warn(
+                f"resuming with kl_type={spec} a run that was trained with {before}: the two "
+                "follow different gradients"
             )
-        other = (saved or {}).get("reference")
+        if saved is None:
+            return
+        other = saved.get("reference")
         if reference is not None and other and reference.is_another_than(other):
+            _warn(
+                f"resuming with the reference {_named(asdict(reference))} a run that was trained "
+                f"with {_named(other)}: the KL is to another model from here on"
+            )
+        here, there = self.value, saved.get("value")
+        if saved["kl_ctrl"] != kl_ctrl:
+            _warn(
+                f"resuming with kl_ctrl={kl_ctrl} a run that was trained with "
+                f"kl_ctrl={saved['kl_ctrl']}: the coefficient, {there} there, starts from "
+                f"kl_coef={here:g}"
+            )
+            return
+        self.controller.load_state_dict(saved)
+        if kl_ctrl == "fixed" and saved["kl_type"] == str(spec) and there != here:
+            _warn(f"resuming with kl_coef={here:g} a run that was trained with kl_coef={there}")
+        elif self.value != here:
             print(
-                f"klplug: WARNING: resuming with the reference {_named(asdict(reference))} a run "
-                f"that was trained with {_named(other)}: the KL is to another model from here on",
+                f"klplug: the coefficient goes on from {self.value:g}, as the checkpoint has it, "
+                f"and not from kl_coef={here:g}",
                 flush=True,
             )
-        if saved is not None and saved["kl_ctrl"] == kl_ctrl:
-            self.controller.load_state_dict(saved)
+
+
+def _is_state(saved: Any) -> bool:
+    """Whether it has the shape of what ``saved`` gives; the controller reads its numbers."""
+    if not (isinstance(saved, dict) and {"kl_type", "kl_ctrl"} <= {*saved}):
+        return False
+    reference = saved.get("reference")
+    return reference is None or (isinstance(reference, dict) and "path" in reference)
+
+
+def _warn(words: str) -> None:
+    print(f"klplug: WARNING: {words}", flush=True)
 
 
 def _named(reference: dict[str, Any]) -> str:

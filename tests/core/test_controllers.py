@@ -58,6 +58,21 @@ def test_a_coefficient_is_positive_and_finite_whatever_comes(
         assert 1e-7 < controller.value < 10
 
 
+@pytest.mark.parametrize("kl_ctrl", ["adaptive", "pid"])
+@pytest.mark.parametrize("start", [5e-324, 1e-310, 1e-3, 1e305, 1.7e308])
+@pytest.mark.parametrize("kl", [math.nan, math.inf, -math.inf, -1e300, 0.0, 1e300])
+@pytest.mark.parametrize("n", [-5, 0, 10**6, math.inf, math.nan])
+def test_no_start_and_no_input_ends_it(kl_ctrl: str, start: float, kl: float, n: float) -> None:
+    """What no float holds included: 1e305 times 1e4, and 1e-310 over 1e4."""
+    controller = kl_controller(kl_ctrl, start, kl_target=0.1)
+    for _ in range(100):
+        controller.update(kl, n)  # type: ignore[arg-type]
+        controller.update(0.1, n)  # type: ignore[arg-type]  # on target: 0 times whatever n is
+    assert 0 < controller.value < math.inf
+    if not math.isfinite(kl) or (kl_ctrl == "adaptive" and not n > 0):
+        assert controller.value == start
+
+
 @pytest.mark.parametrize("value", [-0.2, 0.0, math.nan, math.inf, None, "x"])
 def test_a_saved_coefficient_that_is_none_is_named(value: object) -> None:
     with pytest.raises(ValueError, match="saved state of the KL controller has value="):

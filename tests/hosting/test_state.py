@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from klplug import parse
-from klplug.controllers import AdaptiveKL
+from klplug.controllers import AdaptiveKL, kl_controller
 from klplug.hosting.controller import MeasuredController
 from klplug.hosting.state import Reference, StateError, read, write
 
@@ -59,7 +60,16 @@ def test_a_file_cut_short_is_named_with_what_to_do(kept: int, tmp_path: Path) ->
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("saved", [[], 3, {}, {"kl_type": "k2_as_loss"}, "{"])
+BARE = {"kl_type": "k2_as_loss", "kl_ctrl": "adaptive"}
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        [], 3, {}, {"kl_type": "k2_as_loss"}, "{",
+        {**BARE, "reference": "hub/sft"}, {**BARE, "reference": {"weights": None}},
+    ],
+)  # fmt: skip
 def test_a_state_of_another_shape_is_named(saved: Any) -> None:
     controller = MeasuredController(AdaptiveKL(0.1, target=0.1, horizon=10))
     with pytest.raises(StateError, match="state of klplug's controller"):
@@ -72,6 +82,41 @@ def test_a_coefficient_that_is_none_is_named(value: Any) -> None:
     with pytest.raises(ValueError, match=r"saved state.*value="):
         controller.resume(STATE | {"value": value}, parse("k2_as_loss"), None, "adaptive", "a host")
     assert controller.value == 0.1
+
+
+def resumed(
+    capsys: pytest.CaptureFixture[str], saved: dict[str, Any], kl_ctrl: str, kl_coef: float
+) -> tuple[float, str]:
+    """The coefficient of a resumed run, and what is said."""
+    settings = {"adaptive": {"kl_target": 0.1}, "linear": {"kl_end": 0.0, "kl_steps": 10}}
+    made = kl_controller(kl_ctrl, kl_coef, **settings.get(kl_ctrl, {}))
+    controller = MeasuredController(made)
+    controller.resume(saved, parse("k2_as_loss"), None, kl_ctrl, "a host")
+    return controller.value, capsys.readouterr().out
+
+
+def test_a_resume_says_whose_coefficient_it_goes_on_with(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    value, said = resumed(capsys, STATE, "adaptive", 0.1)
+    assert value == 0.25 and "goes on from 0.25" in said and "not from kl_coef=0.1" in said
+    value, said = resumed(capsys, STATE, "linear", 0.1)
+    assert value == 0.1 and "WARNING: resuming with kl_ctrl=linear" in said
+    assert "kl_ctrl=adaptive" in said and "0.25 there" in said and "kl_coef=0.1" in said
+    fixed = STATE | {"kl_ctrl": "fixed"}
+    value, said = resumed(capsys, fixed, "fixed", 0.5)
+    assert value == 0.5 and "kl_coef=0.5" in said and "with kl_coef=0.25" in said
+    # Nothing differs, or there is more in it than this version knows.
+    assert resumed(capsys, fixed, "fixed", 0.25) == (0.25, "")
+    assert resumed(capsys, STATE | {"of_a_later_version": 1}, "adaptive", 0.25) == (0.25, "")
+
+
+def test_what_was_counted_stands_over_what_the_host_says() -> None:
+    """3 answers left of the 100 that the host counts: e^(0.2 3/10), and not e^2."""
+    controller = MeasuredController(AdaptiveKL(0.1, target=0.1, horizon=10))
+    controller.measured, controller.answers = 1.0, 3
+    controller.update(0.0, 100)
+    assert controller.value == pytest.approx(0.1 * math.exp(0.06))
 
 
 # The reference's identity.

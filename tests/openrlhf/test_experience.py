@@ -228,6 +228,22 @@ def test_the_controller_is_fed_an_unbiased_estimate(monkeypatch: pytest.MonkeyPa
     assert made.kl_ctl.value == pytest.approx(BETA * math.exp(error * 10 / 100))
 
 
+def test_n_of_the_controller_counts_answers_that_are_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """OpenRLHF hands over a full batch's, where a filter or the data's end left fewer."""
+    samples = Samples()
+    args = arguments()
+    configure(args, "k2_as_loss", BETA)
+    made = maker(args, samples, monkeypatch)
+    made.kl_ctl = MeasuredController(AdaptiveKL(BETA, target=1e-6, horizon=100))
+    rollouts = samples.experiences()
+    rollouts[5].action_mask.zero_()
+    made.make_experience_batch(rollouts)
+    made.kl_ctl.update(0.0, 4096)
+    assert made.kl_ctl.value == pytest.approx(BETA * math.exp(0.2 * (GROUPS * GROUP - 1) / 100))
+
+
 @pytest.mark.parametrize("baseline", ["group", "batch"])
 def test_a_baseline_travels_with_its_answers(
     baseline: str, monkeypatch: pytest.MonkeyPatch

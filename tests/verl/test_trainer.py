@@ -524,6 +524,18 @@ def test_a_state_file_cut_in_half_stops_the_resume(kind: str, tmp_path: Path) ->
         saving(kind, tmp_path, *klplug("k2_as_loss"))._load_checkpoint()
 
 
+@pytest.mark.parametrize("state", ["[]", '{"kl_type": "k2_as_loss"}', "NaN", "null value"])
+def test_a_state_file_of_another_shape_is_named(state: str, kind: str, tmp_path: Path) -> None:
+    first = saving(kind, tmp_path, *klplug("k2_as_loss"), *ADAPTIVE)
+    first.global_steps = 3
+    first._save_checkpoint()
+    path = tmp_path / "global_step_3" / "klplug.json"
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps(kept | {"value": None}) if state == "null value" else state)
+    with pytest.raises(StateError, match=r"global_step_3/klplug.json: .*delete the file"):
+        saving(kind, tmp_path, *klplug("k2_as_loss"), *ADAPTIVE)._load_checkpoint()
+
+
 def test_a_stock_run_writes_no_state(kind: str, tmp_path: Path) -> None:
     made = saving(kind, tmp_path)
     made.global_steps = 1
