@@ -223,9 +223,10 @@ def test_the_controller_is_fed_an_unbiased_estimate(monkeypatch: pytest.MonkeyPa
     k2, kl = (lr**2 / 2).mean().item(), (lr + b * (w - 1)).mean().item()
     assert made.kl_ctl.measured == pytest.approx(kl, rel=1e-4)
     assert abs(k2 - kl) > 1e-3
-    made.kl_ctl.update(1e9, 10)  # what OpenRLHF hands over, k2's value, is not what counts
+    # What OpenRLHF hands over, k2's value and a full batch's answers, is not what counts.
+    made.kl_ctl.update(1e9, 10)
     error = min(max(kl / 0.1 - 1, -0.2), 0.2)
-    assert made.kl_ctl.value == pytest.approx(BETA * math.exp(error * 10 / 100))
+    assert made.kl_ctl.value == pytest.approx(BETA * math.exp(error * GROUPS * GROUP / 100))
 
 
 def test_n_of_the_controller_counts_answers_that_are_there(
