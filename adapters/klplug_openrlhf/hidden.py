@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from klplug import KLSpec, exact_kl
 from klplug.hosting.memory import check_room, gigabytes
 from klplug.hosting.patching import Args, Call, Kwargs, bound
-from klplug_openrlhf.keys import MAX_LEN, MAX_NEW_TOKENS, PRETRAIN, ROLLOUT_BATCH, N, read
+from klplug_openrlhf.keys import (
+    MAX_LEN,
+    MAX_NEW_TOKENS,
+    PRETRAIN,
+    REF_MODEL,
+    ROLLOUT_BATCH,
+    N,
+    read,
+)
 from klplug_openrlhf.plan import Plan
 
 INFO = "klplug/reference"
@@ -214,7 +222,7 @@ def bytes_per_token(path: str) -> int:
 
 def foretell(args: Any) -> str:
     """What hidden states will take, said before training."""
-    each = bytes_per_token(read(args, PRETRAIN))
+    each = bytes_per_token(read(args, REF_MODEL) or read(args, PRETRAIN))
     answers = read(args, ROLLOUT_BATCH) * read(args, N)
     length = read(args, MAX_NEW_TOKENS) or read(args, MAX_LEN)
     return (
@@ -227,7 +235,11 @@ def foretell(args: Any) -> str:
 def check_memory(samples: list[Any], args: Any) -> None:
     """Raise if the hidden states of these samples have no room on this machine."""
     tokens = sum(int(sample.action_mask.sum()) for sample in samples)
-    check_room("the reference's hidden states", tokens, bytes_per_token(read(args, PRETRAIN)))
+    check_room(
+        "the reference's hidden states",
+        tokens,
+        bytes_per_token(read(args, REF_MODEL) or read(args, PRETRAIN)),
+    )
 
 
 # ── The policy's actors ─────────────────────────────────────────────────────────────────────────

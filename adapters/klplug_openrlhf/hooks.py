@@ -10,7 +10,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from klplug.hosting.patching import Hook, Patch
-from klplug_openrlhf import actor, hidden, trainer
+from klplug_openrlhf import actor, hidden, reference, trainer
 from klplug_openrlhf.host import HOST
 
 _ACTOR = "openrlhf.trainer.ray.ppo_actor"
@@ -73,6 +73,12 @@ PATCH = Patch(
             supplies=("exact_kl",),
         ),
         Hook(
+            _LAUNCHER,
+            "RayActorGroup.async_init_model_from_pretrained",
+            (),
+            reference.async_init_model_from_pretrained,
+        ),
+        Hook(
             _MAKER,
             "RemoteExperienceMaker._flatten_results",
             ("refs", "duplicate_factor"),
@@ -95,6 +101,14 @@ PATCH = Patch(
         Hook(_TRAINER, "BasePPOTrainer.init_checkpoint_states", (), trainer.init_checkpoint_states),
     ),
 )
+
+
+COMMAND = Patch(
+    host="openrlhf",
+    tested=HOST.tested_text,
+    hooks=tuple(h for h in PATCH.hooks if h.name.startswith("RayActorGroup.")),
+)
+"""What acts in the command's own process, where the groups of actors are made."""
 
 
 def apply_to(module: ModuleType) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from klplug.controllers import SETTINGS as CONTROLLER_SETTINGS
+from klplug.hosting.references import SETTINGS as REFERENCE_SETTINGS
 from klplug.hosting.settings import started
 
 FLAT = {
@@ -28,6 +29,7 @@ FLAT = {
     "algo.kl.target": "kl_target",
     "algo.kl.unbiased_gradient": "unbiased_kl_gradient",
     "algo.kl.use_loss": "use_kl_loss",
+    "data.apply_chat_template": "apply_chat_template",
     "data.max_len": "max_len",
     "ds.ring_attn_size": "ring_attn_size",
     "ds.tensor_parallel_size": "ds_tensor_parallel_size",
@@ -55,13 +57,16 @@ ASYNC = "train.async_enable"
 TOP_P = "rollout.top_p"
 ENGINES = "vllm.num_engines"
 PRETRAIN = "actor.model_name_or_path"
+CHAT = "data.apply_chat_template"
 MAX_LEN, MAX_NEW_TOKENS = "data.max_len", "rollout.max_new_tokens"
 RING, TENSOR_PARALLEL = "ds.ring_attn_size", "ds.tensor_parallel_size"
 
 KL_TYPE, KL_COEF = "klplug.kl_type", "klplug.kl_coef"
 KL_CTRL, KL_TARGET, KL_HORIZON = "klplug.kl_ctrl", "klplug.kl_target", "klplug.kl_horizon"
 CONTROL = tuple(f"klplug.{name}" for name in CONTROLLER_SETTINGS)
-OWN = (KL_TYPE, KL_COEF, KL_CTRL, *CONTROL)
+REFERENCE = tuple(f"klplug.{name}" for name in REFERENCE_SETTINGS)
+REF_MODEL, *_ = REFERENCE
+OWN = (KL_TYPE, KL_COEF, KL_CTRL, *CONTROL, *REFERENCE)
 
 DECIDED = (USE_LOSS, KIND, COEF, TARGET, HORIZON, UNBIASED)
 """What ``kl_type`` and klplug's other options decide, whatever OpenRLHF's own say."""

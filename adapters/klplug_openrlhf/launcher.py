@@ -62,7 +62,7 @@ def parse_args(
         return original(*args, **kwargs)
     from klplug import parse
     from klplug.hosting.patching import HookError
-    from klplug_openrlhf.hooks import PATCH
+    from klplug_openrlhf.hooks import COMMAND, PATCH
     from klplug_openrlhf.settings import derive
 
     estimator.choices = None  # full kl_types are allowed too; derive() says what is wrong
@@ -71,6 +71,7 @@ def parse_args(
     try:
         line = derive(parsed, written_options(parser))
         PATCH.check(parse(vars(parsed)["klplug.kl_type"]).requires)
+        COMMAND.apply()
     except (ValueError, HookError) as error:
         fail(str(error))
     print(line, flush=True)
@@ -79,6 +80,7 @@ def parse_args(
 
 def add_options(parser: ArgumentParser) -> None:
     from klplug.controllers import SETTINGS
+    from klplug.hosting.references import SETTINGS as REFERENCE
 
     group = parser.add_argument_group(
         "klplug", "KL regularisation by the gradient it has; decides all of the host's KL options"
@@ -101,6 +103,8 @@ def add_options(parser: ArgumentParser) -> None:
     )
     for name, meaning in SETTINGS.items():
         group.add_argument(f"--klplug.{name}", type=float, help=meaning)
+    for name, meaning in REFERENCE.items():
+        group.add_argument(f"--klplug.{name}", metavar="PATH", help=meaning)
 
 
 def written_options(parser: ArgumentParser) -> Namespace:

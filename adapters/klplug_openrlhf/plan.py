@@ -20,6 +20,7 @@ from klplug_openrlhf.keys import (
     LOSS_AGG,
     POLICY_LOSS,
     PRETRAIN,
+    REF_MODEL,
     STOCK_ESTIMATORS,
     Arguments,
     read,
@@ -99,6 +100,7 @@ class Plan(Asked):
             records_for_kl=bool(read(args, "klplug.records_for_kl")),
             divides_by_length=bool(dividing_by_length(Arguments(args))),
             model=read(args, PRETRAIN),
+            ref_model=read(args, REF_MODEL),
         )
 
 
@@ -130,6 +132,7 @@ def asked(settings: Settings) -> Plan:
         kl_coef=kl_coef,
         kl_ctrl=settings.get(KL_CTRL) or "fixed",
         **{name: settings.get(f"klplug.{name}") for name in CONTROLLER_SETTINGS},
+        ref_model=settings.get(REF_MODEL),
     )
     plan.controller()
     return plan

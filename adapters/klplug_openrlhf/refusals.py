@@ -190,6 +190,7 @@ ROWS = (
     verls_order,
     rollout_not_recorded,
     hosting.controller_of_nothing,
+    hosting.reference_of_nothing,
     head_of_another_loss,
     length_tilts,
     baseline_over_lengths,

@@ -5,13 +5,16 @@ from __future__ import annotations
 from argparse import Namespace
 
 import klplug
+from klplug.hosting import references
 from klplug.hosting.settings import SettingsError, overridden
 from klplug_openrlhf.keys import (
+    CHAT,
     COEF,
     DECIDED,
     KIND,
     KL_COEF,
     KL_TYPE,
+    PRETRAIN,
     USE_LOSS,
     Arguments,
     spelled,
@@ -36,6 +39,14 @@ def derive(args: Namespace, written: Namespace) -> str:
     spec = plan.spec
     for refusal in refusals(plan, own):
         raise SettingsError(refusal.words)
+    if plan.ref_model is not None:
+        references.check(
+            own.get(PRETRAIN),
+            plan.ref_model,
+            in_chat=bool(own.get(CHAT)),
+            over_vocabulary=plan.over_vocabulary,
+            trust_remote_code=True,  # as OpenRLHF itself loads every model
+        )
 
     active = plan.is_active
     records = recorder(own)
@@ -64,6 +75,8 @@ def derive(args: Namespace, written: Namespace) -> str:
     shown = {k: v for k, v in settings.items() if not k.startswith("klplug.")}
     text = ", ".join(f"--{k}={v}" for k, v in shown.items())
     coef_text = f" kl_coef={plan.kl_coef:g}" if spec.terms else ""
+    if plan.ref_model is not None:
+        coef_text += f" ref_model={plan.ref_model}"
     line = f"klplug {klplug.__version__}: kl_type={spec}{coef_text}; sets {text}"
     if before:
         notes.append(f"kl_type decides, and overrides {', '.join(before)}")

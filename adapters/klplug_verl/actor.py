@@ -17,6 +17,7 @@ from klplug import KLSpec, KLStep, KLTerm, Tally, kl_term, parse
 from klplug.hosting.host import announce
 from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.watch import Watch
+from klplug_verl import reference
 from klplug_verl.keys import LOSS_TYPE, is_stock
 
 COEF_KEY = "klplug_kl_coef"  # the controller's value, in the batch's meta information
@@ -43,7 +44,8 @@ def loss_spec(kl_loss_type: str) -> KLSpec | None:
 
 
 def init_model(original: Call, worker: Any, args: Args, kwargs: Kwargs) -> Any:
-    result = original(*args, **kwargs)
+    with reference.built(worker):
+        result = original(*args, **kwargs)
     actor = worker.config.actor
     if "actor" in worker.role and actor.use_kl_loss:
         spec = loss_spec(actor.kl_loss_type)

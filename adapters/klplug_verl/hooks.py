@@ -19,7 +19,7 @@ from klplug import parse
 from klplug.hosting.cluster import after_ray_init, check_nodes
 from klplug.hosting.patching import Args, Call, Hook, HookError, Kwargs, Patch, bound
 from klplug.hosting.settings import SettingsError
-from klplug_verl import actor, trainer
+from klplug_verl import actor, reference, trainer
 from klplug_verl.host import HOST
 from klplug_verl.plan import Plan
 from klplug_verl.settings import derive
@@ -145,6 +145,12 @@ _ENGINE_WORKER = (
         "ActorRolloutRefWorker.init_model",
         ("self",),
         actor.init_model,
+    ),
+    Hook(
+        "verl.workers.engine_workers",
+        "TrainingWorker.__init__",
+        ("config",),
+        reference.init_training_worker,
     ),
 )
 _ACTOR = "verl.workers.actor.dp_actor"

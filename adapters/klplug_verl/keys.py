@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from klplug.controllers import SETTINGS as CONTROLLER_SETTINGS
+from klplug.hosting.references import SETTINGS as REFERENCE_SETTINGS
 from klplug.hosting.settings import started
 
 STOCK = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "full")
 STOCK_NAMES = (*STOCK, *(f"{name}+" for name in STOCK))
 """What verl's ``kl_penalty`` knows."""
 
-KEYS = ("kl_type", "kl_coef", "kl_ctrl", *CONTROLLER_SETTINGS)
+KEYS = ("kl_type", "kl_coef", "kl_ctrl", *CONTROLLER_SETTINGS, *REFERENCE_SETTINGS)
 KL_TYPE, KL_COEF, KL_CTRL, KL_TARGET, KL_HORIZON, *_ = (f"klplug.{key}" for key in KEYS)
+REF_MODEL, *_ = (f"klplug.{key}" for key in REFERENCE_SETTINGS)
 
 ACTOR = "actor_rollout_ref.actor."
 REF = "actor_rollout_ref.ref."
@@ -31,6 +33,12 @@ ADAPTERS = (
     "actor_rollout_ref.model.lora_adapter_path",
     "actor_rollout_ref.model.lora.adapter_path",
 )
+LORA = ("actor_rollout_ref.model.lora_rank", "actor_rollout_ref.model.lora.rank")
+TRUST = "actor_rollout_ref.model.trust_remote_code"
+TOKENIZER = "actor_rollout_ref.model.tokenizer_path"
+TEMPLATE = "actor_rollout_ref.model.custom_chat_template"
+WORKERS_REFERENCE = "actor_rollout_ref.klplug_ref_model"
+"""Workers see this node only."""
 N = "actor_rollout_ref.rollout.n"
 TEMPERATURE = "actor_rollout_ref.rollout.temperature"
 TOP_P, TOP_K = "actor_rollout_ref.rollout.top_p", "actor_rollout_ref.rollout.top_k"

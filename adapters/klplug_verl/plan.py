@@ -10,6 +10,7 @@ from typing import Any
 import klplug
 from klplug import KLSpec, parse
 from klplug.controllers import SETTINGS as CONTROLLER_SETTINGS
+from klplug.hosting.references import SETTINGS as REFERENCE_SETTINGS
 from klplug.hosting.settings import Asked, Settings, SettingsError, Unknown
 from klplug.spec import TermSpec
 from klplug_verl.keys import (
@@ -26,6 +27,7 @@ from klplug_verl.keys import (
     LOSS_TYPE,
     MODEL,
     PLACES,
+    REF_MODEL,
     STOCK,
     Config,
     is_stock,
@@ -62,7 +64,7 @@ class Plan(Asked):
             spec=spec,
             kl_coef=klplug.check_kl_coef(spec, own.get("kl_coef")),
             kl_ctrl=own.get("kl_ctrl") or "fixed",
-            **{name: own.get(name) for name in CONTROLLER_SETTINGS},
+            **{name: own.get(name) for name in (*CONTROLLER_SETTINGS, *REFERENCE_SETTINGS)},
             divides_by_length=divides_by_length(Config(config)),
             model=read(config, MODEL),
             bootstraps=read(config, ESTIMATOR) == "gae",
@@ -94,12 +96,13 @@ def asked(settings: Settings) -> Plan | None:
         kl_coef = klplug.check_kl_coef(spec, coef)
     except Unknown:
         kl_coef = math.nan
-    control: dict[str, Any] = {name: wanted.get(name) for name in CONTROLLER_SETTINGS}
+    names = (*CONTROLLER_SETTINGS, *REFERENCE_SETTINGS)
+    others: dict[str, Any] = {name: wanted.get(name) for name in names}
     plan = Plan(
         spec=spec,
         kl_coef=kl_coef,
         kl_ctrl=wanted.get("kl_ctrl") or "fixed",
-        **control,
+        **others,
     )
     plan.controller()
     return plan
@@ -185,11 +188,15 @@ def _by_own_keys(own: Any, settings: Settings) -> dict[str, Any]:
         )
     if not isinstance(kl_type, str):
         raise SettingsError(f"klplug.kl_type={kl_type!r} is not a string")
+    model = settings.get(REF_MODEL)
+    if model is not None and not isinstance(model, str):
+        raise SettingsError(f"{REF_MODEL}={model!r} is not a string")
     return {
         "kl_type": kl_type,
         "kl_coef": KL_COEF,
         "kl_ctrl": settings.get(KL_CTRL),
         **{name: settings.get(f"klplug.{name}") for name in CONTROLLER_SETTINGS},
+        "ref_model": model,
     }
 
 

@@ -13,6 +13,7 @@ from klplug.hosting import refusals as hosting
 from klplug.hosting.refusals import Refusal
 from klplug.hosting.settings import Said, Settings
 from klplug_verl.keys import (
+    ADAPTERS,
     CTRL_TYPE,
     DISTILLS,
     DISTILLS_BESIDE,
@@ -20,10 +21,12 @@ from klplug_verl.keys import (
     KL_COEF,
     KL_CTRL,
     LEGACY,
+    LORA,
     LOSS_AGG,
     LOSS_MODE,
     PLACES,
     RECORDS,
+    REF_MODEL,
     STRATEGY,
     TRAIN_BATCH,
     N,
@@ -230,6 +233,28 @@ def rollout_not_recorded(plan: Plan, settings: Settings) -> Said:
         yield RECORDS, f"kl_type {plan.spec} needs rollout log-probs, and {RECORDS}=False"
 
 
+def reference_of_the_adapter(plan: Plan, settings: Settings) -> Said:
+    """With LoRA verl has no reference worker: its reference is the policy without the adapter."""
+    if plan.ref_model is None:
+        return
+    for key in (*LORA, *ADAPTERS):
+        if value := settings.get(key):
+            yield (
+                key,
+                f"{REF_MODEL}={plan.ref_model} with {key}={value}: verl's reference is then the "
+                "policy's own base without the adapter, and it loads no other. Leave one out",
+            )
+
+
+def reference_of_legacy_worker(plan: Plan, settings: Settings) -> Said:
+    if plan.ref_model is not None and settings.get(LEGACY, "disable") != "disable":
+        yield (
+            LEGACY,
+            f"{REF_MODEL}={plan.ref_model} is not served on verl 0.7's own workers. Set "
+            f"{LEGACY}=disable",
+        )
+
+
 def truncated_sampler(plan: Plan, settings: Settings) -> Said:
     return hosting.truncated_sampler(plan, cut(settings))
 
@@ -252,6 +277,9 @@ ROWS = (
     no_other_answers,
     legacy_worker,
     hosting.controller_of_nothing,
+    hosting.reference_of_nothing,
+    reference_of_the_adapter,
+    reference_of_legacy_worker,
     policy_loss_thrown_away,
     rollout_not_recorded,
     truncated_sampler,

@@ -8,6 +8,8 @@ from typing import Any
 
 import klplug
 from klplug.controllers import SETTINGS as CONTROLLER_SETTINGS
+from klplug.hosting import references
+from klplug.hosting.references import SETTINGS as REFERENCE_SETTINGS
 from klplug.hosting.settings import SettingsError, overridden
 from klplug_verl.keys import (
     CTRL_COEF,
@@ -17,14 +19,19 @@ from klplug_verl.keys import (
     DECIDED,
     LOSS_COEF,
     LOSS_TYPE,
+    MODEL,
     PENALTY,
     RECORDS,
+    TEMPLATE,
+    TOKENIZER,
+    TRUST,
     USE_LOSS,
     USE_REWARD,
+    WORKERS_REFERENCE,
     Config,
 )
 from klplug_verl.notes import notes
-from klplug_verl.plan import asked, divides_by_length
+from klplug_verl.plan import Plan, asked, divides_by_length
 from klplug_verl.refusals import refusals
 
 
@@ -52,6 +59,8 @@ def derive(config: Any, written: Mapping[str, Any]) -> str | None:
     spec = plan.spec
     for refusal in refusals(plan, own):
         raise SettingsError(refusal.words)
+    if plan.ref_model is not None:
+        _check_reference(plan, own)
 
     as_loss, in_reward = plan.as_loss, plan.in_reward
     settings: dict[str, Any] = {USE_LOSS: as_loss.measures, USE_REWARD: bool(in_reward.terms)}
@@ -70,20 +79,40 @@ def derive(config: Any, written: Mapping[str, Any]) -> str | None:
     }
     before = [f"{k}={value}" for k, value in overridden(settings | controller, DECIDED, own)]
     _update(config, settings)
+    if plan.ref_model is not None:
+        _update(config, {WORKERS_REFERENCE: plan.ref_model})
     kept = {
         "kl_type": str(spec),
         "kl_coef": plan.kl_coef if spec.terms else None,
         "kl_ctrl": plan.kl_ctrl,
-        **{name: getattr(plan, name) for name in CONTROLLER_SETTINGS},
+        **{name: getattr(plan, name) for name in (*CONTROLLER_SETTINGS, *REFERENCE_SETTINGS)},
     }
     _update(config, {"klplug": {key: value for key, value in kept.items() if value is not None}})
     text = ", ".join(f"{key}={value}" for key, value in settings.items())
     coef = f" kl_coef={plan.kl_coef:g}" if spec.terms else ""
+    if plan.ref_model is not None:
+        coef += f" ref_model={plan.ref_model}"
     line = f"klplug {klplug.__version__}: kl_type={spec}{coef}; sets {text}"
     said = [note.words for note in notes(plan, own)]
     if before:
         said.append(f"kl_type decides, and overrides {', '.join(before)}")
     return "\nklplug: note: ".join([line, *said])
+
+
+def _check_reference(plan: Plan, settings: Config) -> None:
+    from verl.utils.fs import copy_to_local
+
+    assert plan.ref_model is not None
+    tokenizer = settings.get(TOKENIZER)
+    references.check(
+        copy_to_local(settings.get(MODEL)),
+        copy_to_local(plan.ref_model),
+        tokenizer=None if tokenizer is None else copy_to_local(tokenizer),
+        # One that is set for the policy is set for the reference too.
+        in_chat=settings.get(TEMPLATE) is None,
+        over_vocabulary=plan.over_vocabulary,
+        trust_remote_code=bool(settings.get(TRUST)),
+    )
 
 
 def _update(config: Any, settings: Mapping[str, Any]) -> None:

@@ -85,6 +85,17 @@ def controller_of_nothing(plan: Asked, settings: Settings) -> Said:
         )
 
 
+def reference_of_nothing(plan: Asked, settings: Settings) -> Said:
+    """A model that nothing compares with would not even be loaded."""
+    if plan.ref_model is not None and not plan.needs_reference:
+        key = "klplug.ref_model"
+        yield (
+            key,
+            f"{settings.named(key)} is {plan.ref_model}, and kl_type {plan.spec} has no KL to a "
+            "reference model, so none is loaded. Leave it out, or use reference=ref",
+        )
+
+
 # Rows of every host, once it says which settings of its own they are about.
 
 

@@ -63,8 +63,8 @@ Said = Iterator[tuple[str | None, str]]
 class Asked:
     """What a user asked, checked; each adapter's plan adds what its hooks need to know.
 
-    ``kl_coef`` is nan where only a run could tell. ``model`` is the policy's, and so the
-    reference's; an audit does not ask.
+    ``kl_coef`` is nan where only a run could tell. ``model`` is the policy's, and the reference's
+    too where ``ref_model`` names no other; an audit does not ask.
     """
 
     spec: KLSpec
@@ -77,6 +77,7 @@ class Asked:
     kl_steps: float | None = None
     divides_by_length: bool = False
     model: str | None = None
+    ref_model: str | None = None
 
     @property
     def is_active(self) -> bool:
@@ -102,9 +103,10 @@ class Asked:
 
     def reference(self) -> Reference | None:
         """The model that the KL is to; ``None`` where it is to none."""
-        if not self.needs_reference or self.model is None:
+        path = self.ref_model or self.model
+        if not self.needs_reference or path is None:
             return None
-        return Reference.of(self.model)
+        return Reference.of(path)
 
     def controller(self) -> KLController:
         if self.kl_ctrl != "fixed" and not self.spec.terms:

@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 from klplug_openrlhf import keys
+from klplug_openrlhf.hooks import COMMAND
 from klplug_openrlhf.launcher import HOST_MODULE
 
 # What a release without dots calls the options that the tests and the quickstart set.
@@ -102,6 +103,8 @@ def settled(main: Callable[[], Any], words: list[str]) -> tuple[Any, dict[str, A
             main()  # SystemExit goes through to the test
         except Reached:
             return caught["args"], caught["init"]
+        finally:
+            COMMAND.restore()  # the command's process would have ended
     raise AssertionError("OpenRLHF ended without asking for Ray")
 
 

@@ -20,6 +20,7 @@ from recipes.quickstart.progress import Metrics
 from recipes.quickstart.settings import HERE, TINY, settings
 from recipes.shared.processes import HostProcesses
 from tests.openrlhf.command_line import spelled
+from tests.references import moved
 from tests.releases import release
 
 pytestmark = pytest.mark.slow
@@ -196,3 +197,12 @@ def test_the_oldest_release_that_is_served(
     assert "kl_type=k1_in_reward+k3_as_loss,ratio=rollout kl_coef=0.01" in log
     for process in ("the trainer", "a policy actor"):
         assert f"active in {process}" in log
+
+
+def test_a_reference_of_the_users_own(
+    trained: Callable[..., tuple[list[Metrics], str]], tmp_path: Path
+) -> None:
+    place = moved(tmp_path)
+    steps, log = trained("k2_as_loss", "--klplug.ref_model", str(place))
+    assert f"ref_model={place}" in log and log.count("active in a policy actor") == 1
+    assert steps[0]["klplug/kl_before_update"] > 0.001  # it does not start at the reference

@@ -284,6 +284,18 @@ MISTAKES: list[tuple[tuple[str, ...], list[str]]] = [
             (*KL[:1], "k2_as_loss,ratio=rollout", *KL[2:], "--vllm.num_engines", "0"),
             ["--vllm.num_engines", "ratio=old"],
         ),
+        (
+            ("--klplug.kl_type", "none", "--klplug.ref_model", "teacher"),
+            ["--klplug.ref_model is teacher", "kl_type none has no KL to a reference model"],
+        ),
+        (
+            (*KL[:1], "k2_as_loss,reference=old", *KL[2:], "--klplug.ref_model", "teacher"),
+            ["--klplug.ref_model is teacher", "kl_type k2_as_loss,reference=old"],
+        ),
+        (
+            (*KL[:1], "k2_as_loss,reference=rollout", *KL[2:], "--klplug.ref_model", "teacher"),
+            ["--klplug.ref_model is teacher", "kl_type k2_as_loss,reference=rollout"],
+        ),
 ]  # fmt: skip
 
 

@@ -22,6 +22,17 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
+def own_process(rank: int = 0, world_size: int = 1, port: int | None = None) -> None:
+    """What Ray would tell a worker of its place among the others."""
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK="0",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port or free_port()),
+    )
+
+
 def nested(rows: list[Tensor]) -> Tensor:
     return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
 
@@ -71,13 +82,7 @@ class Bench:
     ) -> None:
         if packed:
             packed_attention()
-        os.environ.update(
-            RANK=str(rank),
-            WORLD_SIZE=str(world_size),
-            LOCAL_RANK="0",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port or free_port()),
-        )
+        own_process(rank, world_size, port)
         from verl.trainer.config import CheckpointConfig
         from verl.workers.config import (
             FSDPEngineConfig,

@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 
-from recipes.quickstart import verl
-from recipes.quickstart.settings import TINY, settings
+from recipes import cpu_shim
+from recipes.quickstart import run, verl
+from recipes.quickstart.processes import HostProcesses
+from recipes.quickstart.settings import HERE, TINY, settings
+from tests.references import moved
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -170,3 +173,22 @@ def test_a_stock_run_is_a_stock_run(tmp_path: Path) -> None:
         "klplug 0" in log and "inactive" in log and "active in" not in log.replace("inactive", "")
     )
     assert steps[1]["kl"] > 0
+
+
+@pytest.mark.slow
+def test_a_reference_of_the_users_own(tmp_path: Path) -> None:
+    own, log = tmp_path / "run", tmp_path / "log.txt"
+    place = moved(tmp_path)
+    made = settings(host="verl", steps=2, kl_type="k2_as_loss")
+    prompts = tmp_path / "prompts.jsonl"
+    run.write_prompts(made, prompts)
+    own.mkdir()
+    words = verl.command(made, made.recipe, HERE / "policy", prompts, own)
+    with HostProcesses() as host:
+        environment = host.environment(cpu_shim.environment("verl", 1))
+        words = [*words, f"+klplug.ref_model={place}"]
+        assert host.start(words, environment, tmp_path, log).wait(timeout=900) == 0, log.read_text()
+    text = log.read_text(errors="replace")
+    steps = [m for line in text.splitlines() if (m := verl.step_metrics(line)) is not None]
+    assert f"ref_model={place}" in text and text.count("active in a worker") == 1
+    assert steps[0]["klplug/kl_before_update"] > 0.001  # it does not start at the reference

@@ -206,6 +206,7 @@ def test_a_controller_of_verls_that_does_not_move_is_overridden() -> None:
 
 MEAN = f"{ACTOR}.loss_agg_mode=seq-mean-token-mean"
 
+MODEL = "actor_rollout_ref.model"
 
 MISTAKES: list[tuple[list[str], list[str]]] = [
     (own("k2_as_loss,reference=rollout", TOP_P), [f"{TOP_P}: the sampler's", "whole distribution"]),
@@ -335,6 +336,32 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (
         own("k2_as_loss", "++trainer.use_legacy_worker_impl=auto", f"{ACTOR}.strategy=megatron"),
         ["strategy=megatron", "use_legacy_worker_impl=disable"],
+    ),
+    # A reference of the user's own.
+    (own("k2_as_loss", "+klplug.ref_model=7"), ["klplug.ref_model=7 is not a string"]),
+    (
+        ["+klplug.kl_type=none", "+klplug.ref_model=teacher"],
+        ["klplug.ref_model is teacher", "kl_type none has no KL to a reference model"],
+    ),
+    (
+        own("k2_as_loss,reference=rollout", "+klplug.ref_model=teacher"),
+        ["klplug.ref_model is teacher", "kl_type k2_as_loss,reference=rollout"],
+    ),
+    (
+        own("k2_as_loss,reference=old", "+klplug.ref_model=teacher"),
+        ["klplug.ref_model is teacher", "kl_type k2_as_loss,reference=old"],
+    ),
+    (
+        own("k2_as_loss", "+klplug.ref_model=teacher", f"{MODEL}.lora_rank=8"),
+        ["klplug.ref_model=teacher", "lora_rank=8", "Leave one out"],
+    ),
+    (
+        own("k2_as_loss", "+klplug.ref_model=teacher", f"{MODEL}.lora_adapter_path=adapter"),
+        ["klplug.ref_model=teacher", "lora_adapter_path=adapter"],
+    ),
+    (
+        own("k2_as_loss", "+klplug.ref_model=teacher", "++trainer.use_legacy_worker_impl=auto"),
+        ["klplug.ref_model=teacher", "use_legacy_worker_impl=disable"],
     ),
 ]
 

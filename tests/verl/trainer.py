@@ -45,7 +45,7 @@ def written(overrides: Sequence[str]) -> dict[str, Any]:
     return {o.key_or_group: o.value() for o in parsed}
 
 
-def derived(*overrides: str) -> tuple[DictConfig, str | None]:
+def derived(*overrides: str, model: str = "hub/model") -> tuple[DictConfig, str | None]:
     """The config as the command's own process resolves it, and the line it prints."""
     engine = "trainer.use_legacy_worker_impl=disable"
     if IS_LEGACY and any(w in o for o in overrides for w in ("combined", "baseline=", "=rollout")):
@@ -53,7 +53,7 @@ def derived(*overrides: str) -> tuple[DictConfig, str | None]:
     made = config("algorithm.adv_estimator=grpo", "actor_rollout_ref.rollout.n=2", *overrides)
     with open_dict(made):
         made.data.train_files = made.data.val_files = "hub/data"
-        made.actor_rollout_ref.model.path = "hub/model"
+        made.actor_rollout_ref.model.path = model
     line = derive(made, written(overrides))
     return made, line
 
