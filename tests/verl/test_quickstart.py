@@ -14,8 +14,8 @@ import pytest
 
 from recipes import cpu_shim
 from recipes.quickstart import run, verl
-from recipes.quickstart.processes import HostProcesses
 from recipes.quickstart.settings import HERE, TINY, settings
+from recipes.shared.processes import HostProcesses
 from tests.references import moved
 
 ROOT = Path(__file__).resolve().parents[2]
