@@ -73,19 +73,18 @@ def sent(actor_type: Any, args: Any) -> list[Any]:
 
 
 @pytest.fixture
-def command() -> Iterator[None]:
-    """What the launcher does to its own process."""
+def args() -> Iterator[Any]:
+    """OpenRLHF's, in a process to which the launcher did what it does to its own."""
+    made = arguments()  # runs a command line, and ends as its process does
     COMMAND.apply()
-    yield
+    yield made
     COMMAND.restore()
 
 
-@pytest.mark.usefixtures("command")
-def test_the_references_actors_load_it_and_no_others() -> None:
+def test_the_references_actors_load_it_and_no_others(args: Any) -> None:
     from openrlhf.trainer.ray.launcher import ReferenceModelActor, RewardModelActor
     from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
 
-    args = arguments()
     args.klplug = SimpleNamespace(kl_type="k2_as_loss", kl_coef=0.1, ref_model="teacher")
     assert [path for _, path in sent(ReferenceModelActor, args)] == ["teacher", "teacher"]
     for other in (RewardModelActor, PolicyModelActor):
