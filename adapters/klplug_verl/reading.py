@@ -159,7 +159,7 @@ _TRAINERS = (
         drops="the trainer of PRIME never calls apply_kl_penalty",
     ),
     _Trainer(
-        r"\b(?:spin|flowrl)\b",
+        r"\b(?:spin|flowrl|rpg)\b",
         "A trainer with a loss of its own, which is not verl's policy loss.",
         own_loss=True,
     ),
@@ -298,7 +298,7 @@ _STOCK_CONFIGS: dict[str, dict[str, Any]] = {
     "one_step_off_ppo_megatron_trainer": {BYPASS: True, RECORDS: True, **_MEGATRON},
 }
 # A variable, or the output of a command, in front of a path.
-_UNKNOWN_HEAD = re.compile(r"^(\$\{?\w+\}?|\$\([^)]*\)|`[^`]*`)/?")
+_UNKNOWN_HEAD = re.compile(r"^(\$\{?\w+\}?|\$\([^)]*\)|`[^`]*`)/*")
 
 
 def _config_file(config: dict[str, Word], folder: Path, trainer: str) -> Path | None:
@@ -560,7 +560,9 @@ def run(settings: Settings) -> Run:
     ]
     noted = HOST.noted(settings, any(term.from_klplug for term in terms))
     launch = settings.launch
-    other = None if launch is None or launch.foreign else _own(launch.trainer)
+    other = None if launch is None else _own(launch.trainer)
+    if other is not None and launch is not None and launch.foreign and not other.own_loss:
+        other = None
     idle, never = _idle(settings, terms)
     n = None if settings[N].unknown else max(1, int(settings.number(N, 1)))
     return Run(
@@ -1071,15 +1073,8 @@ def _unknown(
         for key in _left_to_config(settings):
             reason = f"{config} is not read, and may set {key}"
             unknown.setdefault(ASPECTS[key], []).append((config, reason))
-    source = settings.table.source
-    for name, bears in () if source is None else source.changed:
-        if (
-            bears == sources.ALWAYS
-            or (bears != sources.OF_LOSS and _reward_switch(settings)[1])
-            or (bears != sources.OF_REWARD and settings.on(USE_LOSS))
-        ):
-            reason = f"verl/{name} is no release's"
-            unknown.setdefault(aspects.KL, []).append((Setting("", None), reason))
+    for setting, reason in _changed(settings):
+        unknown.setdefault(aspects.KL, []).append((setting, reason))
     if other is not None and other.own_loss and settings.launch is not None:
         setting = Setting("", None, settings.launch.line)
         reason = f"{settings.launch.trainer} has a loss of its own"
@@ -1089,6 +1084,30 @@ def _unknown(
         for aspect in set(ASPECTS.values()):
             unknown.setdefault(aspect, []).append((setting, reason))
     return {aspect: tuple(reasons) for aspect, reasons in unknown.items()}
+
+
+def _changed(settings: Settings) -> Iterable[tuple[Setting, str]]:
+    """What bears on this run, of the code of the package beside it that is no release's."""
+    source = settings.table.source
+    if source is None:
+        return
+    reward, loss = _reward_switch(settings)[1], settings.on(USE_LOSS)
+    asked = [settings.text(kind) for on, kind in ((reward, PENALTY), (loss, LOSS_TYPE)) if on]
+    for name, bears in source.changed:
+        if bears == sources.ANY_KL:
+            other = [kind for kind in asked if kind.removesuffix("+") not in source.kept]
+            if other and not source.like:
+                yield Setting("", None), f"verl/{name} is no release's, for {', '.join(other)}"
+        elif (
+            bears == sources.ALWAYS
+            or (bears == sources.OF_REWARD and reward)
+            or (bears == sources.OF_LOSS and loss)
+        ):
+            yield Setting("", None), f"verl/{name} is no release's"
+    for key, name in source.unless:
+        setting = settings[key]
+        if setting.written and setting.value != settings.table.defaults.get(key):
+            yield setting, f"verl/{name} is no release's where {setting}"
 
 
 def _left_to_config(settings: Settings) -> Iterable[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from klplug.audit.source import calls, digest, function, tree
+from klplug.audit.source import calls, digest, function, taken, tree
 from klplug.audit.tables import Source
 
 UNLESS_LOSS = "in the reward unless use_kl_loss"
@@ -29,15 +29,27 @@ _ESTIMATORS = {
     "0725bab0adad+141adb2530c7": "0.7.1",
     "b52309d756ad+141adb2530c7": "0.9.1",
 }
+# Its branch of one name, where the whole is another: the names that a release has it under.
+_BRANCHES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("2c5656dd39c5", "e453915e70f6"), ("kl", "k1")),
+    **dict.fromkeys(("598503199c7d", "db298964f745"), ("abs",)),
+    **dict.fromkeys(("719197202f47", "aa268120d347"), ("mse", "k2")),
+    # Up to 0.3; up to 0.5, whose exponent has a clamp; from 0.6 on.
+    **dict.fromkeys(("e7b98565a9cd", "39beed61e1fe", "abdb0dfcdcb9"), ("low_var_kl", "k3")),
+}
+# From 0.6 on, kl_penalty itself: it calls that of the branches, and knows '+'.
+_STRAIGHT = ("0725bab0adad", "b52309d756ad")
 _APPLY = (
     *("d3227d86efe6", "1d741eac1360", "d2a30495abc9"),  # 0.2 and 0.3; 0.4; from 0.5 on
     "d1f11c85ea46",  # 0.3.1.dev: 0.3's, with a reference always
+    "476986316036",  # DeepEyes: 0.3.1's, over the tokens that the policy wrote
     "5c4b08e09e8c",  # Search-R1: 0.3's, over the tokens that the policy wrote
 )
 # Where fit calls it.
 _REWARD = {
     "81d66b6e1c91": UNLESS_LOSS,  # 0.2 and 0.3
     "ee3245d6dd9d": UNLESS_LOSS,  # 0.1: the same, without a default for the key
+    "fafa02cb30fc": UNLESS_LOSS,  # QwenLong-L1: 0.3's, of each batch before it is filtered
     "5c16eb648fdf": SWITCHED,  # from 0.4 on
 }
 # The block of use_kl_loss, in update_policy and in ppo_loss.
@@ -45,8 +57,18 @@ _LOSS = {
     **dict.fromkeys(("636bf1fee116", "e359b1cd7b4d", "66b894f60a9e", "b3d00b9162f7"), ADDED),
     "af83fc9b3d50": ADDED,
     "8b2b04c0a750": ADDED,  # 0.3.1.dev: 0.4's, with the mode out of the config
+    "a52feffc216d": ADDED,  # RPG: 0.4's, likewise
     "02e83c841da8": ADDED,  # Skywork-OR1: 0.3's, in two lines
     "4dd6719d117f": SUBTRACTED,  # 0.1
+}
+
+# Copies whose loss is a release's, unless these settings are changed: the calls of kl_penalty.
+_LOSS_UNLESS = {
+    # DPH-RL: a divergence to the answers of another model, where there are such answers.
+    "037b9625557c+3bfa68d04d34+0ad8bddeb0c2": (
+        ADDED,
+        ("data.sft_files", "actor_rollout_ref.actor.sft_loss_mode"),
+    ),
 }
 
 # What a changed function bears on.
@@ -60,12 +82,15 @@ def source(package: Path) -> Source:
         SyntaxError: a file of it is no Python.
     """
     like, changed, facts = "", [], []
+    kept: list[str] = []
+    unless: list[tuple[str, str]] = []
     core, trainer = tree(package / _CORE), tree(package / _TRAINER)
     if core is not None:
         found = [function(core, name) for name in ("kl_penalty", "kl_penalty_forward")]
         like = _ESTIMATORS.get(_of([node for node in found if node is not None]), "")
         if not like:
             changed.append((f"{_CORE}: kl_penalty", ANY_KL))
+            kept = _branches(found)
     if trainer is not None:
         applied = function(trainer, "apply_kl_penalty")
         places = calls(trainer, "apply_kl_penalty")
@@ -84,13 +109,30 @@ def source(package: Path) -> Source:
     for name, places in blocks:
         if not places:
             continue
+        if _of(places) in _LOSS_UNLESS:
+            fact, keys = _LOSS_UNLESS[_of(places)]
+            facts.append(fact)
+            unless += [(key, f"{name}: the KL loss") for key in keys]
+            continue
         fact = _LOSS.get(_of(places))
         if fact is not None:
             facts.append(fact)
         else:
             switched = all("use_kl_loss" in _head(place) for place in places)
             changed.append((f"{name}: the KL loss", OF_LOSS if switched else ALWAYS))
-    return Source(package, like, tuple(changed), tuple(dict.fromkeys(facts)))
+    return Source(
+        package, like, tuple(changed), tuple(dict.fromkeys(facts)), tuple(kept), tuple(unless)
+    )
+
+
+def _branches(found: list[ast.AST | None]) -> list[str]:
+    """The names for which the changed ``kl_penalty`` does as a release's."""
+    last = next((node for node in reversed(found) if node is not None), None)
+    outer, inner = found
+    if last is None or (outer and inner and digest(outer) not in _STRAIGHT):
+        return []
+    names = dict.fromkeys(name for names in _BRANCHES.values() for name in names)
+    return [n for n in names if n in _BRANCHES.get(digest(taken(last, "kl_penalty", n)), ())]
 
 
 def _head(node: ast.AST) -> str:

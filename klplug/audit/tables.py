@@ -34,12 +34,16 @@ class Source:
         changed: the functions whose code is no release's, by file and name, and what they bear
             on, in the adapter's words.
         facts: where it applies a KL, in the adapter's words.
+        kept: the estimators that are a release's, where the function that has them is not.
+        unless: settings by which code that is a release's else becomes its own, with that code.
     """
 
     folder: Path
     like: str = ""
     changed: tuple[tuple[str, str], ...] = ()
     facts: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    unless: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

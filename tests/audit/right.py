@@ -36,8 +36,15 @@ READ = (
     *("Qihoo360/Light-R1", "pat-jj/DeepRetrieval", "OpenRLHF/OpenRLHF", "OpenRLHF/OpenRLHF-M"),
     *("GAIR-NLP/ToRL", "hkust-nlp/simpleRL-reason", "SkyworkAI/Skywork-OR1", "Agent-RL/ReCall"),
     *("PRIME-RL/Entropy-Mechanism-of-RL", "ElliottYan/LUFFY", "RUCAIBox/R1-Searcher"),
-    *("ModalMinds/MM-EUREKA", "TideDra/lmm-r1"),
+    *("ModalMinds/MM-EUREKA", "TideDra/lmm-r1", "NovaSky-AI/SkyThought", "00ffcc/count-R1"),
+    *("Alibaba-NLP/ZeroSearch", "AndreHe02/rewarding-unlikely-release", "THU-KEG/AdaptThink"),
+    *("GAIR-NLP/DeepResearcher", "ypwang61/One-Shot-RLVR", "Tongyi-Zhiwen/QwenLong-L1"),
+    *("Visual-Agent/DeepEyes", "RUC-NLPIR/ARPO", "Gen-Verse/ReasonFlux", "GAIR-NLP/LIMR"),
+    *("OpenGVLab/ZeroGUI", "guanning03/efficient-reasoning", "satori-reasoning/Satori"),
+    *("seamoke/DPH-RL", "complex-reasoning/RPG"),
 )
+# Of these, commands that set one of these have a loss that was not read.
+_OWN = {"seamoke/DPH-RL": r"data\.sft_files=|[\w.]*sft_loss_mode="}
 
 
 def right(
@@ -48,6 +55,8 @@ def right(
     ``away`` is the gradient of a KL loss which is subtracted, as verl 0.1 has it.
     """
     if repository not in READ:
+        return None, None
+    if any(re.match(_OWN.get(repository, "$."), word) for word in words):
         return None, None
     if "openrlhf.cli.train_ppo_ray" in words:
         return of_openrlhf(words), None
@@ -144,24 +153,45 @@ def of_verl(
     def on(key: str) -> bool:
         return str(settings.get(key)).lower() in ("true", "1")
 
+    terms: list[str | None] = []
     if on("distillation.enabled"):
-        return None  # its KL is to a teacher: not read here
-    terms = []
+        terms.append(_distilled(settings, on(_DISTILS + "use_policy_gradient")))
+        if not on(_DISTILS + "use_task_rewards"):
+            return _together(terms)  # distillation_ppo_loss: policy_loss = 0.0
     loss = on(_ACTOR + "use_kl_loss")
     reward = on("algorithm.use_kl_in_reward") if switched else not loss
     if loss and float(settings[_ACTOR + "kl_loss_coef"]) != 0:
         kind = str(settings[_ACTOR + "kl_loss_type"])
         # k3+ and its kin: the value of one estimator, the gradient of k2.
-        terms.append("reverse" if kind.endswith("+") else _AS_LOSS[kind])
-        if subtracted and terms[-1] != "zero":
+        terms.append("reverse" if kind.endswith("+") else _AS_LOSS.get(kind))
+        if subtracted and terms[-1] not in ("zero", None):
             terms[-1] = "away"
     if reward and applied and float(settings["algorithm.kl_ctrl.kl_coef"]) != 0:
-        terms.append(_IN_REWARD[str(settings["algorithm.kl_penalty"]).removesuffix("+")])
+        terms.append(_IN_REWARD.get(str(settings["algorithm.kl_penalty"]).removesuffix("+")))
     return _together(terms)
 
 
-def _together(terms: Sequence[str]) -> str:
-    acting = {term for term in terms if term != "zero"}
+_DISTILS = "distillation.distillation_loss."
+
+
+def _distilled(settings: dict[str, Any], by_policy: bool) -> str | None:
+    """The gradient of the KL to the teacher, by ``trainer/distillation/losses.py`` of verl 0.9.1.
+
+    It is backpropagated, or each token's value, without its gradient, is minus the advantage: of
+    k1 that is the derivative of k2.
+    """
+    kind = str(settings.get(_DISTILS + "loss_mode"))
+    if kind == "forward_kl_topk":
+        return None if by_policy else "forward"
+    if not by_policy:
+        return _AS_LOSS.get(kind)
+    return "reverse" if kind in ("kl", "k1") else _IN_REWARD.get(kind)
+
+
+def _together(terms: Sequence[str | None]) -> str | None:
+    if None in terms:
+        return None
+    acting = {term for term in terms if term is not None and term != "zero"}
     if not terms:
         return "none"
     if not acting:

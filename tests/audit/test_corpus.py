@@ -20,7 +20,12 @@ _HEAD = {
     "algorithm.kl_penalty": "kl",
     "algorithm.kl_ctrl.kl_coef": 0.001,
     "data.train_batch_size": 1024,
+    "distillation.enabled": False,
+    "distillation.distillation_loss.loss_mode": "k3",
+    "distillation.distillation_loss.use_policy_gradient": False,
+    "distillation.distillation_loss.use_task_rewards": True,
 }
+_DISTILS, _D = "distillation.enabled=True", "distillation.distillation_loss"
 _LOSS = "actor_rollout_ref.actor.use_kl_loss=True"
 _TYPE = "actor_rollout_ref.actor.kl_loss_type="
 
@@ -55,7 +60,16 @@ def test_the_page_is_made_of_the_table() -> None:
         (["algorithm.use_kl_in_reward=True", "algorithm.kl_penalty=k3"], True, "neither"),
         ([_LOSS, "algorithm.use_kl_in_reward=True"], True, "neither"),
         ([_LOSS, "--config-name=mine"], True, None),
-        ([_LOSS, "distillation.enabled=True"], True, None),
+        # Distillation's defaults: k3 to the teacher, backpropagated, beside the task's rewards.
+        ([_DISTILS], True, "forward"),
+        ([_DISTILS, _LOSS], True, "forward"),
+        ([_DISTILS, f"{_D}.loss_mode=forward_kl_topk"], True, "forward"),
+        ([_DISTILS, f"{_D}.loss_mode=k2"], True, "reverse"),
+        ([_DISTILS, _LOSS, f"{_D}.loss_mode=k2"], True, "neither"),
+        ([_DISTILS, _LOSS, f"{_D}.loss_mode=k2", f"{_D}.use_task_rewards=False"], True, "reverse"),
+        ([_DISTILS, f"{_D}.loss_mode=k1", f"{_D}.use_policy_gradient=True"], True, "reverse"),
+        ([_DISTILS, f"{_D}.loss_mode=k3", f"{_D}.use_policy_gradient=True"], True, "neither"),
+        ([_DISTILS, f"{_D}.loss_mode=nobodys"], True, None),
     ],
 )
 def test_right_on_verl(words: Sequence[str], switched: bool, gradient: str | None) -> None:

@@ -6,11 +6,14 @@ The rules were read in the wheels: verl 0.2 to 0.6 ``trainer/ppo/ray_trainer.py`
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
+from klplug_verl import sources
 
 from klplug.audit import Report, audit
+from klplug.audit.source import calls, digest, function, taken, tree
 from klplug.audit.tables import given, stored, versions
 
 _A = "actor_rollout_ref.actor"
@@ -165,8 +168,75 @@ def test_a_kl_of_its_own_is_unknown_and_named(tmp_path: Path) -> None:
     report = _audit(tmp_path, "python3 -m verl.trainer.main_ppo")
     assert report.gradient is None and report.after is None
     assert report.unknown["gradient"] == (
-        "verl/trainer/ppo/core_algos.py: kl_penalty is no release's",
+        "verl/trainer/ppo/core_algos.py: kl_penalty is no release's, for kl",
     )
+
+
+_MORE_ESTIMATORS = """
+def kl_penalty(logprob, ref_logprob, kl_penalty):
+    if kl_penalty == "kl":
+        return logprob - ref_logprob
+    if kl_penalty in ["own", "other"]:
+        return torch.exp(logprob - ref_logprob) - 1
+    if kl_penalty == "low_var_kl":
+        kl = ref_logprob - logprob
+        ratio = torch.exp(kl)
+        kld = (ratio - kl - 1).contiguous()
+        return torch.clamp(kld, min=-10, max=10)
+    if kl_penalty == "mse":
+        return (logprob - ref_logprob).square()
+    raise NotImplementedError
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "gradient"),
+    # mse lacks its half, and own is nobody's.
+    [("kl", "zero"), ("low_var_kl", "forward"), ("mse", None), ("own", None)],
+)
+def test_of_a_changed_function_the_branch_that_a_run_takes_decides(
+    tmp_path: Path, name: str, gradient: str | None
+) -> None:
+    _package(tmp_path, {"trainer/ppo/core_algos.py": _MORE_ESTIMATORS})
+    loss = f"python3 -m verl.trainer.main_ppo {_A}.use_kl_loss=True {_A}.kl_loss_type={name}"
+    report = _audit(tmp_path, loss)
+    assert report.gradient == gradient
+    # The k1 in the reward that this run has without a KL loss.
+    assert _audit(tmp_path, "python3 -m verl.trainer.main_ppo").gradient == "reverse"
+
+
+def test_a_copy_that_was_read_is_a_release_until_its_own_setting_is_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = "self.config.loss(kl_penalty(a, b))"
+    actor = f"def update_policy(self):\n    if self.config.use_kl_loss:\n        x = {block}\n"
+    _package(tmp_path, {"workers/actor/dp_actor.py": actor})
+    module = tree(tmp_path / "verl/workers/actor/dp_actor.py")
+    assert module is not None
+    (place,) = calls(module, "kl_penalty")
+    row = {digest(place): (sources.ADDED, ("data.sft_files",))}
+    monkeypatch.setattr(sources, "_LOSS_UNLESS", row)
+    command = f"python3 -m verl.trainer.main_ppo {_LOSS}"
+    assert _audit(tmp_path, command).gradient == "forward"
+    assert _audit(tmp_path, f"{command} data.sft_files=null").gradient == "forward"
+    with_answers = _audit(tmp_path, f"{command} data.sft_files=more.parquet")
+    assert with_answers.gradient is None
+    assert "where data.sft_files=more.parquet" in with_answers.unknown["gradient"][0]
+
+
+def test_a_name_is_found_in_every_form_of_its_condition() -> None:
+    module = ast.parse(_MORE_ESTIMATORS)
+    whole = function(module, "kl_penalty")
+    assert whole is not None
+    alone = ast.parse("def kl_penalty(l, r, k):\n    return l - r\n")
+    other = ast.parse(
+        "def kl_penalty(logprob, ref_logprob, unused=1):\n    return logprob - ref_logprob\n"
+    )
+    kl = digest(taken(whole, "kl_penalty", "kl"))
+    same, differs = function(other, "kl_penalty"), function(alone, "kl_penalty")
+    assert same is not None and differs is not None
+    assert digest(same) == kl != digest(differs)
+    assert digest(taken(whole, "kl_penalty", "own")) == digest(taken(whole, "kl_penalty", "other"))
 
 
 def test_a_trainer_that_never_applies_it(tmp_path: Path) -> None:
