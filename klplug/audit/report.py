@@ -148,7 +148,7 @@ def report(run: Run, settings: Settings) -> Report:
         name: tuple(
             dict.fromkeys(reason for aspect in needs for _, reason in run.unknown.get(aspect, ()))
         )
-        for name, needs in _NEEDS.items()
+        for name, needs in _needs(run).items()
         if not run.known(*needs)
     }
     advice = _advice(run, verdicts, settings)
@@ -186,6 +186,13 @@ def report(run: Run, settings: Settings) -> Report:
         commands=run.commands,
         **values,
     )
+
+
+def _needs(run: Run) -> dict[str, tuple[str, ...]]:
+    """The aspects that each field hangs on: how advantages are made bears on a reward alone."""
+    if any(not term.as_loss for term in run.active):
+        return _NEEDS
+    return _NEEDS | dict.fromkeys(("gradient", "scope"), (aspects.KL,))
 
 
 def _scope(verdicts: Sequence[Verdict]) -> str | None:

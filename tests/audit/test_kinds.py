@@ -279,3 +279,21 @@ def test_a_config_of_another_framework_is_named(tmp_path: Path) -> None:
     )
     with pytest.raises(AuditError, match="EasyR1"):
         _audit(tmp_path, text, "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("settings", "gradient"),
+    [
+        (f"{_A}.use_kl_loss=True", "forward"),
+        ("trainer.nnodes=1", "none"),
+        ("algorithm.use_kl_in_reward=True", None),
+    ],
+)
+def test_an_advantage_of_a_forks_own_bears_on_a_kl_in_the_reward_alone(
+    tmp_path: Path, settings: str, gradient: str | None
+) -> None:
+    report = _audit(
+        tmp_path, f"python3 -m verl.trainer.main_ppo algorithm.adv_estimator=mine {settings}"
+    )
+    assert report.gradient == gradient
+    assert report.beta_absolute is None and "recommended" in report.unknown
