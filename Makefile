@@ -72,6 +72,7 @@ ifneq ($(strip $(TEST_HOSTS)),)
 endif
 
 lint: .venv
+	$(call say,ruff and mypy; under a minute)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
@@ -94,6 +95,9 @@ test-core: .venv
 # Ends of whole runs come last: they cost minutes each, mostly of imports in Ray's workers.
 HOST_TESTS_openrlhf = tests/recipes tests/openrlhf
 HOST_TESTS_verl = tests/verl
+# What holds of both is tried once, in the first one's environment.
+RUN_TESTS_openrlhf = $(HOST_TESTS_openrlhf) tests/face
+RUN_TESTS_verl = $(HOST_TESTS_verl)
 test-openrlhf test-verl: test-%: .venv-%
 	KLPLUG_TEST_HOSTS=$* $(call PYTEST,-$*) -m 'not slow' $(HOST_TESTS_$*)
 	KLPLUG_TEST_HOSTS=$* $(call PYTEST,-$*) -m smoke tests/$* tests/cluster
@@ -102,11 +106,9 @@ test-openrlhf test-verl: test-%: .venv-%
 test-runs: export OMP_NUM_THREADS := 1
 test-runs: $(TEST_HOSTS:%=.venv-%)
 	$(call say,every whole run that make test leaves out; under an hour)
-	@status=0; for host in $(TEST_HOSTS); do \
-		KLPLUG_TEST_HOSTS=$$host .venv-$$host/bin/python -m pytest -q --durations=0 \
-			-m 'slow and not smoke' tests/recipes tests/$$host tests/cluster tests/face tests/faults \
-			|| status=1; \
-	done; exit $$status
+	@status=0; $(foreach host,$(TEST_HOSTS),\
+		KLPLUG_TEST_HOSTS=$(host) $(call PYTEST,-$(host)) --durations=0 -m 'slow and not smoke' \
+			$(RUN_TESTS_$(host)) tests/cluster tests/faults || status=1; ) exit $$status
 
 test-latest: $(TEST_HOSTS:%=.venv-%)
 	@status=0; for host in $(TEST_HOSTS); do \

@@ -44,4 +44,4 @@ def main(pythons: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or [sys.executable])
+    main([os.path.abspath(python) for python in sys.argv[1:] or [sys.executable]])

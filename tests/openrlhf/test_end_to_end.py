@@ -165,25 +165,25 @@ def test_the_sampler_as_the_trust_region(
 def test_monitor_measures_a_kl_that_nothing_holds(
     trained: Callable[..., tuple[list[Metrics], str]],
 ) -> None:
-    steps, log = trained("monitor", "--actor.adam.lr", "1e-3", steps=2)
+    steps, log = trained("monitor", "--actor.adam.lr", "1e-3", steps=3)
     assert "ReferenceModelActor" in log and "kl_type=monitor; sets" in log
-    assert [m["klplug/kl_coef"] for m in steps] == [0, 0]
+    assert [m["klplug/kl_coef"] for m in steps] == [0, 0, 0]
     assert steps[0]["klplug/kl_before_update"] == 0  # it starts at the reference
-    assert steps[1]["klplug/kl_before_update"] > 0 and steps[1]["klplug/k3"] > 0
-    assert steps[1]["kl"] == 0  # of the loss, in which there is none
+    # The policy has moved; the first step is warm-up.
+    assert steps[2]["klplug/kl_before_update"] > 0 and steps[2]["klplug/k3"] > 0
+    assert steps[2]["kl"] == 0  # of the loss, in which there is none
 
 
 def test_two_references_under_a_schedule(
     trained: Callable[..., tuple[list[Metrics], str]],
 ) -> None:
     kl_type = "0.7*k2_as_loss+0.3*k2_as_loss,reference=old"
-    steps, log = trained(
-        kl_type, "--klplug.kl_ctrl", "linear", "--klplug.kl_end", "0", "--klplug.kl_steps", "2"
-    )
+    schedule = "--klplug.kl_ctrl linear --klplug.kl_end 0 --klplug.kl_steps 4"
+    steps, log = trained(kl_type, *schedule.split(), steps=3)
     assert f"kl_type={kl_type} kl_coef=0.01" in log and "ReferenceModelActor" in log
-    assert [m["klplug/kl_coef"] for m in steps] == pytest.approx([0.01, 0.005])
-    assert steps[1]["klplug/0.7xk2_as_loss/k3"] > 0
-    assert "klplug/0.3xk2_as_loss.reference-old/k3" in steps[1]
+    assert [m["klplug/kl_coef"] for m in steps] == pytest.approx([0.01, 0.0075, 0.005])
+    assert steps[2]["klplug/0.7xk2_as_loss/k3"] > 0  # moved; the first step is warm-up
+    assert "klplug/0.3xk2_as_loss.reference-old/k3" in steps[2]
 
 
 def test_the_oldest_release_that_is_served(
