@@ -65,6 +65,24 @@ def test_generated_scripts_are_read_as_bash_reads_them() -> None:
         pytest.fail(f"{len(wrong)} of {len(made)} scripts; the shortest:\n{text}\n{found}")
 
 
+EMPTY = [
+    'run "${M[@]:1}""${C}"', 'run "${M:-}""${M[@]:1}"', 'run "$C""${M[@]}"', 'run "${M[@]}"""',
+    'run "${M[@]}"$C', 'run $C"${M[@]}"', 'run "$@""$C"', 'run "$@"', 'run "$@$C"',
+    'run "${C}${M[@]}"', 'run "${M[@]}""${N[@]}"', 'run "${M[@]}""${M[*]}"', 'run ""${M[@]}',
+    'L=("${M[@]:1}""${C}"); run "${L[@]}"', 'run "a${M[@]}" "${M[@]:-d e}" "${M[@]+x}"',
+    'M=(""); run "${M[@]}"', 'M=(a "b c"); run "x${M[@]}y""z" "${M[@]}""" ""',
+    'M=(a b); run "${M[@]}${C}" "${M[@]/a/}" ${M[@]}"${C}"',
+    'f() { run "$@" "$*" "${@:2}" "$1"; }; f; f a "" b',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", EMPTY)
+def test_an_empty_array_in_quotes_is_no_word_and_empty_quotes_are_one(text: str) -> None:
+    text = f"set --; C=; M=(); N=()\n{text}"
+    (real,) = bash([text], quick=True) if namespaces() else bash_without_a_box([text])
+    assert disagreement(Script(text).commands, real.commands) is None
+
+
 @pytest.mark.skipif(not namespaces(), reason="NO NAMESPACES HERE: the box is not tried")
 def test_nothing_leaves_the_box(tmp_path: Path) -> None:
     mark = tmp_path / "mark"

@@ -284,6 +284,13 @@ def test_settings_that_reach_no_command_are_found() -> None:
     assert [(w.text, w.line) for w in script.unreached()] == [("a.b", 1), ("--c.d", 1), ("z.w", 4)]
 
 
+@pytest.mark.parametrize("made", ['"${L[@]}"', '"${L[*]}"', '"${L[@]}" "${L[*]}"'])
+def test_an_array_that_doubles_in_a_loop_is_too_long_to_be_read(made: str) -> None:
+    script = f'L=(a b)\nfor I in {{1..60}}; do L+=({made}); done\nrun "${{L[@]}}"'
+    (command,) = Script(script).commands
+    assert any("too long" in why for word in command.words for why in word.unknown)
+
+
 # Other files.
 
 

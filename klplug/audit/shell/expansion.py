@@ -110,26 +110,20 @@ def fields_of(shell: Shell, values: Sequence[Value], skip: int = 0) -> Value:
 def scalar(shell: Shell, written: syntax.Text) -> Value:
     """A text that is not split: a value, a pattern, the subject of a case."""
     value = value_of(shell, written.parts)
-    if any(isinstance(p, syntax.Parameter) and _is_list(p) for p in written.parts):
+    if any(isinstance(p, syntax.Parameter) and p.is_list for p in written.parts):
         value = lifted(lambda pieces: _with_blanks(pieces, written.line), value)
     return tuple(replace(p, span=None, splits=False) if isinstance(p, Piece) else p for p in value)
 
 
 def value_of(shell: Shell, parts: Sequence[syntax.Part]) -> Value:
-    listed = any(
-        isinstance(p, syntax.Parameter) and p.quoted and _is_list(p) and not _joins(p)
-        for p in parts
-    )
     pieces: list[Piece | Choice] = []
     for at, part in enumerate(parts):
         match part:
             case syntax.Literal():
-                if part.text or not listed:
-                    line = shell.line(part.line)
-                    pieces.append(Piece(part.text, line, quoted=part.quoted))
+                pieces.append(Piece(part.text, shell.line(part.line), quoted=part.quoted))
             case syntax.Parameter():
                 made = _parameter(shell, part)
-                if _is_list(part) and at + 1 < len(parts):
+                if part.is_list and at + 1 < len(parts):
                     # What follows belongs to the last element.
                     made = lifted(lambda p: p[:-1] if p and p[-1].end else p, made)
                 pieces += made
@@ -153,7 +147,7 @@ def _unset(shell: Shell, part: syntax.Parameter, soft: bool = False) -> Value:
 def _parameter(shell: Shell, part: syntax.Parameter) -> Value:
     if part.indirect and not (part.index is not None and part.index.plain() in ("@", "*")):
         return _indirect(shell, part)
-    if _is_list(part):
+    if part.is_list:
         return _listing(shell, part)
     if part.length:
         return _expanded(
@@ -225,7 +219,7 @@ def _looked_up(shell: Shell, part: syntax.Parameter) -> Value:
 
 def _listing(shell: Shell, part: syntax.Parameter) -> Value:
     """``$@``, ``${A[@]}`` and the same with an operator."""
-    star = _joins(part)
+    star = part.joins
     own = False
     if part.name in "@*":
         listed = shell.arguments()
@@ -453,18 +447,6 @@ def reckoned(
 def _not_computed(part: syntax.Parameter, of: Flat = ()) -> Value:
     why = reason(of, f"{part.written} is worked out from what is not known")
     return (Piece(part.written, part.line, unknown=why),)
-
-
-def _is_list(part: syntax.Parameter) -> bool:
-    index = None if part.index is None else part.index.plain()
-    return (not part.length and (part.name in ("@", "*") or index in ("@", "*"))) or (
-        part.length and index in ("@", "*")
-    )
-
-
-def _joins(part: syntax.Parameter) -> bool:
-    """``$*`` and ``${A[*]}``, which in quotes are one word."""
-    return part.name == "*" or (part.index is not None and part.index.plain() == "*")
 
 
 def _listed(value: Value, quoted: bool) -> Value:

@@ -31,6 +31,17 @@ class Parameter:
     length: bool = False
     indirect: bool = False
 
+    @property
+    def is_list(self) -> bool:
+        """``$@``, ``${A[*]}`` and their kin, and the number of an array's elements."""
+        index = None if self.index is None else self.index.plain()
+        return index in ("@", "*") or (self.name in ("@", "*") and not self.length)
+
+    @property
+    def joins(self) -> bool:
+        """``$*`` and ``${A[*]}``, which in quotes are one word."""
+        return self.name == "*" or (self.index is not None and self.index.plain() == "*")
+
 
 @dataclass(frozen=True)
 class Substitution:

@@ -82,6 +82,7 @@ MOST_RUNS = 64
 # Bounds on what a variable keeps.
 _MAX_PIECES = 64
 _MAX_TEXT = 20_000
+_MAX_ELEMENTS = 2_000
 _TOO_MUCH = ("it hangs on", "too much", "it is too long")
 
 
@@ -327,6 +328,20 @@ def plain_value(value: Value) -> Value:
         else replace(p, splits=False, quoted=False, span=None)
         for p in value
         if not (isinstance(p, Piece) and not (p.text or p.unknown or p.soft or p.unset))
+    )
+
+
+def plain_array(value: Value) -> Value:
+    """What an array keeps: a loop that doubles it would take all memory there is."""
+    if len(value) <= _MAX_ELEMENTS and _length(value) <= _MAX_TEXT * 10:
+        return value
+    return array([(Piece("", unknown="it is too long to be read"),)])
+
+
+def _length(value: Value) -> int:
+    return sum(
+        len(p.text) if isinstance(p, Piece) else sum(_length(option) for option in p.options)
+        for p in value
     )
 
 

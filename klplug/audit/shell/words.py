@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from klplug.audit.shell.dollar import Expansions
 from klplug.audit.shell.scanner import PLACEHOLDER
-from klplug.audit.shell.syntax import Literal, Opaque, Part, Text
+from klplug.audit.shell.syntax import Literal, Opaque, Parameter, Part, Text
 
 _META = " \t\n;&|()<>"
 _PLAIN = re.compile(r"[\w.=,:@%+*?^!#-]+")
@@ -175,6 +175,8 @@ class Words(Expansions):
 
         parts = self._quoted(ends)
         self.at += 1
+        if any(isinstance(p, Parameter) and p.is_list and not p.joins for p in parts):
+            return parts  # no word where the list is empty
         return [Literal("", self.line_at(start), True), *parts]
 
     def _quoted(self, ends: Callable[[], bool], quotes: bool = True) -> list[Part]:
