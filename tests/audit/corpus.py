@@ -237,8 +237,8 @@ def facts(rows: Sequence[Row]) -> str:
 _WORDS = {
     "none": "no KL at all",
     "reverse": "reverse: KL(pi\\|\\|ref), what people mean by the KL penalty",
-    "forward": "forward: KL(ref\\|\\|pi) of each token; all of them k3 as a loss, which verl "
-    "clamps at 10, so that it has a dead zone",
+    "forward": "forward: KL(ref\\|\\|pi) of each token; k3 as a loss, which verl clamps at 10, so "
+    "that it has a dead zone, or a distillation's KL over the teacher's likeliest tokens",
     "zero": "zero: k1 as a loss",
     "neither": "neither",
     "away": "away from the reference: the loss is subtracted (verl 0.1)",
