@@ -27,7 +27,7 @@ Function: TypeAlias = "Callable[[Tensor], Tensor]"
 
 
 def k1(log_ratio: Tensor) -> Tensor:
-    """``lr``: unbiased for KL(pi||ref) under samples from pi, of either sign."""
+    """``x``: unbiased for KL(pi||ref) under samples from pi, of either sign."""
     return log_ratio
 
 
@@ -36,12 +36,12 @@ def k1_derivative(log_ratio: Tensor) -> Tensor:
 
 
 def k2(log_ratio: Tensor) -> Tensor:
-    """``lr^2 / 2``: a biased value, whose derivative ``lr`` is the right coefficient."""
+    """``x^2 / 2``: a biased value, whose derivative ``x`` is the right coefficient."""
     return finite_(log_ratio.square().mul_(0.5))
 
 
 def k3(log_ratio: Tensor) -> Tensor:
-    """``exp(-lr) - 1 + lr``: unbiased for KL(pi||ref) under samples from pi, never negative."""
+    """``exp(-x) - 1 + x``: unbiased for KL(pi||ref) under samples from pi, never negative."""
     return k3_of_derivative(log_ratio, k3_derivative(log_ratio))
 
 
@@ -57,10 +57,10 @@ _BERNOULLI = (
 
 
 def k3_of_derivative(log_ratio: Tensor, derivative: Tensor) -> Tensor:
-    """``k3 = lr - k3'``, without a second exponential.
+    """``k3 = x - k3'``, without a second exponential.
 
     Near the reference that difference has no digits left, and k3 is
-    ``k3' lr (1/2 + lr sum_k B_2k / (2k)! lr^(2k - 2))``.
+    ``k3' x (1/2 + x sum_k B_2k / (2k)! x^(2k - 2))``.
     """
     square = log_ratio.square()
     first, *others = reversed(_BERNOULLI[: 3 if log_ratio.element_size() == 4 else None])
@@ -81,7 +81,7 @@ def sign(log_ratio: Tensor) -> Tensor:
     return log_ratio.sign()
 
 
-# f-divergences E_ref f(u), u = exp(lr): the value under samples from pi is f(u)/u, the derivative
+# f-divergences E_ref f(u), u = exp(x): the value under samples from pi is f(u)/u, the derivative
 # of the divergence is f'(u) - f'(1).
 
 
@@ -105,7 +105,7 @@ def js_derivative(log_ratio: Tensor) -> Tensor:
 
 
 def _log_mean(log_ratio: Tensor) -> Tensor:
-    """``log((1 + exp(-|lr|)) / 2)``, with all its digits near the reference."""
+    """``log((1 + exp(-|x|)) / 2)``, with all its digits near the reference."""
     return log_ratio.abs().neg().expm1().div(2).log1p()
 
 
@@ -160,7 +160,7 @@ class Estimator:
     Over whole answers the gradient of a divergence is each token's own derivative plus the values
     that ``later`` tokens have, or ``of_answer``, a coefficient by the log-ratio of the answer so
     far; an estimator with neither has no exact form there. ``has_limit``: whether the value is
-    finite where the reference rules a token out, lr = inf.
+    finite where the reference rules a token out, x = inf.
     """
 
     name: str
@@ -239,7 +239,7 @@ def alpha_divergence(alpha: float) -> Estimator:
     def value(log_ratio: Tensor) -> Tensor:
         near = log_ratio.abs() < 2  # where each form's exponentials cancel to the first order
         if alpha < 0.5:
-            # exp(-lr) (expm1(a lr) / a - expm1(lr)) / (a - 1); constant far above the reference.
+            # exp(-x) (expm1(a x) / a - expm1(x)) / (a - 1); constant far above the reference.
             lr = log_ratio.clamp(max=largest_exponent(log_ratio) - 1)
             inner = (k3(-alpha * lr) / alpha - k3(-lr)).where(
                 near, (alpha * lr).expm1() / alpha - lr.expm1()

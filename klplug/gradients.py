@@ -258,7 +258,7 @@ def _of_numbers(spec: TermSpec, batch: Batch) -> Estimate:
     else:
         value = row.value(log_ratio)
     if spec.name == "k1_as_loss":
-        own = masked_(own, mask)  # the one coefficient that is not 0 where lr is
+        own = masked_(own, mask)  # the one coefficient that is not 0 where x is
     return Estimate(mask, mask, log_ratio, log_ratio, value, own, own)
 
 

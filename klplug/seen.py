@@ -29,7 +29,7 @@ class Seen:
         coefficient: what stands beside an advantage; ``None`` where sampled tokens have none, or
             not the whole of it.
         gradient: what multiplies each token's score.
-        principled: what would with ``c = lr``.
+        principled: what would with ``c = x``.
         k3: its values, where they are at hand.
         exact: the divergence over the whole vocabulary, where it is.
         capped, bounded: 1 where it acted, else 0.
@@ -100,7 +100,7 @@ def _seen(part: Part, batch: Batch) -> Seen:
 
 
 def _principled(part: Part, batch: Batch, gradient: Tensor) -> Tensor:
-    """The gradient that the same formulation has with c = lr and no baseline."""
+    """The gradient that the same formulation has with c = x and no baseline."""
     spec, estimate, importance = part.spec, part.estimate, part.acting.importance
     log_ratio = estimate.log_ratio
     weight = None if importance is None else importance.weight

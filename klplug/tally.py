@@ -3,7 +3,7 @@
 A term keeps sums and maxima over its counted tokens. Micro-batches and ranks are merged as those,
 and only then divided: a maximum by max, an effective sample size from its two sums.
 
-The gradient's yardstick is the *principled* one: what the same term would have with ``c = lr``, the
+The gradient's yardstick is the *principled* one: what the same term would have with ``c = x``, the
 one coefficient of KL(pi||ref).
 """
 
@@ -124,7 +124,7 @@ def _of_estimates(means: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def estimate(means: Mapping[str, Tensor]) -> Tensor:
     """KL(pi||ref) in nats per token: near the better of k1 and k3, by what the batch shows.
 
-    With ``w = exp(-lr)``, whose mean under samples of pi is 1, ``k1 + b (w - 1)`` is unbiased for
+    With ``w = exp(-x)``, whose mean under samples of pi is 1, ``k1 + b (w - 1)`` is unbiased for
     any b fixed beforehand: k1 at b = 0, k3 at b = 1. b is fitted on the batch, to the least
     variance, which biases it by order 1/n. Where the batch has too little of w to fit anything, a
     third of its effective sample size lost (``(sum w)^2 / (n sum w^2) < 2/3``) or a mean below 0.8

@@ -155,9 +155,9 @@ def kl_term(
 ) -> KLTerm:
     """The KL term that ``spec`` names, per token: ``KL(pi_theta || pi_ref)``, in nats per token.
 
-    With ``lr = log_probs - ref_log_probs``, the gradient of ``KLTerm.loss`` is
+    With ``x = log_probs - ref_log_probs``, the gradient of ``KLTerm.loss`` is
     ``w * c * grad log_probs``, c being the estimator's value (``in_reward``) or derivative
-    (``as_loss``) at ``lr``, detached, and w the importance weight, detached. Whose gradient that
+    (``as_loss``) at ``x``, detached, and w the importance weight, detached. Whose gradient that
     is, in expectation over samples, ``kl_types()`` says for each name. Samples come from pi_theta,
     or from the policy that ``ratio`` names.
 

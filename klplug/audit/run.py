@@ -132,7 +132,7 @@ def dead_zone(estimator: str) -> list[tuple[float, float]]:
         edge = math.sqrt(2 * CLAMP)
         return [(-math.inf, -edge), (edge, math.inf)]
     if estimator == "k3":
-        # k3(lr) = exp(-lr) - 1 + lr grows away from 0 on both sides.
+        # k3(x) = exp(-x) - 1 + x grows away from 0 on both sides.
         return [(-math.inf, _root(-CLAMP, 0.0)), (_root(2 * CLAMP, 0.0), math.inf)]
     return []
 
