@@ -58,9 +58,37 @@ def group_norm(axes: Any) -> None:
     axes.legend(frameon=False, labelcolor=INK)
 
 
+def kl_in_grpo(axes: Any) -> None:
+    """GRPO from answers to update: a KL joins the reward before or after the group, or the loss."""
+    axes.set(xlim=(-1.1, 11.1), ylim=(-2.4, 2.2))
+    axes.axis("off")
+    box = {"boxstyle": "round,pad=0.45", "facecolor": "none", "edgecolor": INK}
+    along = {"arrowstyle": "->", "color": INK}
+    stages = ("answers", "rewards", "group norm", "advantages", "loss", "update")
+    places = [2 * i for i in range(len(stages))]
+    for place, stage in zip(places, stages, strict=True):
+        name = stage.replace(" ", "\n")
+        axes.text(place, 0, name, ha="center", va="center", fontsize=8, bbox=box)
+    for place in places[:-1]:
+        axes.annotate("", (place + 1.12, 0), (place + 0.85, 0), arrowprops=along)
+    enters = (
+        (2, 1.5, BLUE, "in the reward,\nbefore (verl)"),
+        (6, 1.5, BLUE, "in the reward,\nafter (OpenRLHF, klplug)"),
+        (8, -1.6, ORANGE, "as a loss"),
+    )
+    for place, height, colour, words in enters:
+        arrow = {"arrowstyle": "->", "color": colour, "shrinkB": 12}
+        axes.annotate(
+            *(words, (place, 0), (place, height)),
+            **{"color": colour, "ha": "center", "va": "center", "fontsize": 9},
+            arrowprops=arrow,
+        )
+
+
 PICTURES = {
     "controllers": plant.picture,
     "dead-zone": dead_zone,
     "full-and-loc": full_and_loc,
     "group-norm": group_norm,
+    "kl-in-grpo": kl_in_grpo,
 }

@@ -74,6 +74,28 @@ def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
         assert found is None, f"{page.name}: {found and found.group()}"
 
 
+def test_formulas_are_typeset(site: Path) -> None:
+    """Of every formula that a source has, MathML; none is left as TeX."""
+    for source in DOCS.glob("*.md"):
+        text = source.read_text(encoding="utf-8")
+        page = site / ("" if source.stem == "index" else source.stem) / "index.html"
+        built = page.read_text()
+        assert built.count("<math ") >= text.count("\n```math\n"), source.name
+        assert ('display="block"' in built) is ("\n```math\n" in text), source.name
+        assert "arithmatex" not in built, source.name
+    derivations = (site / "derivations" / "index.html").read_text()
+    assert "<mi>&#x1D53C;</mi>" in derivations or "𝔼" in derivations  # E, as an expectation's
+
+
+def test_the_api_page_has_every_public_name(site: Path) -> None:
+    page = (site / "api" / "index.html").read_text()
+    for name in klplug.__all__:
+        if name != "__version__":
+            assert f'id="klplug.{name}"' in page, name
+    # A parameter's words come from its docstring.
+    assert "log pi_theta of the sampled tokens" in page
+
+
 def test_what_the_page_says_of_controllers_its_table_has() -> None:
     from docs.plant import rows
 
