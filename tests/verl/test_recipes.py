@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from klplug.hosting import references
 from recipes import launch
-from recipes.recipe import Recipe, RecipeError, load, names
+from recipes.recipe import Recipe, load, names
+from recipes.shared.settings import SettingsError
 from recipes.verl import host
 
 RECIPES = [recipe for recipe in map(load, names()) if "verl" in recipe.hosts]
@@ -32,6 +34,8 @@ def test_verl_reads_a_recipe_as_it_is_meant(
     recipe: Recipe, data: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Dry runs: Hydra, klplug's plugin, validate_config; the same is asked of OpenRLHF."""
+    # A reference that a recipe names is on the hub.
+    monkeypatch.setattr(references, "check", lambda *_, **__: None)
     found, compose = [], host.compose
     monkeypatch.setattr(host, "compose", lambda words: found.append(compose(words)) or found[-1])
     out = data / "run"
@@ -67,9 +71,9 @@ def test_another_kl(variables: dict[str, str], data: Path) -> None:
 
 def test_what_verl_does_not_know_is_refused(data: Path) -> None:
     command = host.command(load(GSM8K), data, data / "run")
-    with pytest.raises(RecipeError, match="Key 'train_batch_sise' is not in struct"):
+    with pytest.raises(SettingsError, match="Key 'train_batch_sise' is not in struct"):
         host.compose([*command, "data.train_batch_sise=3"])
-    with pytest.raises(RecipeError, match=r"train_batch_size \(64\) must be >= actor.ppo_mini"):
+    with pytest.raises(SettingsError, match=r"train_batch_size \(64\) must be >= actor.ppo_mini"):
         host.compose([*command, "data.train_batch_size=64"])
 
 
