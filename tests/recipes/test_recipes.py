@@ -318,6 +318,10 @@ import contextlib, io, json, multiprocessing, os, sys
 from recipes import launch
 from recipes.openrlhf import host
 import openrlhf.cli.train_ppo_ray, klplug_openrlhf.launcher
+from klplug.hosting import references
+
+# A reference that a recipe names is on the hub.
+references.check = lambda *_, **__: None
 
 def dry_run(case):
     name, words, variables = case
