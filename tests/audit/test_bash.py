@@ -73,11 +73,15 @@ EMPTY = [
     'M=(""); run "${M[@]}"', 'M=(a "b c"); run "x${M[@]}y""z" "${M[@]}""" ""',
     'M=(a b); run "${M[@]}${C}" "${M[@]/a/}" ${M[@]}"${C}"',
     'f() { run "$@" "$*" "${@:2}" "$1"; }; f; f a "" b',
+    # What is not set is nothing, and what it joins is set.
+    'B="b c${M[1]}"; run "${B:-x}" "${B+y}"', 'A="${M[1]}"; run "${A-x}" "${A:-y}" "${A+z}"',
+    'L=("${M[1]}"k); run "${L:-x}" "${L+y}"', 'A=a; A+="${M[3]}"; run ${A:-x}',
+    'run "${M[1]-x}" "${M[1]:-y}" "${M[1]+z}" "${M[1]}"', 'f() { run "${1:-d}$2"; }; f "" b',
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", EMPTY)
-def test_an_empty_array_in_quotes_is_no_word_and_empty_quotes_are_one(text: str) -> None:
+def test_what_is_empty_is_read_as_bash_reads_it(text: str) -> None:
     text = f"set --; C=; M=(); N=()\n{text}"
     (real,) = bash([text], quick=True) if namespaces() else bash_without_a_box([text])
     assert disagreement(Script(text).commands, real.commands) is None

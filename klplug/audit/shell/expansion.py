@@ -462,12 +462,19 @@ def _listed(value: Value, quoted: bool) -> Value:
 
 
 def _expanded(value: Value, quoted: bool) -> Value:
+    """A value as a part of a word. What is known not to be set is nothing there, and set."""
     return tuple(
         Choice(p.decision, tuple(_expanded(option, quoted) for option in p.options))
         if isinstance(p, Choice)
         else p
         if p.end
-        else replace(p, splits=not (quoted or p.quoted), quoted=p.quoted or quoted, span=None)
+        else replace(
+            p,
+            splits=not (quoted or p.quoted),
+            quoted=p.quoted or quoted,
+            unset=p.unset and p.unknown is not None,
+            span=None,
+        )
         for p in value
     )
 
