@@ -11,8 +11,9 @@ from torch import Tensor
 
 from klplug.batch import Batch
 from klplug.gradients import Acting, Estimate
-from klplug.numerics import finite, finite_, flags, masked_
+from klplug.numerics import HUGE, finite, finite_, masked_
 from klplug.spec import TermSpec
+from klplug.weights import ImportanceWeight
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,9 @@ class Seen:
         principled: what would with ``c = x``.
         k3: its values, where they are at hand.
         exact: the divergence over the whole vocabulary, where it is.
-        capped, bounded: 1 where it acted, else 0.
+        saturating: of weight and coefficient those that may hold the dtype's largest number where
+            ref/pi does not.
+        capped, bounded: bool, where it acted.
         inputs: the caller's tensors by name, anything where masked.
     """
 
@@ -46,6 +49,7 @@ class Seen:
     k3: Tensor | None = None
     exact: Tensor | None = None
     weight: Tensor | None = None
+    saturating: Sequence[Tensor] = ()
     capped: Tensor | None = None
     bounded: Tensor | None = None
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
@@ -77,7 +81,7 @@ def _seen(part: Part, batch: Batch) -> Seen:
     bounded = None
     if not math.isinf(spec.bound):
         unbounded = spec.definition.role(spec.placement).coefficient(estimate.log_ratio)
-        bounded = flags(torch.gt, unbounded.abs(), spec.bound)
+        bounded = unbounded.abs() > spec.bound
     own_token = spec.placement == "as_loss" and spec.horizon == "token"
     # Over whole answers the weights are inside the sum: what competes with an advantage is it.
     coefficient = part.acting.coefficient if own_token else gradient
@@ -93,10 +97,24 @@ def _seen(part: Part, batch: Batch) -> Seen:
         k3=estimate.value if spec.estimator == "k3" else None,
         exact=estimate.value if exact else None,
         weight=None if importance is None else importance.weight,
+        saturating=_saturating(spec, importance, None if exact else coefficient),
         capped=None if importance is None else importance.capped(),
         bounded=bounded,
         inputs={"log_probs": batch.log_probs, **{name: batch.others[name] for name in names}},
     )
+
+
+def _saturating(
+    spec: TermSpec, importance: ImportanceWeight | None, coefficient: Tensor | None
+) -> list[Tensor]:
+    found = []
+    if importance is not None and importance.cap > HUGE:
+        found.append(importance.weight)
+    # As losses the other derivatives grow no faster than ref/pi.
+    own_token = spec.placement == "as_loss" and spec.horizon == "token" and spec.factor == 1
+    if coefficient is not None and not (own_token and spec.estimator not in ("chi2", "alpha")):
+        found.append(coefficient)
+    return found
 
 
 def _principled(part: Part, batch: Batch, gradient: Tensor) -> Tensor:
@@ -109,7 +127,10 @@ def _principled(part: Part, batch: Batch, gradient: Tensor) -> Tensor:
     if spec.placement == "as_loss" and spec.horizon == "token":
         if estimate.own is log_ratio:
             return gradient
-        return log_ratio if weight is None else finite_(weight * log_ratio)
+        if importance is None:
+            return log_ratio
+        product = importance.weight * log_ratio
+        return product if importance.cap <= HUGE else finite_(product)
     if estimate.own is log_ratio and spec.baseline == "none":
         return gradient
     if spec.head == "separate" and spec.placement == "as_loss" and weight is not None:
@@ -139,6 +160,7 @@ def _whole(terms: Sequence[Seen], whole: Acting, batch: Batch) -> Seen:
         log_ratio=log_ratio,
         # Beside an exact KL the sampled tokens' coefficients are not the whole of it.
         coefficient=gradient if exact is None else None,
+        saturating=(gradient,) if exact is None else (),
         gradient=gradient,
         principled=finite(sum((term.principled for term in terms), torch.zeros_like(gradient))),
         exact=exact,

@@ -10,17 +10,19 @@ one coefficient of KL(pi||ref).
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from klplug.numerics import HUGE, finite, finite_, flags, largest, masked_
+from klplug.numerics import largest, masked_
 from klplug.seen import Seen
 
 PREFIX = "klplug/"
+
+Rows: TypeAlias = dict[str, Tensor]
 
 TOP = 0.01
 """The share of tokens whose part in the gradient is reported."""
@@ -98,10 +100,20 @@ class Tally:
         """By key, the means per token, (names,) each; anything where there is no reference."""
         sums = self.sums
         tokens = torch.stack([sums[f"{name}tokens"] for name in names])
-        rows = [sums.get(name + key, sums["tokens"]) for key in _SUMS for name in names]
+        never = torch.zeros_like(sums["tokens"])
+        otherwise = {"weight": "tokens", "weight_square": "tokens"}  # where there is none, w is 1
+        rows = [
+            sums.get(name + key, sums.get(name + otherwise.get(key, ""), never))
+            for key in _SUMS
+            for name in names
+        ]
         # Not clamp(min=1): a host that averages over ranks hands in sums of less than a token.
         means = torch.stack(rows).view(len(_SUMS), -1) / tokens.clamp(min=1e-30)
-        return dict(zip(_SUMS, means, strict=True))
+        found = dict(zip(_SUMS, means, strict=True))
+        # Of all that are counted: the tokens that were none are not among those of the means.
+        counted = torch.stack([sums[f"{name}counted"] for name in names])
+        found["nonfinite"] = (counted - tokens) / counted.clamp(min=1e-30)
+        return found
 
 
 _MADE_OF = {
@@ -111,14 +123,15 @@ _MADE_OF = {
 }
 """The sum without which a metric is absent: where there is no reference, or no coefficient."""
 _SUMS = (
-    *("k1", "k2", "k3", "abs", "growth_square", "k3_growth", "exact"),
-    *("coef", "weight", "weight_square", "capped", "bounded", "overflow", "nonfinite"),
+    *("k1", "k1_square", "k3", "abs", "growth_square", "k3_growth", "exact"),
+    *("coef", "weight", "weight_square", "capped", "bounded", "overflow"),
     *("gradient_square", "principled_square", "gradient_principled", "gradient_size", "top_size"),
 )
 
 
 def _of_estimates(means: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {"kl": estimate(means), **{key: means[key] for key in ("k1", "k2", "k3", "abs")}}
+    named = {key: means[key] for key in ("k1", "k3", "abs")}
+    return {"kl": estimate(means), **named, "k2": means["k1_square"] / 2}
 
 
 def estimate(means: Mapping[str, Tensor]) -> Tensor:
@@ -138,12 +151,13 @@ def estimate(means: Mapping[str, Tensor]) -> Tensor:
     growth = k3 - k1
     variance = torch.addcmul(square, growth, growth, value=-1)
     covariance = torch.addcmul(means["k3_growth"], k3, growth, value=-1)
-    # k3 - (1 - b) (w - 1), which near the reference has more digits than k1 + b (w - 1). Where all
-    # w are one number there is no slope to see, and b is 0.
-    rest = torch.where(variance > EVEN * square, covariance / variance, 1.0)
-    fitted = torch.addcmul(k3, rest, growth, value=-1)
+    # k3 - (1 - b) (w - 1), which near the reference has more digits than k1 + b (w - 1).
+    fitted = torch.addcmul(k3, covariance / variance, growth, value=-1)
     steady = ((1 + growth).square() > 2 * variance) & (growth > -0.2)
-    return torch.where(steady, fitted, k1).nan_to_num(nan=0.0)
+    # Where all w are one number there is no slope to see. Nor where one is so large that the
+    # variance, the difference of two such squares, is none.
+    slope = variance > EVEN * square
+    return torch.where(steady & slope, fitted, k1).nan_to_num(nan=0.0)
 
 
 def _of_gradients(means: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -160,9 +174,8 @@ def _of_gradients(means: Mapping[str, Tensor]) -> dict[str, Tensor]:
     nothing = (square + principled) == 0
     cosine, ratio = (ratios[:2] + nothing).unbind()
     least = {"weight_mean": means["weight"], "ess": ratios[2]}
-    most = {f"{key}_share": means[key] for key in ("capped", "bounded", "overflow")}
-    # Of all that are counted: the tokens that were none are not among those of the means.
-    most["nonfinite_share"] = means["nonfinite"] / (1 + means["nonfinite"])
+    shares = ("capped", "bounded", "overflow", "nonfinite")
+    most = {f"{key}_share": means[key] for key in shares}
     if len(nothing) > 1:  # of the whole, those of its worst term
         least = {k: torch.cat([v[1:].amin(0, keepdim=True), v[1:]]) for k, v in least.items()}
         most = {k: torch.cat([v[1:].amax(0, keepdim=True), v[1:]]) for k, v in most.items()}
@@ -178,75 +191,101 @@ def _of_gradients(means: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def tally(seen: Sequence[Seen]) -> Tally:
     """The sums of a term; or of a sum as a whole, and then of each of its terms."""
-    rows: dict[str, Tensor] = {}
-    maxima = {}
+    roots: Rows = {}
+    sums: Rows = {}
+    maxima: Rows = {}
     for one in seen:
-        rows |= {one.name + key: row for key, row in _rows(one).items()}
-        size = one.coefficient
-        if size is None:
-            continue
-        largest_c = torch.linalg.vector_norm(size, math.inf) if size.numel() else size.sum()
-        maxima[f"{one.name}coef_max"] = finite(largest_c)
-    together = torch.stack(list(rows.values()))
-    # The numbers of a row may be the dtype's largest, and their sum inf. float64 where there is.
+        for all_of, of_one in zip((roots, sums, maxima), _rows(one), strict=True):
+            all_of |= {one.name + key: value for key, value in of_one.items()}
+    together = torch.stack([*roots.values(), *sums.values()])
+    together[: len(roots)].square_()
+    # The sum of a row may be inf, and of two such rows no number. float64 where there is.
+    rows = together.shape[-1] if together.dtype == torch.float64 else 1
+    limit = largest(together) / max(rows, 1)
     wide = torch.float32 if together.device.type == "mps" else torch.float64
-    totals = finite_(finite_(together).sum(-1, dtype=wide))
-    return Tally(dict(zip(rows, totals, strict=True)), maxima | _nonfinite(seen[0]))
+    totals = together.nan_to_num_(0.0, limit, -limit).sum(-1, dtype=wide)
+    return Tally(dict(zip((*roots, *sums), totals, strict=True)), maxima | _nonfinite(seen[0]))
 
 
-def _rows(s: Seen) -> dict[str, Tensor]:
-    """The sums of each row, (B,) each: all in float64 would first copy what is (B, T)."""
-    # Often one tensor has several of the parts: each sum is taken of it once.
-    sizes = functools.cache(lambda x: torch.linalg.vector_norm(x, 1, dim=-1))
-    squares = functools.cache(lambda x: torch.linalg.vector_norm(x, dim=-1).square_())
-    tokens = s.numbers.view(torch.uint8).sum(-1, dtype=s.gradient.dtype)
-    counted = s.counted.view(torch.uint8).sum(-1, dtype=s.gradient.dtype)
-    never = torch.zeros_like(tokens)
-    rows = {
-        "tokens": tokens,
-        "nonfinite": counted.sub_(tokens),
-        "weight": tokens if s.weight is None else s.weight.sum(-1),
-        "weight_square": tokens if s.weight is None else squares(s.weight),
-        "capped": never if s.capped is None else s.capped.sum(-1),
-        "bounded": never if s.bounded is None else s.bounded.sum(-1),
-    }
+def _rows(s: Seen) -> tuple[Rows, Rows, Rows]:
+    """Of each row the roots of its sums of squares and its other sums, (B,) each; and the maxima.
+
+    All in float64 would first copy what is (B, T). What is made for its sum alone lies side by side
+    and is summed at once: to a GPU a small operation costs what a large one does.
+    """
+    # Often one tensor has several of the parts: each norm is taken of it once.
+    norm = functools.cache(functools.partial(torch.linalg.vector_norm, dim=-1))
+    roots: Rows = {}
+    sums: Rows = {}
+    maxima: Rows = {}
+    counted = {"tokens": s.numbers, "counted": s.counted, "capped": s.capped, "bounded": s.bounded}
+    # Which numbers of a token might be at the dtype's largest.
+    held = [x for x in s.saturating if x is not s.coefficient]
+    if s.weight is not None:
+        roots["weight_square"], sums["weight"] = norm(s.weight), s.weight.sum(-1)
     if s.exact is not None:
-        rows["exact"] = s.exact.sum(-1)
+        sums["exact"] = s.exact.sum(-1)
     if s.coefficient is not None:
-        together = squares(s.gradient)
-        if s.principled is not s.gradient:
-            together = (s.gradient * s.principled).sum(-1)
-        rows |= {
-            "coef": sizes(s.coefficient),
-            "gradient_square": squares(s.gradient),
-            "principled_square": squares(s.principled),
-            "gradient_principled": together,
-            "gradient_size": sizes(s.gradient),
-            "top_size": _top(s.gradient.abs(), tokens.sum()),
-        }
-    # Which numbers of a token might be held at the dtype's largest.
-    held = [] if s.weight is None else [s.weight]
-    if s.coefficient is not None and s.coefficient is not s.log_ratio:
-        held.append(s.coefficient.abs())
+        c, force, principled = s.coefficient, s.gradient, s.principled
+        room, space = _room(
+            force,
+            "gradient_size",
+            "top_size",
+            *(["coef"] if c is not force else []),
+            *(["abs"] if s.log_ratio is not None and c is not s.log_ratio else []),
+            *(["gradient_principled"] if principled is not force else []),
+        )
+        size = torch.abs(force, out=space["gradient_size"])
+        of_c = size if c is force else torch.abs(c, out=space["coef"])
+        maxima["coef_max"] = of_c.amax() if of_c.numel() else of_c.sum()
+        if any(c is x for x in s.saturating):
+            held.append(of_c)
+        if "abs" in space:
+            torch.abs(cast(Tensor, s.log_ratio), out=space["abs"])
+        if "gradient_principled" in space:
+            torch.mul(force, principled, out=space["gradient_principled"])
+        tokens = s.numbers.sum()
+        threshold = _threshold(size, tokens)
+        torch.sub(size, threshold, out=space["top_size"]).clamp_(min=0)
+        made = dict(zip(space, room.sum(-1).unbind(), strict=True))
+        if len(size):
+            # Minus the number of the largest: the ceiling of a quotient is no operation.
+            k = torch.div(tokens, -round(1 / TOP), rounding_mode="floor")
+            made["top_size"] = torch.addcmul(made["top_size"], k, threshold, value=-1 / len(size))
+        if c is force:
+            made["coef"] = made["gradient_size"]
+        if c is s.log_ratio:
+            made["abs"] = made["coef"]
+        sums |= made
+        roots["gradient_square"], roots["principled_square"] = norm(force), norm(principled)
+        if principled is force:
+            roots["gradient_principled"] = roots["gradient_square"]
+        del room, space, size, of_c
     if s.log_ratio is not None:
-        growth = s.log_ratio.neg().expm1_()  # w - 1, as in ``estimate``
-        k3 = growth + s.log_ratio if s.k3 is None else s.k3
-        held.append(growth)
-        rows |= {
-            "k1": s.log_ratio.sum(-1),
-            "k2": squares(s.log_ratio) / 2,
-            "k3": k3.sum(-1),
-            "abs": sizes(s.log_ratio),
-        }
-    rows["overflow"] = never
-    if held:
+        room, space = _room(s.log_ratio, "k3_growth", *(["k3"] if s.k3 is None else []))
+        growth = torch.neg(s.log_ratio, out=space["k3_growth"]).expm1_()  # w - 1: ``estimate``
+        counted["overflow"] = functools.reduce(torch.maximum, [*held, growth]) >= largest(growth)
+        roots["growth_square"], roots["k1_square"] = norm(growth), norm(s.log_ratio)
+        k3 = torch.add(growth, s.log_ratio, out=space["k3"]) if s.k3 is None else s.k3
+        growth.mul_(k3)
+        sums |= dict(zip(space, room.sum(-1).unbind(), strict=True))
+        sums["k1"] = s.log_ratio.sum(-1)
+        if s.k3 is not None:
+            sums["k3"] = k3.sum(-1)
+        if "abs" not in sums:
+            sums["abs"] = torch.linalg.vector_norm(s.log_ratio, 1, dim=-1)
+    elif held:
         reached = functools.reduce(torch.maximum, held)
-        rows["overflow"] = flags(torch.ge, reached, largest(reached)).sum(-1)
-    if s.log_ratio is not None:
-        growth.clamp_(max=HUGE)
-        rows["growth_square"] = squares(growth)
-        rows["k3_growth"] = growth.mul_(k3).sum(-1)
-    return rows
+        counted["overflow"] = reached >= largest(reached)
+    flags = {name: flag for name, flag in counted.items() if flag is not None}
+    counts = torch.stack(list(flags.values())).view(torch.uint8).sum(-1, dtype=s.gradient.dtype)
+    return roots, sums | dict(zip(flags, counts.unbind(), strict=True)), maxima
+
+
+def _room(like: Tensor, *names: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Empty tensors as ``like``, side by side, and each by its name."""
+    room = like.new_empty((len(names), *like.shape))
+    return room, dict(zip(names, room.unbind(), strict=True))
 
 
 def _nonfinite(whole: Seen) -> dict[str, Tensor]:
@@ -260,8 +299,8 @@ def _nonfinite(whole: Seen) -> dict[str, Tensor]:
     return {f"nonfinite/{name}": found[i] for i, name in enumerate(whole.inputs)}
 
 
-def _top(size: Tensor, tokens: Tensor) -> Tensor:
-    """The sum of the largest ``TOP`` of ``tokens`` entries, as parts that add up to it, (B,).
+def _threshold(size: Tensor, tokens: Tensor) -> Tensor:
+    """Where the largest ``TOP`` of ``tokens`` entries begin, (1,).
 
     The sum of the k largest is the least of ``k t + sum(max(x - t, 0))`` over thresholds t, reached
     from the k-th largest to the next (Rockafellar and Uryasev 2000). Beyond ``SAMPLE`` entries t is
@@ -272,13 +311,11 @@ def _top(size: Tensor, tokens: Tensor) -> Tensor:
         size: (B, T), not negative, zero where masked.
         tokens: how many are counted, 0-d.
     """
-    sample = size.reshape(-1)[:: size.numel() // SAMPLE | 1]
+    every = size.numel() // SAMPLE | 1
+    sample = size.reshape(-1)[::every]
+    if not len(sample):
+        return size.sum().view(1)
     most = sample.topk(min(len(sample), int(TOP * len(sample)) + 2)).values
-    if not len(most):
-        return size.sum(-1)
     # The mask's count is on the device, so the rank is taken there too.
-    k = (tokens / round(1 / TOP)).ceil_()
-    rank = (k * (len(sample) / size.numel())).clamp_(max=len(most) - 1).long()
-    threshold = most.gather(0, rank.unsqueeze(0))
-    above = (size - threshold).clamp_(min=0).sum(-1)
-    return torch.addcmul(above, k, threshold, value=1 / len(above))
+    rank = torch.div(tokens, every * round(1 / TOP), rounding_mode="floor")
+    return most.gather(0, rank.view(1))

@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from klplug.answers import Answers
-from klplug.numerics import flags, masked, masked_, saturating_exp
+from klplug.numerics import masked, masked_, saturating_exp
 
 
 @dataclass(frozen=True)
@@ -34,13 +33,13 @@ class ImportanceWeight:
     dropped: Tensor | None = None
 
     def capped(self) -> Tensor | None:
-        """1 where the bound or the clip acted, else 0; ``None`` where there is neither."""
+        """(B, T) bool, where the bound or the clip acted; ``None`` where there is neither."""
         if self.dropped is not None:
-            return self.dropped.to(self.weight.dtype)
+            return self.dropped
         if math.isinf(self.cap):
             return None
-        met = flags(torch.gt, self.log_weight, math.log(self.cap))
-        return met if self.cap >= 1 else masked_(met, self.mask)
+        met = self.log_weight > math.log(self.cap)
+        return met if self.cap >= 1 else met & self.mask
 
 
 def importance_weight(

@@ -150,3 +150,12 @@ def test_metrics_have_the_exact_kl_and_no_coefficient() -> None:
     assert {"klplug/k1", "klplug/k2", "klplug/k3"} <= set(metrics)
     assert not any("coef" in name or "gradient" in name for name in metrics)
     assert "klplug/exact_kl" not in klplug.kl_term("k2_as_loss", **given).metrics
+
+
+def test_what_goes_through_the_vocabulary_is_summed_over_terms() -> None:
+    given = tensors()
+    both = klplug.kl_term("2*exact_as_loss+exact_as_loss,ratio=old", **given)
+    (gradient,) = torch.autograd.grad(both.loss.sum(), given["exact_kl"])
+    alone = klplug.kl_term("exact_as_loss,ratio=old", **given)
+    expected = 2 * given["response_mask"] + alone.weight
+    torch.testing.assert_close(gradient, expected)

@@ -39,3 +39,18 @@ def test_no_kl_is_no_part() -> None:
     assert step.advantages(tensors["advantages"], BETA) is tensors["advantages"]
     (added,) = torch.autograd.grad(step.loss.sum(), tensors["log_probs"])
     assert (added == 0).all() and (step.loss == 0).all()
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.1, 0.6), (0.6, 0.1)])
+def test_the_value_of_a_policy_loss_is_ppo_s_surrogate(low: float, high: float) -> None:
+    """By hand: -min(rho A, clip(rho) A) at a ratio below, in and above the range."""
+    log_probs = torch.tensor([[0.5, 1.0, 1.5]] * 2, dtype=torch.float64).log().requires_grad_()
+    advantages = torch.tensor([[2.0] * 3, [-2.0] * 3], dtype=torch.float64)
+    zero, ones = torch.zeros_like(advantages), torch.ones(2, 3)
+    given = {"old_log_probs": zero, "advantages": advantages, "kl_coef": 0.0}
+    loss = klplug.policy_loss("none", log_probs, zero, ones, **given, clip_range=(low, high))
+    expected = [
+        [-min(rho * a, min(max(rho, 1 - low), 1 + high) * a) for rho in (0.5, 1.0, 1.5)]
+        for a in (2.0, -2.0)
+    ]
+    torch.testing.assert_close(loss, torch.tensor(expected, dtype=torch.float64))

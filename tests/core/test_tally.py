@@ -10,6 +10,7 @@ from klplug import kl_term
 from klplug.seen import Seen
 from klplug.tally import SAMPLE, TOP, tally
 from klplug.watch import RULES, Watch
+from tests.core.test_term import BETA, CLIP, GRID, batch
 
 
 def metrics(gradient: Tensor, principled: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -107,3 +108,35 @@ def test_a_number_that_is_none_is_said_at_once_with_its_tensor() -> None:
     assert watch.see(seen) == []
     (later,) = watch.see(seen | {"klplug/nonfinite/ref_log_probs": 1.0})
     assert "ref_log_probs" in later
+
+
+@pytest.mark.parametrize("log_ratio", [-30.0, -40.0, -60.0, -88.0, -200.0])
+def test_one_token_that_fell_far_leaves_the_estimate_k1(log_ratio: float) -> None:
+    """Its 1/ratio is beyond what a variance can be taken of; the KL is not 0 for that."""
+    log_probs = torch.linspace(-0.1, 0.1, 8)[None].clone()
+    log_probs[0, 0] = log_ratio
+    term = kl_term("k2_as_loss,ratio=none", log_probs, torch.zeros(1, 8), torch.ones(1, 8))
+    assert term.metrics["klplug/kl"].item() == pytest.approx(log_probs.mean().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("kl_type", [k for k in GRID if "+" not in k and "reference" not in k])
+def test_the_share_of_saturated_tokens_is_that_of_their_numbers(kl_type: str) -> None:
+    """A token counts once whichever of its coefficient, weight and ref/pi is the largest number."""
+    given = {
+        name: x.detach() * 100 if x.is_floating_point() and "advantages" not in name else x
+        for name, x in batch(shape=(16, 8), dtype=torch.float32).items()
+    }
+    term = kl_term(kl_type, **given, kl_coef=BETA, clip_range=CLIP)
+    if not term.spec.terms:
+        return
+    largest = torch.finfo(torch.float32).max
+    own_token = term.spec.placement == "as_loss" and term.spec.horizon == "token"
+    coefficient = term.coefficient if own_token else term.gradient
+    mask = given["response_mask"] != 0
+    numbers = [coefficient, (given["ref_log_probs"] - given["log_probs"]).exp() * mask]
+    if term.spec.ratio in ("old", "rollout") or term.spec.head in ("combined", "clipped"):
+        numbers.append(term.weight)
+    reached = torch.stack([x.nan_to_num().abs() >= largest for x in numbers]).any(0) & mask
+    share = term.metrics["klplug/overflow_share"].item()
+    assert share == pytest.approx(reached.sum().item() / mask.sum().item())
+    assert share > 0

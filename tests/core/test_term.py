@@ -609,6 +609,29 @@ def test_a_spec_serves_as_well_as_its_string() -> None:
     torch.testing.assert_close(one.loss, other.loss, rtol=0, atol=0)
 
 
+def test_the_coefficient_of_a_sum_has_the_weights_in_it() -> None:
+    tensors = batch()
+    both = kl_term("k2_as_loss,cap=2+k3_as_loss,ratio=rollout", **tensors)
+    expected = sum(part.weight * part.coefficient for part in both.parts)
+    torch.testing.assert_close(both.coefficient, expected, rtol=1e-12, atol=0)
+    assert not torch.allclose(both.coefficient, sum(part.coefficient for part in both.parts))
+
+
+@pytest.mark.parametrize("name", ["ref_log_probs", "old_log_probs"])
+def test_one_tensor_of_more_digits_raises_the_work_of_all(name: str) -> None:
+    tensors = batch(dtype=torch.float32)
+    term = kl_term("k2_as_loss", **tensors | {name: tensors[name].double()})
+    assert term.value.dtype == term.weight.dtype == term.gradient.dtype == torch.float64
+
+
+def test_a_token_counts_where_its_mask_is_not_zero() -> None:
+    tensors = batch()
+    parts = tensors["response_mask"] * torch.tensor([0.25, -1.0, 1.0, 0.5, 2.0, 1e-9])
+    one, other = (kl_term("k2_as_loss", **tensors | m) for m in ({}, {"response_mask": parts}))
+    torch.testing.assert_close(one.loss, other.loss, rtol=0, atol=0)
+    assert one.metrics["klplug/kl"] == other.metrics["klplug/kl"]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kl_type", GRID)
 def test_on_cuda_nothing_waits_for_the_device(kl_type: str) -> None:
