@@ -17,7 +17,7 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor
 
-from klplug.numerics import largest, masked_
+from klplug.numerics import finite_, largest, masked_
 from klplug.seen import Seen
 
 PREFIX = "klplug/"
@@ -200,10 +200,11 @@ def tally(seen: Sequence[Seen]) -> Tally:
     together = torch.stack([*roots.values(), *sums.values()])
     together[: len(roots)].square_()
     # The sum of a row may be inf, and of two such rows no number. float64 where there is.
-    rows = together.shape[-1] if together.dtype == torch.float64 else 1
-    limit = largest(together) / max(rows, 1)
+    limit = largest(together)
     wide = torch.float32 if together.device.type == "mps" else torch.float64
     totals = together.nan_to_num_(0.0, limit, -limit).sum(-1, dtype=wide)
+    if together.dtype == wide:
+        finite_(totals)
     return Tally(dict(zip((*roots, *sums), totals, strict=True)), maxima | _nonfinite(seen[0]))
 
 
