@@ -211,6 +211,11 @@ def attach(maker: Any, experiences: list[Any]) -> None:
     maker.klplug_bytes = sum(r.hidden.nbytes for own in references for r in own)
 
 
+def reference_path(args: Any) -> str:
+    """Of the model whose hidden states travel."""
+    return str(read(args, REF_MODEL) or read(args, PRETRAIN))
+
+
 @functools.cache
 def bytes_per_token(path: str) -> int:
     """Of hidden states in 16 bits."""
@@ -222,7 +227,7 @@ def bytes_per_token(path: str) -> int:
 
 def foretell(args: Any) -> str:
     """What hidden states will take, said before training."""
-    each = bytes_per_token(read(args, REF_MODEL) or read(args, PRETRAIN))
+    each = bytes_per_token(reference_path(args))
     answers = read(args, ROLLOUT_BATCH) * read(args, N)
     length = read(args, MAX_NEW_TOKENS) or read(args, MAX_LEN)
     return (
@@ -235,11 +240,8 @@ def foretell(args: Any) -> str:
 def check_memory(samples: list[Any], args: Any) -> None:
     """Raise if the hidden states of these samples have no room on this machine."""
     tokens = sum(int(sample.action_mask.sum()) for sample in samples)
-    check_room(
-        "the reference's hidden states",
-        tokens,
-        bytes_per_token(read(args, REF_MODEL) or read(args, PRETRAIN)),
-    )
+    each = bytes_per_token(reference_path(args))
+    check_room("the reference's hidden states", tokens, each)
 
 
 # ── The policy's actors ─────────────────────────────────────────────────────────────────────────

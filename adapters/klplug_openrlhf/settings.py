@@ -74,10 +74,7 @@ def derive(args: Namespace, written: Namespace) -> str:
     vars(args).update(settings)
     shown = {k: v for k, v in settings.items() if not k.startswith("klplug.")}
     text = ", ".join(f"--{k}={v}" for k, v in shown.items())
-    coef_text = f" kl_coef={plan.kl_coef:g}" if spec.terms else ""
-    if plan.ref_model is not None:
-        coef_text += f" ref_model={plan.ref_model}"
-    line = f"klplug {klplug.__version__}: kl_type={spec}{coef_text}; sets {text}"
+    line = f"klplug {klplug.__version__}: {plan.words}; sets {text}"
     if before:
         notes.append(f"kl_type decides, and overrides {', '.join(before)}")
     return "\nklplug: note: ".join([line, *notes])

@@ -13,7 +13,8 @@ STOCK = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "full")
 STOCK_NAMES = (*STOCK, *(f"{name}+" for name in STOCK))
 """What verl's ``kl_penalty`` knows."""
 
-KEYS = ("kl_type", "kl_coef", "kl_ctrl", *CONTROLLER_SETTINGS, *REFERENCE_SETTINGS)
+OTHERS = (*CONTROLLER_SETTINGS, *REFERENCE_SETTINGS)
+KEYS = ("kl_type", "kl_coef", "kl_ctrl", *OTHERS)
 KL_TYPE, KL_COEF, KL_CTRL, KL_TARGET, KL_HORIZON, *_ = (f"klplug.{key}" for key in KEYS)
 REF_MODEL, *_ = (f"klplug.{key}" for key in REFERENCE_SETTINGS)
 

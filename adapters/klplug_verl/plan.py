@@ -10,7 +10,6 @@ from typing import Any
 import klplug
 from klplug import KLSpec, parse
 from klplug.controllers import SETTINGS as CONTROLLER_SETTINGS
-from klplug.hosting.references import SETTINGS as REFERENCE_SETTINGS
 from klplug.hosting.settings import Asked, Settings, SettingsError, Unknown
 from klplug.spec import TermSpec
 from klplug_verl.keys import (
@@ -26,6 +25,7 @@ from klplug_verl.keys import (
     LOSS_MODE,
     LOSS_TYPE,
     MODEL,
+    OTHERS,
     PLACES,
     REF_MODEL,
     STOCK,
@@ -64,7 +64,7 @@ class Plan(Asked):
             spec=spec,
             kl_coef=klplug.check_kl_coef(spec, own.get("kl_coef")),
             kl_ctrl=own.get("kl_ctrl") or "fixed",
-            **{name: own.get(name) for name in (*CONTROLLER_SETTINGS, *REFERENCE_SETTINGS)},
+            **{name: own.get(name) for name in OTHERS},
             divides_by_length=divides_by_length(Config(config)),
             model=read(config, MODEL),
             bootstraps=read(config, ESTIMATOR) == "gae",
@@ -96,8 +96,7 @@ def asked(settings: Settings) -> Plan | None:
         kl_coef = klplug.check_kl_coef(spec, coef)
     except Unknown:
         kl_coef = math.nan
-    names = (*CONTROLLER_SETTINGS, *REFERENCE_SETTINGS)
-    others: dict[str, Any] = {name: wanted.get(name) for name in names}
+    others: dict[str, Any] = {name: wanted.get(name) for name in OTHERS}
     plan = Plan(
         spec=spec,
         kl_coef=kl_coef,

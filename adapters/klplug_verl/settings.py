@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import klplug
-from klplug.controllers import SETTINGS as CONTROLLER_SETTINGS
 from klplug.hosting import references
-from klplug.hosting.references import SETTINGS as REFERENCE_SETTINGS
 from klplug.hosting.settings import SettingsError, overridden
 from klplug_verl.keys import (
     CTRL_COEF,
@@ -20,6 +18,7 @@ from klplug_verl.keys import (
     LOSS_COEF,
     LOSS_TYPE,
     MODEL,
+    OTHERS,
     PENALTY,
     RECORDS,
     TEMPLATE,
@@ -85,14 +84,11 @@ def derive(config: Any, written: Mapping[str, Any]) -> str | None:
         "kl_type": str(spec),
         "kl_coef": plan.kl_coef if spec.terms else None,
         "kl_ctrl": plan.kl_ctrl,
-        **{name: getattr(plan, name) for name in (*CONTROLLER_SETTINGS, *REFERENCE_SETTINGS)},
+        **{name: getattr(plan, name) for name in OTHERS},
     }
     _update(config, {"klplug": {key: value for key, value in kept.items() if value is not None}})
     text = ", ".join(f"{key}={value}" for key, value in settings.items())
-    coef = f" kl_coef={plan.kl_coef:g}" if spec.terms else ""
-    if plan.ref_model is not None:
-        coef += f" ref_model={plan.ref_model}"
-    line = f"klplug {klplug.__version__}: kl_type={spec}{coef}; sets {text}"
+    line = f"klplug {klplug.__version__}: {plan.words}; sets {text}"
     said = [note.words for note in notes(plan, own)]
     if before:
         said.append(f"kl_type decides, and overrides {', '.join(before)}")

@@ -101,6 +101,13 @@ class Asked:
     def as_loss(self) -> KLSpec:
         return self.spec.placed("as_loss")
 
+    @property
+    def words(self) -> str:
+        """What was asked, for the line that says what a run does."""
+        coef = f" kl_coef={self.kl_coef:g}" if self.spec.terms else ""
+        reference = "" if self.ref_model is None else f" ref_model={self.ref_model}"
+        return f"kl_type={self.spec}{coef}{reference}"
+
     def reference(self) -> Reference | None:
         """The model that the KL is to; ``None`` where it is to none."""
         path = self.ref_model or self.model

@@ -83,6 +83,7 @@ MOST_RUNS = 64
 _MAX_PIECES = 64
 _MAX_TEXT = 20_000
 _MAX_ELEMENTS = 2_000
+_MAX_ARRAY_TEXT = 200_000
 _TOO_MUCH = ("it hangs on", "too much", "it is too long")
 
 
@@ -333,7 +334,7 @@ def plain_value(value: Value) -> Value:
 
 def plain_array(value: Value) -> Value:
     """What an array keeps: a loop that doubles it would take all memory there is."""
-    if len(value) <= _MAX_ELEMENTS and _length(value) <= _MAX_TEXT * 10:
+    if len(value) <= _MAX_ELEMENTS and _length(value) <= _MAX_ARRAY_TEXT:
         return value
     return array([(Piece("", unknown="it is too long to be read"),)])
 
