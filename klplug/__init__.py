@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from klplug.catalogue import KLType, kl_types
 from klplug.controllers import AdaptiveKL, FixedKL, KLController, kl_controller
+from klplug.samples import Samples, SampleWeight, sample_weights
 from klplug.spec import KLSpec, check_kl_coef, parse
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ __all__ = [
     "KLStep",
     "KLTerm",
     "KLType",
+    "SampleWeight",
+    "Samples",
     "Tally",
     "__version__",
     "aggregate",
@@ -42,6 +45,7 @@ __all__ = [
     "parse",
     "policy_loss",
     "reward_to_go",
+    "sample_weights",
 ]
 
 # What works on tensors, and where it is. It is loaded when asked for: torch takes seconds, and the

@@ -14,6 +14,9 @@ Value: TypeAlias = "str | float | None"
 
 PLACEMENTS = ("in_reward", "as_loss")
 
+NAME = "NAME"
+"""In ``needs``, any value that is a name."""
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -27,6 +30,7 @@ class Axis:
         meaning: in words, for README, documentation and command line.
         elsewhere: where its choices or its default are others.
         number: whether it is one; the word ``none`` is then no bound.
+        named: whether it may be a name that others can add to, beside its choices.
         needs: what ``kl_term`` needs from a batch, by value.
     """
 
@@ -36,7 +40,12 @@ class Axis:
     meaning: str
     elsewhere: str = ""
     number: bool = False
+    named: bool = False
     needs: Mapping[Value, tuple[str, ...]] = field(default_factory=dict)
+
+    def needed(self, value: Value) -> tuple[str, ...]:
+        """What ``kl_term`` needs from a batch where it is ``value``."""
+        return self.needs.get(NAME if self.named and value not in self.choices else value, ())
 
     def shown(self, value: Value) -> str:
         """``value`` as a user writes it."""
@@ -167,6 +176,17 @@ AXES: dict[str, Axis] = {
             number=True,
         ),
         Axis(
+            "weight",
+            ("none",),
+            lambda term: "none",
+            "how much each token or answer counts: a number that multiplies its c after the bound "
+            "and before ratio and horizon, without a gradient of its own. Made once a step of all "
+            "answers, by a name: positive, difficulty, entropy, mask:NAME, or an entry point of "
+            "klplug.weights",
+            named=True,
+            needs={NAME: ("sample_weights",)},
+        ),
+        Axis(
             "reward_norm",
             ("none", "group"),
             lambda term: "none" if term.placement == "in_reward" else None,
@@ -189,12 +209,17 @@ OPTIONS = (
     "horizon",
     "baseline",
     "bound",
+    "weight",
     "reference",
     "reward_norm",
 )
 
-# What an option that is no number may be.
+# What an option that is neither a number nor a name may be.
 CHOICES = {
     "placement": PLACEMENTS,
-    **{option: AXES[option].choices for option in OPTIONS if not AXES[option].number},
+    **{
+        option: AXES[option].choices
+        for option in OPTIONS
+        if not AXES[option].number and not AXES[option].named
+    },
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -34,12 +34,18 @@ class Given:
     return_baseline: Tensor | None = None
     segment_ids: Tensor | None = None
     exact_kl: Tensor | None = None
+    sample_weights: Mapping[str, Tensor] | None = None
 
     @property
     def numbers(self) -> dict[str, Tensor]:
         """By name, the floating-point tensors beside ``log_probs`` that are there."""
         tensors = {name: getattr(self, name) for name in _NUMBERS}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def weights(self, spec: KLSpec) -> dict[str, Tensor]:
+        """The sample weights of the terms of ``spec``, by what they are called in ``Batch``."""
+        given = self.sample_weights or {}
+        return {weight_name(t): given[t.weight] for t in spec.terms if t.weight in given}
 
     def check(self, spec: KLSpec, needed: Sequence[str]) -> None:
         """Refuse what ``spec`` can't be computed from, before anything is.
@@ -52,7 +58,8 @@ class Given:
             instead = self.return_baseline if name == "group_ids" else None
             if getattr(self, name) is None and instead is None:
                 raise ValueError(f"kl_type {str(spec)!r} needs {name}, which is missing")
-        self._check_tensors()
+        self._check_tensors(self.weights(spec))
+        self._check_weights(spec)
         self._check_exact(spec)
         compared = [term for term in spec.terms if term.baseline in ("batch", "group")]
         if self.segment_ids is not None and compared and self.return_baseline is None:
@@ -61,11 +68,12 @@ class Given:
                 "for group_ids is of rows. Hand in return_baseline"
             )
 
-    def _check_tensors(self) -> None:
+    def _check_tensors(self, weights: Mapping[str, Tensor]) -> None:
         always = ("log_probs", "response_mask")
         given: dict[str, Any] = {
             name: getattr(self, name) for name in (*always, *_NUMBERS, "segment_ids")
         }
+        given |= weights
         for name, tensor in given.items():
             if not isinstance(tensor, Tensor) and (tensor is not None or name in always):
                 kind = "None" if tensor is None else type(tensor).__name__
@@ -86,10 +94,22 @@ class Given:
                 )
             if tensor.device != device:
                 raise ValueError(f"{name} is on {tensor.device}, log_probs is on {device}")
-            if name in _NUMBERS and not tensor.is_floating_point():
+            if name in (*_NUMBERS, *weights) and not tensor.is_floating_point():
                 raise ValueError(f"{name} must be of a floating-point dtype, got {tensor.dtype}")
             if name == "segment_ids" and (tensor.is_floating_point() or tensor.is_complex()):
                 raise ValueError(f"segment_ids must be integers, got {tensor.dtype}")
+
+    def _check_weights(self, spec: KLSpec) -> None:
+        weights = self.weights(spec)
+        for term in spec.terms:
+            if term.weight != "none" and weight_name(term) not in weights:
+                there = ", ".join(self.sample_weights or {}) or "none"
+                raise ValueError(
+                    f"kl_type {str(term)!r}: sample_weights has no {term.weight!r}. It has: {there}"
+                )
+        for name, tensor in weights.items():
+            if tensor.requires_grad:
+                raise ValueError(f"{name} has a gradient: a weight must be detached")
 
     def _check_exact(self, spec: KLSpec) -> None:
         over = {(term.estimator, term.alpha) for term in spec.terms if term.vocab == "exact"}
@@ -164,6 +184,7 @@ class Batch:
                 others[name] = tensor.detach()
                 if name != "ref_log_probs" or name in spec.requires:
                     dtype = torch.promote_types(dtype, tensor.dtype)
+        others |= given.weights(spec)
         log_probs = given.log_probs.detach().to(dtype)
         counted = given.response_mask != 0
         answers = Answers.of(given.segment_ids, counted)
@@ -179,7 +200,8 @@ class Batch:
         numbers = [
             self.log_ratio(name) for name in sorted(compared) if f"{name}_log_probs" in self.others
         ]
-        for name in ("advantages", "return_baseline", "exact_kl"):
+        weights = map(weight_name, spec.terms)
+        for name in ("advantages", "return_baseline", "exact_kl", *weights):
             if name in self.others:
                 numbers.append(self.others[name])
         if not numbers:
@@ -196,6 +218,11 @@ class Batch:
     def masked(self, name: str) -> Tensor:
         """One of the others, 0 where masked."""
         return masked(self.others[name].to(self.log_probs.dtype), self.mask)
+
+
+def weight_name(term: TermSpec) -> str:
+    """What a term's sample weight is called among a batch's tensors and in errors."""
+    return f"sample_weights[{term.weight!r}]"
 
 
 def policy_of(term: TermSpec) -> str | None:

@@ -28,7 +28,7 @@ from torch.nn.functional import pad
 
 from klplug.answers import Answers
 from klplug.baselines import others_mean
-from klplug.batch import Batch, policy_of
+from klplug.batch import Batch, policy_of, weight_name
 from klplug.numerics import HUGE, finite, finite_, masked, masked_
 from klplug.spec import TermSpec
 from klplug.weights import ImportanceWeight, clipped_weight, importance_weight
@@ -46,6 +46,7 @@ class Estimate:
         value: the estimate, nats.
         own: each token's own c.
         later: v, what it adds to the coefficients of the tokens before it, in its answer.
+        scale: the factor times the sample weight, which c and v have; ``None`` where it is 1.
     """
 
     mask: Tensor
@@ -55,6 +56,7 @@ class Estimate:
     value: Tensor
     own: Tensor
     later: Tensor
+    scale: float | Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,13 +87,14 @@ class Acting:
 
 
 def acting(spec: TermSpec, batch: Batch, estimate: Estimate) -> Acting:
-    """What the term ``spec`` does, by where it acts, times its factor."""
+    """What the term ``spec`` does, by where it acts, times its factor and its sample weight.
+
+    The value has the factor alone: it is an estimate of a KL, whichever of its tokens are weighed.
+    """
     alone = _acting(spec, batch, estimate)
-    if spec.factor == 1:
-        return alone
-    value = finite_(spec.factor * alone.value)
-    pathwise = None if alone.pathwise is None else spec.factor * alone.pathwise
-    return replace(alone, value=value, pathwise=pathwise)
+    if alone.pathwise is not None and estimate.scale is not None:
+        alone = replace(alone, pathwise=estimate.scale * alone.pathwise)
+    return alone if spec.factor == 1 else replace(alone, value=finite_(spec.factor * alone.value))
 
 
 def _acting(spec: TermSpec, batch: Batch, estimate: Estimate) -> Acting:
@@ -213,16 +216,18 @@ def _over_the_vocabulary(spec: TermSpec, batch: Batch, estimate: Estimate) -> Ac
 
 
 def estimate_of(spec: TermSpec, batch: Batch) -> Estimate:
-    """Value, c and v of the term ``spec``; ``bound`` has acted on c, and after it the factor on c
-    and v. The value is the estimate's own, for the metrics."""
+    """Value, c and v of the term ``spec``; ``bound`` has acted on c, and after it factor and sample
+    weight on c and v. The value is the estimate's own, for the metrics."""
     estimate = _estimate_of(spec, batch)
-    if spec.factor == 1:
+    scale: float | Tensor = spec.factor
+    if spec.weight != "none":
+        scale = scale * masked(batch.others[weight_name(spec)].to(estimate.own), estimate.mask)
+    elif scale == 1:
         return estimate
-    own = finite_(spec.factor * estimate.own)
+    own = finite_(scale * estimate.own)
     is_own = estimate.later is estimate.own
-    return replace(
-        estimate, own=own, later=own if is_own else finite_(spec.factor * estimate.later)
-    )
+    later = own if is_own else finite_(scale * estimate.later)
+    return replace(estimate, own=own, later=later, scale=scale)
 
 
 def _estimate_of(spec: TermSpec, batch: Batch) -> Estimate:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # The divergence whose form on whole answers is what an estimator without one is taken for.
 _TWINS = {"k3": "forward", "abs": "tv"}
-_WEIGHT = ("level", "cap", "mode")
+_OF_A_RATIO = ("level", "cap", "mode")
 # Policies that the current one is at the start of a step.
 _BEHAVIOURS = ("rollout", "old")
 
@@ -28,6 +28,7 @@ MISSPELT = (
     "no-value",
     "no-number",
     "no-factor",
+    "weight-argument",
     "option-twice",
     "options-of-none",
     "none-in-a-sum",
@@ -71,13 +72,13 @@ def _own_words(term: TermSpec) -> dict[str, Any]:
     words = {name: axis.shown(getattr(term, name)) for name, axis in AXES.items()}
     alpha = f",alpha={words['alpha']}" if term.estimator == "alpha" else ""
     exact = f"{term.estimator}_as_loss{alpha}" if term.exact_on_answers else "k2_as_loss"
-    weight = next((option for option in _WEIGHT if getattr(term, option) is not None), "")
+    given = next((option for option in _OF_A_RATIO if getattr(term, option) is not None), "")
     return words | {
         "name": term.name,
         "estimator": term.estimator,
         "placement": term.placement,
         "answers": f"{exact},horizon=sequence",  # the nearest form that is exact on whole answers
-        "weight": f"{weight}={words.get(weight)}",
+        "of_the_ratio": f"{given}={words.get(given)}",
         "twin": _TWINS.get(term.estimator),
     }
 
@@ -99,11 +100,15 @@ def _exact(term: TermSpec) -> bool:
 
 
 def _weight_given(term: TermSpec) -> bool:
-    return any(getattr(term, option) is not None for option in _WEIGHT)
+    return any(getattr(term, option) is not None for option in _OF_A_RATIO)
 
 
 def _inexact(term: TermSpec) -> bool:
     return _on_answers(term) and not term.exact_on_answers
+
+
+def _of_tokens(term: TermSpec) -> bool:
+    return term.weighting is not None and not term.weighting.row.per_answer
 
 
 def _positive(value: float) -> bool:
@@ -220,8 +225,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "weight-in-reward",
         lambda t: _in_reward(t) and _weight_given(t),
-        "{weight} is refused: a KL in the reward has no ratio of its own. Leave it out, or use "
-        "'{answers}'",
+        "{of_the_ratio} is refused: a KL in the reward has no ratio of its own. Leave it out, or "
+        "use '{answers}'",
     ),
     Refusal(
         "sampler-in-reward",
@@ -269,7 +274,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "weight-under-head",
         lambda t: _under_a_head(t) and _weight_given(t),
-        "{weight} is refused: head={head} has the ratio and the clip of the policy loss. "
+        "{of_the_ratio} is refused: head={head} has the ratio and the clip of the policy loss. "
         "Leave it out",
     ),
     Refusal(
@@ -300,7 +305,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "weight-without-ratio",
         lambda t: t.ratio == "none" and _weight_given(t),
-        "{weight} is refused: with ratio=none there is no weight. Leave one of them out",
+        "{of_the_ratio} is refused: with ratio=none there is no weight. Leave one of them out",
     ),
     Refusal(
         "token-level-on-answers",
@@ -336,5 +341,24 @@ REFUSALS: tuple[Refusal, ...] = (
         "bound={bound} with horizon=sequence is refused: later tokens enter by their values, which "
         "a bound on the derivative does not touch. Use 'k2_as_loss,horizon=sequence,bound={bound}'"
         ", or horizon=token",
+    ),
+    Refusal(
+        "weight-before-advantages",
+        lambda t: _in_reward(t) and t.weighting is not None and "advantages" in t.weighting.needs,
+        "weight={weight} is refused: it is made of advantages, and a KL in the reward is part of "
+        "them. Use 'k2_as_loss,horizon=sequence,weight={weight}'",
+    ),
+    Refusal(
+        "weight-under-baseline",
+        lambda t: t.weighting is not None and t.baseline != "none",
+        "weight={weight} with baseline={baseline} is refused: other answers have other weights, so "
+        "their KL is no baseline of this one's. Leave one of them out",
+    ),
+    Refusal(
+        "weight-of-tokens-on-answers",
+        lambda t: _on_answers(t) and t.by_answer_so_far and _of_tokens(t),
+        "weight={weight} with horizon=sequence is refused: {estimator} of whole answers is no sum "
+        "over tokens, so there is nothing of a token to weigh. Use 'k2_as_loss,horizon=sequence,"
+        "weight={weight}', or horizon=token",
     ),
 )

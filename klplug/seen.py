@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from klplug.batch import Batch
+from klplug.batch import Batch, weight_name
 from klplug.gradients import Acting, Estimate
 from klplug.numerics import HUGE, finite, finite_, masked_
 from klplug.spec import TermSpec
@@ -36,6 +36,7 @@ class Seen:
         saturating: of weight and coefficient those that may hold the dtype's largest number where
             ref/pi does not.
         capped, bounded: bool, where it acted.
+        sample_weight: how much each token counts; ``None`` without ``weight=``.
         inputs: the caller's tensors by name, anything where masked.
     """
 
@@ -52,6 +53,7 @@ class Seen:
     saturating: Sequence[Tensor] = ()
     capped: Tensor | None = None
     bounded: Tensor | None = None
+    sample_weight: Tensor | None = None
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -72,7 +74,7 @@ def seen_of(parts: Sequence[Part], whole: Acting, batch: Batch) -> list[Seen]:
     return [_whole(terms, whole, batch), *terms]
 
 
-_IN_A_KEY = str.maketrans({",": ".", "=": "-", "*": "x"})
+_IN_A_KEY = str.maketrans({",": ".", "=": "-", "*": "x", ":": "-"})
 
 
 def _seen(part: Part, batch: Batch) -> Seen:
@@ -100,6 +102,7 @@ def _seen(part: Part, batch: Batch) -> Seen:
         saturating=_saturating(spec, importance, None if exact else coefficient),
         capped=None if importance is None else importance.capped(),
         bounded=bounded,
+        sample_weight=None if spec.weight == "none" else batch.masked(weight_name(spec)),
         inputs={"log_probs": batch.log_probs, **{name: batch.others[name] for name in names}},
     )
 
@@ -111,7 +114,8 @@ def _saturating(
     if importance is not None and importance.cap > HUGE:
         found.append(importance.weight)
     # As losses the other derivatives grow no faster than ref/pi.
-    own_token = spec.placement == "as_loss" and spec.horizon == "token" and spec.factor == 1
+    own_token = spec.placement == "as_loss" and spec.horizon == "token"
+    own_token = own_token and spec.factor == 1 and spec.weight == "none"
     if coefficient is not None and not (own_token and spec.estimator not in ("chi2", "alpha")):
         found.append(coefficient)
     return found
@@ -122,8 +126,8 @@ def _principled(part: Part, batch: Batch, gradient: Tensor) -> Tensor:
     spec, estimate, importance = part.spec, part.estimate, part.acting.importance
     log_ratio = estimate.log_ratio
     weight = None if importance is None else importance.weight
-    if spec.factor != 1:
-        log_ratio = finite_(spec.factor * log_ratio)
+    if estimate.scale is not None:
+        log_ratio = finite_(estimate.scale * log_ratio)
     if spec.placement == "as_loss" and spec.horizon == "token":
         if estimate.own is log_ratio:
             return gradient

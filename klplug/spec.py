@@ -14,6 +14,7 @@ from typing import Any
 from klplug.axes import AXES, CHOICES, OPTIONS, PLACEMENTS, Axis
 from klplug.estimators import ALIASES, ESTIMATORS, Estimator, alpha_divergence
 from klplug.refusals import Refused, refuse
+from klplug.samples import Named, named
 
 __all__ = [
     "CHOICES",
@@ -64,7 +65,7 @@ class KLSpec:
             name
             for term in self.terms
             for axis in _NEEDY
-            for name in axis.needs.get(getattr(term, axis.name), ())
+            for name in axis.needed(getattr(term, axis.name))
         )
         return tuple(dict.fromkeys(needed))
 
@@ -124,6 +125,7 @@ class TermSpec(KLSpec):
     horizon: str = LEFT_OUT
     baseline: str = LEFT_OUT
     bound: float = LEFT_OUT
+    weight: str = LEFT_OUT
     reference: str = LEFT_OUT
     reward_norm: str | None = LEFT_OUT
     factor: float = 1.0
@@ -164,6 +166,16 @@ class TermSpec(KLSpec):
     def exact_by_values(self) -> bool:
         """Whether that form adds up values of later tokens, which a vocabulary has too."""
         return self.definition.later is not None
+
+    @property
+    def by_answer_so_far(self) -> bool:
+        """Whether that form has c of all tokens up to this one at once."""
+        return self.definition.of_answer is not None
+
+    @property
+    def weighting(self) -> Named | None:
+        """What ``weight`` names."""
+        return None if self.weight == "none" else named(self.weight)
 
     @property
     def alone(self) -> TermSpec:
@@ -420,6 +432,8 @@ def _does_nothing(name: str) -> bool:
 
 def _checked(axis: Axis, value: Any) -> str | float:
     """``value``, if it is one that ``axis`` takes."""
+    if axis.named and isinstance(value, str) and value not in axis.choices:
+        return named(value).written
     if not axis.number:
         _check_choice(axis.name, value, axis.choices)
         return str(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +89,7 @@ def policy_loss(
     group_ids: Groups = None,
     return_baseline: Tensor | None = None,
     exact_kl: Tensor | None = None,
+    sample_weights: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """PPO's and GRPO's clipped surrogate with its KL, per token: (B, T), differentiable.
 
@@ -126,6 +128,7 @@ def policy_loss(
         group_ids=group_ids,
         return_baseline=return_baseline,
         exact_kl=exact_kl,
+        sample_weights=sample_weights,
     )
     term = term_of(spec, given)
     step = KLStep(term)

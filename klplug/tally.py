@@ -74,6 +74,8 @@ class Tally:
         ``(sum w)^2 / (n sum w^2)``, 1 where all weights are equal.
         ``klplug/capped_share``, ``bounded_share``, ``overflow_share``: shares of tokens whose
         weight met the cap, whose c met the bound, one of whose numbers is the dtype's largest.
+        ``klplug/sample_weight_mean``: mean of what ``weight=`` makes tokens count, where there is
+        one; with it the KL acts with about that share of kl_coef.
         ``klplug/nonfinite_share``: share of counted tokens with a nan or an infinite number;
         ``klplug/nonfinite/<tensor>`` is 1 for each tensor that had one.
         ``klplug/gradient_cosine``: between the term's gradient and the principled one, over tokens;
@@ -90,6 +92,7 @@ class Tally:
         means = self._means(names)
         found = {"active": torch.ones_like(self.sums["tokens"]), **self.maxima}
         metrics = {**_of_estimates(means), **_of_gradients(means), "exact_kl": means["exact"]}
+        metrics["sample_weight_mean"] = means["sample_weight"]
         for key, values in metrics.items():
             for name, value in zip(names, values, strict=True):
                 if name + _MADE_OF.get(key, "tokens") in self.sums:
@@ -120,11 +123,12 @@ _MADE_OF = {
     **dict.fromkeys(("kl", "k1", "k2", "k3", "abs"), "k1"),
     **dict.fromkeys(("coef_mean", "gradient_cosine", "gradient_norm_ratio", "top_share"), "coef"),
     "exact_kl": "exact",
+    "sample_weight_mean": "sample_weight",
 }
 """The sum without which a metric is absent: where there is no reference, or no coefficient."""
 _SUMS = (
     *("k1", "k1_square", "k3", "abs", "growth_square", "k3_growth", "exact"),
-    *("coef", "weight", "weight_square", "capped", "bounded", "overflow"),
+    *("sample_weight", "coef", "weight", "weight_square", "capped", "bounded", "overflow"),
     *("gradient_square", "principled_square", "gradient_principled", "gradient_size", "top_size"),
 )
 
@@ -226,6 +230,8 @@ def _rows(s: Seen) -> tuple[Rows, Rows, Rows]:
         roots["weight_square"], sums["weight"] = norm(s.weight), s.weight.sum(-1)
     if s.exact is not None:
         sums["exact"] = s.exact.sum(-1)
+    if s.sample_weight is not None:
+        sums["sample_weight"] = s.sample_weight.sum(-1)
     if s.coefficient is not None:
         c, force, principled = s.coefficient, s.gradient, s.principled
         room, space = _room(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -152,6 +152,7 @@ def kl_term(
     return_baseline: Tensor | None = None,
     segment_ids: Tensor | None = None,
     exact_kl: Tensor | None = None,
+    sample_weights: Mapping[str, Tensor] | None = None,
 ) -> KLTerm:
     """The KL term that ``spec`` names, per token: ``KL(pi_theta || pi_ref)``, in nats per token.
 
@@ -189,6 +190,8 @@ def kl_term(
             answers side by side; anything where masked. Without it a row is one answer.
         exact_kl: (B, T), for vocab=exact: the ``kl`` of ``klplug.exact_kl`` with the divergence of
             that name, at the same tokens; carries the gradient of the policy.
+        sample_weights: by what ``weight=`` names, (B, T) each, of ``klplug.sample_weights``, which
+            checks that they are finite and not negative; detached.
 
     Raises:
         ValueError: an input that the formulation needs is missing, has another shape, dtype or
@@ -212,6 +215,7 @@ def kl_term(
         return_baseline=return_baseline,
         segment_ids=segment_ids,
         exact_kl=exact_kl,
+        sample_weights=sample_weights,
     )
     return term_of(parse(spec), given)
 

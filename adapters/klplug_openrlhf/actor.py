@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from klplug import KLSpec, KLStep, KLTerm, Tally, kl_term
 from klplug.hosting.host import announce
 from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.spec import sum_of
-from klplug_openrlhf import hidden
+from klplug_openrlhf import hidden, samples
 from klplug_openrlhf.keys import STOCK_ESTIMATORS, write
 from klplug_openrlhf.plan import ACTIVE, RECORDERS, Plan
 
@@ -26,6 +26,7 @@ class Step:
     experience: Any
     kl_coef: float
     loss_fn: Any
+    sample_weights: dict[str, Tensor] = field(default_factory=dict)
     hidden: hidden.Micro | None = None
     kl: Tensor | None = None
     tally: Tally | None = None
@@ -47,6 +48,7 @@ class Step:
             clip_range=(self.loss_fn.clip_eps_low, self.loss_fn.clip_eps_high),
             return_baseline=given.kl,  # see trainer.carry_baseline
             exact_kl=None if self.hidden is None else self.hidden.kl(spec, log_probs),
+            sample_weights=self.sample_weights,
         )
 
 
@@ -80,7 +82,8 @@ def training_step(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> A
             f"kl_type {plan.spec} acts where experience is made, but klplug was not active in the "
             "process that made this one"
         )
-    step = Step(plan, experience, given["kl_ctl"], trainer.actor_loss_fn)
+    weights = samples.taken(plan, experience)
+    step = Step(plan, experience, given["kl_ctl"], trainer.actor_loss_fn, weights)
     token = _STEP.set(step)
     try:
         with hidden.micro(plan, trainer, experience) as step.hidden:

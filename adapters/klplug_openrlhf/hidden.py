@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from klplug import KLSpec, exact_kl
 from klplug.hosting.memory import check_room, gigabytes
 from klplug.hosting.patching import Args, Call, Kwargs, bound
+from klplug_openrlhf import samples
 from klplug_openrlhf.keys import (
     MAX_LEN,
     MAX_NEW_TOKENS,
@@ -131,16 +132,16 @@ def whole(layer: nn.Module) -> Iterator[None]:
 
 
 def execute_batch(original: Call, actor: Any, args: Args, kwargs: Kwargs) -> Any:
-    """OpenRLHF's forwards of some micro-batches; the reference's with their hidden states."""
+    """OpenRLHF's forwards of some micro-batches; the reference's with their hidden states, and the
+    policy's with their entropies."""
     plan = Plan.of(actor.strategy.args)
     given = bound(original, args, kwargs)
-    is_reference = any(c.__name__ == "ReferenceModelActor" for c in type(actor).__mro__)
-    if (
-        plan is None
-        or not plan.over_vocabulary
-        or not is_reference
-        or given["method_name"] != "forward"
-    ):
+    roles = {c.__name__ for c in type(actor).__mro__}
+    if given["method_name"] != "forward" or plan is None:
+        return original(*args, **kwargs)
+    if "PolicyModelActor" in roles and samples.needs_entropy(plan):
+        return samples.with_entropy(original, actor, args, kwargs)
+    if "ReferenceModelActor" not in roles or not plan.over_vocabulary:
         return original(*args, **kwargs)
     here = slice(given["start_idx"], given["end_idx"])
     masks, attention = (given["all_data"][name][here] for name in ("action_mask", "attention_mask"))
@@ -192,7 +193,7 @@ def _by_answer(hidden: Tensor, mask: Tensor, lent: Any) -> list[Reference]:
 
 def flatten_results(original: Call, maker: Any, args: Args, kwargs: Kwargs) -> Any:
     """What the models answered; the references are kept until the experience is made."""
-    results = original(*args, **kwargs)
+    results = samples.flattened(maker, original(*args, **kwargs))
     if not any(isinstance(result, Answers) for result in results):
         return results
     maker.klplug_references = [answers.references for answers in results]

@@ -57,7 +57,7 @@ PATCH = Patch(
             "RemoteExperienceMaker.make_experience",
             ("samples_list",),
             trainer.make_experience,
-            supplies=("log_probs", "ref_log_probs", "response_mask", "group_ids"),
+            supplies=("log_probs", "ref_log_probs", "response_mask", "group_ids", "sample_weights"),
         ),
         Hook(
             _MAKER,

@@ -74,7 +74,8 @@ class Plan(Asked):
         """Whether a part of it happens where experience is made, before any training step."""
         with_baseline = any(term.baseline != "none" for term in self.as_loss.terms)
         sampler = self.is_active and not self.needs_reference
-        return bool(self.in_reward.terms) or with_baseline or sampler
+        carried = with_baseline or any(term.weight != "none" for term in self.as_loss.terms)
+        return bool(self.in_reward.terms) or carried or sampler
 
     @classmethod
     def of(cls, args: Any) -> Plan | None:

@@ -120,6 +120,10 @@ def no_other_answers(plan: Plan, settings: Settings) -> Said:
     return hosting.no_other_answers(plan, settings, N, ROLLOUT_BATCH)
 
 
+def weight_of_no_group(plan: Plan, settings: Settings) -> Said:
+    return hosting.weight_of_no_group(plan, settings, N)
+
+
 def head_of_another_loss(plan: Plan, settings: Settings) -> Said:
     return hosting.head_of_another_loss(plan, settings, POLICY_LOSS, "ppo")
 
@@ -196,6 +200,7 @@ ROWS = (
     baseline_over_lengths,
     baseline_on_discounted_returns,
     no_other_answers,
+    weight_of_no_group,
     hosting.two_baselines,
     hosting.baseline_of_nothing,
     hidden_states_in_pieces,

@@ -17,7 +17,7 @@ from klplug.hosting.controller import MeasuredController
 from klplug.hosting.host import announce
 from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.watch import Watch
-from klplug_openrlhf import hidden
+from klplug_openrlhf import hidden, samples
 from klplug_openrlhf.keys import read
 from klplug_openrlhf.plan import ACTIVE, Plan
 
@@ -44,6 +44,7 @@ def make_experience(original: Call, maker: Any, args: Args, kwargs: Kwargs) -> A
     experiences = original(*args, **kwargs)
     if plan.over_vocabulary:
         hidden.attach(maker, experiences)
+    samples.attach(plan, maker, experiences)
     for experience in experiences:
         experience.info[ACTIVE] = torch.ones(experience.action_mask.shape[0])
         if plan.is_active and not plan.needs_reference:
@@ -63,17 +64,22 @@ def make_experience(original: Call, maker: Any, args: Args, kwargs: Kwargs) -> A
         maker.kl_ctl.answers = sum(int(e.action_mask.any(-1).sum()) for e in experiences)
     if not plan.in_reward.terms:
         return experiences
+    groups = _groups(experiences, read(maker.args, "rollout.n_samples_per_prompt"))
+    weights = samples.of_rollout(plan.in_reward, experiences, groups)
     if plan.in_reward != plan.in_reward_plain and not plan.divides_by_length:
         coefficients = over_rollout(
             lambda *tensors, group_ids: (
-                kl_term(plan.in_reward, *tensors, group_ids=group_ids).coefficient
+                kl_term(
+                    plan.in_reward, *tensors, group_ids=group_ids, sample_weights=weights
+                ).coefficient
             ),
             experiences,
             maker.args,
         )
     else:
         coefficients = [
-            kl_term(plan.in_reward_plain, *_tensors(e)).coefficient for e in experiences
+            kl_term(plan.in_reward_plain, *_tensors(e), sample_weights=own).coefficient
+            for e, own in zip(experiences, samples.by_experience(weights, experiences), strict=True)
         ]
     for experience, coefficient in zip(experiences, coefficients, strict=True):
         experience.kl = coefficient
@@ -115,6 +121,8 @@ def compute_advantages_and_returns(original: Call, maker: Any, args: Args, kwarg
     else:
         experiences = original(*args, **kwargs)
     carry_baseline(plan, experiences, maker.args)
+    groups = _groups(experiences, read(maker.args, "rollout.n_samples_per_prompt"))
+    samples.carry(plan, experiences, groups)
     return experiences
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from klplug import KLSpec, KLStep, KLTerm, Tally, kl_term, parse
 from klplug.hosting.host import announce
 from klplug.hosting.patching import Args, Call, Kwargs, bound
+from klplug.samples import weights_of
 from klplug.watch import Watch
-from klplug_verl import reference
+from klplug_verl import reference, samples
 from klplug_verl.keys import LOSS_TYPE, is_stock
 
 COEF_KEY = "klplug_kl_coef"  # the controller's value, in the batch's meta information
@@ -71,6 +72,7 @@ def term_of(
         kl_coef=coef,
         clip_range=clip_range(config),
         return_baseline=tensors.get(BASELINE),
+        sample_weights=samples.found_in(spec, tensors),
     )
 
 
@@ -106,7 +108,8 @@ def ppo_loss(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     log_probs = no_padding_2_padding(given["model_output"]["log_probs"], data)
     # No others: to pad one costs more than the KL itself.
     needed = (own for name, own in _TENSORS.items() if name in spec.requires)
-    named = (name for name in ("response_mask", *needed, BASELINE) if name in data)
+    weights = (own.key for own in weights_of(spec))
+    named = (name for name in ("response_mask", *needed, BASELINE, *weights) if name in data)
     tensors = dict(data.select(*named).to_padded_tensor())
     tensors["response_mask"] = tensors["response_mask"].to(bool)
     coef = tu.get_non_tensor_data(data=data, key=COEF_KEY, default=None)

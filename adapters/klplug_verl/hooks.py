@@ -101,7 +101,7 @@ def init_trainer(original: Call, own: Any, args: Args, kwargs: Kwargs) -> None:
 
 # ── The table ───────────────────────────────────────────────────────────────────────────────────
 
-_IN_TRAINER = ("log_probs", "ref_log_probs", "response_mask", "group_ids")
+_IN_TRAINER = ("log_probs", "ref_log_probs", "response_mask", "group_ids", "sample_weights")
 _IN_WORKER = (
     "log_probs",
     "ref_log_probs",
@@ -205,6 +205,7 @@ _RAY_TRAINER = (
     ),
     Hook(_RAY, "RayPPOTrainer.__init__", ("config",), init_trainer),
     Hook(_RAY, "RayPPOTrainer.fit", ("self",), trainer.fit),
+    Hook(_RAY, "RayPPOTrainer._compute_old_log_prob", ("batch",), trainer.old_log_probs),
     Hook(_RAY, "RayPPOTrainer._update_actor", ("batch",), trainer.update_actor_in_fit),
     Hook(_RAY, "RayPPOTrainer._save_checkpoint", ("self",), trainer.save_checkpoint),
     Hook(_RAY, "RayPPOTrainer._load_checkpoint", ("self",), trainer.load_checkpoint),

@@ -12,8 +12,10 @@ from klplug import parse
 from klplug.hosting import refusals as hosting
 from klplug.hosting.refusals import Refusal
 from klplug.hosting.settings import Said, Settings
+from klplug.samples import weights_of
 from klplug_verl.keys import (
     ADAPTERS,
+    BYPASS,
     CTRL_TYPE,
     DISTILLS,
     DISTILLS_BESIDE,
@@ -187,8 +189,25 @@ def no_other_answers(plan: Plan, settings: Settings) -> Said:
     return hosting.no_other_answers(plan, settings, N, TRAIN_BATCH)
 
 
+def weight_of_no_group(plan: Plan, settings: Settings) -> Said:
+    return hosting.weight_of_no_group(plan, settings, N)
+
+
 def head_of_another_loss(plan: Plan, settings: Settings) -> Said:
     return hosting.head_of_another_loss(plan, settings, LOSS_MODE, "vanilla")
+
+
+def no_entropies(plan: Plan, settings: Settings) -> Said:
+    """verl measures them where it recomputes the log-probs."""
+    if not settings.get(BYPASS, False):
+        return
+    for own in weights_of(plan.spec):
+        if "entropy" in own.needs:
+            yield (
+                BYPASS,
+                f"kl_type {plan.spec} with {BYPASS}=True: weight={own.written} needs the policy's "
+                "entropies, which verl measures with the log-probs that this skips. Leave one out",
+            )
 
 
 def legacy_worker(plan: Plan, settings: Settings) -> Said:
@@ -201,6 +220,7 @@ def legacy_worker(plan: Plan, settings: Settings) -> Said:
         *([f"strategy={strategy}"] if strategy not in ("fsdp", "fsdp2") else ()),
         *(["head=combined"] if any(t.head == "combined" for t in as_loss) else ()),
         *([f"baseline={t.baseline}" for t in as_loss if t.baseline != "none"]),
+        *([f"weight={t.weight}" for t in as_loss if t.weight != "none"]),
         *([f"reference={as_loss[0].reference}"] if not plan.needs_reference else ()),
     ]
     if unserved:
@@ -275,6 +295,8 @@ ROWS = (
     hosting.two_baselines,
     hosting.baseline_of_nothing,
     no_other_answers,
+    weight_of_no_group,
+    no_entropies,
     legacy_worker,
     hosting.controller_of_nothing,
     hosting.reference_of_nothing,

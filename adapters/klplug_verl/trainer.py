@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +24,10 @@ from klplug.hosting.controller import MeasuredController
 from klplug.hosting.host import announce
 from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.hosting.state import Reference, StateError
+from klplug.samples import weights_of
 from klplug.spec import TermSpec
 from klplug.watch import Watch
+from klplug_verl import samples
 from klplug_verl.actor import BASELINE, COEF_KEY, SUMS
 from klplug_verl.keys import is_stock
 from klplug_verl.plan import Plan
@@ -39,6 +41,7 @@ class Run:
     """The trainer's plan, its controller, and what it measured at the start of this step.
 
     ``sampled`` is the mask of what was sampled, where verl has masked tokens out of it since.
+    ``carried`` is what the workers' micro-batches can't make: a baseline, sample weights.
     """
 
     plan: Plan
@@ -47,7 +50,8 @@ class Run:
     joined: bool = False
     n_answers: int = 0
     sampled: Tensor | None = None
-    baseline: Tensor | None = None  # of the KL returns, for the workers
+    carried: dict[str, Tensor] = field(default_factory=dict)  # for the workers, by their names
+    named: dict[str, Tensor] = field(default_factory=dict)  # what sample weights read, by name
     metrics: dict[str, float] = field(default_factory=dict)
     watch: Watch = field(default_factory=Watch)
 
@@ -56,7 +60,7 @@ class Run:
         return self.plan.as_loss.measures
 
     def reset(self) -> None:
-        self.metrics, self.controller.measured, self.baseline = {}, None, None
+        self.metrics, self.controller.measured, self.carried = {}, None, {}
         self.joined = False
 
     def report(self) -> dict[str, float]:
@@ -89,26 +93,37 @@ def compute_advantage(original: Call, trainer: Any, args: Args, kwargs: Kwargs) 
     if run is None:
         return original(*args, **kwargs)
     run.reset()
+    run.named = samples.fields_of(run.plan.spec, bound(original, args, kwargs)["batch"])
     token = _RUN.set(run)
     try:
         batch = original(*args, **kwargs)
     finally:
         _RUN.reset(token)
-    if run.baseline is not None:
-        batch = _with_baseline(batch, run.baseline)
+    if run.carried:
+        batch = _with(batch, run.carried)
     bound(original, args, kwargs)["metrics"].update(run.report())
     return batch
 
 
-def _with_baseline(batch: Any, baseline: Tensor) -> Any:
-    """The v1 trainer's batch, with one more tensor where its tensors are."""
+def _with(batch: Any, carried: Mapping[str, Tensor]) -> Any:
+    """The v1 trainer's batch, with more tensors where its tensors are."""
     from verl.trainer.ppo.v1.trainer_base import response_to_nested, tq
     from verl.utils import tensordict_utils as tu
 
     place = {"keys": batch.keys, "partition_id": batch.partition_id}
     mask = tq.kv_batch_get(**place, select_fields=["response_mask"])["response_mask"]
-    fields = tu.get_tensordict({BASELINE: response_to_nested(baseline, mask)})
+    fields = tu.get_tensordict({k: response_to_nested(x, mask) for k, x in carried.items()})
     return tq.kv_batch_put(**place, fields=fields)
+
+
+def old_log_probs(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
+    """Of ``RayPPOTrainer``, which throws the entropies beside them away."""
+    result = original(*args, **kwargs)
+    run = _run(trainer)
+    if run is not None and samples.needs_entropy(run.plan.spec):
+        found, *_ = result if isinstance(result, tuple) else (result,)
+        run.named["entropy"] = found.batch["entropys"]
+    return result
 
 
 def fit(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -135,10 +150,11 @@ def apply_kl_penalty(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     tensors, groups = data.batch, data.non_tensor_batch["uid"]
     rewards = tensors["token_level_scores"]
     in_reward = run.plan.in_reward
+    weights = _in_the_reward(run, data)
     for part in filter(run.plan.before_advantages, in_reward.terms):
-        rewards = rewards - beta * _term(part, tensors, groups).coefficient
+        rewards = rewards - beta * _term(part, tensors, groups, weights=weights).coefficient
     tensors["token_level_rewards"] = rewards
-    value = _term(in_reward, tensors, groups).value
+    value = _term(in_reward, tensors, groups, weights=weights).value
     lengths = tensors["response_mask"].sum(-1)
     answers = lengths > 0  # a batch may be padded with rows that are none
     of_answer = value.sum(-1)[answers] / lengths[answers]
@@ -147,6 +163,13 @@ def apply_kl_penalty(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
         "actor/reward_kl_penalty_coeff": beta,
     }
     return data, metrics
+
+
+def _in_the_reward(run: Run, data: Any, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """The sample weights of what is in the reward."""
+    spec, groups = run.plan.in_reward, data.non_tensor_batch["uid"]
+    named = run.named | samples.tensors_of(spec, data)
+    return samples.of_batch(spec, data.batch, groups, named, mask)
 
 
 def rollout_correction(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -177,8 +200,8 @@ def compute_advantage_of_rows(original: Call, _: Any, args: Args, kwargs: Kwargs
     if run is not None:
         run.reset()
         _join(run, data, [f"{row}_0" for row in range(len(data))])
-        if run.baseline is not None:
-            data.batch[BASELINE] = run.baseline
+        for name, tensor in run.carried.items():
+            data.batch[name] = tensor
     return data
 
 
@@ -192,44 +215,59 @@ def _join(run: Run, data: Any, keys: Sequence[str]) -> None:
     tensors, groups = data.batch, data.non_tensor_batch["uid"]
     mask = tensors["response_mask"]
     sampled, run.sampled = mask if run.sampled is None else run.sampled, None
+    as_loss, in_reward = run.plan.as_loss, run.plan.in_reward
+    answers = _answers(keys)
+    _check_answers_are_rows(run.plan.spec, len(answers), len(keys))
+    named = run.named | samples.tensors_of(as_loss, data)
+    made = samples.of_batch(as_loss, tensors, groups, named)
+    run.carried |= samples.carried(made, as_loss)
     if not run.plan.needs_reference:  # to the sampler the KL is 0 here
         return
-    as_loss, in_reward = run.plan.as_loss, run.plan.in_reward
     # Samples of the policy itself: the estimates are unbiased here.
     shown = in_reward if in_reward.terms else parse("k1_in_reward")
-    tally = _term(shown, tensors, groups, sampled).tally
+    weights = _in_the_reward(run, data, sampled)
+    tally = _term(shown, tensors, groups, sampled, weights).tally
     run.metrics = {key: float(value) for key, value in tally.metrics().items()}
     if not run.is_as_loss:  # else the workers' metrics are watched
         run.watch.tell(run.metrics)
     run.controller.measured = run.metrics["klplug/kl"]
     run.metrics["klplug/kl_before_update"] = run.controller.measured
-    answers = _answers(keys)
     run.n_answers = sum(bool(sampled[rows].any()) for rows in answers)
-    compared = [term for term in run.plan.spec.terms if term.baseline != "none"]
-    if compared and len(answers) < len(keys):
-        raise RuntimeError(
-            f"kl_type {run.plan.spec}: baseline={compared[0].baseline} compares answers, and this "
-            "agent loop cut them into several rows. Use baseline=none"
-        )
     for term in as_loss.terms:
-        if term in compared:  # of the tokens that the workers train on
+        if term.baseline != "none":  # of the tokens that the workers train on
             policy, reference = tensors["old_log_probs"], tensors["ref_log_prob"]
-            run.baseline = kl_return_baseline(term, policy, reference, mask, groups)
+            run.carried[BASELINE] = kl_return_baseline(term, policy, reference, mask, groups)
     beta = run.controller.value
     for part in itertools.filterfalse(run.plan.before_advantages, in_reward.terms):
         if run.plan.divides_by_length:
             alone = dataclasses.replace(part, baseline="none")  # compared with its group anyway
-            coefficient = _term(alone, tensors, groups, sampled).coefficient
+            coefficient = _term(alone, tensors, groups, sampled, weights).coefficient
             force = excess_over_group(coefficient, sampled, keys, groups)
         else:
-            force = to_go_over_answer(_term(part, tensors, groups, sampled).coefficient, keys)
+            coefficient = _term(part, tensors, groups, sampled, weights).coefficient
+            force = to_go_over_answer(coefficient, keys)
         penalty = beta * force * mask
         tensors["advantages"] = tensors["advantages"] - penalty
         tensors["returns"] = tensors["returns"] - penalty
 
 
+def _check_answers_are_rows(spec: KLSpec, n_answers: int, n_rows: int) -> None:
+    """Where answers are compared: an agent loop may cut one into several rows."""
+    compared = [f"baseline={t.baseline}" for t in spec.terms if t.baseline != "none"]
+    compared += [f"weight={w.written}" for w in weights_of(spec) if "group_ids" in w.needs]
+    if compared and n_answers < n_rows:
+        raise RuntimeError(
+            f"kl_type {spec}: {compared[0]} compares answers, and this agent loop cut them into "
+            f"several rows. Use {compared[0].partition('=')[0]}=none"
+        )
+
+
 def _term(
-    spec: TermSpec | KLSpec, tensors: Any, groups: Sequence[Any], mask: Tensor | None = None
+    spec: TermSpec | KLSpec,
+    tensors: Any,
+    groups: Sequence[Any],
+    mask: Tensor | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> KLTerm:
     """At the policy that sampled, which no update has moved yet."""
     return kl_term(
@@ -238,6 +276,7 @@ def _term(
         tensors["ref_log_prob"],
         tensors["response_mask"] if mask is None else mask,
         group_ids=groups,
+        sample_weights=weights,
     )
 
 

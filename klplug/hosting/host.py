@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import klplug
 from klplug.hosting.refusals import Refusal
 from klplug.hosting.settings import Asked, Edit, Settings, Unknown
+from klplug.samples import described
 from klplug.spec import KLSpec
 
 if TYPE_CHECKING:
@@ -154,6 +155,6 @@ def announce(process: str, spec: KLSpec, kl_coef: float) -> None:
     """The one line by which a process says that klplug is active in it."""
     print(
         f"klplug {klplug.__version__} active in {process} (pid {os.getpid()}): "
-        f"kl_type={spec} kl_coef={kl_coef:g}",
+        f"kl_type={spec} kl_coef={kl_coef:g}{described(spec)}",
         flush=True,
     )

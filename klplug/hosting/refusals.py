@@ -8,6 +8,7 @@ from typing import Any
 
 from klplug.hosting.notes import Cut, truncated
 from klplug.hosting.settings import Asked, Said, Settings, Unknown
+from klplug.samples import weights_of
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,22 @@ def no_other_answers(plan: Asked, settings: Settings, samples: str, prompts: str
             f"kl_type {plan.spec}: {settings.named(samples)} is {n}, so baseline={baseline} "
             "has no other answers to compare with. Sample at least 2, or use baseline=none",
         )
+
+
+def weight_of_no_group(plan: Asked, settings: Settings, samples: str) -> Said:
+    """A weight that compares the answers to one prompt, where there is one.
+
+    Args:
+        samples: the setting of the answers to each prompt.
+    """
+    n = int(settings.get(samples, 1))
+    for own in weights_of(plan.spec):
+        if "group_ids" in own.needs and n < 2:
+            yield (
+                samples,
+                f"kl_type {plan.spec}: {settings.named(samples)} is {n}, so weight={own.written} "
+                "has no other answers to compare with. Sample at least 2, or leave weight out",
+            )
 
 
 def head_of_another_loss(plan: Asked, settings: Settings, loss: str, ppo: str) -> Said:

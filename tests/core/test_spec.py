@@ -288,6 +288,7 @@ OPTION_VALUES = {
     "mode": st.sampled_from(["truncate", "mask"]),
     "horizon": st.sampled_from(["token", "sequence"]),
     "bound": st.floats(0.1, 1e12).map(repr) | st.just("none"),
+    "weight": st.sampled_from(["none", "positive", "difficulty", "entropy:0.3", "mask:tool"]),
     "reward_norm": st.sampled_from(["none", "group"]),
 }
 
@@ -341,7 +342,7 @@ def test_what_the_hosts_are_tested_with_has_every_value_of_every_option(name: st
     for option in ("cap", "bound"):
         given = {getattr(term, option) for term in terms} - {None}
         assert math.inf in given and any(x < 3 for x in given), option
-    assert set(OPTIONS) == {*words, *others, "alpha", "cap", "bound"}
+    assert set(OPTIONS) == {*words, *others, "alpha", "cap", "bound", "weight"}
 
 
 def test_coefficients() -> None:

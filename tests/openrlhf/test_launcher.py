@@ -123,6 +123,8 @@ UNSERVED: list[tuple[str, tuple[str, ...], list[str]]] = [
         ("k2_as_loss,head=combined", ("--actor.policy_loss_type", "gspo"),
          ["--actor.policy_loss_type is gspo", "head=separate"]),
         ("k2_as_loss,head=clipped", ("--actor.policy_loss_type", "gspo"), ["head=clipped"]),
+        ("k2_as_loss,weight=difficulty", ("--rollout.n_samples_per_prompt", "1"),
+         ["--rollout.n_samples_per_prompt is 1", "weight=difficulty has no other answers"]),
         ("exact_as_loss", ("--ds.ring_attn_size", "2"), ["--ds.ring_attn_size 2", "vocab=exact"]),
         ("exact_as_loss", ("--ds.tensor_parallel_size", "2"), ["--ds.tensor_parallel_size 2"]),
         (

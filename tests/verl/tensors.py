@@ -38,7 +38,12 @@ LAYOUTS = ("padded",) if IS_LEGACY else ("jagged", "padded")
 
 
 def micro_batch(
-    given: Batch, advantages: Tensor, layout: str, baseline: Tensor | None, **meta: Any
+    given: Batch,
+    advantages: Tensor,
+    layout: str,
+    baseline: Tensor | None,
+    more: dict[str, Tensor] | None = None,
+    **meta: Any,
 ) -> TensorDict:
     """What ``ppo_loss`` is called with."""
     from verl.utils import tensordict_utils as tu
@@ -53,6 +58,7 @@ def micro_batch(
     }
     if baseline is not None:
         tensors[BASELINE] = baseline
+    tensors |= more or {}
     info = {
         "dp_size": 1,
         "batch_num_tokens": int(given.response_mask.sum()),
@@ -115,6 +121,7 @@ def loss(
     layout: str = LAYOUTS[0],
     baseline: Tensor | None = None,
     meta: dict[str, Any] | None = None,
+    more: dict[str, Tensor] | None = None,
     **actor: Any,
 ) -> tuple[Tensor, dict[str, Any]]:
     """verl's actor loss of one micro-batch."""
@@ -122,7 +129,7 @@ def loss(
 
     config = actor_config(kl_loss_type, coef, **actor)
     advantages = torch.zeros_like(log_probs.detach()) if advantages is None else advantages
-    data = micro_batch(given, advantages, layout, baseline, **(meta or {}))
+    data = micro_batch(given, advantages, layout, baseline, more, **(meta or {}))
     result: tuple[Tensor, dict[str, Any]] = ppo_loss(config, model_output(log_probs), data)
     return result
 

@@ -217,6 +217,14 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
         ["logprobs_mode=raw_logprobs and", "temperature=0.7: the sampler's"],
     ),
     (own("exact_as_loss"), ["vocab=exact", "klplug.exact_kl", "'k2_as_loss'"]),
+    (
+        own("k2_as_loss,weight=difficulty", f"{ROLLOUT}n=1"),
+        [f"{ROLLOUT}n is 1", "weight=difficulty has no other answers"],
+    ),
+    (
+        own("k2_as_loss,weight=entropy", "+algorithm.rollout_correction.bypass_mode=True"),
+        ["algorithm.rollout_correction.bypass_mode=True", "weight=entropy needs"],
+    ),
     (["+klplug.kl_type=k4_as_loss", COEF], ["k4_as_loss", "Known", "k3_as_loss"]),
     (["+klplug.kl_type=k3", COEF], ["k3_as_loss", "k3_in_reward"]),
     (["+klplug.kl_type=k2_as_loss"], ["needs a kl_coef"]),

@@ -1,0 +1,186 @@
+"""``weight=``: what OpenRLHF has of a step's answers, and their weights on the way to the policy.
+
+The weights are made in the trainer, of all answers of a step, once there are advantages; for a KL
+in the reward, before. They travel in ``Experience.info``, the one field that takes what OpenRLHF
+does not know. What an agent or a reward function returns as a list in ``extra_logs``, a number for
+each of the answer's ``observation_tokens``, comes in ``info`` too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from klplug import KLSpec, Samples, sample_weights
+from klplug.hosting.patching import Args, Call, Kwargs
+from klplug.samples import weights_of
+from klplug_openrlhf.plan import Plan
+
+INFO = "klplug/sample_weights"
+ENTROPY = "klplug/entropy"
+REWARDS = "klplug/rewards"
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Of one answer: by ``weight=``, the numbers of its counted tokens."""
+
+    weights: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the policy's actor returns of a micro-batch in place of its log-probs alone."""
+
+    log_probs: Tensor
+    entropy: Tensor
+
+
+# ── The policy's actor, where experience is made ────────────────────────────────────────────────
+
+
+def needs_entropy(plan: Plan | None) -> bool:
+    return plan is not None and any("entropy" in own.needs for own in weights_of(plan.spec))
+
+
+def with_entropy(original: Call, actor: Any, args: Args, kwargs: Kwargs) -> list[Measured]:
+    """OpenRLHF's forwards of the policy over some micro-batches, with each token's entropy."""
+    entropies: list[Tensor] = []
+    model, forward = actor.actor, actor.actor.forward
+
+    def measured(sequences: Tensor, action_mask: Tensor, *rest: Any, **named: Any) -> Tensor:
+        given = {**named, "return_output": True, "return_entropy": True}
+        log_probs, output = forward(sequences, action_mask, *rest, **given)
+        entropies.append(output.entropy[:, -action_mask.shape[1] :].float().cpu())
+        return log_probs  # type: ignore[no-any-return]
+
+    model.forward = measured
+    try:
+        results = original(*args, **kwargs)
+    finally:
+        del model.forward
+    return [Measured(*pair) for pair in zip(results, entropies, strict=True)]
+
+
+# ── The trainer ─────────────────────────────────────────────────────────────────────────────────
+
+
+def flattened(maker: Any, results: list[Any]) -> list[Any]:
+    """The log-probs of what the models answered; the entropies are kept for the experience."""
+    if not any(isinstance(result, Measured) for result in results):
+        return results
+    maker.klplug_entropies = [measured.entropy for measured in results]
+    return [measured.log_probs for measured in results]
+
+
+def attach(plan: Plan, maker: Any, experiences: list[Any]) -> None:
+    """What weights see and OpenRLHF drops, or changes, before there are advantages."""
+    if not weights_of(plan.spec):
+        return
+    entropies = vars(maker).pop("klplug_entropies", None)
+    if needs_entropy(plan) and entropies is None:
+        raise RuntimeError(
+            f"kl_type {plan.spec}: the policy sent no entropies: is klplug active in its process?"
+        )
+    for i, experience in enumerate(experiences):
+        experience.info[REWARDS] = experience.rewards.clone()
+        if entropies is not None:
+            experience.info[ENTROPY] = entropies[i]
+
+
+def of_rollout(spec: KLSpec, experiences: list[Any], group_ids: list[int]) -> dict[str, Tensor]:
+    """By ``weight=``, of all answers at once, as wide as the widest."""
+    weights = weights_of(spec)
+    if not weights:
+        return {}
+    width = max(e.action_mask.shape[1] for e in experiences)
+
+    def whole(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
+
+    def of_all(name: str) -> Tensor | None:
+        tensors = [getattr(e, name) for e in experiences]
+        return None if any(tensor is None for tensor in tensors) else whole(tensors)
+
+    def of_info(name: str) -> Tensor | None:
+        tensors = [e.info.get(name) for e in experiences]
+        if any(not isinstance(tensor, Tensor) for tensor in tensors):
+            return None
+        if any(tensor.dim() == 1 for tensor in tensors):
+            return torch.cat([tensor.flatten() for tensor in tensors])
+        return whole([_of_actions(t, e) for t, e in zip(tensors, experiences, strict=True)])
+
+    tensors = {own.tensor: of_info(own.tensor) for own in weights if own.tensor is not None}
+    entropies = [e.info.get(ENTROPY) for e in experiences]
+    samples = Samples(
+        mask=whole([e.action_mask for e in experiences]) != 0,
+        log_probs=of_all("action_log_probs"),
+        ref_log_probs=of_all("base_action_log_probs"),
+        advantages=of_all("advantages"),
+        rewards=torch.cat([e.info[REWARDS] for e in experiences]),
+        group_ids=group_ids,
+        entropy=None if entropies[0] is None else whole(entropies),
+        tensors={name: tensor for name, tensor in tensors.items() if tensor is not None},
+    )
+    return sample_weights(spec, samples)
+
+
+def _of_actions(tensor: Tensor, experience: Any) -> Tensor:
+    """Of numbers for every token of prompt and answer, those under the action mask, (B, A)."""
+    length, actions = experience.sequences.shape[1], experience.action_mask.shape[1]
+    return pad(tensor, (0, length - tensor.shape[1]))[:, length - actions :]
+
+
+def by_experience(weights: dict[str, Tensor], experiences: list[Any]) -> list[dict[str, Tensor]]:
+    """Of each experience, as wide as it is."""
+    sizes = [len(e.action_mask) for e in experiences]
+    parts = {name: torch.split(weight, sizes) for name, weight in weights.items()}
+    return [
+        {name: part[i][:, : e.action_mask.shape[1]] for name, part in parts.items()}
+        for i, e in enumerate(experiences)
+    ]
+
+
+def carry(plan: Plan, experiences: list[Any], group_ids: list[int]) -> None:
+    """Each answer's weights into its experience; what they were made of out of it."""
+    weights = weights_of(plan.spec)
+    if not weights:
+        return
+    made = by_experience(of_rollout(plan.spec, experiences, group_ids), experiences)
+    for experience, own in zip(experiences, made, strict=True):
+        info, mask = experience.info, experience.action_mask != 0
+        info[INFO] = [
+            Carried({name: weight[i][row] for name, weight in own.items()})
+            for i, row in enumerate(mask)
+        ]
+        read_of = [own.tensor for own in weights if own.tensor is not None]
+        for name in (ENTROPY, REWARDS, *read_of):
+            if name in (ENTROPY, REWARDS) or info[name].dim() > 1:
+                info.pop(name, None)  # OpenRLHF logs all of info, a number per answer
+
+
+# ── The policy's actor, where it trains ─────────────────────────────────────────────────────────
+
+
+def taken(plan: Plan, experience: Any) -> dict[str, Tensor]:
+    """The weights of a micro-batch, (B, A) each, out of what OpenRLHF would log."""
+    if not weights_of(plan.spec):
+        return {}
+    if INFO not in experience.info:
+        raise RuntimeError(
+            f"kl_type {plan.spec}: this experience has no sample weights: klplug was not active in "
+            "the process that made it"
+        )
+    experience.info = dict(experience.info)
+    carried: list[Carried] = experience.info.pop(INFO)
+    mask = experience.action_mask != 0
+    weights = {}
+    for name in carried[0].weights:
+        numbers = torch.cat([own.weights[name] for own in carried]).to(mask.device)
+        place = mask.nonzero(as_tuple=True)
+        weights[name] = numbers.new_zeros(mask.shape).index_put(place, numbers)
+    return weights

@@ -1,0 +1,116 @@
+"""``weight=``: what verl has of a step's answers, and their weights on the way to the workers.
+
+The weights are made in the trainer, of all answers of a step, once there are advantages; for a KL
+in the reward, before. They travel as tensors of the batch. What an agent loop returns in its
+``extra_fields``, a number for each token of the response, is a tensor that a weight can read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from klplug import KLSpec, Samples, sample_weights
+from klplug.samples import weights_of
+
+
+def tensors_named(spec: KLSpec) -> list[str]:
+    """The tensors of the batch that its weights read by name."""
+    return [own.tensor for own in weights_of(spec) if own.tensor is not None]
+
+
+def needs_entropy(spec: KLSpec) -> bool:
+    return any("entropy" in own.needs for own in weights_of(spec))
+
+
+def fields_of(spec: KLSpec, batch: Any) -> dict[str, Tensor]:
+    """What weights read of the v1 trainer's queue, padded as its other tensors are."""
+    entropy = ["entropy"] if needs_entropy(spec) else []
+    names = [*tensors_named(spec), *entropy]
+    if not names:
+        return {}
+    from verl.trainer.ppo.v1.trainer_base import tq
+
+    wanted = ["response_mask", "extra_fields", *names]
+    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=wanted)
+    width = max(len(row) for row in data["response_mask"].unbind())
+    found: dict[str, Tensor] = {}
+    for name in names:
+        if name in data:
+            rows = list(data[name].unbind())
+        else:
+            extra = data.get("extra_fields", None)
+            rows = [] if extra is None else [own.get(name) for own in extra.tolist()]
+        padded = _padded(rows, width)
+        if padded is not None:
+            found[name] = padded
+    return found
+
+
+def tensors_of(spec: KLSpec, data: Any) -> dict[str, Tensor]:
+    """The same of a batch of ``RayPPOTrainer``'s: its tensors, or its lists."""
+    width = data.batch["response_mask"].shape[1]
+    found: dict[str, Tensor] = {}
+    for name in tensors_named(spec):
+        padded = (
+            data.batch[name]
+            if name in data.batch
+            else _padded(list(data.non_tensor_batch.get(name, ())), width)
+        )
+        if padded is not None:
+            found[name] = padded
+    return found
+
+
+def _padded(rows: list[Any], width: int) -> Tensor | None:
+    """(B, width) of rows of numbers; ``None`` where an answer has none."""
+    if not rows or any(row is None for row in rows):
+        return None
+    tensors = [torch.as_tensor(row).float().flatten() for row in rows]
+    whole = tensors[0].new_zeros(len(tensors), width)
+    for row, tensor in zip(whole, tensors, strict=True):
+        row[: len(tensor)] = tensor[:width]
+    return whole
+
+
+def of_batch(
+    spec: KLSpec,
+    tensors: Any,
+    groups: Sequence[Any],
+    named: Mapping[str, Tensor],
+    mask: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """By ``weight=``, of all answers of a step."""
+    if not weights_of(spec):
+        return {}
+    samples = Samples(
+        mask=(tensors["response_mask"] if mask is None else mask) != 0,
+        log_probs=tensors.get("old_log_probs"),
+        ref_log_probs=tensors.get("ref_log_prob"),
+        advantages=tensors.get("advantages"),
+        rewards=tensors["token_level_scores"].sum(-1),
+        group_ids=groups,
+        entropy=named.get("entropy"),
+        tensors=named,
+    )
+    return sample_weights(spec, samples)
+
+
+def carried(weights: Mapping[str, Tensor], spec: KLSpec) -> dict[str, Tensor]:
+    """By the names that they have in a batch."""
+    return {own.key: weights[own.written] for own in weights_of(spec)}
+
+
+def found_in(spec: KLSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By ``weight=``, of what a micro-batch carries."""
+    weights = weights_of(spec)
+    missing = next((own for own in weights if own.key not in tensors), None)
+    if missing is not None:
+        raise RuntimeError(
+            f"kl_type {spec}: the micro-batch has no {missing.key}, which the trainer makes of the "
+            "whole batch: did another advantage stage than verl's own run?"
+        )
+    return {own.written: tensors[own.key] for own in weights}

@@ -1,0 +1,324 @@
+"""``weight=``: how much each token or answer counts in a KL, a row for each name.
+
+A weight is one number per token, made once a step of all its answers, before the policy moves. It
+multiplies c, and what a token adds to those before it: no gradient goes through it, and no ratio or
+bound sees it. Nothing here needs torch before there are tensors.
+
+Others add theirs by the entry-point group ``klplug.weights``: a name, and a ``SampleWeight``. So a
+name is one function in every process that has the package, and a process that lacks it stops.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib.metadata
+import math
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+from klplug.refusals import Refused
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from klplug.spec import KLSpec
+
+    Groups: TypeAlias = "Sequence[Hashable] | Tensor | None"
+
+GROUP = "klplug.weights"
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """What a weight sees: the answers of a whole step, at the policy that the step starts from.
+
+    Attributes:
+        mask: (B, T) bool, the tokens that count; elsewhere the others may hold anything.
+        log_probs: (B, T), log pi of the sampled tokens, nats.
+        ref_log_probs: (B, T), of the reference model.
+        advantages: (B, T); a KL in the reward is made before there are any.
+        rewards: (B,), as they were given, without a KL.
+        group_ids: B of them, answers to one prompt alike.
+        entropy: (B, T), of the policy's distribution at each token, nats.
+        tensors: (B, T) each, what else the batch carries, by name.
+    """
+
+    mask: Tensor
+    log_probs: Tensor | None = None
+    ref_log_probs: Tensor | None = None
+    advantages: Tensor | None = None
+    rewards: Tensor | None = None
+    group_ids: Groups = None
+    entropy: Tensor | None = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SampleWeight:
+    """One row.
+
+    Attributes:
+        function: of the samples, and of what stands after the name's colon: (B, T), or (B,) for a
+            number per answer; finite, not negative and detached.
+        meaning: in words, for documentation and command line.
+        source: where it comes from.
+        needs: attributes of ``Samples`` that it reads.
+        per_answer: whether all tokens of an answer have one number.
+        argument: what may stand after the colon, as it is written best; it raises ``ValueError`` in
+            words. ``None`` where nothing may.
+        default: what stands there where nothing is written; ``None`` where something must.
+    """
+
+    function: Callable[[Samples, str], Tensor]
+    meaning: str
+    source: str = ""
+    needs: tuple[str, ...] = ()
+    per_answer: bool = False
+    argument: Callable[[str], str] | None = None
+    default: str | None = None
+
+
+# ── The rows ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _positive(samples: Samples, _: str) -> Tensor:
+    assert samples.advantages is not None
+    return (samples.advantages > 0).to(samples.advantages.dtype)
+
+
+def _difficulty(samples: Samples, _: str) -> Tensor:
+    """1 - exp(-e p) where A > 0, p the share of the group that is right; else 1, and at p = 1."""
+    assert samples.advantages is not None and samples.rewards is not None
+    right = (samples.rewards >= 1).to(samples.advantages.dtype)
+    share = right.clone()
+    groups = list(samples.group_ids) if samples.group_ids is not None else []
+    for name in dict.fromkeys(groups):
+        rows = [row for row, other in enumerate(groups) if other == name]
+        share[rows] = right[rows].mean()
+    inside = (share > 0) & (share < 1)
+    shaped = (1 - (-math.e * share).exp()).where(inside, 1.0).unsqueeze(-1)
+    return shaped.where(samples.advantages > 0, 1.0)
+
+
+def _below_quantile(samples: Samples, quantile: str) -> Tensor:
+    """1 for the ``quantile`` of all counted tokens that has the least entropy, else 0."""
+    assert samples.entropy is not None
+    counted = samples.entropy[samples.mask].sort().values
+    if not len(counted):
+        return samples.mask.to(samples.entropy.dtype)
+    threshold = counted[math.ceil(float(quantile) * len(counted)) - 1]
+    return (samples.entropy <= threshold).to(samples.entropy.dtype)
+
+
+def _of_mask(samples: Samples, name: str) -> Tensor:
+    return samples.tensors[name]
+
+
+def _quantile(text: str) -> str:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < 1:
+        raise ValueError(f"{text!r} is no quantile: write a number above 0 and below 1")
+    return repr(number)
+
+
+def _identifier(text: str) -> str:
+    if not text.isidentifier():
+        raise ValueError(f"{text!r} is no name of a tensor: write letters, digits and _")
+    return text
+
+
+WEIGHTS: dict[str, SampleWeight] = {
+    "positive": SampleWeight(
+        _positive,
+        "1 for tokens whose advantage is above 0, else 0",
+        "klplug",
+        needs=("advantages",),
+    ),
+    "difficulty": SampleWeight(
+        _difficulty,
+        "1 - exp(-e p) for tokens whose advantage is above 0, p being the share of the group's "
+        "answers with a reward of at least 1; 1 for other tokens, and where all are right",
+        "DADS of APO, arXiv 2506.21655, as in the code of View-R1",
+        needs=("advantages", "rewards", "group_ids"),
+    ),
+    "entropy": SampleWeight(
+        _below_quantile,
+        "1 for the share of the step's tokens, 0.8 unless another is written, at which the policy "
+        "has the least entropy; 0 for the others, which stay free",
+        "klplug; the rule by which Archer, arXiv 2507.15778, tells tokens apart, over the step",
+        needs=("entropy",),
+        argument=_quantile,
+        default="0.8",
+    ),
+    "mask": SampleWeight(
+        _of_mask,
+        "the tensor of that name which the batch carries, a number per token",
+        "klplug",
+        needs=("tensors",),
+        argument=_identifier,
+    ),
+}
+
+
+# ── By name ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Named:
+    """A ``weight=``, looked up.
+
+    Attributes:
+        written: as its term writes it, ``mask:tool`` for one.
+        argument: after the colon.
+        row: what it is.
+        package: whose it is, with the version, for logs.
+    """
+
+    written: str
+    argument: str
+    row: SampleWeight
+    package: str
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return self.row.needs
+
+    @property
+    def tensor(self) -> str | None:
+        """The name of the one tensor of the batch that it reads, if any."""
+        return self.argument if "tensors" in self.needs else None
+
+    @property
+    def key(self) -> str:
+        """A name for its tensor in a host's batch."""
+        return "klplug_weight_" + re.sub(r"\W", "_", self.written)
+
+
+@functools.lru_cache
+def named(written: str) -> Named:
+    """The weight of that name.
+
+    Raises:
+        Refused: no row has that name, two packages have, or its argument is none.
+    """
+    name, colon, argument = written.partition(":")
+    row, package = _row(name)
+    if row.argument is None:
+        if colon:
+            raise Refused(
+                f"weight={written}: {name} takes nothing after a colon", "weight-argument"
+            )
+        return Named(name, "", row, package)
+    if not argument and row.default is None:
+        raise Refused(
+            f"weight={written}: {name} needs a name, as in weight={name}:NAME", "weight-argument"
+        )
+    try:
+        argument = row.argument(argument or str(row.default))
+    except ValueError as error:
+        raise Refused(f"weight={written}: {error}", "weight-argument") from None
+    shown = name if argument == row.default else f"{name}:{argument}"
+    return Named(shown, argument, row, package)
+
+
+def _row(name: str) -> tuple[SampleWeight, str]:
+    import klplug
+
+    if name in WEIGHTS:
+        return WEIGHTS[name], f"klplug {klplug.__version__}"
+    others = importlib.metadata.entry_points(group=GROUP)
+    found = [entry for entry in others if entry.name == name]
+    if len(found) == 1:
+        (entry,) = found
+        row = entry.load()
+        if not isinstance(row, SampleWeight):
+            raise Refused(
+                f"weight={name}: {entry.value} is {type(row).__name__}, and must be a "
+                "klplug.SampleWeight",
+                "unknown-value",
+            )
+        dist = entry.dist
+        return row, "?" if dist is None else f"{dist.name} {dist.version}"
+    if found:
+        packages = ", ".join(sorted(e.dist.name for e in found if e.dist is not None))
+        raise Refused(
+            f"weight={name} is of several packages: {packages}. Uninstall all but one",
+            "unknown-value",
+        )
+    known = [*WEIGHTS, *sorted({entry.name for entry in others})]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise Refused(
+        f"weight={name} is unknown.{hint} Known: none, {', '.join(known)}. Others are entry points "
+        f"of the group {GROUP}",
+        "unknown-value",
+    )
+
+
+def weights_of(spec: KLSpec) -> tuple[Named, ...]:
+    """The weights of its terms, each once."""
+    written = (term.weight for term in spec.terms if term.weight != "none")
+    return tuple(named(name) for name in dict.fromkeys(written))
+
+
+def described(spec: KLSpec) -> str:
+    """Whose they are, for the line by which a process says that it is active."""
+    return "".join(f" weight={own.written} ({own.package})" for own in weights_of(spec))
+
+
+def sample_weights(spec: str | KLSpec, samples: Samples) -> dict[str, Tensor]:
+    """What ``kl_term`` takes as its ``sample_weights``: by ``weight=``, (B, T), 0 where masked.
+
+    For the start of a step, when the whole batch is at hand: a weight may compare answers, and a
+    micro-batch has some of them only.
+
+    Args:
+        spec: a ``kl_type`` string or its ``KLSpec``.
+        samples: with all that its weights need.
+
+    Raises:
+        ValueError: ``samples`` lacks what a weight needs; or a weight has another shape, is
+            negative or no number at a counted token, or has a gradient.
+    """
+    from klplug.spec import parse
+
+    return {own.written: _checked(own, samples) for own in weights_of(parse(spec))}
+
+
+def _checked(own: Named, samples: Samples) -> Tensor:
+    for name in own.needs:
+        missing = own.tensor if name == "tensors" else None
+        if missing is not None and missing not in samples.tensors:
+            there = ", ".join(sorted(samples.tensors)) or "none"
+            raise ValueError(
+                f"weight={own.written}: the batch carries no tensor {missing!r}. It has: {there}"
+            )
+        if getattr(samples, name) is None:
+            raise ValueError(f"weight={own.written} needs {name}, which is missing")
+    weight, mask = own.row.function(samples, own.argument), samples.mask
+    says = f"weight={own.written} ({own.package})"
+    shape = tuple(getattr(weight, "shape", ()))
+    if shape not in (tuple(mask.shape), (len(mask),)):
+        raise ValueError(
+            f"{says} has shape {shape}: it must be {tuple(mask.shape)}, a number per token, or "
+            f"{(len(mask),)}, one per answer"
+        )
+    if weight.requires_grad:
+        raise ValueError(f"{says} has a gradient: a weight must be detached")
+    if not weight.is_floating_point():
+        weight = weight.float()
+    if weight.dim() == 1:
+        weight = weight.unsqueeze(-1).expand(mask.shape)
+    weight = weight.where(mask, 0.0)
+    wrong = weight[~((weight >= 0) & (weight < math.inf))]  # nan is neither
+    if len(wrong):
+        raise ValueError(
+            f"{says} is {float(wrong[0]):g} at a token: it must be finite and not negative"
+        )
+    return weight

@@ -1,0 +1,114 @@
+"""``weight=`` on the real thing: policy's actor, maker, replay buffer and training step."""
+# ruff: noqa: F811
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from klplug_openrlhf.samples import ENTROPY, INFO, REWARDS
+from torch import Tensor
+
+from tests.openrlhf import test_exact
+from tests.openrlhf.test_exact import COEF, experience, lending, models, shipped  # noqa: F401
+from tests.openrlhf.trainer import LENGTH, Bench
+
+pytestmark = pytest.mark.usefixtures("patched", "lending")
+
+REWARDS_GIVEN = [1.0, 0.0, 0.0, 1.0]  # of two groups of two: half of each is right
+TOOL = torch.rand(4, LENGTH, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=[2, 3], ids=["zero2", "zero3"])
+def bench(request: pytest.FixtureRequest, models: list[Path]) -> Bench:
+    return Bench(models[0], zero_stage=request.param)
+
+
+@pytest.fixture(autouse=True)
+def told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples with those rewards, and what an agent's extra_logs became in their info."""
+    plain = test_exact.samples
+
+    def samples(seed: int = 0) -> list[Any]:
+        made = plain(seed)
+        for half, each in enumerate(made):
+            here = slice(2 * half, 2 * half + 2)
+            each.rewards = torch.tensor(REWARDS_GIVEN[here])
+            each.info = {"reward": each.rewards.clone(), "tool": TOOL[here].clone()}
+        return made
+
+    monkeypatch.setattr(test_exact, "samples", samples)
+
+
+def expected(weight: str, given: Any, bench: Bench) -> Tensor:
+    """What each token counts, (B, A), by hand."""
+    if weight == "mask:tool":
+        return TOOL[:, LENGTH - given.action_mask.shape[1] :]
+    better = torch.tensor(REWARDS_GIVEN)[:, None] == 1
+    if weight == "positive":
+        return better.float().expand(given.action_mask.shape)
+    if weight == "difficulty":
+        share = 1 - math.exp(-math.e * 0.5)
+        return torch.where(better, share, 1.0).expand(given.action_mask.shape)
+    mask = given.action_mask.bool()
+    _, output = bench.actor(
+        given.sequences, mask, given.attention_mask, return_output=True, return_entropy=True
+    )
+    entropy = output.entropy[:, -mask.shape[1] :].float()
+    least = entropy[mask].sort().values[: math.ceil(0.5 * int(mask.sum()))]
+    return (entropy <= least[-1]).float()
+
+
+@pytest.mark.parametrize("weight", ["positive", "difficulty", "mask:tool", "entropy:0.5"])
+def test_the_engine_is_given_the_weighted_kl(
+    bench: Bench,
+    models: list[Path],
+    weight: str,
+) -> None:
+    kl_type = f"k2_as_loss,weight={weight}"
+    given = experience(bench, models[1], kl_type)
+    assert (given.advantages > 0).any() and (given.advantages < 0).any()
+    given.advantages = torch.zeros_like(given.advantages)
+    with torch.no_grad():
+        weights = expected(weight, given, bench) * given.action_mask
+    step = bench.step(copy.deepcopy(given), kl_type, COEF)
+    ratio = (step.log_probs - given.action_log_probs).exp()
+    by_hand = weights * ratio * (step.log_probs - given.base_action_log_probs)
+    by_hand = COEF * by_hand * given.action_mask / given.action_mask.sum()
+    assert by_hand.abs().max() > 1e-3
+    torch.testing.assert_close(step.at_log_probs.float(), by_hand.float(), rtol=1e-3, atol=1e-6)
+    mean = weights.sum() / given.action_mask.sum()
+    assert float(step.metrics["klplug/sample_weight_mean"]) == pytest.approx(float(mean), rel=1e-4)
+    # OpenRLHF logs all of info, a number per answer.
+    assert not {INFO, ENTROPY, REWARDS, "tool"} & set(step.metrics) - {"tool"}
+    assert ("tool" in given.info) is (weight != "mask:tool")
+
+
+def test_in_the_reward_each_token_has_its_own_weight(
+    bench: Bench,
+    models: list[Path],
+) -> None:
+    given = experience(bench, models[1], "k1_in_reward,weight=mask:tool")
+    without = experience(bench, models[1], "none")
+    mask = given.action_mask
+    log_ratio = given.action_log_probs - given.base_action_log_probs
+    weighed = log_ratio * TOOL[:, LENGTH - mask.shape[1] :] * mask
+    to_go = weighed.flip(-1).cumsum(-1).flip(-1)
+    found = (given.advantages - without.advantages) * mask
+    torch.testing.assert_close(found, -COEF * to_go * mask, rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_batch_does_not_carry_is_named(
+    bench: Bench,
+    models: list[Path],
+) -> None:
+    with pytest.raises(ValueError, match="weight=mask:code: the batch carries no tensor 'code'"):
+        experience(bench, models[1], "k2_as_loss,weight=mask:code")
+    given = experience(bench, models[1], "k2_as_loss,weight=positive")
+    del given.info[INFO]
+    with pytest.raises(RuntimeError, match="this experience has no sample weights"):
+        bench.step(given, "k2_as_loss,weight=positive", COEF)

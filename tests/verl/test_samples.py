@@ -1,0 +1,120 @@
+"""``weight=`` through verl's own advantage stage and actor loss."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from klplug_verl.trainer import old_log_probs
+from torch import Tensor
+
+import klplug
+from klplug.samples import named
+from tests.one_meaning import BETA, CLIP_RANGE, batch
+from tests.verl.tensors import IS_LEGACY, KEYS, LAYOUTS, LENGTHS, experience, loss
+from tests.verl.trainer import TRAINERS, joined, quoted, trainer
+
+SCORES = torch.tensor([1.0, 0.0, 0.0, 1.0])  # of two groups of two: half of each is right
+BETTER = SCORES[:, None] == 1
+TOOL = torch.rand(4, 6, generator=torch.Generator().manual_seed(1))
+ENTROPY = torch.rand(4, 6, generator=torch.Generator().manual_seed(2))
+pytestmark = pytest.mark.skipif(IS_LEGACY, reason="verl 0.7's engine has them as later ones do")
+
+
+def expected(weight: str) -> Tensor:
+    """What each token counts, (4, 6), by hand."""
+    if weight == "positive":
+        return BETTER.float().expand(4, 6)
+    if weight == "difficulty":
+        return torch.where(BETTER, 1 - math.exp(-math.e * 0.5), 1.0).expand(4, 6)
+    if weight == "mask:tool":
+        return TOOL
+    mask = batch().response_mask.bool()
+    least = ENTROPY[mask].sort().values[: math.ceil(0.5 * int(mask.sum()))]
+    return ENTROPY.le(least[-1]).float()
+
+
+def given_to(made: Any, data: Any, weight: str) -> None:
+    """What else the batch carries, where each trainer has it."""
+    rows = [row[:n].tolist() for row, n in zip(TOOL, LENGTHS, strict=True)]
+    if hasattr(made, "_compute_advantage"):
+        data.batch["entropy"], data.batch["tool"] = ENTROPY.clone(), TOOL.clone()
+        return
+    import numpy as np
+
+    cell = np.empty(4, dtype=object)
+    cell[:] = rows
+    data.non_tensor_batch["tool"] = cell
+    if "entropy" in weight:
+        found = type(data).from_dict(tensors={"entropys": ENTROPY.clone()})
+        old_log_probs(lambda *_: (found, 0.0), made, (data,), {})
+
+
+@pytest.mark.parametrize("weight", ["positive", "difficulty", "mask:tool", "entropy:0.5"])
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_the_weights_go_with_the_samples(weight: str, kind: str) -> None:
+    kl_type = f"k2_as_loss,weight={weight}"
+    made = trainer(f"+klplug.kl_type={quoted(kl_type)}", f"+klplug.kl_coef={BETA}", kind=kind)
+    data = experience(batch(), SCORES)
+    given_to(made, data, weight)
+    data, _ = joined(made, data, KEYS)
+    mask = batch().response_mask
+    found = data.batch[named(weight).key] * mask
+    torch.testing.assert_close(found, expected(weight) * mask)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_loss_has_the_weighted_kl(layout: str) -> None:
+    given, kl_type = batch(), "k2_as_loss,weight=mask:tool"
+    low, high = CLIP_RANGE
+    log_probs = given.log_probs.clone().requires_grad_(True)
+    value, _ = loss(
+        given,
+        log_probs,
+        kl_type,
+        BETA,
+        layout=layout,
+        more={named("mask:tool").key: TOOL},
+        clip_ratio_low=low,
+        clip_ratio_high=high,
+    )
+    value.backward()
+    ratio = (given.log_probs - given.old_log_probs).exp()
+    by_hand = TOOL * ratio * (given.log_probs - given.ref_log_probs) * given.response_mask
+    by_hand = BETA * by_hand / given.response_mask.sum()
+    torch.testing.assert_close(log_probs.grad, by_hand, rtol=1e-5, atol=1e-7)
+    with pytest.raises(RuntimeError, match="the micro-batch has no klplug_weight_mask_tool"):
+        loss(given, log_probs, kl_type, BETA, layout=layout)
+
+
+@pytest.mark.parametrize("kl_type", ["k1_in_reward", "k1_in_reward,reward_norm=group"])
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_in_the_reward_each_token_has_its_own_weight(kl_type: str, kind: str) -> None:
+    def stage(*own: str) -> Any:
+        made = trainer(*own, kind=kind)
+        data = experience(batch(), SCORES)
+        given_to(made, data, "mask:tool")
+        return joined(made, data, KEYS)[0].batch
+
+    own = (f"+klplug.kl_type={quoted(kl_type + ',weight=mask:tool')}", f"+klplug.kl_coef={BETA}")
+    given, found = batch(), stage(*own)
+    weighed = TOOL * (given.old_log_probs - given.ref_log_probs) * given.response_mask
+    if "group" in kl_type:
+        rewards = found["token_level_rewards"] * given.response_mask
+        assert rewards.sum().item() == pytest.approx(
+            float(SCORES.sum() - BETA * weighed.sum()), rel=1e-5
+        )
+        return
+    force = klplug.reward_to_go(weighed) * given.response_mask
+    torch.testing.assert_close(
+        found["advantages"] - stage()["advantages"], -BETA * force, rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_what_the_batch_does_not_carry_is_named(kind: str) -> None:
+    own = ("+klplug.kl_type='k2_as_loss,weight=mask:code'", f"+klplug.kl_coef={BETA}")
+    with pytest.raises(ValueError, match="weight=mask:code: the batch carries no tensor 'code'"):
+        joined(trainer(*own, kind=kind), experience(batch(), SCORES), KEYS)
