@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from klplug.estimators import ESTIMATORS, Estimator
-from klplug.spec import PLACEMENTS, parse
+from klplug.spec import PLACEMENTS, TermSpec, parse
 
 
 @dataclass(frozen=True)
@@ -222,6 +222,18 @@ _MONITOR = replace(
     requires=parse("monitor").requires,
     test="test_monitor_measures_the_kl_and_moves_nothing",
 )
+
+
+def weighed(spec: TermSpec, row: KLType) -> KLType:
+    """``row``, which has no weight, with what that of ``spec`` makes of its target."""
+    own = spec.weighting
+    if own is None or row.target == "zero":
+        return row
+    return replace(
+        row,
+        target=f"{row.target}; each token's part of it times weight={own.written}",
+        gradient_bias=f"of the whole KL: what weight={own.written} takes away",
+    )
 
 
 def kl_types() -> dict[str, KLType]:

@@ -90,7 +90,8 @@ def _positive(samples: Samples, _: str) -> Tensor:
 
 
 def _difficulty(samples: Samples, _: str) -> Tensor:
-    """1 - exp(-e p) where A > 0, p the share of the group that is right; else 1, and at p = 1."""
+    """1 - exp(-e p) where A > 0, p the share of the group that is right; 1 elsewhere, and where p
+    is 0 or 1."""
     assert samples.advantages is not None and samples.rewards is not None
     right = (samples.rewards >= 1).to(samples.advantages.dtype)
     share = right.clone()
@@ -143,7 +144,7 @@ WEIGHTS: dict[str, SampleWeight] = {
     "difficulty": SampleWeight(
         _difficulty,
         "1 - exp(-e p) for tokens whose advantage is above 0, p being the share of the group's "
-        "answers with a reward of at least 1; 1 for other tokens, and where all are right",
+        "answers with a reward of at least 1; 1 for other tokens, and where all or none are right",
         "DADS of APO, arXiv 2506.21655, as in the code of View-R1",
         needs=("advantages", "rewards", "group_ids"),
     ),

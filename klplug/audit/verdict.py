@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import klplug
 from klplug.audit.run import ADVANTAGE, COEF, Run, Term
-from klplug.catalogue import KLType
+from klplug.catalogue import KLType, weighed
 from klplug.spec import TermSpec, parse
 
 REVERSE, FORWARD, ZERO, NEITHER, NONE = "reverse", "forward", "zero", "neither", "none"
@@ -79,9 +79,9 @@ def verdict(run: Run, term: Term) -> Verdict:
 
 def gradient_of(spec: TermSpec) -> tuple[str, str]:
     """The gradient of a single kl_type, and the words for it in the table of kl_types."""
-    target = _row(spec).target
+    target = weighed(spec, _row(spec)).target
     match = _OWN.match(target)
-    if match is not None:
+    if match is not None and spec.weight == "none":
         return (REVERSE if match[1] == "pi||ref" else FORWARD), target
     return (ZERO if target == "zero" else NEITHER), target
 

@@ -18,6 +18,7 @@ import klplug
 from klplug.audit import RULES, Rule
 from klplug.audit.pages import text
 from klplug.axes import AXES, OPTIONS
+from klplug.catalogue import weighed
 from klplug.cli.catalogue import WORDS, completed, stock, stock_text
 from klplug.cli.output import AsJson, console, print_json
 from klplug.cli.plot import COLOURS, LETTERS, text_plot
@@ -32,7 +33,7 @@ TABLED = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
 MOST = len(LETTERS)
 PICTURES = ("png", "svg", "pdf")
 # What these do depends on the rest of the batch; c itself is the same without.
-OF_THE_BATCH = ("baseline", "head", "cap", "mode", "vocab")
+OF_THE_BATCH = ("baseline", "head", "cap", "mode", "vocab", "weight")
 
 _ROWS = {
     "formula": "estimate of the KL",
@@ -120,7 +121,8 @@ def registered(spec: klplug.KLSpec) -> tuple[klplug.KLType, ...]:
         ):
             found = len(written), row
     if found is not None:
-        return (found[1],)
+        (asked,) = spec.terms
+        return (weighed(asked, found[1]),)
     return tuple(_times(term.factor, row) for term in spec.terms for row in registered(term.alone))
 
 
@@ -140,8 +142,12 @@ def _times(factor: float, row: klplug.KLType) -> klplug.KLType:
 def options(term: TermSpec) -> dict[str, Option]:
     """The options in force in one term, in canonical order."""
     written = {option.partition("=")[0] for option in str(term).split(",")[1:]}
+    meanings = {name: AXES[name].meaning for name in OPTIONS}
+    if term.weighting is not None:
+        row = term.weighting.row
+        meanings["weight"] = f"{row.meaning} ({row.source})" if row.source else row.meaning
     return {
-        name: Option(AXES[name].shown(value), name not in written, AXES[name].meaning)
+        name: Option(AXES[name].shown(value), name not in written, meanings[name])
         for name in OPTIONS
         if (value := getattr(term, name)) is not None
     }

@@ -85,6 +85,16 @@ def test_a_coefficient_is_in_the_row_of_its_term() -> None:
     assert second.target.endswith("below 0 it drives away from that reference")
 
 
+def test_a_weight_is_in_the_words_and_not_in_c() -> None:
+    """It is of the batch; an answer's c is as without."""
+    weighed, plain = explain("k2_as_loss,weight=positive"), explain("k2_as_loss")
+    assert weighed.coefficient == plain.coefficient
+    part = "each token's part of it times weight=positive"
+    assert weighed.rows[0].target == f"{plain.rows[0].target}; {part}"
+    assert "advantage is above 0" in weighed.options[0]["weight"].meaning
+    assert explain("k1_as_loss,weight=positive").rows[0].target == "zero"
+
+
 def test_every_option_has_a_meaning() -> None:
     assert set(OPTIONS) == set(AXES)
     for option in OPTIONS:

@@ -222,7 +222,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
         [f"{ROLLOUT}n is 1", "weight=difficulty has no other answers"],
     ),
     (
-        own("k2_as_loss,weight=entropy", "+algorithm.rollout_correction.bypass_mode=True"),
+        own("k2_as_loss,weight=entropy", "algorithm.rollout_correction.bypass_mode=True"),
         ["algorithm.rollout_correction.bypass_mode=True", "weight=entropy needs"],
     ),
     (["+klplug.kl_type=k4_as_loss", COEF], ["k4_as_loss", "Known", "k3_as_loss"]),
