@@ -76,7 +76,11 @@ def audit(
     ] = False,
     fix: Annotated[bool, typer.Option("--fix", help="Edit the script by the advice.")] = False,
     fail_on: Annotated[
-        FailOn, typer.Option(help="The least severity that makes the exit status 1.")
+        FailOn,
+        typer.Option(
+            metavar="SEVERITY",
+            help="The least that makes the exit status 1: info, warning, error or never.",
+        ),
     ] = "warning",
     host: Annotated[
         str | None, typer.Option(help="Look for commands of this host only, by its package's name.")

@@ -181,16 +181,16 @@ def _without(kl_type: str, names: Sequence[str]) -> str:
 
 
 def _completed(incomplete: str) -> list[str]:
-    return [*completed(incomplete), *(id for id in RULES if id.startswith(incomplete))]
+    return [*completed(incomplete), *(n for n in (*RULES, *PAPERS) if n.startswith(incomplete))]
 
 
 def explain_command(
     kl_types: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KL_TYPE... | FINDING...",
+            metavar="KL_TYPE... | FINDING... | PAPER...",
             help="One, or several side by side; a host's name too, as low_var_kl or stock:k3. Or "
-            "findings of klplug audit, as dead-zone.",
+            "findings of klplug audit, as dead-zone, or papers, as frpo.",
             autocompletion=_completed,
         ),
     ] = None,
@@ -213,12 +213,15 @@ def explain_command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Explain kl_types (formula, coefficient, whose gradient, bias, plot of c), or findings."""
+    """Explain kl_types (formula, coefficient, gradient, bias, plot of c), findings or papers."""
     if rules := [RULES[name] for name in kl_types or [] if name in RULES]:
         _explain_findings(rules, kl_types or [], as_json)
         return
-    of_paper = [] if paper is None else [_paper(paper)]
-    written = (kl_types or []) + [found.kl_type for found in of_paper if found.kl_type]
+    names = kl_types or []
+    of_paper = [PAPERS[name] for name in names if name in PAPERS]
+    of_paper += [] if paper is None else [_paper(paper)]
+    written = [name for name in names if name not in PAPERS]
+    written += [found.kl_type for found in of_paper if found.kl_type]
     kl_types = list(dict.fromkeys(written))
     if not kl_types and not of_paper:
         raise Unreadable("name a kl_type, as in klplug explain k2_as_loss, or a --paper")
@@ -238,9 +241,10 @@ def explain_command(
     try:
         explained = [explain(kl_type) for kl_type in kl_types]
     except ValueError as error:
-        near = get_close_matches(kl_types[0], RULES, n=1)
-        hint = f"; the finding of klplug audit is {near[0]}" if near else ""
-        raise Unreadable(f"{error}{hint}") from error
+        # Findings are written with hyphens, kl_types with underscores.
+        near = [] if "_" in kl_types[0] else get_close_matches(kl_types[0], (*RULES, *PAPERS), n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise Unreadable(f"{hint}{error}") from error
     if png is not None:
         picture(explained, png)
     if as_json:

@@ -12,7 +12,9 @@ from rich.table import Table
 from klplug.cli.output import AsJson, console, print_json
 from klplug.cli.status import Status, Unreadable
 from klplug.report import Report, report
-from klplug.report.runs import METRICS, NoLogs
+from klplug.report.intervals import Final
+from klplug.report.page import final_of
+from klplug.report.runs import METRICS, Group, NoLogs
 
 
 def report_command(
@@ -62,15 +64,30 @@ def _document(made: Report) -> dict[str, object]:
 def _tell(made: Report) -> None:
     titles = {metric.name: metric.title for metric in METRICS}
     table = Table()
-    table.add_column("run")
+    # No name breaks within a word.
+    longest = max(len(word) for group in made.groups for word in group.label.split())
+    table.add_column("run", min_width=min(longest, 40), overflow="fold")
     for heading in ("seeds", "steps", "reward", "KL", "tokens per answer"):
         table.add_column(heading, justify="right")
+
+    def ended(group: Group, metric: str) -> str:
+        # The range of one seed's steps is on the page; here it would leave no room for names.
+        value = final_of(group, made.finals, metric)
+        return (
+            f"{value.mean:.4g}"
+            if isinstance(value, Final) and value.over == "steps"
+            else str(value)
+        )
+
     for group in made.groups:
-        ended, name = made.finals[group.label], group.kl_name
-        kl = f"{ended.get(name, 'nan')} ({titles[name].removeprefix('KL, ')})" if name else ""
-        values = (str(ended.get("reward", "")), kl, str(ended.get("length", "")))
+        name = group.kl_name
+        kl = f"{ended(group, name)} ({titles[name].removeprefix('KL, ')})" if name else ""
         steps = str(max(run.steps for run in group.runs))
-        table.add_row(group.label, str(len(group.runs)), steps, *values)
+        table.add_row(
+            group.label,
+            *(str(len(group.runs)), steps),
+            *(ended(group, "reward"), kl, ended(group, "length")),
+        )
     out = console()
     out.print(table)
     for problem in made.problems:

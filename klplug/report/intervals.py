@@ -9,14 +9,7 @@ from dataclasses import dataclass
 
 from klplug.report.runs import Series
 
-SHARE, LEAST = 0.1, 5  # the end of a run: its last tenth, of at least five logged steps
-
-# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom, then the normal's.
-_T95 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
+SHARE = 0.1  # the end of a run: its last tenth, and of most metrics five logged steps at least
 
 
 @dataclass(frozen=True)
@@ -49,23 +42,24 @@ class Final:
         return f"{self.mean:.4g} ({self.low:.3g} to {self.high:.3g})"
 
 
-def end(series: Series) -> list[float]:
-    """The finite values of the last tenth of a run."""
-    steps = sorted(series)[-max(LEAST, math.ceil(SHARE * len(series))) :]
+def end(series: Series, least: int) -> list[float]:
+    """The finite values of the last tenth of a run, of ``least`` logged steps at least."""
+    steps = sorted(series)[-max(least, math.ceil(SHARE * len(series))) :]
     return [series[step] for step in steps if math.isfinite(series[step])]
 
 
-def final(seeds: Sequence[Series]) -> Final | None:
+def final(seeds: Sequence[Series], least: int) -> Final | None:
     """The final value over ``seeds``; ``None`` where nothing finite was logged."""
-    ends = [values for series in seeds if (values := end(series))]
+    ends = [values for series in seeds if (values := end(series, least))]
     if not ends:
         return None
     if len(ends) == 1:
         (values,) = ends
         mean = statistics.fmean(values)
         return Final(mean, None, min(values), max(values), "steps", len(values))
+    from scipy.special import stdtrit  # quantiles of Student's t
+
     means = [statistics.fmean(values) for values in ends]
     count, mean = len(means), statistics.fmean(means)
-    t = _T95[count - 2] if count - 2 < len(_T95) else 1.96
-    half_width = t * statistics.stdev(means) / math.sqrt(count)
+    half_width = float(stdtrit(count - 1, 0.975)) * statistics.stdev(means) / math.sqrt(count)
     return Final(mean, half_width, mean - half_width, mean + half_width, "seeds", count)

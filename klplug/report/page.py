@@ -10,8 +10,8 @@ from typing import Any
 
 import klplug
 from klplug.report import plots
-from klplug.report.intervals import LEAST, SHARE, Final, final
-from klplug.report.runs import Group, NoLogs, groups, metrics_of
+from klplug.report.intervals import SHARE, Final, final
+from klplug.report.runs import SEED, Group, Metric, NoLogs, groups, metrics_of
 
 PAGE, TEMPLATE = "report.html", "page.html.jinja"
 BORDERS = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "double"}
@@ -53,7 +53,7 @@ def report(folders: Sequence[Path], out: Path) -> Report:
     Raises:
         NoLogs: a folder has no log, or nothing in any log could be read.
         OSError: ``out`` can't be written.
-        ModuleNotFoundError: matplotlib or Jinja2 is missing.
+        ModuleNotFoundError: matplotlib, Jinja2 or scipy is missing.
     """
     found, problems = groups(folders)
     if not found:
@@ -63,7 +63,7 @@ def report(folders: Sequence[Path], out: Path) -> Report:
         group.label: {
             metric.name: value
             for metric in metrics
-            if (value := final(group.series(metric.name))) is not None
+            if (value := final(group.series(metric.name), metric.steps)) is not None
         }
         for group in found
     }
@@ -111,7 +111,7 @@ def _page(
             ("seeds", [len(group.runs) for group in found]),
             ("steps", [max(run.steps for run in group.runs) for group in found]),
             *(
-                (titles[name], [finals[group.label].get(name, "") for group in found])
+                (titles[name], [final_of(group, finals, name) for group in found])
                 for name in drawn
                 if name != "frontier"
             ),
@@ -135,9 +135,13 @@ def _page(
             for run in group.runs
         ],
         share=f"{SHARE:.0%}".replace("%", " %"),
-        least=LEAST,
-        window=plots.WINDOW,
+        steps=Metric.steps,
     )
+
+
+def final_of(group: Group, finals: dict[str, dict[str, Final]], metric: str) -> Final | str:
+    """A cell of a table: nothing where a run never logged a metric, nan where it has no end."""
+    return finals[group.label].get(metric, "nan" if group.series(metric) else "")
 
 
 def _summaries(found: Sequence[Group]) -> list[tuple[str, list[str]]]:
@@ -165,8 +169,10 @@ def _settings(found: Sequence[Group]) -> tuple[list[tuple[str, list[str]]], str]
     """Settings in which groups differ, as rows, and those that all share, in one line."""
     # Of a group's runs the first speaks for all: they differ in their seed alone.
     settings = [group.runs[0].settings for group in found]
-    keys = [key for key in dict.fromkeys(k for one in settings for k in one) if key != "seed"]
+    keys = [key for key in dict.fromkeys(k for one in settings for k in one) if key != SEED]
     rows = [(key, [_shown(one[key]) if key in one else "" for one in settings]) for key in keys]
-    alike = [key for key, cells in rows if len(set(cells)) == 1]
-    line = ", ".join(f"{key} {cells[0]}" for key, cells in rows if key in alike)
+    # A log alone says nothing of its settings, and differs in none.
+    said = [index for index, one in enumerate(settings) if one]
+    alike = [key for key, cells in rows if len({cells[index] for index in said}) == 1]
+    line = ", ".join(f"{key} {cells[said[0]]}" for key, cells in rows if key in alike)
     return [row for row in rows if row[0] not in alike], line

@@ -22,7 +22,6 @@ COLOURS = (
 )  # fmt: skip
 LINES = ("-", "--", ":", "-.")
 WIDTH, HEIGHT = 5.6, 3.4  # inches
-WINDOW = 5  # logged steps that a line is the mean of
 APART = 30.0  # largest over smallest from which on an axis is logarithmic
 
 
@@ -77,14 +76,14 @@ def curves(metric: Metric, found: Sequence[Group]) -> str:
     def draw(axes: Axes) -> None:
         for index, group in enumerate(found):
             if seeds := group.series(metric.name):
-                _curve(axes, seeds, *style(index))
+                _curve(axes, seeds, metric.steps, *style(index))
         axes.set_title(metric.title, fontsize=10)
         axes.set_xlabel("step")
         every = [
             value
             for group in found
             for series in group.series(metric.name)
-            for value in rolling_mean(series, WINDOW).values()
+            for value in rolling_mean(series, metric.steps).values()
             if math.isfinite(value)
         ]
         _set_scale(axes, metric, every)
@@ -115,11 +114,11 @@ def _set_scale(axes: Axes, metric: Metric, values: Sequence[float]) -> None:
     axes.yaxis.set_minor_formatter("")
 
 
-def _curve(axes: Axes, seeds: Sequence[Series], colour: str, line: str) -> None:
-    if len(seeds) == 1:
+def _curve(axes: Axes, seeds: Sequence[Series], width: int, colour: str, line: str) -> None:
+    if len(seeds) == 1 and width > 1:
         (series,) = seeds
         axes.plot(list(series), list(series.values()), ".", color=colour, alpha=0.25, markersize=4)
-    smooth = [rolling_mean(series, WINDOW) for series in seeds]
+    smooth = [rolling_mean(series, width) for series in seeds]
     steps = sorted({step for series in smooth for step in series})
     at = {step: [s[step] for s in smooth if math.isfinite(s.get(step, math.nan))] for step in steps}
     steps = [step for step in steps if at[step]]
@@ -144,7 +143,8 @@ def frontier(found: Sequence[Group], finals: dict[str, dict[str, Final]]) -> str
                 continue
             for run in group.runs:
                 kl, reward = (
-                    rolling_mean(run.metrics.get(metric, {}), WINDOW) for metric in (name, "reward")
+                    rolling_mean(run.metrics.get(metric, {}), Metric.steps)
+                    for metric in (name, "reward")
                 )
                 shared = [
                     step
@@ -152,7 +152,7 @@ def frontier(found: Sequence[Group], finals: dict[str, dict[str, Final]]) -> str
                     if math.isfinite(kl[step]) and math.isfinite(reward[step])
                 ]
                 path = [kl[step] for step in shared], [reward[step] for step in shared]
-                axes.plot(*path, line, color=colour, alpha=0.35, linewidth=1)
+                axes.plot(*path, line, color=colour, alpha=0.5, linewidth=1)
                 every += path[0]
             if name in ended and "reward" in ended:
                 x, y = ended[name], ended["reward"]

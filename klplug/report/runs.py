@@ -19,7 +19,8 @@ from klplug.report.logs import CONSOLE, EVENTS, WANDB, Log, kind, read
 class Metric:
     """One quantity, and the tags that trainers log it under; the first that is there counts.
 
-    A ``train/`` before a tag is left off. ``bounds`` are those of the quantity itself.
+    A ``train/`` before a tag is left off. ``bounds`` are those of the quantity itself. A line, and
+    the end of a run, are means of ``steps`` logged ones.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Metric:
     own: tuple[str, ...] = ()
     bounds: tuple[float, float] = (-math.inf, math.inf)
     kl: bool = False
+    steps: int = 5
 
     @property
     def tags(self) -> tuple[str, ...]:
@@ -60,7 +62,7 @@ KL_ORDER = ("kl", "kl_k3", "kl_k1", "kl_k2", "kl_host")  # for one number
 VALIDATION = re.compile(r"(?:val-core|val|eval)/(?!.*(?:global_step|epoch)$).+")
 
 # What quickstart settings of one run's seeds may differ in.
-_SEED = "seed"
+SEED = "seed"
 _SEED_IN_NAME = re.compile(r"[-_.=]?seed[-_=]?\d+", re.IGNORECASE)
 
 Series = dict[int, float]
@@ -113,7 +115,9 @@ def metrics_of(found: Sequence[Group]) -> list[Metric]:
     known = [metric for metric in METRICS if metric.name in logged]
     names = sorted(logged - {metric.name for metric in METRICS})
     after = sum(metric.name == "reward" for metric in known)
-    return known[:after] + [Metric(name, name, (name,)) for name in names] + known[after:]
+    # A model is evaluated now and then: a mean of five would be of most of the run.
+    validation = [Metric(name, name, (name,), steps=1) for name in names]
+    return known[:after] + validation + known[after:]
 
 
 class NoLogs(ValueError):
@@ -203,20 +207,19 @@ def _run(place: Path, logs: Sequence[Path]) -> tuple[Run | None, list[str]]:
 
 
 def not_finite(metrics: dict[str, Series]) -> list[str]:
-    """Of each metric that ends without a number: its name, and the step from which on it has none.
+    """Metrics that end without a number, by the step from which on they have none.
 
     A hole that closes again is not told: trainers skip what they have no sample for.
     """
     titles = {metric.name: next(iter(metric.tags), metric.name) for metric in METRICS}
-    told = []
+    told: dict[str, list[str]] = defaultdict(list)
     for name, series in metrics.items():
         first = None
         for step, value in series.items():
             first = None if math.isfinite(value) else step if first is None else first
         if first is not None:
-            of = f"from step {first} to the last, {max(series)}"
-            told.append(f"{titles.get(name, name)} is no finite number {of}")
-    return told
+            told[f"from step {first} to the last, {max(series)}"].append(titles.get(name, name))
+    return [f"no finite number {of}: {', '.join(names)}" for of, names in told.items()]
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -233,7 +236,7 @@ def _names(place: Path, settings: dict[str, Any]) -> tuple[str, str]:
         coefficient = settings["kl_coef"]
         strength = "" if coefficient is None else f" {coefficient:g}"
         label = f"{settings['host']}: {settings['kl_type']}{strength}"
-        others = {key: value for key, value in settings.items() if key != _SEED}
+        others = {key: value for key, value in settings.items() if key != SEED}
         return label, json.dumps(others, sort_keys=True)
     plain = _SEED_IN_NAME.sub("", str(place))
     name = Path(plain).stem if place.is_file() else Path(plain).name

@@ -24,6 +24,15 @@ def test_a_paper_beside_a_kl_type(klplug_command: Klplug) -> None:
     assert names == ["k2_as_loss", "k3_as_loss,ratio=none"]
 
 
+def test_a_paper_s_name_alone_is_understood(klplug_command: Klplug) -> None:
+    alone, named = klplug_command("explain", "frpo"), klplug_command("explain", "--paper", "frpo")
+    assert alone.status == 0 and alone.out == named.out
+    near = klplug_command("explain", "frpoo")
+    assert near.status == 2 and "error: did you mean frpo?" in near.err
+    # A kl_type that is misspelt is answered with a kl_type alone.
+    assert "did you mean k1-as-loss?" not in klplug_command("explain", "k1_as_los").err
+
+
 def test_a_paper_without_a_kl_type(klplug_command: Klplug) -> None:
     done = klplug_command("explain", "--paper", "rpg")
     assert done.status == 0 and "no kl_type" in done.out

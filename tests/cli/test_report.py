@@ -217,7 +217,7 @@ def test_nan_from_some_step_on_is_a_problem(klplug_command: Klplug, tmp_path: Pa
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     status, document = reported(klplug_command, tmp_path / "out", run)
     assert status == 1
-    told = "klplug/k3 is no finite number from step 12 to the last, 20"
+    told = "no finite number from step 12 to the last, 20: klplug/k3"
     assert document["problems"] == [f"{run}: {told}"]
     assert told in page_of(tmp_path / "out").text
     # What was logged before counts no more: a run whose KL is nan has no final KL.
@@ -225,9 +225,9 @@ def test_nan_from_some_step_on_is_a_problem(klplug_command: Klplug, tmp_path: Pa
 
 
 def test_trailing_infinities_are_told_too(tmp_path: Path) -> None:
-    assert not_finite({"reward": {1: 1.0, 2: math.inf, 3: math.nan}}) == [
-        "reward is no finite number from step 2 to the last, 3"
-    ]
+    ends = {1: 1.0, 2: math.inf, 3: math.nan}
+    told = "no finite number from step 2 to the last, 3: reward, entropy"
+    assert not_finite({"reward": ends, "entropy": ends}) == [told]
     assert not_finite({"reward": {1: math.nan, 2: 1.0}}) == []
 
 
@@ -244,7 +244,7 @@ def assert_is_the_verl_run(document: dict) -> None:  # type: ignore[type-arg]
     assert final == pytest.approx(
         {
             "reward": 0.25, "kl_host": 0.025, "entropy": 0.5, "length": 20.0, "seconds": 9.0,
-            "throughput": 1234.5, "val-core/gsm8k/acc/mean@1": 0.725,
+            "throughput": 1234.5, "val-core/gsm8k/acc/mean@1": 0.74,
         }
     )  # fmt: skip
 
@@ -328,7 +328,43 @@ def test_summaries_and_settings_stand_beside_the_curves(
     assert row and re.findall(r"<td>(.*?)</td>", row[1]) == ["77.4 %", "25.0 %"]
     row = re.search(r">kl_type</th>(.*?)</tr>", page, re.DOTALL)
     assert row and re.findall(r"<td>(.*?)</td>", row[1]) == ["k2_as_loss", "k3_as_loss"]
-    assert "The same in all: host verl, kl_coef 0.01, model tiny." in page
+    assert "The same in all that have settings: host verl, kl_coef 0.01, model tiny." in page
+
+
+def test_a_log_without_settings_differs_in_none(klplug_command: Klplug, tmp_path: Path) -> None:
+    quickstart(tmp_path / "a")
+    (quickstart(tmp_path / "b") / "settings.json").unlink()
+    reported(klplug_command, tmp_path / "out", tmp_path)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Settings that differ" not in page
+    assert "kl_type k2_as_loss" in page
+
+
+def test_a_validation_score_ends_with_its_last_evaluation(
+    klplug_command: Klplug, tmp_path: Path
+) -> None:
+    """A mean of five evaluations would be of half the run."""
+    rows = "".join(f"{s},{s / 100},{s / 100}\n" for s in range(10, 70, 10))
+    (tmp_path / "run.csv").write_text("step,val-core/acc,critic/score/mean\n" + rows)
+    _, document = reported(klplug_command, tmp_path / "out", tmp_path)
+    final = document["runs"][0]["final"]
+    assert final["val-core/acc"]["mean"] == 0.6
+    assert final["reward"]["mean"] == pytest.approx(0.4)  # of 0.2 to 0.6
+
+
+def test_a_name_breaks_after_an_option_and_a_run_of_nan_is_said(
+    klplug_command: Klplug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = quickstart(tmp_path / "a", kl_type="k1_as_loss,ratio=none")
+    lines = [{"step": s, "reward": None, "klplug/kl": 0.1} for s in range(1, 9)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setenv("COLUMNS", "70")
+    done = klplug_command("report", tmp_path, "--out", tmp_path / "out")
+    assert "k1_as_loss,ratio=none" in done.out
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "k1_as_loss,<wbr>ratio=none" in page
+    row = re.search(r">reward</th>(.*?)</tr>", page, re.DOTALL)
+    assert row and re.findall(r"<td>(.*?)</td>", row[1]) == ["nan"]
 
 
 def test_logs_below_a_run_are_that_runs(klplug_command: Klplug, tmp_path: Path) -> None:
@@ -382,12 +418,12 @@ def test_bad_input(klplug_command: Klplug, tmp_path: Path) -> None:
 
 
 def test_one_seed_has_the_range_of_its_steps_and_no_interval() -> None:
-    value = final([{step: float(step % 2) for step in range(100)}])
+    value = final([{step: float(step % 2) for step in range(100)}], 5)
     assert value is not None
     assert (value.mean, value.over, value.count) == (0.5, "steps", 10)
     assert (value.half_width, value.low, value.high) == (None, 0.0, 1.0)
     assert str(value) == "0.5 (0 to 1)"
-    assert final([{1: math.nan}]) is None
+    assert final([{1: math.nan}], 5) is None
 
 
 def test_a_rolling_mean_leaves_nan_out() -> None:

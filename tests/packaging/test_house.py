@@ -23,7 +23,7 @@ ALLOWED = {
     "klplug/hosting": ("klplug", "wrapt", "ray", "transformers"),
     "klplug/audit": ("klplug", "klplug.hosting", "yaml"),
     "klplug/report": (
-        *("klplug", "klplug.hosting", "matplotlib", "jinja2", "markupsafe"),
+        *("klplug", "klplug.hosting", "matplotlib", "jinja2", "markupsafe", "scipy"),
         *("tensorboard", "google", "wandb"),
     ),
     "klplug/cli": (
