@@ -11,14 +11,13 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from klplug.audit import run as aspects
-from klplug.audit.errors import AuditError
 from klplug.audit.run import Advantage, Controller, Run, Scale, Term
 from klplug.audit.settings import (
     Launch,
@@ -34,7 +33,7 @@ from klplug.audit.tables import Source, Table, flattened, load_yaml
 from klplug.controllers import CONTROLS
 from klplug.hosting.settings import Unknown
 from klplug.spec import KLSpec, TermSpec, parse
-from klplug_verl import sources
+from klplug_verl import configs, sources
 from klplug_verl.edit import without_klplug
 from klplug_verl.host import HOST, before
 from klplug_verl.keys import (
@@ -67,7 +66,6 @@ from klplug_verl.keys import (
     MINI_BATCH,
     NORM_BY_STD,
     PENALTY,
-    RECORDS,
     ROLLOUT_IS,
     STOCK,
     STRATEGY,
@@ -159,7 +157,7 @@ _TRAINERS = (
         drops="the trainer of PRIME never calls apply_kl_penalty",
     ),
     _Trainer(
-        r"\b(?:spin|flowrl|rpg)\b",
+        r"(?:\b|_)(?:spin|flowrl|rpg|gkd)\b",
         "A trainer with a loss of its own, which is not verl's policy loss.",
         own_loss=True,
     ),
@@ -180,36 +178,30 @@ class Parsed:
     spelled: dict[str, tuple[Word, ...]]  # by key, the words of the command that set it
     added: frozenset[str]  # written with '+' or '++': they need not exist
     bare: tuple[Setting, ...]  # arguments that Hydra would not take
-    files: tuple[Path, ...]
     unread: tuple[Setting, ...]
     holes: tuple[tuple[Setting, str], ...]  # whole arguments that can't be known
     appended: frozenset[str] = frozenset()  # written with one '+': they must not exist
-    own_config: bool = False  # a recipe, whose config has settings beyond verl's
+    flags: Mapping[str, Word] = field(default_factory=dict)  # --config-name, -path and -dir
+    own_config: bool = False  # settings beyond verl's, of a recipe or of a config file
     launch: Launch | None = None  # the command; of a config file on its own there is none
 
 
 def parsed(launch: Launch) -> Parsed:
-    """What a command sets, over the config files that it names."""
-    given = arguments(
-        launch.args,
-        launch.folder,
-        own_config=launch.foreign or _own(launch.trainer) is not None,
-        trainer=launch.trainer,
-    )
-    return replace(_with_files(given), launch=launch)
+    """What a command sets, over the config file that it, or its trainer, names."""
+    given = replace(arguments(launch.args), launch=launch)
+    if launch.foreign or _own(launch.trainer) is not None:
+        given = replace(given, own_config=True)
+    return _over_config(given, launch)
 
 
-def arguments(
-    args: Iterable[Word], folder: Path, own_config: bool = False, trainer: str = ""
-) -> Parsed:
-    """Hydra's view of a command line; config files are looked for from ``folder``."""
+def arguments(args: Iterable[Word]) -> Parsed:
+    """Hydra's view of a command line."""
     written: dict[str, Setting] = {}
     spelled: dict[str, tuple[Word, ...]] = {}
     added: set[str] = set()
     appended: set[str] = set()
-    bare, unread, holes = [], [], []
-    files: list[Path] = []
-    config: dict[str, Word] = {}
+    bare, holes = [], []
+    flags: dict[str, Word] = {}
     args = tuple(args)
     multirun = any(word.text in ("-m", "--multirun") for word in args)
     words = iter(args)
@@ -219,7 +211,7 @@ def arguments(
         if flag:
             value = word if flag[2] is not None else next(words, Word(""))
             given = flag[2] if flag[2] is not None else value.text
-            config[_HYDRA_FLAGS[flag[1]]] = replace(value, text=given.strip("'\""))
+            flags[_HYDRA_FLAGS[flag[1]]] = replace(value, text=given.strip("'\""))
         elif re.match(r"--?[a-zA-Z]|~", text):
             continue  # other flags of Hydra's, and settings that it takes out
         elif match := re.match(r"(\+{0,2})([\w@./-]+)=(.*)$", text, re.DOTALL):
@@ -237,27 +229,15 @@ def arguments(
             holes.append((Setting(text, None, word.line, True), word.unknown[0]))
         else:
             bare.append(Setting(text, None, word.line, True))
-    if "name" in config or "path" in config:
-        path = _config_file(config, folder, trainer)
-        stock = _STOCK_CONFIGS.get(config.get("name", _MAIN_CONFIG).text.removesuffix(".yaml"))
-        if path is not None:
-            files.append(path)
-        elif stock is not None:
-            written = _brought(stock) | written
-        else:
-            named = config.get("name", config.get("path", Word("")))
-            flag_name = "--config-name" if "name" in config else "--config-path"
-            unread.append(Setting(flag_name, named.text, named.line, True, named.unknown))
     return Parsed(
         written,
         spelled,
         frozenset(added),
         tuple(bare),
-        tuple(files),
-        tuple(unread),
+        (),
         tuple(holes),
         frozenset(appended),
-        own_config or bool(unread),
+        flags,
     )
 
 
@@ -283,41 +263,6 @@ _HYDRA_FLAGS = {
     **{"--config-path": "path", "--config-name": "name", "--config-dir": "dir"},
     **{"-cp": "path", "-cn": "name", "-cd": "dir"},
 }
-_MAIN_CONFIG = Word("ppo_trainer")
-_MEGATRON = {STRATEGY: "megatron"}
-# Configs that verl brings, and what they change of what bears on the KL. Sources, in verl 0.7.1 to
-# 0.9.1: trainer/config, experimental/*/config; verl-recipe dapo/config.
-_STOCK_CONFIGS: dict[str, dict[str, Any]] = {
-    "ppo_trainer": {},
-    "ppo_megatron_trainer": _MEGATRON,
-    "dapo_trainer": {},
-    "dapo_megatron_trainer": _MEGATRON,
-    "fully_async_ppo_trainer": {BYPASS: True, RECORDS: True},
-    "fully_async_ppo_megatron_trainer": {BYPASS: True, RECORDS: True, **_MEGATRON},
-    "one_step_off_ppo_trainer": {BYPASS: True, RECORDS: True},
-    "one_step_off_ppo_megatron_trainer": {BYPASS: True, RECORDS: True, **_MEGATRON},
-}
-# A variable, or the output of a command, in front of a path.
-_UNKNOWN_HEAD = re.compile(r"^(\$\{?\w+\}?|\$\([^)]*\)|`[^`]*`)/*")
-
-
-def _config_file(config: dict[str, Word], folder: Path, trainer: str) -> Path | None:
-    """The file that is named: from the folder of the script, or of the trainer, as Hydra has it."""
-    name = config.get("name", _MAIN_CONFIG)
-    place = config.get("path") or config.get("dir") or Word(".")
-    if name.unknown:
-        return None
-    # "$PROJECT_DIR/examples/config": the unknown head may be the folder of the script.
-    text = _UNKNOWN_HEAD.sub("", place.text) if place.unknown else place.text
-    file = name.text if name.text.endswith((".yaml", ".yml")) else f"{name.text}.yaml"
-    above = (folder.resolve(), *folder.resolve().parents[:6])
-    module = trainer.removesuffix(".py").replace(".", "/").rpartition("/")[0]
-    from_trainer = [root / module for root in above] if module else []
-    from_script = above[:4] if place.unknown else (folder, Path("."))
-    for root in (*from_script, *from_trainer):
-        if (path := root / text / file).is_file():
-            return path
-    return None
 
 
 def is_config(content: Mapping[str, Any]) -> bool:
@@ -328,7 +273,7 @@ def is_config(content: Mapping[str, Any]) -> bool:
 def parsed_yaml(content: Mapping[str, Any], lines: Mapping[str, int]) -> Parsed:
     """What a config file on its own sets."""
     written = _from_yaml(content, lines)
-    return Parsed(written, {}, frozenset(written), (), (), (), ())
+    return Parsed(written, {}, frozenset(written), (), (), ())
 
 
 def _from_yaml(content: Mapping[str, Any], lines: Mapping[str, int]) -> dict[str, Setting]:
@@ -340,49 +285,52 @@ def _from_yaml(content: Mapping[str, Any], lines: Mapping[str, int]) -> dict[str
     }
 
 
-def _brought(stock: Mapping[str, Any]) -> dict[str, Setting]:
-    """The settings of a config that verl brings."""
-    return {key: Setting(key, value, written=True) for key, value in stock.items()}
+def _over_config(given: Parsed, launch: Launch) -> Parsed:
+    """The settings of the config file that is taken, under those of the command itself.
 
-
-def _with_files(launched: Parsed) -> Parsed:
-    """The settings of the config files a command names, under those of the command itself."""
-    written: dict[str, Setting] = {}
-    for path in launched.files:
-        written |= _of_file(path, ())
-    # A config file may hold keys of its own.
-    added = launched.added | (written.keys() - launched.written.keys())
-    return replace(launched, written={**written, **launched.written}, added=added)
-
-
-def _of_file(path: Path, within: tuple[Path, ...]) -> dict[str, Setting]:
-    """The settings of a config file, over those of the files beside it in its ``defaults``.
-
-    Args:
-        path: the file.
-        within: the files that it is a default of; one that leads back to itself is an error.
+    Where neither the command names one nor the trainer's source lies beside the script, verl's own
+    defaults are all there is.
     """
-    if path in within:
-        raise AuditError(f"{path}: its defaults lead back to itself")
-    try:
-        content = load_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise AuditError(f"{path}: not a readable YAML file ({error})") from None
-    if not isinstance(content, dict):
-        return {}
-    own = _from_yaml(content, {})
-    settings: dict[str, Setting] = {}
-    defaults = content.get("defaults")
-    names = [name for name in defaults if isinstance(name, str)] if defaults else ["_self_"]
-    for name in names if "_self_" in names else [*names, "_self_"]:
-        beside = path.with_name(f"{name.removesuffix('.yaml')}.yaml")
-        if name == "_self_":
-            settings |= own
-        elif beside.is_file():
-            settings |= _of_file(beside, (*within, path))
-        else:
-            settings |= _brought(_STOCK_CONFIGS.get(name.removesuffix(".yaml"), {}))
-    return settings
+    trainer, flags = launch.words[launch.main], given.flags
+    source = configs.entry(trainer, launch.folder)
+    own = None if source is None else configs.main(source)
+    asked = "name" in flags or "path" in flags
+    if own is None and not asked:
+        return given
+    path = configs.named(flags, launch.folder, trainer, own)
+    brought = None if path is None else configs.stock(path)
+    if path is None and (asked or (own is not None and configs.is_verls(own.folder))):
+        name = flags.get("name", Word((own and own.name) or configs.MAIN)).text
+        brought = configs.STOCK.get(name.removesuffix(".yaml"))
+    if brought is not None:
+        return replace(given, written=_values_of(brought, asked) | given.written)
+    if path is None:
+        return replace(given, unread=(_unread(flags, own, trainer),), own_config=True)
+    config = configs.read(path, launch.folder)
+    return replace(
+        given,
+        written=_values_of(config.settings, asked) | given.written,
+        unread=tuple(Setting(f"{path.name}'s default", name) for name in config.missing),
+        own_config=True,
+    )
+
+
+def _values_of(config: Mapping[str, Any], asked: bool) -> dict[str, Setting]:
+    """Settings of a config file: written by whoever asked for it, or defaults of the trainer."""
+    return {
+        key: Setting(key, scalar(value) if isinstance(value, str) else value, None, asked)
+        for key, value in config.items()
+    }
+
+
+def _unread(flags: Mapping[str, Word], own: configs.Main | None, trainer: Word) -> Setting:
+    """What names a config file that is not there."""
+    for flag in ("name", "path"):
+        if flag in flags:
+            word = flags[flag]
+            return Setting(f"--config-{flag}", word.text, word.line, True, word.unknown)
+    name = own.name if own is not None else None
+    return Setting("hydra.main's config_name", name, trainer.line, True)
 
 
 def misses(table: Table, launched: Parsed) -> list[Setting]:
@@ -395,9 +343,7 @@ def appended(table: Table, launched: Parsed) -> list[Setting]:
     if launched.own_config:
         return []
     return [
-        launched.written[key]
-        for key in launched.appended
-        if table.defaults.get(key) is not None and not launched.files
+        launched.written[key] for key in launched.appended if table.defaults.get(key) is not None
     ]
 
 
@@ -451,47 +397,12 @@ def table(package: Path) -> dict[str, Any]:
         contents = [load_yaml(path.read_text()) for path in [main, *others]]
     else:  # before 0.5
         paths = (folder / "ppo_trainer.yaml", folder / "ppo_megatron_trainer.yaml")
-        contents = [_composed(path, folder) for path in paths if path.is_file()]
+        contents = [dict(configs.read(path, folder).settings) for path in paths if path.is_file()]
     defaults: dict[str, Any] = {}
     for content in contents:
         for key, value in flattened(content).items():
             defaults.setdefault(key, value)
     return {"defaults": defaults, "choices": {}, "switches": {}}
-
-
-def _composed(path: Path, root: Path, depth: int = 0) -> Any:
-    """A config with the files of its defaults list below it, as Hydra composes them."""
-    content = load_yaml(path.read_text())
-    if not isinstance(content, dict) or depth > 8:
-        return {}
-    whole: dict[str, Any] = {}
-    for entry in content.pop("defaults", ()):
-        if isinstance(entry, dict):
-            for group, name in entry.items():
-                group, _, place = str(group).removeprefix("override ").partition("@")
-                file = (path.parent / group / f"{name}.yaml").resolve()
-                if not file.is_file():
-                    file = root / group / f"{name}.yaml"
-                if file.is_file() and root.resolve() in file.resolve().parents:
-                    _place(whole, place or group, _composed(file, root, depth + 1))
-    return _over(whole, content)
-
-
-def _place(whole: dict[str, Any], place: str, content: Any) -> None:
-    if place in ("_here_", "_global_"):
-        whole |= _over(whole, content)
-        return
-    *parents, last = place.split(".")
-    for parent in parents:
-        whole = whole.setdefault(parent, {})
-    whole[last] = _over(whole.get(last), content)
-
-
-def _over(below: Any, above: Any) -> Any:
-    """One mapping over another."""
-    if not (isinstance(below, dict) and isinstance(above, dict)):
-        return above
-    return below | {key: _over(below.get(key), value) for key, value in above.items()}
 
 
 def settings(table: Table, launched: Parsed, version_from: str) -> Settings:
@@ -654,16 +565,33 @@ def loads_klplug(text: str) -> bool:
 _LOADS = re.compile(r"(?m)^[^#\n]*(?<![\w.])VERL_USE_EXTERNAL_MODULES\b.*(?:\bklplug_verl\b|\$)")
 
 
+_REFERS = re.compile(r"\\?\$\{(?:oc\.select:)?([\w.]+)(?:,\s*(.*))?\}")
+
+
 def _resolved(settings: Settings) -> Settings:
-    """Values that refer to another key, ``${data.train_batch_size}``, followed once."""
-    written = {}
-    for key, setting in settings.written.items():
-        match = re.fullmatch(r"\\?\$\{([\w.]+)\}", str(setting.value))
-        if match and settings.has(match[1]):
+    """Values that refer to another key, ``${data.train_batch_size}``, followed to it."""
+    written = {key: _followed(settings, setting) for key, setting in settings.written.items()}
+    return replace(settings, written=written)
+
+
+def _followed(settings: Settings, setting: Setting) -> Setting:
+    for _ in range(_FOLLOWED):
+        match = _REFERS.fullmatch(str(setting.value))
+        if match is None:
+            break
+        if settings.has(match[1]):
             target = settings[match[1]]
             setting = replace(setting, value=target.value, unknown=target.unknown)
-        written[key] = setting
-    return replace(settings, written=written)
+        elif match[2] is not None:
+            return replace(setting, value=scalar(match[2]))
+        else:
+            break
+    if setting.key in ASPECTS and "${" in str(setting.value) and not setting.unknown:
+        return replace(setting, unknown=(f"{setting} refers to what is not here",))
+    return setting
+
+
+_FOLLOWED = 8  # how many references in a row
 
 
 def _fetches(settings: Settings) -> bool:
@@ -923,7 +851,8 @@ def _bad_values(settings: Settings) -> list[Rejected]:
         rejected.append(Rejected(agg, f"loss_agg_mode takes {', '.join(modes)}"))
     fetches = _fetches(settings)
     counts = (MINI_BATCH, EPOCHS, N) if fetches else (*_COUNTS, N)
-    rejected += settings.not_numbers((LOSS_COEF, CTRL_COEF, GAMMA), counts)
+    if _is_verls(settings):  # another may count its batches itself
+        rejected += settings.not_numbers((LOSS_COEF, CTRL_COEF, GAMMA), counts)
     ctrl = settings[CTRL_TYPE]
     if not ctrl.unknown and ctrl.value not in ("fixed", "adaptive"):
         rejected.append(Rejected(ctrl, "kl_ctrl.type takes fixed, adaptive"))
@@ -1069,6 +998,11 @@ def _unknown(
         if not named and not setting.unknown and settings.on(switch) and not _is_verls(settings):
             reason = f"{setting} is not one of verl's own"
             unknown.setdefault(aspects.KL, []).append((setting, reason))
+    for key in () if _is_verls(settings) else _COUNTS:
+        setting = settings[key]
+        if setting.value is None and key in settings.written and not setting.unknown:
+            reason = f"{setting}: the trainer itself decides it"
+            unknown.setdefault(aspects.UPDATES, []).append((setting, reason))
     for config in settings.unread:
         for key in _left_to_config(settings):
             reason = f"{config} is not read, and may set {key}"
@@ -1122,5 +1056,5 @@ def _left_to_config(settings: Settings) -> Iterable[str]:
         for key in keys
     }
     for key in ASPECTS:
-        if not settings[key].written and key not in off and not key.startswith("klplug."):
+        if key not in settings.written and key not in off and not key.startswith("klplug."):
             yield key

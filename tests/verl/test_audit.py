@@ -20,6 +20,7 @@ from torch import Tensor
 import klplug
 from klplug.audit import audit
 from klplug.audit.run import dead_zone
+from klplug.audit.settings import Launch
 from klplug.audit.shell import Script, Word
 from klplug.audit.tables import installed, read, stored, versions
 from tests.audit.verdicts import SCRIPTS
@@ -113,12 +114,12 @@ def words(path: Path) -> list[Word]:
     found = [
         c.words for c in Script(path.read_text()).commands if "-m" in [w.text for w in c.words]
     ]
-    return list(found[-1][[w.text for w in found[-1]].index("-m") + 2 :])
+    return list(found[-1][[w.text for w in found[-1]].index("-m") + 1 :])
 
 
 @pytest.mark.parametrize("path", sorted(SCRIPTS.glob("verl-*.sh")), ids=lambda path: path.stem)
 def test_settings_are_those_of_hydra(path: Path) -> None:
-    launched = model.arguments(words(path), path.parent)
+    launched = model.parsed(Launch(tuple(words(path)), 0, path.parent))
     table = installed("verl")
     assert table is not None
     ours = model.settings(table, launched, "installed")

@@ -1,0 +1,135 @@
+"""Which config file a trainer takes, and what it sets, where its source lies beside the script."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from klplug.audit import Report, audit
+
+_A = "actor_rollout_ref.actor"
+_GRPO = "algorithm.adv_estimator=grpo actor_rollout_ref.rollout.n=8"
+_MAIN = """\
+import hydra
+raise SystemExit("the audit ran this")
+
+
+@hydra.main(config_path={path!r}, config_name={name!r}, version_base=None)
+def main(config):
+    run(config)
+"""
+
+
+def _project(tmp_path: Path, files: dict[str, str], command: str) -> Report:
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    script = tmp_path / "scripts" / "train" / "run.sh"
+    script.parent.mkdir(parents=True)
+    script.write_text(f"{command}\n")
+    return audit(script)
+
+
+_LOSS = """\
+algorithm: {use_kl_in_reward: false}
+actor_rollout_ref: {actor: {use_kl_loss: true, kl_loss_type: mse, kl_loss_coef: 0.25}}
+"""
+
+
+@pytest.mark.parametrize("started", ["-m mine.trainer.main", "mine/trainer/main.py"])
+def test_a_trainer_takes_the_config_of_its_own_hydra_main(tmp_path: Path, started: str) -> None:
+    files = {
+        "mine/trainer/main.py": _MAIN.format(path="config", name="mine"),
+        "mine/trainer/config/mine.yaml": f"defaults: [ppo_trainer, _self_]\n{_LOSS}",
+    }
+    report = _project(tmp_path, files, f"python3 {started} {_GRPO}")
+    assert (report.gradient, report.beta) == ("reverse", 0.25)
+    # The command goes before it.
+    (tmp_path / "scripts" / "train" / "run.sh").write_text(
+        f"python3 {started} {_GRPO} {_A}.kl_loss_type=low_var_kl\n"
+    )
+    assert audit(tmp_path / "scripts" / "train" / "run.sh").gradient == "forward"
+
+
+def test_positional_arguments_and_a_path_upwards(tmp_path: Path) -> None:
+    main = 'import hydra\n@hydra.main("../../config", "mine")\ndef main(config): ...\n'
+    files = {"mine/trainer/main.py": main, "config/mine.yaml": _LOSS}
+    report = _project(tmp_path, files, f"python3 -m mine.trainer.main {_GRPO}")
+    assert (report.gradient, report.beta) == ("reverse", 0.25)
+
+
+@pytest.mark.parametrize(
+    "main",
+    [
+        _MAIN.format(path="config", name="mine"),  # not there
+        "import hydra\n@hydra.main(config_path=HERE, config_name='mine')\ndef main(c): ...\n",
+    ],
+)
+def test_what_a_config_that_is_not_there_decides_is_unknown(tmp_path: Path, main: str) -> None:
+    report = _project(tmp_path, {"mine/main.py": main}, f"python3 -m mine.main {_GRPO}")
+    assert report.gradient is None
+    assert "config_name" in report.unknown["gradient"][0]
+    assert any(finding.id == "config-not-read" for finding in report.findings)
+
+
+def test_a_default_that_is_not_there_is_unknown(tmp_path: Path) -> None:
+    files = {
+        "mine/main.py": _MAIN.format(path=".", name="mine"),
+        "mine/mine.yaml": "defaults: [theirs, _self_]\nactor_rollout_ref: {rollout: {n: 4}}\n",
+    }
+    report = _project(tmp_path, files, "python3 -m mine.main algorithm.adv_estimator=grpo")
+    assert report.gradient is None
+    assert "mine.yaml's default=theirs" in report.unknown["gradient"][0]
+
+
+def test_a_config_of_that_name_elsewhere_is_another(tmp_path: Path) -> None:
+    # examples/split_placement of verl 0.2: its own config has no KL loss, the package's has one.
+    files = {
+        "examples/split.py": _MAIN.format(path="config", name="split"),
+        "examples/config/split.yaml": _LOSS.replace("use_kl_loss: true", "use_kl_loss: false"),
+        "split.yaml": _LOSS,
+        "scripts/config/split.yaml": _LOSS,
+    }
+    report = _project(tmp_path, files, f"python3 examples/split.py {_GRPO}")
+    assert report.gradient == "none"
+
+
+def test_config_name_is_looked_for_where_hydra_main_says(tmp_path: Path) -> None:
+    files = {
+        "train.py": _MAIN.format(path="config", name="base"),
+        "config/base.yaml": "defaults: [ppo_trainer, envs, _self_]\nmini: 32\nactor_rollout_ref:\n"
+        "  actor: {ppo_mini_batch_size: '${mini}', kl_loss_type: kl}\n"
+        "data: {train_batch_size: null}\n",
+        "config/envs.yaml": "envs: {a: 1}\n",
+        "config/_2_sokoban.yaml": "defaults: [base, _self_]\n",
+    }
+    command = f"python train.py --config-name _2_sokoban {_GRPO} {_A}.use_kl_loss=True"
+    report = _project(tmp_path, files, command)
+    assert report.gradient == "zero"
+    # Its own code makes the batch: the host's rule on it is not known to hold.
+    assert "rejected-setting" not in {finding.id for finding in report.findings}
+    assert "the trainer itself decides it" in report.unknown["updates_per_rollout"][0]
+
+
+def test_a_recipe_is_found_in_its_own_repository(tmp_path: Path) -> None:
+    # verl-recipe is verl's folder `recipe`: there the module's first name is the checkout.
+    files = {
+        "mine/main_mine.py": _MAIN.format(path="config", name="mine_trainer"),
+        "mine/config/mine_trainer.yaml": f"hydra: {{searchpath: ['pkg://verl.trainer.config']}}\n"
+        f"defaults: [ppo_trainer, _self_]\n{_LOSS}",
+    }
+    report = _project(tmp_path, files, f"python3 -m recipe.mine.main_mine {_GRPO}")
+    assert (report.gradient, report.beta) == ("reverse", 0.25)
+
+
+def test_a_trainer_whose_source_is_not_here_is_read_over_verls_defaults(tmp_path: Path) -> None:
+    report = _project(tmp_path, {}, f"python3 -m mine.main {_GRPO} {_A}.use_kl_loss=True")
+    assert report.gradient == "forward"
+
+
+def test_a_source_that_is_no_python(tmp_path: Path) -> None:
+    files = {"mine/main.py": "def main(:\n"}
+    report = _project(tmp_path, files, f"python3 -m mine.main {_GRPO} {_A}.use_kl_loss=True")
+    assert report.gradient == "forward"

@@ -1,0 +1,48 @@
+"""Config files as the audit composes them, beside Hydra."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from klplug_verl import configs
+from omegaconf import OmegaConf
+
+from klplug.audit.tables import flattened
+
+_GROUPS = {
+    "actor/base.yaml": "lr: 1\nclip: 0.2\n",
+    "actor/dp.yaml": "defaults: [base, _self_]\nlr: 2\n",
+    "actor/deep.yaml": "defaults: [{inner@loss: vanilla}, dp, _self_]\nclip: 0.4\n",
+    "actor/inner/vanilla.yaml": "mode: vanilla\n",
+}
+_FILES = {
+    "own content goes last": "defaults: [first, second]\na: 3\n",
+    "own content goes where it says": "defaults: [first, _self_, second]\na: 3\n",
+    "own content goes first": "defaults: [_self_, first]\na: {x: 3, y: 4}\nb: 5\n",
+    "a group under another name": "defaults: [{actor@policy.actor: base}, _self_]\n"
+    "policy: {actor: {lr: 7}}\n",
+    "a group under its own": "defaults: [{actor: base}, _self_]\nb: 1\n",
+    "a default with defaults": "defaults: [{actor: dp}, _self_]\nb: 1\n",
+    "three deep": "defaults: [{actor@policy.actor: deep}, _self_]\nb: 1\n",
+    "a group here": "defaults: [{actor@_here_: base}, _self_]\nb: 1\n",
+    "a file of a group by its path": "defaults: [actor/base, _self_]\nactor: {clip: 0.3}\n",
+    "an optional one that lacks": "defaults: [{optional actor: none_such}, first, _self_]\nb: 1\n",
+    "none of a group": "defaults: [{actor: null}, first, _self_]\nb: 1\n",
+    "no defaults": "a: {b: {c: null}}\nd: []\n",
+}
+
+
+@pytest.mark.parametrize("name", _FILES)
+def test_a_config_file_is_composed_as_hydra_does(tmp_path: Path, name: str) -> None:
+    files = {"mine.yaml": _FILES[name], "first.yaml": "a: {x: 1}\nb: 2\n", "second.yaml": "a: 9\n"}
+    if "last" in name or "where" in name:
+        files["first.yaml"] = "a: 1\nb: 2\n"
+    for path, text in {**files, **_GROUPS}.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    with initialize_config_dir(str(tmp_path), version_base=None):
+        right = OmegaConf.to_container(compose("mine"))
+    read = configs.read(tmp_path / "mine.yaml", tmp_path)
+    assert read.settings == flattened(right) and not read.missing
