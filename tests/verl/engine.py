@@ -79,6 +79,7 @@ class Bench:
         port: int | None = None,
         packed: bool = False,
         ulysses: int = 1,
+        lora_rank: int = 0,
     ) -> None:
         if packed:
             packed_attention()
@@ -103,6 +104,7 @@ class Bench:
                     path=str(POLICY),
                     use_remove_padding=packed,
                     enable_gradient_checkpointing=False,
+                    lora_rank=lora_rank,
                     override_config={"attn_implementation": PACKED if packed else "sdpa"},
                 ),
                 engine_config=FSDPEngineConfig(
@@ -127,7 +129,8 @@ class Bench:
 
     def _record(self) -> float:
         named = self.worker.engine.module.named_parameters()
-        whole = [getattr(p.grad, "full_tensor", lambda g=p.grad: g)() for _, p in named]
+        grads = [p.grad for _, p in named if p.requires_grad]
+        whole = [getattr(grad, "full_tensor", lambda g=grad: g)() for grad in grads]
         self.gradients.append(torch.cat([g.flatten().double() for g in whole]))
         return float(self.gradients[-1].norm())
 
@@ -174,10 +177,13 @@ class Bench:
         }
         return tu.get_tensordict(tensors, {**meta, "compute_loss": True})
 
-    def _log_probs(self, data: Any) -> list[Tensor]:
+    def _log_probs(self, data: Any, **meta: Any) -> list[Tensor]:
+        from verl.utils import tensordict_utils as tu
         from verl.workers.utils.padding import response_from_nested
 
-        output = self.worker.infer_batch(data.clone())
+        given = data.clone()
+        tu.assign_non_tensor(given, compute_loss=False, **meta)
+        output = self.worker.infer_batch(given)
         rows: list[Any] = [None]
         if output is not None:  # of ranks that share their rows one has them
             found = response_from_nested(output["log_probs"], data["response_mask"])
