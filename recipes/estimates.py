@@ -36,7 +36,9 @@ class Estimate:
 
 
 def parameters(shape: Shape) -> int:
-    """Of a model of Llama's form, with Qwen2's biases, which are next to nothing."""
+    """As counted, else of Llama's form with Qwen2's biases, which are next to nothing."""
+    if shape.parameters:
+        return shape.parameters
     hidden = shape.hidden_size
     query = shape.head * shape.num_attention_heads
     key_value = shape.head * shape.num_key_value_heads
@@ -45,6 +47,15 @@ def parameters(shape: Shape) -> int:
     layer = attention + feed_forward + 2 * hidden
     embeddings = (1 if shape.tie_word_embeddings else 2) * shape.vocab_size * hidden
     return shape.num_hidden_layers * layer + hidden + embeddings
+
+
+def adapter(shape: Shape, rank: int) -> int:
+    """Parameters of a LoRA adapter of every linear layer but the output's."""
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    query = shape.head * shape.num_attention_heads
+    key_value = shape.head * shape.num_key_value_heads
+    ends = 2 * (hidden + query) + 2 * (hidden + key_value) + 3 * (hidden + inner)
+    return shape.num_hidden_layers * rank * ends
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,18 @@ def held(recipe: Recipe, host: str) -> Held:
             "moments)",
             f"6 P / {m} + 12 P / {n}",
             f"2 P / {m} (bf16)",
+        )
+    if rank := recipe.verl.get("actor_rollout_ref.model.lora_rank", 0):
+        size = adapter(recipe.shape, rank)
+        share, count = size / parameters(recipe.shape), f"A = {size / 1e6:.0f}e6"
+        return Held(
+            (4 + 16 * share) / n,
+            (4 + 12 * share) / n,
+            0,
+            f"4 P / {n} + 16 A / {n} (FSDP2: fp32 weights; an adapter's gradients and moments, "
+            f"{count})",
+            f"4 P / {n} + 12 A / {n} (without gradients)",
+            "0 (the policy, its adapter switched off)",
         )
     return Held(
         16 / n,

@@ -5,18 +5,18 @@ environment variables; what follows the recipe's name is given to the host as it
 """
 
 import argparse
-import json
 import os
 import shlex
+import symtable
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
 from recipes import cluster, estimates
-from recipes.recipe import Recipe, Shape, load, names, with_kl
+from recipes.recipe import Recipe, Shape, checked, load, names, with_kl
 from recipes.shared.folder import FolderError, claim
 from recipes.shared.settings import SettingsError, is_folder
 
@@ -70,15 +70,13 @@ def launch(host: ModuleType, name: str, own: list[str], environment: Mapping[str
     data, out = data.absolute(), out.absolute()  # the hosts' workers are elsewhere
     words = [*host.command(recipe, data, out), *own]
     if environment.get("DRY_RUN", "0") not in ("", "0"):
-        if recipe.model != written.model and recipe.shape == written.shape:
-            print(
-                f"MODEL={recipe.model}: its sizes are not known, so the estimates are those of "
-                f"{written.model}. A folder with a config.json has them\n"
-            )
+        if recipe.model != written.model:
+            recipe = sized(recipe, written.model)
         dry_run(host, recipe, words, data)
         return
     check_installed(host)
     check_data(host, recipe, data)
+    check_reward(host, recipe)
     check_gpus(recipe)
     run = {"host": host.NAME, "recipe": asdict(recipe), "data": str(data), "own": own}
     claim(out, RECORD, run, f"OUT={out}", "run of a recipe")
@@ -102,13 +100,59 @@ def chosen(host: ModuleType, recipe: Recipe, environment: Mapping[str, str]) -> 
 
 
 def with_model(recipe: Recipe, model: str) -> Recipe:
-    """The recipe with another model. A folder's config.json also gives the estimates' shape."""
-    if not is_folder(model):
-        return replace(recipe, model=model)
-    folder = Path(model).expanduser()
-    written = json.loads((folder / "config.json").read_text("utf-8"))
-    shape = {f.name: written[f.name] for f in fields(Shape) if f.name in written}
-    return replace(recipe, model=str(folder.absolute()), shape=replace(recipe.shape, **shape))
+    """The recipe with another model."""
+    path = str(Path(model).expanduser().absolute()) if is_folder(model) else model
+    return replace(recipe, model=path)
+
+
+def sized(recipe: Recipe, of: str) -> Recipe:
+    """The recipe with the sizes of its own model; as it is, and said, where they can't be had.
+
+    Args:
+        recipe: with a model of the user's.
+        of: the model whose sizes it has.
+
+    Raises:
+        SettingsError: That model reads fewer tokens.
+    """
+    try:
+        shape = shape_of(recipe.model)
+    except (AttributeError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        print(
+            f"MODEL={recipe.model}: its configuration can't be had, so the estimates are those of "
+            f"{of}. {reason}\n"
+        )
+        return recipe
+    return checked(replace(recipe, shape=shape))
+
+
+def shape_of(model: str) -> Shape:
+    """A folder's sizes, or a hub's: by its configuration, and as a model without its weights.
+
+    Raises:
+        OSError: The hub cannot be reached, or has no such model.
+        ValueError: A configuration that this transformers does not know, or of no language model.
+        AttributeError: A configuration without one of the sizes.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config()
+    return Shape(
+        hidden_size=text.hidden_size,
+        intermediate_size=getattr(text, "intermediate_size", 0),
+        num_hidden_layers=text.num_hidden_layers,
+        num_attention_heads=text.num_attention_heads,
+        num_key_value_heads=getattr(text, "num_key_value_heads", text.num_attention_heads),
+        vocab_size=text.vocab_size,
+        max_position_embeddings=text.max_position_embeddings,
+        head_dim=getattr(text, "head_dim", None) or 0,
+        parameters=sum(weight.numel() for weight in empty.parameters()),
+    )
 
 
 def check_installed(host: ModuleType) -> None:
@@ -125,6 +169,17 @@ def check_data(host: ModuleType, recipe: Recipe, data: Path) -> None:
         raise SettingsError(
             f"{data / host.TRAIN_FILE} is not there. Make it: "
             f"python -m recipes.data {recipe.data} --to {host.NAME} --out {shlex.quote(str(data))}"
+        )
+
+
+def check_reward(host: ModuleType, recipe: Recipe) -> None:
+    """A reward of the user's has the function that this host calls; it is not run."""
+    if not recipe.reward:
+        return
+    table = symtable.symtable(Path(recipe.reward).read_text("utf-8"), recipe.reward, "exec")
+    if host.REWARD not in table.get_identifiers():
+        raise SettingsError(
+            f"{recipe.reward} has no function {host.REWARD}, which {host.NAME} calls"
         )
 
 
@@ -152,6 +207,7 @@ def dry_run(host: ModuleType, recipe: Recipe, words: list[str], data: Path) -> N
     print("\n".join(f"  {line}" for line in estimates.time(recipe)), flush=True)
     check_installed(host)
     check_data(host, recipe, data)
+    check_reward(host, recipe)
     read_back = host.common(host.compose(words))
     print(f"\nas {host.NAME} reads it:")
     print("\n".join(f"  {key:20} {value}" for key, value in read_back.items()))

@@ -30,9 +30,13 @@ class Shape:
     num_attention_heads: int
     num_key_value_heads: int
     vocab_size: int
+    max_position_embeddings: int
+    """The longest question and answer together."""
     tie_word_embeddings: bool = False
     head_dim: int = 0
     """0: hidden_size / num_attention_heads."""
+    parameters: int = 0
+    """0: those of a model of Llama's form."""
 
     @property
     def head(self) -> int:
@@ -87,6 +91,8 @@ class Recipe:
     seed: int = 42
     save_every: int = 50
     """Rollouts between two checkpoints."""
+    reward: str = ""
+    """A file with `reward_func` for OpenRLHF, `compute_score` for verl; "": shared/reward.py."""
     hosts: tuple[str, ...] = HOSTS
     openrlhf: Mapping[str, Any] = field(default_factory=dict)
     verl: Mapping[str, Any] = field(default_factory=dict)
@@ -156,6 +162,8 @@ def read(path: Path) -> dict[str, Any]:
         if not included.is_file():
             raise SettingsError(f"{path}: include {name!r}: there is no {included}")
         merged = joined(merged, read(included))
+    if isinstance(own.get("reward"), str):  # beside the file that names it
+        own["reward"] = str(path.parent.resolve() / own["reward"])
     return joined(merged, own)
 
 
@@ -256,6 +264,14 @@ def checked(recipe: Recipe) -> Recipe:
             f"{where}: rollout_tensor_parallel={recipe.rollout_tensor_parallel} does not divide "
             f"{recipe.gpus} GPUs"
         )
+    longest = recipe.max_prompt_tokens + recipe.max_new_tokens
+    if longest > recipe.shape.max_position_embeddings:
+        raise SettingsError(
+            f"{where}: max_prompt_tokens + max_new_tokens = {longest}, and {recipe.model} reads "
+            f"{recipe.shape.max_position_embeddings} tokens"
+        )
+    if recipe.reward and not Path(recipe.reward).is_file():
+        raise SettingsError(f"{where}: reward={recipe.reward}: no such file")
     if recipe.temperature <= 0:
         raise SettingsError(f"{where}: temperature={recipe.temperature} must be above 0")
     if unknown := set(recipe.hosts) - set(HOSTS):

@@ -21,6 +21,7 @@ from recipes.shared.settings import SettingsError
 NAME = "openrlhf"
 PACKAGES = ("openrlhf", "klplug_openrlhf", "math_verify")
 TRAIN_FILE = "train.jsonl"
+REWARD = "reward_func"
 ADVANTAGES = {"group_norm": "group mean and standard deviation"}
 
 
@@ -35,7 +36,7 @@ def command(recipe: Recipe, data: Path, out: Path) -> list[str]:
         "data.label_key": "answer",
         "data.apply_chat_template": True,
         "data.max_len": recipe.max_prompt_tokens + recipe.max_new_tokens,
-        "reward.remote_url": Path(reward.__file__).resolve(),
+        "reward.remote_url": recipe.reward or Path(reward.__file__).resolve(),
         "algo.advantage.estimator": "group_norm",
         "rollout.batch_size": recipe.prompts,
         "rollout.n_samples_per_prompt": recipe.samples,
@@ -80,7 +81,9 @@ def command(recipe: Recipe, data: Path, out: Path) -> list[str]:
 
 
 def flag(key: str, value: Any) -> list[str]:
-    """An option as argparse takes it; False leaves a switch out."""
+    """An option as argparse takes it; False leaves a switch out, and None an option."""
+    if value is None:
+        return []
     if isinstance(value, bool):
         return [f"--{key}"] if value else []
     return [f"--{key}", *map(str, value if isinstance(value, list) else [value])]

@@ -15,6 +15,7 @@ from recipes.shared.settings import SettingsError
 NAME = "verl"
 PACKAGES = ("verl", "klplug_verl", "math_verify")
 TRAIN_FILE = "train.parquet"
+REWARD = "compute_score"
 MODULE = "verl.trainer.main_ppo"
 
 
@@ -36,8 +37,8 @@ def command(recipe: Recipe, data: Path, out: Path) -> list[str]:
         "data.max_response_length": recipe.max_new_tokens,
         "data.truncation": "left",
         "data.seed": recipe.seed,
-        "reward.custom_reward_function.path": Path(reward.__file__).resolve(),
-        "reward.custom_reward_function.name": "compute_score",
+        "reward.custom_reward_function.path": recipe.reward or Path(reward.__file__).resolve(),
+        "reward.custom_reward_function.name": REWARD,
         "algorithm.adv_estimator": "grpo",
         "algorithm.norm_adv_by_std_in_grpo": True,
         f"{rollout}.name": "vllm",

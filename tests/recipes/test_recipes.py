@@ -4,6 +4,7 @@ each (verl's half is tests/verl/test_recipes.py)."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import runpy
 import subprocess
@@ -17,15 +18,18 @@ import torch
 pytest.importorskip("math_verify", reason="the recipes extra is not installed")
 
 from recipes import cpu_shim, launch
-from recipes.estimates import GIB, held, markdown_table, memory, parameters, time
+from recipes.estimates import GIB, adapter, held, markdown_table, memory, parameters, time
 from recipes.openrlhf import host
 from recipes.recipe import CONFIGS, load, names
+from recipes.shared import reward
 from recipes.shared.folder import FolderError
 from recipes.shared.reward import compute_score, reward_func
 from recipes.shared.settings import SettingsError
 from recipes.verl import host as verl_host
+from tests.locks import unmet
 
 ROOT = Path(__file__).resolve().parents[2]
+POLICY = ROOT / "recipes" / "quickstart" / "policy"
 PAPER = "qwen2.5-math-1.5b-openr1-math"
 SYSTEMS = {
     "monitor": "monitor",
@@ -50,8 +54,6 @@ def test_the_recipes_that_are_promised() -> None:
     assert (paper.data, paper.kl_coef, paper.gpus) == ("openr1-math", 0.5, 1)
     for recipe in map(load, names()):
         assert recipe.kl_type == SYSTEMS.get(recipe.name, "k2_as_loss")
-        # Qwen2.5-Math's context.
-        assert recipe.max_prompt_tokens + recipe.max_new_tokens <= 4096
         for host_name in recipe.hosts:
             peaks = [e.value for e in memory(recipe, host_name) if e.name.startswith("peak")]
             assert len(peaks) == 2 and max(peaks) < 0.9 * recipe.gpu_gib, recipe.name
@@ -64,6 +66,8 @@ def test_the_recipes_that_are_promised() -> None:
         ("smollm2-360m-gsm8k", 361_821_120, 24),
         ("qwen3-0.6b-gsm8k", 596_049_920, 24),
         ("qwen3-1.7b-gsm8k", 1_720_574_976, 48),
+        ("qwen3-1.7b-gsm8k-lora", 1_720_574_976, 24),
+        ("llama3.2-1b-gsm8k", 1_235_814_400, 48),
     ],
 )
 def test_small_models_on_one_small_gpu(name: str, parameters_of_card: int, gib: int) -> None:
@@ -102,6 +106,8 @@ BAD_FILES = [
     ("updates: 3", "updates=3 does not divide prompts=128"),
     ("gpus_per_node: 3", "an update's 1024 answers do not go evenly to 3 GPUs"),
     ("rollout_tensor_parallel: 2", "rollout_tensor_parallel=2 does not divide 1 GPUs"),
+    ("max_new_tokens: 4000", r"max_new_tokens = 4512, and Qwen/Qwen2\.5-Math-1\.5B reads 4096"),
+    ("reward: none.py", r"reward=.*none\.py: no such file"),
     ("episodes: 0", "episodes=0 must be at least 1"),
     ("hosts: [nemo]", r"hosts=\['nemo'\]: there is openrlhf, verl"),
     ("kl_type: k9_as_loss", "KL_TYPE=k9_as_loss"),
@@ -219,12 +225,20 @@ def test_a_host_that_is_not_installed_is_named() -> None:
         launch.check_installed(lacking)
 
 
-def test_a_local_models_shape_is_its_own(tmp_path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 128, "vocab_size": 465}))
-    recipe = launch.with_model(load(GSM8K), str(tmp_path))
-    assert (recipe.shape.hidden_size, recipe.shape.vocab_size) == (128, 465)
+def test_a_folder_that_is_no_model_is_refused() -> None:
     with pytest.raises(SettingsError, match=r"no config\.json"):
-        launch.with_model(recipe, str(CONFIGS))
+        launch.with_model(load(GSM8K), str(CONFIGS))
+
+
+def test_the_sizes_are_those_of_the_models_own_configuration() -> None:
+    from safetensors import safe_open
+
+    shape = launch.shape_of(str(POLICY))
+    with safe_open(POLICY / "model.safetensors", "pt") as weights:
+        sizes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
+    assert parameters(shape) == sum(math.prod(size) for size in sizes)
+    config = json.loads((POLICY / "config.json").read_text())
+    assert all(config[key] == getattr(shape, key) for key in ("hidden_size", "vocab_size"))
 
 
 # Estimates
@@ -235,7 +249,8 @@ def test_parameters_are_those_of_the_model() -> None:
 
     for name, billions in ((GSM8K, 1.54), ("qwen2.5-math-7b-gsm8k", 7.62)):
         shape = load(name).shape
-        written = {key: value for key, value in asdict(shape).items() if key != "head_dim"}
+        ours = ("head_dim", "parameters")
+        written = {key: value for key, value in asdict(shape).items() if key not in ours}
         with torch.device("meta"):
             model = Qwen2ForCausalLM(Qwen2Config(**written))
         assert parameters(shape) == sum(p.numel() for p in model.parameters())
@@ -289,15 +304,104 @@ def test_both_hosts_have_one_reward() -> None:
         assert reward_func(["q" + response], ["q"], ["0.5"])["rewards"].tolist() == [right]
 
 
-@pytest.mark.parametrize(("model", "said"), [("owner/other", True), (None, False)])
-def test_estimates_of_another_model_say_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str | None, said: bool
+HUB = {
+    "owner/long": {"max_position_embeddings": 8192},
+    "owner/short": {"max_position_embeddings": 1024},
+}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that has two configurations."""
+    import transformers
+
+    def from_pretrained(model: str) -> transformers.LlamaConfig:
+        if model not in HUB:
+            raise OSError(f"no route to {model}\nand more")
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+        return transformers.LlamaConfig(
+            **sizes, num_attention_heads=4, vocab_size=100, **HUB[model]
+        )
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", from_pretrained)
+
+
+OF_ANOTHER = "the estimates are those of Qwen/Qwen2.5-Math-1.5B"
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (None, "P = 1.54e9"),
+        ("owner/long", "h = 64, L = 2"),
+        ("owner/unknown", f"{OF_ANOTHER}. no route to owner/unknown\n"),
+    ],
+)
+def test_estimates_are_of_the_hubs_model_or_say_whose(
+    tmp_path: Path, hub: None, capsys: pytest.CaptureFixture[str], model: str | None, said: str
 ) -> None:
     variables = {"DRY_RUN": "1", "DATA": str(tmp_path)} | ({"MODEL": model} if model else {})
     with pytest.raises(SettingsError, match=r"train\.jsonl is not there"):
         launch.launch(host, GSM8K, [], variables)
     out = capsys.readouterr().out
-    assert ("the estimates are those of Qwen/Qwen2.5-Math-1.5B" in out) is said
+    assert said in out and (OF_ANOTHER in out) is (model == "owner/unknown")
+
+
+def test_a_model_that_reads_too_little_is_refused(tmp_path: Path, hub: None) -> None:
+    variables = {"DRY_RUN": "1", "DATA": str(tmp_path), "MODEL": "owner/short"}
+    with pytest.raises(SettingsError, match="= 1536, and owner/short reads 1024 tokens"):
+        launch.launch(host, GSM8K, [], variables)
+
+
+@pytest.mark.parametrize("on", [host, verl_host], ids=["openrlhf", "verl"])
+def test_a_reward_of_ones_own_stands_beside_the_recipe(on, data, started, tmp_path) -> None:
+    (data / "train.parquet").touch()
+    path = written(tmp_path / "mine.yaml", f"include: {GSM8K}\nreward: mine.py\n")
+    (tmp_path / "mine.py").write_text(f"def {on.REWARD}(*given): return 1.0\n")
+    run(data, tmp_path / "run", name=path, on=on)
+    assert str(tmp_path / "mine.py") in " ".join(started[0])
+    assert str(Path(reward.__file__).resolve()) not in " ".join(started[0])
+    (tmp_path / "mine.py").write_text(f"def other(): return {on.REWARD}\n")
+    with pytest.raises(SettingsError, match=f"mine.py has no function {on.REWARD}, which"):
+        run(data, tmp_path / "other", name=path, on=on)
+
+
+def test_qwen3_has_on_openrlhf_the_prompt_of_its_own_template(data) -> None:
+    """By OpenRLHF's own preprocessing; the turns are those of Qwen3's chat_template."""
+    from openrlhf.datasets.prompts_dataset import preprocess_data
+
+    def prompt(name: str) -> str:
+        words = host.command(load(name), data, data)
+        assert ("--data.apply_chat_template" in words) is ("thinking" in name)
+        if "thinking" in name:
+            assert "--data.input_template" not in words
+            return ""
+        template = words[words.index("--data.input_template") + 1]
+        return preprocess_data({"prompt": "1+{1}?"}, template, "prompt")[0]
+
+    user, assistant = "<|im_start|>user\n1+{1}?<|im_end|>\n", "<|im_start|>assistant\n"
+    expected = user + assistant + "<think>\n\n</think>\n\n"
+    assert prompt("qwen3-0.6b-gsm8k") == prompt("qwen3-1.7b-gsm8k") == expected
+    prompt("qwen3-1.7b-math-thinking")
+
+
+def test_an_adapter_takes_what_peft_gives_it() -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = load("llama3.2-1b-gsm8k").shape
+    written = {key: value for key, value in asdict(shape).items() if key != "parameters"}
+    with torch.device("meta"):
+        base = LlamaForCausalLM(LlamaConfig(**written))
+        lora = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")
+        model = get_peft_model(base, lora)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert adapter(shape, 8) == trained
+    recipe = load("qwen2.5-math-7b-gsm8k-lora")
+    share = adapter(recipe.shape, 32) / parameters(recipe.shape)
+    assert 0.1 < 16 * share < 1
+    assert held(recipe, "verl").training == pytest.approx(4 + 16 * share)
+    assert held(recipe, "verl").reference == 0
 
 
 def test_a_dry_run_needs_neither_flash_attn_nor_a_gpu(data: Path) -> None:
@@ -389,3 +493,7 @@ def test_without_a_recipe_they_are_listed(name: str, monkeypatch, capsys) -> Non
     assert ended.value.code == 0
     listed = capsys.readouterr().out.split()
     assert (GSM8K in listed) and ("qwen2.5-math-7b-math-megatron" in listed) == (name == "verl")
+
+
+def test_the_gpus_lock_has_what_openrlhfs_wheel_asks_for() -> None:
+    assert unmet("openrlhf") == []

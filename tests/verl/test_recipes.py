@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Literal, get_args
 
 import pytest
 
@@ -12,6 +17,7 @@ from recipes import launch
 from recipes.recipe import Recipe, load, names
 from recipes.shared.settings import SettingsError
 from recipes.verl import host
+from tests.locks import unmet
 
 RECIPES = [recipe for recipe in map(load, names()) if "verl" in recipe.hosts]
 GSM8K = "qwen2.5-math-1.5b-gsm8k"
@@ -29,9 +35,28 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def rank_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """verl's own check of an adapter's rank, without the vLLM that its file imports."""
+    name = "verl.workers.rollout.vllm_rollout"
+    found = importlib.util.find_spec("verl.workers.rollout")
+    assert found is not None and found.origin is not None
+    tree = ast.parse((Path(found.origin).parent / "vllm_rollout" / "utils.py").read_text("utf-8"))
+    tree.body = [n for n in tree.body if getattr(n, "name", "") == "get_vllm_max_lora_rank"]
+    utils = ModuleType(f"{name}.utils")
+    utils.__dict__.update(Literal=Literal, get_args=get_args)
+    exec(compile(tree, "utils.py", "exec"), utils.__dict__)
+    monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, f"{name}.utils", utils)
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 def test_verl_reads_a_recipe_as_it_is_meant(
-    recipe: Recipe, data: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    recipe: Recipe,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    rank_check: None,
 ) -> None:
     """Dry runs: Hydra, klplug's plugin, validate_config; the same is asked of OpenRLHF."""
     # A reference that a recipe names is on the hub.
@@ -50,6 +75,9 @@ def test_verl_reads_a_recipe_as_it_is_meant(
     assert "memory, estimated, not measured" in said
     assert {"dp": "(FSDP2:", "megatron": "(Megatron:"}[engine] in said
     assert f"kl_coef              {recipe.kl_coef}" in said
+    assert (config.actor_rollout_ref.model.lora_rank == 32) is recipe.name.endswith("-lora")
+    thinks = config.data.apply_chat_template_kwargs.get("enable_thinking")
+    assert thinks == (recipe.name.endswith("-thinking") if "qwen3-" in recipe.name else None)
     assert not out.exists()
 
 
@@ -87,3 +115,7 @@ def test_the_reward_is_found_by_verl(data: Path) -> None:
     rows = json.loads('[["so \\\\boxed{4}", "4", 1.0], ["so \\\\boxed{5}", "4", 0.0]]')
     for response, answer, right in rows:
         assert score(data_source="gsm8k", solution_str=response, ground_truth=answer) == right
+
+
+def test_the_gpus_lock_has_what_verls_wheel_asks_for() -> None:
+    assert unmet("verl") == []
