@@ -264,7 +264,7 @@ def test_an_interrupted_call_goes_on_where_it_was(tmp_path, monkeypatch) -> None
     assert len(judged) == 25 + 20, "the first two parts of ten rows were there"
     whole = (tmp_path / "out" / "train.jsonl").read_bytes()
     assert not (tmp_path / "out" / data.PARTS).exists()
-    assert main([*words[:-4], "--out", str(tmp_path / "new"), "--workers", "1"]) == 0
+    assert main([*words[:-4], "--out", str(tmp_path / "new"), "--workers", "2"]) == 0
     assert (tmp_path / "new" / "train.jsonl").read_bytes() == whole
 
 
