@@ -5,6 +5,8 @@
 >>> loss = policy_loss + kl_coef * klplug.aggregate(term.loss, mask)  # doctest: +SKIP
 """
 
+__version__ = "0.1.0"
+
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
     from klplug.step import KLStep, policy_loss
     from klplug.tally import Tally
     from klplug.term import KLTerm, kl_return_baseline, kl_term, reward_to_go
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveKL",

@@ -67,6 +67,8 @@ def _default_ratio(term: TermSpec) -> Value:
 
 
 def _default_level(term: TermSpec) -> Value:
+    if term.horizon == "answer":
+        return _weighted(term, "sequence")
     prefix = term.horizon == "sequence" or term.vocab == "exact"
     return _weighted(term, "prefix" if prefix else "token")
 
@@ -111,10 +113,12 @@ AXES: dict[str, Axis] = {
         ),
         Axis(
             "horizon",
-            ("token", "sequence"),
+            ("token", "sequence", "answer"),
             lambda term: "sequence" if term.placement == "in_reward" else "token",
-            "own token (LOC), or whole answer (FULL): the form that is exact for the divergence. "
-            "k1, k3 and abs as loss have none",
+            "own token (LOC), or whole answer (FULL): the form that is exact for the divergence of "
+            "each token, summed along answers. k1, k3 and abs as loss have none. Or the divergence "
+            "between whole answers, with c by the answer's ratio pi/ref: of the KLs the sum is "
+            "that already",
             elsewhere="in the reward: sequence",
         ),
         Axis(
@@ -142,7 +146,8 @@ AXES: dict[str, Axis] = {
             _default_level,
             "the product that makes up the ratio: this token's, the answer's so far, or the whole "
             "answer's (never a geometric mean)",
-            elsewhere="with horizon=sequence: prefix, sequence; with vocab=exact: prefix",
+            elsewhere="with horizon=sequence: prefix, sequence; with horizon=answer: sequence; "
+            "with vocab=exact: prefix",
         ),
         Axis(
             "baseline",
@@ -181,8 +186,8 @@ AXES: dict[str, Axis] = {
             lambda term: "none",
             "how much each token or answer counts: a number that multiplies its c after the bound "
             "and before ratio and horizon, without a gradient of its own. Made once a step of all "
-            "answers, by a name: positive, difficulty, entropy, mask:NAME, or an entry point of "
-            "klplug.weights",
+            "answers, by a name: positive, difficulty, entropy, root, mask:NAME, or an entry point "
+            "of klplug.weights",
             named=True,
             needs={NAME: ("sample_weights",)},
         ),

@@ -93,6 +93,16 @@ def _over_answers(estimator: Estimator) -> KLType:
     )
 
 
+def _between_answers(estimator: Estimator) -> KLType:
+    return _row(
+        f"{estimator.name}_as_loss,horizon=answer",
+        coefficient=f"{estimator.as_loss.formula}, x and u of the whole answer",
+        target=estimator.answer_target,
+        gradient_bias="another divergence: unbiased for that",
+        off_policy="the same (weight of the whole answer), exact below the cap",
+    )
+
+
 def _head(options: str, **changed: Any) -> KLType:
     if "horizon=sequence" in options:
         changed = {
@@ -245,6 +255,7 @@ def kl_types() -> dict[str, KLType]:
     """
     rows = [_row(f"{e}_{p}") for e in ESTIMATORS for p in PLACEMENTS]
     rows += [_over_answers(e) for e in ESTIMATORS.values() if e.sequence_target]
+    rows += [_between_answers(e) for e in ESTIMATORS.values() if e.answer_target]
     rows += [
         *_HEADS,
         *_EXACT,

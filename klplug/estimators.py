@@ -159,8 +159,9 @@ class Estimator:
 
     Over whole answers the gradient of a divergence is each token's own derivative plus the values
     that ``later`` tokens have, or ``of_answer``, a coefficient by the log-ratio of the answer so
-    far; an estimator with neither has no exact form there. ``has_limit``: whether the value is
-    finite where the reference rules a token out, x = inf.
+    far; an estimator with neither has no exact form there. ``answer_target``: of a divergence that
+    between whole answers is not the sum along them. ``has_limit``: whether the value is finite
+    where the reference rules a token out, x = inf.
     """
 
     name: str
@@ -173,6 +174,7 @@ class Estimator:
     later: Function | None = None
     of_answer: Function | None = None
     sequence_target: str = ""
+    answer_target: str = ""
     # The value again, where the derivative has done its work already.
     value_of_derivative: Callable[[Tensor, Tensor], Tensor] | None = None
     has_limit: bool = False
@@ -224,6 +226,7 @@ def _divergence(
         has_limit=has_limit,
         sequence_target=sequence_target
         or f"grad of the expected {divergence} of all tokens, prefixes included",
+        answer_target="" if of_answer else f"grad {divergence} between whole answers",
     )
 
 

@@ -5,6 +5,7 @@ one term                              its gradient: what multiplies grad log pi(
 ====================================  =============================================
 own token (LOC)                       ``w_t c_t``
 whole answer (FULL)                   ``w_t c_t + sum_{s>t} w_s v_s - w_t b_t``
+between whole answers                 the same, with v = 0
 in the reward (FULL)                  ``sum_{s>=t} c_s - b_t``
 under a head                          ``rho_t c_t``, or 0 where PPO's clip drops it
 over the vocabulary (LOC)             ``Q_t grad D_t``, by autograd
@@ -104,7 +105,7 @@ def _acting(spec: TermSpec, batch: Batch, estimate: Estimate) -> Acting:
         return _in_the_reward(spec, batch, estimate)
     if spec.head in ("combined", "clipped"):
         return _under_a_head(spec, batch, estimate)
-    if spec.horizon == "sequence":
+    if spec.horizon != "token":
         return _whole_answer(spec, batch, estimate)
     return _own_token(spec, batch, estimate)
 
@@ -238,6 +239,8 @@ def _estimate_of(spec: TermSpec, batch: Batch) -> Estimate:
     estimate = _with_limits(spec, batch) if limits else _of_numbers(spec, batch)
     if spec.placement == "as_loss" and spec.horizon == "sequence":
         return _over_answers(spec, batch, estimate)
+    if spec.horizon == "answer":
+        return _of_answers(spec, batch, estimate)
     return estimate
 
 
@@ -298,6 +301,22 @@ def _over_answers(spec: TermSpec, batch: Batch, estimate: Estimate) -> Estimate:
     if row.later is row.value:
         return replace(estimate, later=estimate.value)
     return replace(estimate, later=masked_(row.later(estimate.reach), mask))
+
+
+def _of_answers(spec: TermSpec, batch: Batch, estimate: Estimate) -> Estimate:
+    """With c by the ratio of the whole answer, alike at all its tokens, and an even share of the
+    value. ``D_f(pi, ref)`` of answers has the gradient ``E_pi[(f'(U) - f'(1)) sum_t s_t]``."""
+    row, mask = spec.definition, estimate.mask
+    log_ratio = answer_log_ratio(batch, estimate)
+    own = row.as_loss.coefficient(log_ratio).clamp(-spec.bound, spec.bound)
+    value = row.value(log_ratio) / batch.answers.whole(mask.to(log_ratio.dtype))
+    own, value = masked(own, mask), masked(value, mask)
+    return replace(estimate, value=value, own=own, later=torch.zeros_like(own))
+
+
+def answer_log_ratio(batch: Batch, estimate: Estimate) -> Tensor:
+    """log U, the log-ratio of the whole answer at each of its tokens, (B, T)."""
+    return finite(batch.answers.whole(estimate.reach))
 
 
 # ── Weights and baselines ────────────────────────────────────────────────────────────────────────

@@ -80,8 +80,10 @@ PAPERS = {
         ),
         Paper(
             "chi2", "Correlated Proxies (chi-square regularisation)", "2403.03185",
-            "chi2_as_loss,horizon=sequence",
-            "The paper's is chi-square between whole answers; klplug's is the sum of the tokens'.",
+            "chi2_as_loss,horizon=answer,weight=root",
+            "The square root of chi-square between whole answers; without weight=root chi-square "
+            "itself. Its public code for language models differentiates the mean of u + 1/u - 2 "
+            "and not its expectation: half of chi-square's gradient, and the forward KL's.",
         ),
     )
 }  # fmt: skip

@@ -95,6 +95,10 @@ def _on_answers(term: TermSpec) -> bool:
     return term.placement == "as_loss" and term.horizon == "sequence"
 
 
+def _by_answer(term: TermSpec) -> bool:
+    return term.horizon == "answer"
+
+
 def _exact(term: TermSpec) -> bool:
     return term.vocab == "exact"
 
@@ -116,6 +120,31 @@ def _positive(value: float) -> bool:
 
 
 REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "answer-of-a-sum",
+        lambda t: _by_answer(t) and not t.definition.answer_target,
+        "horizon=answer is refused: it is for js, jeffreys, chi2, hellinger, tv and alpha. The "
+        "KL(pi||ref) of whole answers is 'k2_as_loss,horizon=sequence', and KL(ref||pi) "
+        "'forward_as_loss,horizon=sequence'",
+    ),
+    Refusal(
+        "answer-in-reward",
+        lambda t: _by_answer(t) and _in_reward(t),
+        "horizon=answer is refused: a reward has an estimator's value, and this is its derivative. "
+        "Use '{estimator}_as_loss,horizon=answer'",
+    ),
+    Refusal(
+        "answer-over-vocabulary",
+        lambda t: _by_answer(t) and _exact(t),
+        "horizon=answer with vocab=exact is refused: a divergence between whole answers is no sum "
+        "over tokens. Leave one of them out",
+    ),
+    Refusal(
+        "answer-under-head",
+        lambda t: _by_answer(t) and _under_a_head(t),
+        "head={head} with horizon=answer is refused: a head has each token's own ratio, and c here "
+        "is of the whole answer. Leave one of them out",
+    ),
     Refusal(
         "head-in-reward",
         lambda t: _in_reward(t) and _under_a_head(t) and t.estimator != "k1",
@@ -314,6 +343,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "one. Use level=prefix (the default there) or sequence",
     ),
     Refusal(
+        "level-on-answer",
+        lambda t: _by_answer(t) and t.level in ("token", "prefix"),
+        "level={level} with horizon=answer is refused: c is of the whole answer, and so must its "
+        "ratio be. Use level=sequence (the default there)",
+    ),
+    Refusal(
         "cap-not-positive",
         lambda t: t.cap is not None and not _positive(t.cap),
         "cap={cap} must be a positive number, or none",
@@ -343,6 +378,21 @@ REFUSALS: tuple[Refusal, ...] = (
         ", or horizon=token",
     ),
     Refusal(
+        "root-of-another",
+        lambda t: (
+            t.weight == "root"
+            and (t.estimator, t.horizon, t.reference) != ("chi2", "answer", "ref")
+        ),
+        "weight=root is refused: it is for the square root of chi2 between whole answers, to the "
+        "reference model. Use 'chi2_as_loss,horizon=answer,weight=root'",
+    ),
+    Refusal(
+        "bound-under-root",
+        lambda t: t.weight == "root" and t.bound < math.inf,
+        "bound={bound} with weight=root is refused: the chi2 under the root has no bound. Leave "
+        "one of them out",
+    ),
+    Refusal(
         "weight-before-advantages",
         lambda t: _in_reward(t) and t.weighting is not None and "advantages" in t.weighting.needs,
         "weight={weight} is refused: it is made of advantages, and a KL in the reward is part of "
@@ -356,8 +406,8 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "weight-of-tokens-on-answers",
-        lambda t: _on_answers(t) and t.by_answer_so_far and _of_tokens(t),
-        "weight={weight} with horizon=sequence is refused: {estimator} of whole answers is no sum "
+        lambda t: (_by_answer(t) or (_on_answers(t) and t.by_answer_so_far)) and _of_tokens(t),
+        "weight={weight} with horizon={horizon} is refused: {estimator} of whole answers is no sum "
         "over tokens, so there is nothing of a token to weigh. Use 'k2_as_loss,horizon=sequence,"
         "weight={weight}', or horizon=token",
     ),

@@ -19,6 +19,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
+from klplug.estimators import chi2
+from klplug.numerics import finite
 from klplug.refusals import Refused
 
 if TYPE_CHECKING:
@@ -114,6 +116,17 @@ def _below_quantile(samples: Samples, quantile: str) -> Tensor:
     return (samples.entropy <= threshold).to(samples.entropy.dtype)
 
 
+def _root(samples: Samples, _: str) -> Tensor:
+    """d sqrt(D) / dD = 1 / (2 sqrt(D)), D the mean of U + 1/U - 2; 0 where D is."""
+    assert samples.log_probs is not None and samples.ref_log_probs is not None
+    log_ratio = (samples.log_probs - samples.ref_log_probs).where(samples.mask, 0.0)
+    answers = samples.mask.any(-1)
+    of_answer = chi2(finite(log_ratio.sum(-1)))[answers]
+    divergence = of_answer.double().sum() / max(len(of_answer), 1)
+    weight = divergence.sqrt().mul(2).reciprocal().where(divergence > 0, 0.0)
+    return weight.to(log_ratio.dtype).expand(len(answers))
+
+
 def _of_mask(samples: Samples, name: str) -> Tensor:
     return samples.tensors[name]
 
@@ -156,6 +169,14 @@ WEIGHTS: dict[str, SampleWeight] = {
         needs=("entropy",),
         argument=_quantile,
         default="0.8",
+    ),
+    "root": SampleWeight(
+        _root,
+        "1 / (2 sqrt(D)), D being the mean over the step's answers of U + 1/U - 2, which is chi2 "
+        "between whole answers: what the gradient of its square root has of its own",
+        "Correlated Proxies, arXiv 2403.03185",
+        needs=("log_probs", "ref_log_probs"),
+        per_answer=True,
     ),
     "mask": SampleWeight(
         _of_mask,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from klplug.batch import Batch, weight_name
-from klplug.gradients import Acting, Estimate
-from klplug.numerics import HUGE, finite, finite_, masked_
+from klplug.gradients import Acting, Estimate, answer_log_ratio
+from klplug.numerics import HUGE, finite, finite_, masked, masked_
 from klplug.spec import TermSpec
 from klplug.weights import ImportanceWeight
 
@@ -82,7 +82,10 @@ def _seen(part: Part, batch: Batch) -> Seen:
     gradient, exact = part.acting.gradient(), spec.vocab == "exact"
     bounded = None
     if not math.isinf(spec.bound):
-        unbounded = spec.definition.role(spec.placement).coefficient(estimate.log_ratio)
+        at = estimate.log_ratio
+        if spec.horizon == "answer":
+            at = masked(answer_log_ratio(batch, estimate), estimate.mask)
+        unbounded = spec.definition.role(spec.placement).coefficient(at)
         bounded = unbounded.abs() > spec.bound
     own_token = spec.placement == "as_loss" and spec.horizon == "token"
     # Over whole answers the weights are inside the sum: what competes with an advantage is it.

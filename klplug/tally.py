@@ -75,7 +75,7 @@ class Tally:
         ``klplug/capped_share``, ``bounded_share``, ``overflow_share``: shares of tokens whose
         weight met the cap, whose c met the bound, one of whose numbers is the dtype's largest.
         ``klplug/sample_weight_mean``: mean of what ``weight=`` makes tokens count, where there is
-        one; with it the KL acts with about that share of kl_coef.
+        one.
         ``klplug/nonfinite_share``: share of counted tokens with a nan or an infinite number;
         ``klplug/nonfinite/<tensor>`` is 1 for each tensor that had one.
         ``klplug/gradient_cosine``: between the term's gradient and the principled one, over tokens;

@@ -63,6 +63,9 @@ DIVERGENCES = (
     "forward_as_loss,horizon=sequence",
     "js_as_loss,horizon=sequence",
     "alpha_as_loss,alpha=-1,level=sequence,horizon=sequence",
+    "chi2_as_loss,horizon=answer",
+    "js_as_loss,ratio=rollout,cap=1.1,horizon=answer",
+    "tv_as_loss,horizon=answer,baseline=group",
     "js_in_reward",
     "chi2_in_reward",
 )
@@ -101,6 +104,7 @@ STEPS = (
     "hellinger_as_loss,level=sequence,horizon=sequence",
     "tv_as_loss",
     "alpha_as_loss,alpha=2,horizon=sequence",
+    "chi2_as_loss,horizon=answer",
     "k2_as_loss,level=sequence,cap=2,mode=mask",
     "k2_as_loss,bound=0.3",
     "k2_as_loss,head=clipped",

@@ -48,7 +48,7 @@ def divided_by_length(plan: Plan | None, settings: Settings) -> Said:
     if plan is None:
         return
     dividing = ", ".join(dividing_by_length(settings))
-    if dividing and any(term.horizon == "sequence" for term in plan.as_loss.terms):
+    if dividing and any(term.horizon != "token" for term in plan.as_loss.terms):
         yield (
             LOSS_AGG,
             f"{dividing} divides by the answer's length, and the gradient of whole answers is "

@@ -252,13 +252,15 @@ def _join(run: Run, data: Any, keys: Sequence[str]) -> None:
 
 
 def _check_answers_are_rows(spec: KLSpec, n_answers: int, n_rows: int) -> None:
-    """Where answers are compared: an agent loop may cut one into several rows."""
-    compared = [f"baseline={t.baseline}" for t in spec.terms if t.baseline != "none"]
-    compared += [f"weight={w.written}" for w in weights_of(spec) if "group_ids" in w.needs]
-    if compared and n_answers < n_rows:
+    """Where answers are looked at whole: an agent loop may cut one into several rows."""
+    whole = [(f"horizon={t.horizon}", "sequence") for t in spec.terms if t.horizon == "answer"]
+    whole += [(f"baseline={t.baseline}", "none") for t in spec.terms if t.baseline != "none"]
+    whole += [(f"weight={w.written}", "none") for w in weights_of(spec) if "group_ids" in w.needs]
+    if whole and n_answers < n_rows:
+        (needs, instead), *_ = whole
         raise RuntimeError(
-            f"kl_type {spec}: {compared[0]} compares answers, and this agent loop cut them into "
-            f"several rows. Use {compared[0].partition('=')[0]}=none"
+            f"kl_type {spec}: {needs} looks at whole answers, and this agent loop cut them into "
+            f"several rows. Use {needs.partition('=')[0]}={instead}"
         )
 
 

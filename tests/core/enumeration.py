@@ -137,6 +137,12 @@ class Problem:
         probability = self.answer_probability(ref)
         return self.gradient((probability * (self.log_probs(ref).sum(-1) - log_probs)).sum())
 
+    def between_answers(self, divergence: str) -> Tensor:
+        """grad of ``E_ref f(u)`` over whole answers."""
+        ref = self.answer_probability(self.ref())
+        ratio = self.answer_probability(self.policy()) / ref
+        return self.gradient((ref * F[divergence](ratio)).sum())
+
     def loc(self, divergence: str = "reverse") -> Tensor:
         return self.at_prefixes(self.reach(self.policy()), divergence)
 

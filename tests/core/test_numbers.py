@@ -82,6 +82,40 @@ def test_a_divergence_that_is_bounded_has_its_limit(name: str, dtype: torch.dtyp
     plain = kl_term(f"{name}_as_loss,ratio=none", log_probs, ref, torch.ones(1, 3))
     if name != "forward":
         torch.testing.assert_close(whole.coefficient[0, 1], slope + plain.value[0, 2])
+        kl_type = f"{name}_as_loss,ratio=none,horizon=answer"
+        between = kl_term(kl_type, log_probs, ref, torch.ones(1, 3))
+        torch.testing.assert_close(between.coefficient, torch.full_like(ref, slope))
+        torch.testing.assert_close(between.value.sum(), torch.tensor(value, dtype=dtype))
+
+
+def test_chi2_of_a_long_answer_is_held_within_the_dtype_and_counted() -> None:
+    """100 nats over the answer: u - 1 is beyond float32, and a bound is met."""
+    log_probs = torch.full((2, 50), -1.0, requires_grad=True)
+    ref = torch.tensor([[-3.0], [-1.001]]).expand(2, 50)
+    given = (log_probs, ref, torch.ones(2, 50))
+    term = kl_term("chi2_as_loss,ratio=none,horizon=answer", *given)
+    u = math.exp(50 * 0.001)
+    torch.testing.assert_close(
+        term.coefficient[1], torch.full((50,), 2 * (u - 1)), rtol=1e-3, atol=0
+    )
+    assert term.coefficient[0, 0] == torch.finfo(torch.float32).max
+    assert term.metrics["klplug/overflow_share"] == 0.5
+    assert all(metric.isfinite() for metric in term.metrics.values())
+    bounded = kl_term("chi2_as_loss,ratio=none,horizon=answer,bound=5", *given)
+    assert (bounded.coefficient[0] == 5).all()
+    torch.testing.assert_close(bounded.coefficient[1], term.coefficient[1])
+    assert bounded.metrics["klplug/bounded_share"] == 0.5
+
+
+def test_answers_that_are_packed_have_ratios_of_their_own() -> None:
+    log_probs = torch.tensor([[-1.0, -2.0, -0.5, -0.1]], dtype=torch.float64)
+    ref, mask = log_probs - torch.tensor([[0.3, -0.1, 0.2, 0.4]]), torch.ones(1, 4)
+    ids, kl_type = torch.tensor([[0, 0, 1, 1]]), "js_as_loss,horizon=answer,ratio=none"
+    packed = kl_term(kl_type, log_probs, ref, mask, segment_ids=ids)
+    apart = kl_term(kl_type, log_probs.view(2, 2), ref.view(2, 2), mask.view(2, 2))
+    for name in ("coefficient", "value"):
+        found, wanted = getattr(packed, name), getattr(apart, name)
+        torch.testing.assert_close(found, wanted.view(1, 4), rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("kl_type", ["k2_as_loss", "k3_as_loss", "jeffreys_as_loss"])
@@ -272,7 +306,12 @@ def test_weights_that_fall_together_are_seen(level: str) -> None:
 
 @pytest.mark.parametrize(
     "kl_type",
-    ["k2_as_loss,horizon=sequence", "k2_as_loss,horizon=sequence,level=sequence", "k1_in_reward"],
+    [
+        "k2_as_loss,horizon=sequence",
+        "k2_as_loss,horizon=sequence,level=sequence",
+        "js_as_loss,horizon=answer",
+        "k1_in_reward",
+    ],
 )
 def test_over_answers_the_coefficient_shown_is_the_gradient_per_token(kl_type: str) -> None:
     tensors = batch(shape=(4, 30))

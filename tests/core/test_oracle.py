@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from klplug import (
+    Samples,
     exact_kl,
     kl_return_baseline,
     kl_term,
@@ -19,6 +20,7 @@ from klplug import (
     parse,
     policy_loss,
     reward_to_go,
+    sample_weights,
 )
 from klplug.weights import importance_weight
 from tests.core.enumeration import PROBLEMS, Problem
@@ -89,6 +91,11 @@ ON_POLICY_LOSS = {
         for f, kl_type in LOSS_OF.items()
         if f != "forward"
     },
+    **{
+        f"{kl_type},horizon=answer": lambda p, f=f: p.between_answers(f)
+        for f, kl_type in LOSS_OF.items()
+        if f != "forward"
+    },
 }
 HEADS = {
     f"k2_as_loss,head={head}{horizon}": lambda p, full=full: p.full() if full else p.loc()
@@ -151,7 +158,11 @@ def test_on_policy_targets_differ(problem: Problem) -> None:
     if many_tokens(problem):
         targets["full"] = problem.full()
         targets["forward full"] = problem.full_forward()
-        targets |= {f"{f} expected": problem.expected(f) for f in ("js", "jeffreys", "hellinger")}
+        of_answers = ("js", "jeffreys", "hellinger")
+        targets |= {f"{f} expected": problem.expected(f) for f in of_answers}
+        targets |= {f"{f} of answers": problem.between_answers(f) for f in (*of_answers, "tv")}
+        targets["chi2 of answers"] = problem.between_answers("chi2")
+        targets["chi2 expected"] = problem.expected("chi2")
     names = list(targets)
     for i, one in enumerate(names):
         for other in names[i + 1 :]:
@@ -167,6 +178,47 @@ def test_one_token_makes_the_scopes_one(problem: Problem) -> None:
     else:
         assert_equal(targets[0], targets[1])
         assert_equal(targets[0], targets[2])
+
+
+def test_the_square_root_of_chi2_between_answers() -> None:
+    """At a policy that is uniform the mean over all answers is the expectation."""
+    problem = PROBLEMS["three tokens"]()
+    problem.theta.data.zero_()
+    kl_type = "chi2_as_loss,horizon=answer,weight=root"
+    log_probs, ref = problem.log_probs(problem.policy()), problem.log_probs(problem.ref())
+    samples = Samples(problem.mask, log_probs=log_probs.detach(), ref_log_probs=ref)
+    weights = sample_weights(kl_type, samples)
+    given = {"old_log_probs": log_probs.detach(), "sample_weights": weights}
+    term = kl_term(kl_type, log_probs, ref, problem.mask, **given)
+    found = problem.gradient(term.loss.sum() / len(problem.answers))
+    probability = problem.answer_probability(problem.ref())
+    ratio = problem.answer_probability(problem.policy()) / probability
+    root = (probability * (ratio - 1) ** 2).sum().sqrt()
+    assert_equal(found, problem.gradient(root))
+    assert_different(found, problem.between_answers("chi2"))
+    assert_equal(term.value.sum() / len(problem.answers), root.detach() ** 2)
+
+
+def test_at_the_reference_the_root_has_no_gradient() -> None:
+    """0/0, taken as 0."""
+    problem = PROBLEMS["three tokens"]()
+    log_probs = problem.log_probs(problem.ref())
+    samples = Samples(problem.mask, log_probs=log_probs, ref_log_probs=log_probs)
+    weights = sample_weights("chi2_as_loss,horizon=answer,weight=root", samples)
+    assert not weights["root"].any()
+
+
+def test_the_public_code_of_correlated_proxies_has_another_gradient() -> None:
+    """Autograd of the mean of u + 1/u - 2 over answers of pi, as papers.py says of it."""
+    problem = PROBLEMS["three tokens"]()
+    log_probs, ref = problem.log_probs(problem.policy()), problem.log_probs(problem.ref())
+    u = (log_probs - ref).sum(-1).exp()
+    probability = problem.answer_probability(problem.policy()).detach()
+    theirs = problem.gradient((probability * (u + 1 / u - 2)).sum())
+    assert_equal(theirs, problem.between_answers("chi2") / 2 + problem.full_forward())
+    on_policy = problem.policy().detach()
+    ours = "0.5*chi2_as_loss,horizon=answer+forward_as_loss,horizon=sequence"
+    assert_equal(loss_gradient(problem, ours, on_policy), theirs)
 
 
 def test_the_sum_of_two_wrongs_is_right(problem: Problem) -> None:
@@ -199,6 +251,11 @@ OFF_POLICY = {
         for f, kl_type in LOSS_OF.items()
         if f != "forward"
         for level in ("", ",level=sequence")
+    },
+    **{
+        f"{kl_type},horizon=answer": lambda p, f=f: p.between_answers(f)
+        for f, kl_type in LOSS_OF.items()
+        if f != "forward"
     },
 }
 UNCORRECTED = {
@@ -622,6 +679,7 @@ def pairs(problem: Problem, behaviour: Tensor) -> tuple[Tensor, Tensor]:
         "k2_as_loss,horizon=sequence",
         "k2_as_loss,horizon=sequence,level=sequence",
         "js_as_loss,horizon=sequence",
+        "js_as_loss,horizon=answer",
         "k2_as_loss,horizon=sequence,ratio=none",
         "k1_in_reward",
     ],

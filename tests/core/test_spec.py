@@ -66,6 +66,8 @@ def test_defaults_are_written_out() -> None:
         "sequence",
     )
     assert parse("k2_as_loss,horizon=sequence").level == "prefix"
+    assert parse("chi2_as_loss,horizon=answer").level == "sequence"
+    assert parse("chi2_as_loss,horizon=answer,ratio=none").level is None
     assert parse("k2_as_loss,horizon=sequence,baseline=group").cap == math.inf
     head = parse("k2_as_loss,head=combined")
     assert (head.ratio, head.level, head.cap, head.mode) == (None, None, None, None)
@@ -188,7 +190,7 @@ def test_a_spec_is_frozen_and_parses_to_itself() -> None:
         ("k2_as_loss,ratio=oldd", ["ratio", "oldd", "Allowed: old, none, rollout"]),
         ("k2_as_loss,level=tokens", ["level", "Allowed: token, prefix, sequence"]),
         ("k2_as_loss,mode=clip", ["mode", "Allowed: truncate, mask"]),
-        ("k2_as_loss,horizon=all", ["horizon", "Allowed: token, sequence"]),
+        ("k2_as_loss,horizon=all", ["horizon", "Allowed: token, sequence, answer"]),
         ("k2_as_loss,cap", ["cap", "needs a value"]),
         ("k2_as_loss,cap=", ["cap", "needs a value"]),
         ("k2_as_loss,cap=ten", ["cap", "ten", "no number"]),
@@ -207,9 +209,21 @@ def test_a_spec_is_frozen_and_parses_to_itself() -> None:
         ("k3_as_loss,horizon=sequence", ["horizon=sequence", "noise"]),
         ("abs_as_loss,horizon=sequence", ["horizon=sequence", "noise"]),
         ("k2_as_loss,horizon=sequence,level=token", ["level=token", "level=prefix"]),
+        ("k2_as_loss,horizon=answer", ["'k2_as_loss,horizon=sequence'", "js, jeffreys"]),
+        ("forward_as_loss,horizon=answer", ["'forward_as_loss,horizon=sequence'"]),
+        ("abs_in_reward,horizon=answer", ["horizon=answer is refused", "tv"]),
+        ("js_in_reward,horizon=answer", ["'js_as_loss,horizon=answer'"]),
+        ("js_as_loss,vocab=exact,horizon=answer", ["horizon=answer with vocab=exact"]),
+        ("js_as_loss,horizon=answer,head=clipped", ["head=clipped with horizon=answer"]),
+        ("js_as_loss,horizon=answer,level=prefix", ["level=prefix", "level=sequence"]),
+        ("js_as_loss,horizon=answer,weight=mask:tool", ["weight=mask:tool with horizon=answer"]),
+        ("js_as_loss,horizon=answer,weight=root", ["'chi2_as_loss,horizon=answer,weight=root'"]),
+        ("chi2_as_loss,weight=root", ["'chi2_as_loss,horizon=answer,weight=root'"]),
+        ("chi2_as_loss,horizon=answer,reference=old,weight=root", ["to the reference model"]),
+        ("chi2_as_loss,horizon=answer,weight=root,bound=9", ["bound=9 with weight=root"]),
         ("k2_as_loss,reward_norm=group", ["reward_norm=group", "'k2_in_reward'"]),
         ("k1_in_reward,reward_norm=std", ["reward_norm", "none, group"]),
-        ("k1_in_reward,head=combined,horizon=all", ["horizon", "Allowed: token, sequence"]),
+        ("k1_in_reward,head=combined,horizon=all", ["horizon", "Allowed: token, sequence, answer"]),
         ("k1_in_reward,head=combined,reference=rollout", ["kl_type k1_in_reward: reference"]),
         ("k1_in_reward,mode=clip", ["mode", "Allowed: truncate, mask"]),
         ("k3_in_reward,head=combined", ["head=combined", "'k3_as_loss,head=combined'"]),

@@ -44,6 +44,9 @@ GRID = [
         "alpha_as_loss,alpha=2,level=prefix",
         "alpha_as_loss,alpha=-1.5,ratio=none",
         "chi2_as_loss,horizon=sequence,level=sequence",
+        "js_as_loss,horizon=answer,ratio=none",
+        "tv_as_loss,horizon=answer,baseline=group",
+        "chi2_as_loss,horizon=answer,bound=0.5",
         "forward_as_loss,ratio=none,horizon=sequence",
         "k3_as_loss,head=clipped",
         "k3_as_loss,head=combined,bound=0.5",
@@ -312,6 +315,10 @@ def test_one_token_answers_make_the_horizons_one_for_every_divergence(name: str)
     own = kl_term(f"{name}_as_loss", **tensors)
     whole = kl_term(f"{name}_as_loss,horizon=sequence", **tensors)
     torch.testing.assert_close(own.coefficient, whole.coefficient, rtol=1e-12, atol=1e-15)
+    if name not in ("k2", "forward"):
+        between = kl_term(f"{name}_as_loss,horizon=answer", **tensors)
+        for found, wanted in ((between.coefficient, own.coefficient), (between.value, own.value)):
+            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-15)
 
 
 def test_level_sequence_is_the_product_and_no_geometric_mean() -> None:
@@ -415,6 +422,7 @@ def test_golden_numbers() -> None:
             [two - 0.5 * four, -four],
             [1.25, 0.625],
         ),
+        "chi2_as_loss,horizon=answer": ([0.25, 0.25], [-1, -1], [0.625, 0.625]),
     }
     for kl_type, (value, coefficient, weight) in expected.items():
         term = kl_term(kl_type, **tensors)

@@ -60,6 +60,9 @@ def expected(weight: str, given: Any, bench: Bench) -> Tensor:
         share = 1 - math.exp(-math.e * 0.5)
         return torch.where(better, share, 1.0).expand(given.action_mask.shape)
     mask = given.action_mask.bool()
+    if weight == "root":
+        u = ((given.action_log_probs - given.base_action_log_probs) * mask).sum(-1).exp()
+        return (1 / (2 * (u + 1 / u - 2).mean().sqrt())).expand(mask.shape)
     _, output = bench.actor(
         given.sequences, mask, given.attention_mask, return_output=True, return_entropy=True
     )
@@ -68,13 +71,14 @@ def expected(weight: str, given: Any, bench: Bench) -> Tensor:
     return (entropy <= least[-1]).float()
 
 
-@pytest.mark.parametrize("weight", ["positive", "difficulty", "mask:tool", "entropy:0.5"])
+@pytest.mark.parametrize("weight", ["positive", "difficulty", "mask:tool", "entropy:0.5", "root"])
 def test_the_engine_is_given_the_weighted_kl(
     bench: Bench,
     models: list[Path],
     weight: str,
 ) -> None:
-    kl_type = f"k2_as_loss,weight={weight}"
+    term = "chi2_as_loss,horizon=answer" if weight == "root" else "k2_as_loss"
+    kl_type = f"{term},weight={weight}"
     given = experience(bench, models[1], kl_type)
     assert (given.advantages > 0).any() and (given.advantages < 0).any()
     given.advantages = torch.zeros_like(given.advantages)
@@ -84,8 +88,12 @@ def test_the_engine_is_given_the_weighted_kl(
     with torch.no_grad():
         weights = expected(weight, given, bench) * given.action_mask
     step = bench.step(copy.deepcopy(given), kl_type, COEF)
-    ratio = (step.log_probs - given.action_log_probs).exp()
-    by_hand = weights * ratio * (step.log_probs - given.base_action_log_probs)
+    mask = given.action_mask
+    ratio = (step.log_probs - given.action_log_probs) * mask
+    c = (step.log_probs - given.base_action_log_probs) * mask
+    if weight == "root":  # of whole answers
+        ratio, c = ratio.sum(-1, keepdim=True), 2 * c.sum(-1, keepdim=True).expm1()
+    by_hand = weights * ratio.exp() * c
     by_hand = COEF * by_hand * given.action_mask / given.action_mask.sum()
     assert by_hand.abs().max() > 1e-3
     torch.testing.assert_close(step.at_log_probs.float(), by_hand.float(), rtol=1e-3, atol=1e-6)

@@ -32,6 +32,10 @@ def expected(weight: str) -> Tensor:
     if weight == "mask:tool":
         return TOOL
     mask = batch().response_mask.bool()
+    if weight == "root":
+        given = batch()
+        u = ((given.old_log_probs - given.ref_log_probs) * mask).sum(-1).exp()
+        return (1 / (2 * (u + 1 / u - 2).mean().sqrt())).expand(4, 6)
     least = ENTROPY[mask].sort().values[: math.ceil(0.5 * int(mask.sum()))]
     return ENTROPY.le(least[-1]).float()
 
@@ -52,10 +56,11 @@ def given_to(made: Any, data: Any, weight: str) -> None:
         old_log_probs(lambda *_: (found, 0.0), made, (data,), {})
 
 
-@pytest.mark.parametrize("weight", ["positive", "difficulty", "mask:tool", "entropy:0.5"])
+@pytest.mark.parametrize("weight", ["positive", "difficulty", "mask:tool", "entropy:0.5", "root"])
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_the_weights_go_with_the_samples(weight: str, kind: str) -> None:
-    kl_type = f"k2_as_loss,weight={weight}"
+    term = "chi2_as_loss,horizon=answer" if weight == "root" else "k2_as_loss"
+    kl_type = f"{term},weight={weight}"
     made = trainer(f"+klplug.kl_type={quoted(kl_type)}", f"+klplug.kl_coef={BETA}", kind=kind)
     data = experience(batch(), SCORES)
     given_to(made, data, weight)

@@ -183,11 +183,18 @@ def test_without_a_baseline_nothing_goes_with_them(kind: str) -> None:
     assert BASELINE not in data.batch
 
 
-def test_a_baseline_compares_answers_not_rows() -> None:
-    made = trainer(*klplug("k1_in_reward,baseline=group"))
+@pytest.mark.parametrize(
+    ("kl_type", "said"),
+    [
+        ("k1_in_reward,baseline=group", "baseline=group looks at.*Use baseline=none"),
+        ("chi2_as_loss,horizon=answer", "horizon=answer looks at.*Use horizon=sequence"),
+    ],
+)
+def test_what_is_of_whole_answers_is_not_of_rows(kl_type: str, said: str) -> None:
+    made = trainer(*klplug(kl_type))
     if not hasattr(made, "_compute_advantage"):
         return  # a row is an answer there
-    with pytest.raises(RuntimeError, match=r"baseline=group compares answers.*several rows"):
+    with pytest.raises(RuntimeError, match=said):
         joined(made, experience(batch(), SCORES), ("a_0_0", "a_0_1", "b_0_0", "b_1_0"))
 
 
