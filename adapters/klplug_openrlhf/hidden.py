@@ -8,7 +8,6 @@ layer, inside the engine, so that their gradient is the engine's.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from klplug import KLSpec, exact_kl
-from klplug.hosting.memory import check_room, gigabytes
+from klplug import KLSpec
+from klplug.hosting import hidden as hosting
+from klplug.hosting.hidden import Comparison, Matrix, output_layer
+from klplug.hosting.memory import check_room
 from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug_openrlhf import samples
 from klplug_openrlhf.keys import (
@@ -33,18 +34,6 @@ from klplug_openrlhf.keys import (
 from klplug_openrlhf.plan import Plan
 
 INFO = "klplug/reference"
-BYTES = "klplug/exact_bytes"
-# Mean distance, in nats, of two ways to the same log-probs: rounding to bfloat16 gives 0.02.
-APART = 0.1
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A model's output layer: (V, H), its bias, and what its logits are bounded by."""
-
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
 
 
 @dataclass(frozen=True)
@@ -66,33 +55,14 @@ class Answers:
 # ── Any model ───────────────────────────────────────────────────────────────────────────────────
 
 
-def output_layer(actor: Any) -> nn.Module:
-    """The layer that makes an actor's logits of hidden states, inside whatever engine it has."""
-    model = getattr(actor.model, "module", actor.model)
-    layer = model.get_output_embeddings()
-    if layer is None or getattr(layer, "weight", None) is None:
-        raise RuntimeError(
-            f"vocab=exact: {type(model).__name__} shows no output layer with a weight "
-            "(get_output_embeddings), and klplug needs its output matrix"
-        )
-    return layer  # type: ignore[no-any-return]
+def inside(actor: Any) -> Any:
+    """The model of an actor, inside whatever engine it has."""
+    return getattr(actor.model, "module", actor.model)
 
 
-def softcap(actor: Any) -> float | None:
-    """The bound of the logits, of the models that have one."""
-    config = getattr(actor.model, "module", actor.model).config
-    value: float | None = getattr(config.get_text_config(), "final_logit_softcapping", None)
-    return value
-
-
-@contextmanager
-def entering(actor: Any, keep: Callable[[Tensor], None]) -> Iterator[None]:
+def entering(actor: Any, keep: Callable[[Tensor], None]) -> Any:
     """Call ``keep`` with the hidden states that enter the output layer in each forward."""
-    handle = output_layer(actor).register_forward_pre_hook(lambda _, args: keep(args[0]))
-    try:
-        yield
-    finally:
-        handle.remove()
+    return hosting.entering(output_layer(inside(actor)), keep)
 
 
 def of_answers(hidden: Tensor, action_mask: Tensor, attention_mask: Tensor) -> Tensor:
@@ -171,15 +141,9 @@ def execute_batch(original: Call, actor: Any, args: Args, kwargs: Kwargs) -> Any
 
 def matrix(actor: Any) -> Matrix:
     """A copy of an actor's output layer, on the CPU."""
-    layer = output_layer(actor)
-    with whole(layer):
-        weight: Any = layer.weight
-        bias = getattr(layer, "bias", None)
-        return Matrix(
-            weight.detach().cpu().clone(),
-            None if bias is None else bias.detach().cpu().clone(),
-            softcap(actor),
-        )
+    model = inside(actor)
+    with whole(output_layer(model)):
+        return Matrix.of(model).copied()
 
 
 def _by_answer(hidden: Tensor, mask: Tensor, lent: Any) -> list[Reference]:
@@ -217,32 +181,22 @@ def reference_path(args: Any) -> str:
     return str(read(args, REF_MODEL) or read(args, PRETRAIN))
 
 
-@functools.cache
-def bytes_per_token(path: str) -> int:
+def bytes_per_token(args: Any) -> int:
     """Of hidden states in 16 bits."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path, trust_remote_code=True)
-    return 2 * int(config.get_text_config().hidden_size)
+    return 2 * hosting.hidden_size(reference_path(args), True)
 
 
 def foretell(args: Any) -> str:
     """What hidden states will take, said before training."""
-    each = bytes_per_token(reference_path(args))
     answers = read(args, ROLLOUT_BATCH) * read(args, N)
     length = read(args, MAX_NEW_TOKENS) or read(args, MAX_LEN)
-    return (
-        f"klplug: vocab=exact keeps the reference's hidden states of a step in memory: {each} "
-        f"bytes a token, for {answers} answers of at most {length} tokens "
-        f"{gigabytes(each * answers * length)} at most"
-    )
+    return hosting.foretold(bytes_per_token(args), answers, length)
 
 
 def check_memory(samples: list[Any], args: Any) -> None:
     """Raise if the hidden states of these samples have no room on this machine."""
     tokens = sum(int(sample.action_mask.sum()) for sample in samples)
-    each = bytes_per_token(reference_path(args))
-    check_room("the reference's hidden states", tokens, each)
+    check_room("the reference's hidden states", tokens, bytes_per_token(args))
 
 
 # ── The policy's actors ─────────────────────────────────────────────────────────────────────────
@@ -259,7 +213,7 @@ class Micro:
 
     def kl(self, spec: KLSpec, log_probs: Tensor) -> Tensor | None:
         """The exact KL of each token, (B, A), with the policy's gradient; 0 where masked."""
-        term = next((term for term in spec.terms if term.vocab == "exact"), None)
+        term = hosting.exact_term(spec)
         if term is None:
             return None
         actor, given = self.trainer.actor, self.experience
@@ -272,43 +226,22 @@ class Micro:
         hidden = of_answers(self.states.pop(), mask, given.attention_mask)
         targets = given.sequences[:, -mask.shape[1] :][mask]
         reference = torch.cat([own.hidden for own in self.references]).to(hidden.device)
-        lent, layer = _lent(self.trainer, self.references, hidden.device), output_layer(actor)
+        lent = _lent(self.trainer, self.references, hidden.device)
+        layer = output_layer(inside(actor))
         with whole(layer):
-            exact = exact_kl(
-                hidden,
-                layer.weight,  # type: ignore[arg-type]
-                reference,
-                lent.weight,
-                targets,
-                divergence=term.estimator,
-                alpha=term.alpha,
-                bias=getattr(layer, "bias", None),
-                ref_bias=lent.bias,
-                temperature=actor.temperature,
-                softcap=lent.softcap,
+            exact = hosting.exact_of(
+                term, hidden, layer, reference, lent, targets, actor.temperature
             )
-        self._compare("the policy", log_probs[mask], exact.log_probs)
-        self._compare("the reference", given.base_action_log_probs[mask], exact.ref_log_probs)
+        compared = vars(self.trainer).setdefault("klplug_compared", Comparison())
+        compared.check("the policy", log_probs[mask], exact.log_probs)
+        compared.check("the reference", given.base_action_log_probs[mask], exact.ref_log_probs)
         kl = exact.kl
         if kl.requires_grad:
             # ZeRO-3 gathers the matrix for the backward of its own layer, which may come later.
             cut: list[Any] = [p for p in layer.parameters() if hasattr(p, "ds_id")]
             if cut:
                 kl.register_hook(lambda _: cut[0].all_gather(cut))  # type: ignore[no-untyped-call]
-        return kl.new_zeros(mask.shape).index_put(mask.nonzero(as_tuple=True), kl)
-
-    def _compare(self, whose: str, engines: Tensor, own: Tensor) -> None:
-        """Stop where hidden states and matrix are not what the engine makes its logits of."""
-        if getattr(self.trainer, f"klplug_compared_{whose}", False) or not len(own):
-            return
-        apart = float((engines.detach() - own.detach()).abs().mean())
-        if not apart < APART:
-            raise RuntimeError(
-                f"vocab=exact: the log-probs of {whose} from its hidden states and output matrix "
-                f"are {apart:.3g} nats from the engine's own (allowed: {APART}). Its logits are "
-                "scaled, or its answers placed, in a way that klplug does not know"
-            )
-        setattr(self.trainer, f"klplug_compared_{whose}", True)
+        return hosting.placed(kl, mask)
 
 
 def _lent(trainer: Any, references: list[Reference], device: torch.device) -> Matrix:
@@ -317,8 +250,7 @@ def _lent(trainer: Any, references: list[Reference], device: torch.device) -> Ma
         import ray
 
         lent: Matrix = ray.get(references[0].matrix)
-        bias = None if lent.bias is None else lent.bias.to(device)
-        trainer.klplug_matrix = Matrix(lent.weight.to(device), bias, lent.softcap)
+        trainer.klplug_matrix = lent.to(device)
     matrix: Matrix = trainer.klplug_matrix
     return matrix
 

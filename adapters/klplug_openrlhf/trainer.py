@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from klplug import Tally, kl_return_baseline, kl_term
 from klplug.baselines import others_mean
 from klplug.hosting.controller import MeasuredController
+from klplug.hosting.hidden import BYTES
 from klplug.hosting.host import announce
 from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.watch import Watch
@@ -181,7 +182,7 @@ def ppo_train(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
         if trainer.kl_ctl.measured is not None:
             status["klplug/kl_before_update"] = trainer.kl_ctl.measured
         if hasattr(trainer.experience_maker, "klplug_bytes"):
-            status[hidden.BYTES] = float(trainer.experience_maker.klplug_bytes)
+            status[BYTES] = float(trainer.experience_maker.klplug_bytes)
     return status
 
 

@@ -18,7 +18,7 @@ from klplug.hosting.host import announce
 from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.samples import weights_of
 from klplug.watch import Watch
-from klplug_verl import reference, samples
+from klplug_verl import hidden, reference, samples
 from klplug_verl.keys import LOSS_TYPE, is_stock
 
 COEF_KEY = "klplug_kl_coef"  # the controller's value, in the batch's meta information
@@ -52,11 +52,17 @@ def init_model(original: Call, worker: Any, args: Args, kwargs: Kwargs) -> Any:
         spec = loss_spec(actor.kl_loss_type)
         if spec is not None:
             announce("a worker", spec, actor.kl_loss_coef)
+            hidden.connect(spec, worker)
     return result
 
 
 def term_of(
-    spec: KLSpec, log_probs: Tensor, tensors: Mapping[str, Tensor], config: Any, coef: float
+    spec: KLSpec,
+    log_probs: Tensor,
+    tensors: Mapping[str, Tensor],
+    config: Any,
+    coef: float,
+    exact_kl: Tensor | None = None,
 ) -> KLTerm:
     """The term of one micro-batch, from verl's names for its tensors."""
     if BASELINE not in tensors and any(term.baseline != "none" for term in spec.terms):
@@ -73,6 +79,7 @@ def term_of(
         clip_range=clip_range(config),
         return_baseline=tensors.get(BASELINE),
         sample_weights=samples.found_in(spec, tensors),
+        exact_kl=exact_kl,
     )
 
 
@@ -114,7 +121,8 @@ def ppo_loss(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     tensors["response_mask"] = tensors["response_mask"].to(bool)
     coef = tu.get_non_tensor_data(data=data, key=COEF_KEY, default=None)
     coef = config.kl_loss_coef if coef is None else coef
-    step = KLStep(term_of(spec, log_probs, tensors, config, coef))
+    exact_kl = hidden.exact(spec, log_probs, tensors)
+    step = KLStep(term_of(spec, log_probs, tensors, config, coef, exact_kl))
     if step.inside:
         advantages = step.advantages(tensors["advantages"], coef)
         given["data"] = _with_advantages(data, advantages)

@@ -19,7 +19,7 @@ from klplug import parse
 from klplug.hosting.cluster import after_ray_init, check_nodes
 from klplug.hosting.patching import Args, Call, Hook, HookError, Kwargs, Patch, bound
 from klplug.hosting.settings import SettingsError
-from klplug_verl import actor, reference, trainer
+from klplug_verl import actor, hidden, reference, trainer
 from klplug_verl.host import HOST
 from klplug_verl.plan import Plan
 from klplug_verl.settings import derive
@@ -178,6 +178,19 @@ _LEGACY_WORKER = (
     ),
 )
 
+# vocab=exact, by FSDP's engine.
+_FSDP = "verl.workers.engine.fsdp.transformer_impl"
+_HIDDEN = (
+    Hook(
+        _FSDP,
+        "FSDPEngineWithLMHead.forward_step",
+        ("micro_batch", "loss_function", "forward_only"),
+        hidden.forward_step,
+        supplies=("exact_kl",),
+    ),
+    Hook(_FSDP, "FSDPEngine.disable_adapter", ("self",), hidden.disable_adapter),
+)
+
 # The trainers: since 0.9 v1, and before, or with trainer.use_v1=False, RayPPOTrainer.
 _V1 = "verl.trainer.ppo.v1.trainer_base"
 _V1_TRAINER = (
@@ -189,6 +202,12 @@ _V1_TRAINER = (
         supplies=_IN_TRAINER,
     ),
     Hook(_V1, "PPOTrainer.__init__", ("config",), init_trainer),
+    Hook(
+        _V1,
+        "PPOTrainer._compute_ref_log_prob",
+        ("batch", "metrics"),
+        hidden.compute_ref_log_prob,
+    ),
     Hook(_V1, "PPOTrainer._compute_advantage", ("batch", "metrics"), trainer.compute_advantage),
     Hook(_V1, "PPOTrainer._update_actor", ("batch", "metrics"), trainer.update_actor),
     Hook(_V1, "PPOTrainer._save_checkpoint", ("self",), trainer.save_checkpoint),
@@ -206,6 +225,12 @@ _RAY_TRAINER = (
     Hook(_RAY, "RayPPOTrainer.__init__", ("config",), init_trainer),
     Hook(_RAY, "RayPPOTrainer.fit", ("self",), trainer.fit),
     Hook(_RAY, "RayPPOTrainer._compute_old_log_prob", ("batch",), trainer.old_log_probs),
+    Hook(
+        _RAY,
+        "RayPPOTrainer._compute_ref_log_prob",
+        ("batch",),
+        hidden.compute_ref_log_prob_in_fit,
+    ),
     Hook(_RAY, "RayPPOTrainer._update_actor", ("batch",), trainer.update_actor_in_fit),
     Hook(_RAY, "RayPPOTrainer._save_checkpoint", ("self",), trainer.save_checkpoint),
     Hook(_RAY, "RayPPOTrainer._load_checkpoint", ("self",), trainer.load_checkpoint),
@@ -222,12 +247,13 @@ def _is_there(module: str) -> bool:
 
 def of_run(config: Any) -> tuple[Hook, ...]:
     """The rows that a run passes through."""
-    settings = config.trainer
+    settings, plan = config.trainer, Plan.of(config)
     is_legacy = settings.get("use_legacy_worker_impl", "disable") != "disable"
     return (
         *_ANY,
         *(_LEGACY_WORKER if is_legacy else _ENGINE_WORKER),
         *(_V1_TRAINER if settings.get("use_v1", False) else _RAY_TRAINER),
+        *(_HIDDEN if plan is not None and plan.over_vocabulary else ()),
     )
 
 
@@ -237,6 +263,7 @@ PATCH = Patch(
     hooks=(
         *_ANY,
         *_ENGINE_WORKER,
+        *_HIDDEN,
         *_RAY_TRAINER,
         *(_V1_TRAINER if _is_there(_V1) else ()),
         *(_LEGACY_WORKER if _is_there(_ACTOR) else ()),

@@ -21,7 +21,8 @@ def before(version: str, release: tuple[int, int]) -> bool:
 def served(spec: KLSpec) -> str:
     if any(term.head in ("combined", "clipped") for term in spec.terms):
         return "with loss_mode=vanilla"
-    return "not yet" if any(term.vocab == "exact" for term in spec.terms) else "yes"
+    exact = any(term.vocab == "exact" for term in spec.terms)
+    return "with strategy=fsdp or fsdp2" if exact else "yes"
 
 
 def problems(environment: Mapping[str, str], version: str | None) -> list[str]:

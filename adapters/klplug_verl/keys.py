@@ -29,6 +29,12 @@ MINI_BATCH = ACTOR + "ppo_mini_batch_size"
 EPOCHS = ACTOR + "ppo_epochs"
 DYNAMIC = ACTOR + "use_dynamic_bsz"
 STRATEGY = ACTOR + "strategy"
+SEQUENCE_PARALLEL = tuple(
+    f"{side}{inner}ulysses_sequence_parallel_size"
+    for side in (ACTOR, REF)
+    for inner in ("", "fsdp_config.")
+)
+FUSED = "actor_rollout_ref.model.use_fused_kernels"
 MODEL = "actor_rollout_ref.model.path"
 ADAPTERS = (
     "actor_rollout_ref.model.lora_adapter_path",
@@ -46,6 +52,7 @@ TOP_P, TOP_K = "actor_rollout_ref.rollout.top_p", "actor_rollout_ref.rollout.top
 LOGPROBS_MODE = "actor_rollout_ref.rollout.logprobs_mode"
 RECORDS = "actor_rollout_ref.rollout.calculate_log_probs"
 TRAIN_BATCH = "data.train_batch_size"
+MAX_ANSWER = "data.max_response_length"
 FETCHED = "async_training.require_batches"
 USE_REWARD = "algorithm.use_kl_in_reward"
 PENALTY = "algorithm.kl_penalty"

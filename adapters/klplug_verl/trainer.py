@@ -21,13 +21,14 @@ from torch import Tensor
 from klplug import KLSpec, KLTerm, kl_return_baseline, kl_term, parse, reward_to_go
 from klplug.hosting import state
 from klplug.hosting.controller import MeasuredController
+from klplug.hosting.hidden import BYTES
 from klplug.hosting.host import announce
 from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.hosting.state import Reference, StateError
 from klplug.samples import weights_of
 from klplug.spec import TermSpec
 from klplug.watch import Watch
-from klplug_verl import samples
+from klplug_verl import hidden, samples
 from klplug_verl.actor import BASELINE, COEF_KEY, SUMS
 from klplug_verl.keys import is_stock
 from klplug_verl.plan import Plan
@@ -52,6 +53,7 @@ class Run:
     sampled: Tensor | None = None
     carried: dict[str, Tensor] = field(default_factory=dict)  # for the workers, by their names
     named: dict[str, Tensor] = field(default_factory=dict)  # what sample weights read, by name
+    states: int | None = None  # bytes of the reference's hidden states
     metrics: dict[str, float] = field(default_factory=dict)
     watch: Watch = field(default_factory=Watch)
 
@@ -67,7 +69,8 @@ class Run:
         """What this step logs; that a KL as loss is active is the workers' to say."""
         active = {} if self.is_as_loss else {ACTIVE: 1.0}
         own = {key: value for key, value in self.metrics.items() if key != ACTIVE}
-        return {**own, **active, "klplug/kl_coef": self.controller.value}
+        states = {} if self.states is None else {BYTES: float(self.states)}
+        return {**own, **active, **states, "klplug/kl_coef": self.controller.value}
 
 
 _RUN: ContextVar[Run | None] = ContextVar("klplug_run", default=None)
@@ -79,10 +82,13 @@ def _run(trainer: Any) -> Run | None:
 
 def init(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> None:
     original(*args, **kwargs)
-    plan = Plan.of(bound(original, args, kwargs)["config"])
+    config = bound(original, args, kwargs)["config"]
+    plan = Plan.of(config)
     if plan is None:
         return
     announce("the trainer", plan.spec, plan.kl_coef)
+    if plan.over_vocabulary:
+        print(hidden.foretell(config), flush=True)
     trainer.klplug = Run(plan, MeasuredController(plan.controller()), plan.reference())
     trainer.kl_ctrl_in_reward = trainer.klplug.controller
 

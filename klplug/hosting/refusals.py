@@ -42,18 +42,6 @@ def refusals(rows: Iterable[Row], plan: Asked | None, settings: Settings) -> Ite
 # Rows of every host.
 
 
-def no_hidden_states(plan: Asked, settings: Settings) -> Said:
-    """What the core can do, and no adapter hands over yet."""
-    for term in plan.spec.terms:
-        if term.vocab == "exact":
-            yield (
-                None,
-                f"kl_type {term}: vocab=exact is refused: klplug gets no hidden states from this "
-                f"host yet. In a loop of your own klplug.exact_kl serves it; here use "
-                f"'{term.estimator}_as_loss'",
-            )
-
-
 def two_baselines(plan: Asked, settings: Settings) -> Said:
     """A sample carries one."""
     count = sum(term.baseline != "none" for term in plan.as_loss.terms)

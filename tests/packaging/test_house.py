@@ -20,7 +20,7 @@ ALLOWED = {
     "klplug": ("torch",),
     "klplug/catalogue.py": ("klplug", "klplug.hosting"),
     "klplug/__main__.py": ("klplug.cli",),
-    "klplug/hosting": ("klplug", "wrapt", "ray", "transformers"),
+    "klplug/hosting": ("klplug", "torch", "wrapt", "ray", "transformers"),
     "klplug/audit": ("klplug", "klplug.hosting", "yaml"),
     "klplug/report": (
         *("klplug", "klplug.hosting", "matplotlib", "jinja2", "markupsafe", "scipy"),

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from klplug_verl.actor import BASELINE
+from klplug_verl.hidden import STATES, Shared
 from tensordict import TensorDict
 from torch import Tensor
 
-from klplug import kl_term
-from tests.one_meaning import Batch
+from klplug import kl_term, parse
+from klplug.hosting.hidden import Matrix, exact_term
+from tests.one_meaning import BETA, CLIP_RANGE, TEMPERATURE, Batch, States
 from tests.verl.engine import nested
 
 LENGTHS = (6, 4, 1, 5)
@@ -132,6 +136,57 @@ def loss(
     data = micro_batch(given, advantages, layout, baseline, more, **(meta or {}))
     result: tuple[Tensor, dict[str, Any]] = ppo_loss(config, model_output(log_probs), data)
     return result
+
+
+class OutputLayer(torch.nn.Module):
+    """All of a model that comes after its last hidden states, which are given, packed."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
+        super().__init__()
+        self.hidden, self.lm_head = hidden, torch.nn.Linear(*weight.shape[::-1], bias=False)
+        self.lm_head.weight.data = weight
+        self.config = SimpleNamespace(get_text_config=SimpleNamespace)
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.lm_head
+
+    def forward(self, **_: Any) -> Any:
+        return SimpleNamespace(logits=self.lm_head(self.hidden[None]))
+
+
+def gradient_of_states(kl_type: str, own: States, given: Batch, layout: str = LAYOUTS[0]) -> Tensor:
+    """Of a whole step of verl's own engine towards the policy's hidden states, (4, 6, 5)."""
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+    from verl.workers.utils.losses import ppo_loss
+
+    as_loss = parse(kl_type).placed("as_loss")
+    hidden = own.hidden.clone().requires_grad_(True)
+    nothing = hidden.new_zeros(1, hidden.shape[-1])
+    # Each state predicts the token after it; a prompt's last state the answer's first.
+    packed = [torch.cat([nothing] * (PROMPT - 1) + [row, nothing]) for row in rows(hidden)]
+    engine = object.__new__(FSDPEngineWithLMHead)
+    engine.module = OutputLayer(torch.cat(packed), own.weight)
+    engine.use_ulysses_sp = engine.pad_to_length = False
+    engine._autocast_dtype = torch.float32
+    engine.get_data_parallel_group = lambda: None
+    term = exact_term(as_loss)
+    if term is not None:
+        engine.klplug_exact = Shared(term, False, Matrix(own.ref_weight, None, None))
+    meta = {"temperature": TEMPERATURE, "use_remove_padding": True}
+    data = micro_batch(given, given.advantages, layout, None, **meta)
+    prompt = torch.zeros(PROMPT, dtype=torch.long)
+    ids = [torch.cat([prompt, row]) for row in rows(own.tokens)]
+    data["input_ids"] = nested(ids)
+    data["position_ids"] = nested([torch.arange(len(row)) for row in ids])
+    data[STATES] = nested(rows(own.ref_hidden))
+    low, high = CLIP_RANGE
+    config = actor_config(
+        str(as_loss) if as_loss.terms else None, BETA, clip_ratio_low=low, clip_ratio_high=high
+    )
+    value, _ = engine.forward_step(data, functools.partial(ppo_loss, config=config), False)
+    value.backward()
+    assert hidden.grad is not None
+    return hidden.grad
 
 
 def experience(given: Batch, scores: Tensor, groups: tuple[str, ...] = ("a", "a", "b", "b")) -> Any:

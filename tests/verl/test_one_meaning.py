@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,16 +13,19 @@ from tests.one_meaning import (
     BASELINES,
     BETA,
     CLIP_RANGE,
+    EXACT,
     IN_REWARD,
     KL_TYPES,
     SUMS,
     TOLERANCE,
     batch,
+    exact_step_gradient,
     return_baseline,
     reward_advantages,
+    states,
     step_gradient,
 )
-from tests.verl.tensors import KEYS, LAYOUTS, experience, loss
+from tests.verl.tensors import KEYS, LAYOUTS, experience, gradient_of_states, loss
 from tests.verl.trainer import TRAINERS, joined, quoted, trainer
 
 SCORES = torch.tensor([1.0, 0.0, 0.25, 0.5])
@@ -45,6 +50,33 @@ def test_the_gradient_of_the_loss_is_the_shared_one(kl_type: str, layout: str) -
     )
     value.backward()
     torch.testing.assert_close(log_probs.grad, step_gradient(kl_type), rtol=TOLERANCE, atol=1e-7)
+
+
+@pytest.mark.parametrize("kl_type", EXACT)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_over_the_vocabulary_the_gradient_is_the_shared_one(kl_type: str, layout: str) -> None:
+    own = states()
+    expected = exact_step_gradient(kl_type)
+    assert (expected - exact_step_gradient("none")).abs().max() > 1e-3
+    found = gradient_of_states(kl_type, own, own.batch(own.hidden), layout)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=TOLERANCE)
+
+
+def test_the_exact_gradient_is_the_mean_of_the_sampled_ones() -> None:
+    """Of every token that could be sampled, in turn and weighed by its probability."""
+    own = states()
+    given = own.batch(own.hidden)
+    exact, without = (gradient_of_states(kl, own, given) for kl in ("exact_as_loss", "none"))
+    mean = torch.zeros_like(own.hidden)
+    for token in range(len(own.weight)):
+        sampled = replace(own, tokens=torch.full_like(own.tokens, token))
+        drawn = sampled.batch(own.hidden)
+        # k2's gradient is log_probs - ref_log_probs: a reference at which it is the weighed one.
+        weighed = drawn.log_probs.exp() * (drawn.log_probs - drawn.ref_log_probs)
+        drawn = replace(drawn, ref_log_probs=drawn.log_probs - weighed)
+        with_kl = gradient_of_states("k2_as_loss,ratio=none", sampled, drawn)
+        mean += with_kl - gradient_of_states("none", sampled, drawn)
+    torch.testing.assert_close(exact - without, mean, rtol=1e-4, atol=TOLERANCE)
 
 
 def advantages(kind: str, *overrides: str) -> Tensor:

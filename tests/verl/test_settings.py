@@ -216,7 +216,6 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
         own("k2_as_loss,reference=rollout", f"{ROLLOUT}temperature=0.7", RAW),
         ["logprobs_mode=raw_logprobs and", "temperature=0.7: the sampler's"],
     ),
-    (own("exact_as_loss"), ["vocab=exact", "klplug.exact_kl", "'k2_as_loss'"]),
     (
         own("k2_as_loss,weight=difficulty", f"{ROLLOUT}n=1"),
         [f"{ROLLOUT}n is 1", "weight=difficulty has no other answers"],
@@ -224,6 +223,22 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (
         own("k2_as_loss,weight=entropy", "algorithm.rollout_correction.bypass_mode=True"),
         ["algorithm.rollout_correction.bypass_mode=True", "weight=entropy needs"],
+    ),
+    (
+        own("exact_as_loss", f"{ACTOR}.strategy=megatron"),
+        ["vocab=exact", "strategy=megatron", "Use fsdp or fsdp2"],
+    ),
+    (
+        own("exact_as_loss", f"{MODEL}.use_fused_kernels=True"),
+        ["vocab=exact", "use_fused_kernels=True", "Set it False"],
+    ),
+    (
+        own("exact_as_loss", f"{ACTOR}.ulysses_sequence_parallel_size=2"),
+        ["vocab=exact", f"{ACTOR}.ulysses_sequence_parallel_size=2", "cut over ranks"],
+    ),
+    (
+        own("exact_as_loss", "trainer.v1.trainer_mode=separate_async"),
+        ["vocab=exact", "separate_async", "colocate_async"],
     ),
     (["+klplug.kl_type=k4_as_loss", COEF], ["k4_as_loss", "Known", "k3_as_loss"]),
     (["+klplug.kl_type=k3", COEF], ["k3_as_loss", "k3_in_reward"]),

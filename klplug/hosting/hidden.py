@@ -1,0 +1,144 @@
+"""vocab=exact on a host: hidden states as they enter an output layer, and the exact KL of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from klplug import ExactKL, exact_kl
+from klplug.hosting.memory import gigabytes
+from klplug.spec import KLSpec, TermSpec
+
+BYTES = "klplug/exact_bytes"
+# Mean distance, in nats, of two ways to the same log-probs: rounding to bfloat16 gives 0.02.
+APART = 0.1
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A model's output layer: (V, H), its bias, and what its logits are bounded by."""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+
+    @classmethod
+    def of(cls, model: Any) -> Matrix:
+        """Of a model whose output layer is whole here; detached, and where the model is."""
+        layer: Any = output_layer(model)
+        bias = getattr(layer, "bias", None)
+        cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        return cls(layer.weight.detach(), None if bias is None else bias.detach(), cap)
+
+    def to(self, device: Any) -> Matrix:
+        bias = None if self.bias is None else self.bias.to(device)
+        return Matrix(self.weight.to(device), bias, self.softcap)
+
+    def copied(self) -> Matrix:
+        """A copy on the CPU."""
+        bias = None if self.bias is None else self.bias.cpu().clone()
+        return Matrix(self.weight.cpu().clone(), bias, self.softcap)
+
+
+def output_layer(model: Any) -> nn.Module:
+    """The layer that makes a model's logits of hidden states."""
+    layer = model.get_output_embeddings()
+    if layer is None or getattr(layer, "weight", None) is None:
+        raise RuntimeError(
+            f"vocab=exact: {type(model).__name__} shows no output layer with a weight "
+            "(get_output_embeddings), and klplug needs its output matrix"
+        )
+    if any(hasattr(layer, name) for name in ("base_layer", "modules_to_save")):
+        raise RuntimeError(
+            f"vocab=exact: the output layer of {type(model).__name__} has an adapter, and its "
+            "matrix is not all that makes the logits. Leave it out of the adapter's modules"
+        )
+    return layer  # type: ignore[no-any-return]
+
+
+@contextmanager
+def entering(layer: nn.Module, keep: Callable[[Tensor], None]) -> Iterator[None]:
+    """Call ``keep`` with the hidden states that enter an output layer in each forward."""
+    handle = layer.register_forward_pre_hook(lambda _, args: keep(args[0]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def exact_term(spec: KLSpec) -> TermSpec | None:
+    """The term over the vocabulary, which a sum has one of at most."""
+    return next((term for term in spec.terms if term.vocab == "exact"), None)
+
+
+def exact_of(
+    term: TermSpec,
+    hidden: Tensor,
+    layer: Any,
+    ref_hidden: Tensor,
+    reference: Matrix,
+    targets: Tensor,
+    temperature: float,
+) -> ExactKL:
+    """``klplug.exact_kl`` of some tokens, by a term's divergence and a model's output layer."""
+    return exact_kl(
+        hidden,
+        layer.weight,
+        ref_hidden,
+        reference.weight,
+        targets,
+        divergence=term.estimator,
+        alpha=term.alpha,
+        bias=getattr(layer, "bias", None),
+        ref_bias=reference.bias,
+        temperature=temperature,
+        softcap=reference.softcap,
+    )
+
+
+def placed(x: Tensor, mask: Tensor) -> Tensor:
+    """A number of each token that a mask (B, T) counts, in its place; 0 elsewhere."""
+    return x.new_zeros(mask.shape).index_put(mask.nonzero(as_tuple=True), x)
+
+
+@dataclass
+class Comparison:
+    """Once for each model: do hidden states and matrix make the log-probs that the engine made?"""
+
+    done: set[str] = field(default_factory=set)
+
+    def check(self, whose: str, engines: Tensor, own: Tensor) -> None:
+        """Stop where they are not what the engine makes its logits of."""
+        if whose in self.done or not len(own):
+            return
+        apart = float((engines.detach() - own.detach()).abs().mean())
+        if not apart < APART:
+            raise RuntimeError(
+                f"vocab=exact: the log-probs of {whose} from its hidden states and output matrix "
+                f"are {apart:.3g} nats from the engine's own (allowed: {APART}). Its logits are "
+                "scaled, or its answers placed, in a way that klplug does not know"
+            )
+        self.done.add(whose)
+
+
+@functools.cache
+def hidden_size(path: str, trust_remote_code: bool) -> int:
+    """Dimensions of a model's last hidden states."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    return int(config.get_text_config().hidden_size)
+
+
+def foretold(each: int, answers: int, length: int) -> str:
+    """What hidden states will take, said before training; ``each`` is bytes per token."""
+    return (
+        f"klplug: vocab=exact keeps the reference's hidden states of a step in memory: {each} "
+        f"bytes a token, for {answers} answers of at most {length} tokens "
+        f"{gigabytes(each * answers * length)} at most"
+    )
