@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -183,7 +185,11 @@ def gradient_of_states(kl_type: str, own: States, given: Batch, layout: str = LA
     config = actor_config(
         str(as_loss) if as_loss.terms else None, BETA, clip_ratio_low=low, clip_ratio_high=high
     )
-    value, _ = engine.forward_step(data, functools.partial(ppo_loss, config=config), False)
+    loss_fn = functools.partial(ppo_loss, config=config)
+    # verl 0.7 has logits in bfloat16, whatever it is told.
+    widened = mock.patch("torch.autocast", lambda *_, **__: nullcontext())
+    with widened if IS_LEGACY else nullcontext():
+        value, _ = engine.forward_step(data, loss_fn, False)
     value.backward()
     assert hidden.grad is not None
     return hidden.grad

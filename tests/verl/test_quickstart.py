@@ -136,6 +136,20 @@ def test_a_head_and_a_baseline_over_several_updates(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_kl_over_the_vocabulary_on_two_ranks(tmp_path: Path) -> None:
+    summary, steps, log = quickstart(tmp_path / "run", kl_type="exact_as_loss", steps=2, ranks=2)
+    assert summary["klplug_active"] is True
+    assert summary["kl_type"] == "k2_as_loss,vocab=exact"
+    assert log.count("active in a worker") == 2
+    assert "vocab=exact keeps the reference's hidden states" in log
+    # The first step starts at the reference; the second has moved.
+    first, second = (step["klplug/exact_kl"] for step in steps)
+    assert 0 <= first < 1e-6 and second > 10 * first
+    assert steps[1]["klplug/exact_bytes"] > 0
+    assert math.isfinite(steps[1]["actor/grad_norm"])
+
+
+@pytest.mark.slow
 def test_the_sampler_as_the_reference_runs_without_a_reference_model(tmp_path: Path) -> None:
     kl_type = "k2_as_loss,level=prefix,cap=5,mode=mask,bound=0.5,reference=rollout"
     summary, steps, log = quickstart(tmp_path / "run", kl_type=kl_type, steps=2, updates=2)
