@@ -32,7 +32,7 @@ ALLOWED = {
     ),
     "adapters/klplug_openrlhf": (
         *("klplug", "klplug.hosting", "klplug.audit", "torch", "wrapt", "ray", "openrlhf"),
-        *("deepspeed", "transformers"),
+        "deepspeed",
     ),
     "adapters/klplug_verl": (
         *("klplug", "klplug.hosting", "klplug.audit", "klplug_verl_guard"),
