@@ -259,9 +259,11 @@ def main() -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     own_process(rank, size, int(os.environ["MASTER_PORT"]))
     run = Run(*words)
-    result = through_v1(run, (rank, size))
+    gradient, metrics = through_v1(run, (rank, size))
+    gradients: list[Any] = [None] * size
+    torch.distributed.all_gather_object(gradients, gradient)
     if rank == 0:
-        torch.save(result, out)
+        torch.save((gradients, metrics), out)
 
 
 if __name__ == "__main__":
