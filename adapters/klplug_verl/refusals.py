@@ -29,6 +29,7 @@ from klplug_verl.keys import (
     LOSS_MODE,
     PLACES,
     RECORDS,
+    REF,
     REF_MODEL,
     SEQUENCE_PARALLEL,
     STRATEGY,
@@ -302,6 +303,8 @@ def hidden_states_out_of_reach(plan: Plan, settings: Settings) -> Said:
             "or leave vocab out",
         )
     for key in SEQUENCE_PARALLEL:
+        if key.startswith(REF) and not settings.wrote(key):
+            continue  # it follows the policy's
         if (size := settings.get(key, 1)) > 1:
             yield (
                 key,
