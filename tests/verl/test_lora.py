@@ -5,14 +5,18 @@ Beside verl's own engine, FSDP2 and klplug in it, stands plain transformers with
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.verl.engine import ANSWERS, POLICY, Bench, nested
 
@@ -97,3 +101,32 @@ def test_the_adapter_has_the_gradient_of_the_kl_to_the_base(
     assert (found - expected).norm() <= 1e-3 * expected.norm()
     own = torch.cat([(p - r).detach() for p, r in zip(current, refs, strict=True)])
     assert metrics["klplug/k1"] == pytest.approx(float(own.mean()), rel=1e-3)
+
+
+def test_base_and_adapter_come_out_of_a_checkpoint(
+    bench: Bench, plain: Any, data: Any, tmp_path: Path
+) -> None:
+    """As the page of the recipes has it: verl's merger, then peft."""
+    from peft import PeftModel
+
+    saved, merged = tmp_path / "actor", tmp_path / "merged"
+    bench.worker.engine.save_checkpoint(str(saved), global_step=1)
+    words = ["--backend", "fsdp", "--local_dir", str(saved), "--target_dir", str(merged)]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "verl.model_merger", "merge", *words],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    base = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, merged / "lora_adapter").merge_and_unload().eval()
+    with torch.no_grad():
+        found, expected = log_probs(model, data), log_probs(plain, data)
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    assert tokenizer("2 + 2").input_ids == AutoTokenizer.from_pretrained(POLICY)("2 + 2").input_ids
+    of_the_base = zip(expected, data["ref_log_prob"].unbind(), strict=True)
+    assert max((mine - ref).abs().max() for mine, ref in of_the_base) > 0.5
+    for mine, theirs in zip(expected, found, strict=True):
+        torch.testing.assert_close(theirs, mine, rtol=0, atol=0.1)  # written in bfloat16
