@@ -116,8 +116,9 @@ def compose(words: list[str]) -> Any:
 
 
 def is_telling(line: str) -> bool:
-    """Not a traceback's place, nor Hydra's advice to see more of it."""
-    return bool(line.strip()) and not line.startswith((" ", "Traceback", "Set the environment"))
+    """Not a traceback's place, nor all the words again, nor Hydra's advice to see more of it."""
+    telling_nothing = (" ", "Traceback", "Error executing job with", "Set the environment")
+    return bool(line.strip()) and not line.startswith(telling_nothing)
 
 
 def common(config: Any) -> dict[str, Any]:

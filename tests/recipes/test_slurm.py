@@ -13,6 +13,7 @@ import pytest
 
 from recipes.recipe import load
 
+ONCE = ["--ntasks-per-node=1", "--cpu-bind=none"]
 SCRIPT = Path(__file__).parents[2] / "recipes" / "slurm" / "recipe.sbatch"
 
 
@@ -41,7 +42,7 @@ def test_on_one_node_it_is_the_recipes_own_command(host: str, tmp_path: Path) ->
     assert host in load(recipe).hosts
     words = [host, recipe, "key=a b", "--flag"]
     command = ["python", "-m", f"recipes.{host}", recipe, "key=a b", "--flag"]
-    assert srun(tmp_path, 1, *words) == ["--ntasks-per-node=1", *command, "", ""]
+    assert srun(tmp_path, 1, *words) == [*ONCE, *command, "", ""]
 
 
 def test_what_is_missing_is_named() -> None:
@@ -57,8 +58,10 @@ def test_on_two_nodes_ray_starts_on_each_and_the_command_on_the_first(
 
     recipe = "qwen2.5-math-7b-openr1-math-2-nodes"
     assert load(recipe).nodes == 2
-    per_node, ray, *words, mode, token = srun(tmp_path, 2, host, recipe, "--flag")
-    assert (per_node, ray, mode) == ("--ntasks-per-node=1", "ray", "token")
+    found = srun(tmp_path, 2, host, recipe, "--flag")
+    assert found[:2] == ONCE
+    ray, *words, mode, token = found[2:]
+    assert (ray, mode) == ("ray", "token")
     assert len(token) == 32 and int(token, 16) > 0
     address = words[words.index("--address") + 1]
     own = subprocess.run(["hostname", "-I"], capture_output=True, text=True).stdout.split()
