@@ -13,6 +13,7 @@ from klplug.report.runs import Group, Metric, Series, rolling_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart by most colour-blind readers; then again, dashed. The page's
 # own colour stands for their black, which a dark page would swallow.
@@ -30,30 +31,41 @@ def style(index: int) -> tuple[str, str]:
     return COLOURS[index % len(COLOURS)], LINES[index // len(COLOURS) % len(LINES)]
 
 
-def svg(name: str, draw: Callable[[Axes], None]) -> str:
-    """A picture to stand inside of a page, its identifiers its own by ``name``."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
+def settings(name: str) -> dict[Any, Any]:
+    """Matplotlib's, for a picture whose identifiers are its own by ``name``."""
     inked = ("text.color", "xtick.color", "ytick.color", "axes.edgecolor", "axes.labelcolor")
-    settings: dict[Any, Any] = {
+    return {
         **dict.fromkeys((*inked, "axes.titlecolor"), INK),
         "axes.formatter.limits": (-4, 5),
         "axes.formatter.useoffset": False,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
         "font.family": "sans-serif",
+        "legend.frameon": False,
         "svg.fonttype": "none",  # text stays text
         "svg.hashsalt": name,
         "text.parse_math": False,  # a tag with a dollar in it is no formula
     }
-    with matplotlib.rc_context(settings):
+
+
+def svg(name: str, draw: Callable[[Axes], None]) -> str:
+    """A picture of one pair of axes, to stand inside of a page."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(settings(name)):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         axes = figure.subplots()
-        axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#808080", alpha=0.2)
         axes.set_axisbelow(True)
         draw(axes)
-        made = StringIO()
-        figure.savefig(made, format="svg", transparent=True, metadata={"Date": None})
+        return text_of(figure, name)
+
+
+def text_of(figure: Figure, name: str) -> str:
+    """A figure, made under ``settings(name)``, as SVG."""
+    made = StringIO()
+    figure.savefig(made, format="svg", transparent=True, metadata={"Date": None})
     text = made.getvalue()[made.getvalue().index("<svg") :]
     # Identifiers are the page's: no two pictures may share one.
     own = re.sub(r"[^a-z0-9]", "-", name.lower())

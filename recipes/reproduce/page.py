@@ -12,14 +12,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from scipy.stats import bootstrap
 
+from klplug.report import plots
 from recipes.reproduce.drive import DriveError, Row, read_rows, seconds_of
 from recipes.reproduce.grid import HERE, load
 from recipes.shared.settings import REPOSITORY
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RESULTS = HERE / "results"
 PAGE = REPOSITORY / "docs" / "evidence.md"
@@ -36,7 +40,7 @@ ORDER = (
     *("k2_as_loss", "k2_as_loss,horizon=sequence"),
 )
 # Colours that are told apart without seeing all of them (Okabe and Ito).
-COLOURS = ("#000000", "#d55e00", "#e69f00", "#cc79a7", "#0072b2", "#009e73", "#56b4e9")
+COLOURS = (plots.INK, "#d55e00", "#e69f00", "#cc79a7", "#0072b2", "#009e73", "#56b4e9")
 
 
 # What a row says
@@ -562,12 +566,20 @@ def page(rows: Sequence[Row]) -> str:
 
 
 def figures(rows: Sequence[Row], folder: Path) -> None:
-    """SVG, the same bytes for the same rows."""
+    """SVG, the same bytes for the same rows, for a light and a dark page."""
     import matplotlib
+
+    for name, draw in (("evidence-runs", curves_of_runs), ("evidence-frontier", frontier)):
+        with matplotlib.rc_context(plots.settings(name)):
+            picture = plots.standalone(plots.text_of(draw(Runs(rows)), name))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.svg").write_text(picture, "utf-8")
+
+
+def curves_of_runs(runs: Runs) -> "Figure":
+    """Reward, accuracy and KL along the runs."""
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams["svg.hashsalt"] = "klplug"
-    runs = Runs(rows)
     colour = dict(zip(ORDER, COLOURS, strict=True))
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     reward, correct, drift = figure.subplots(1, 3)
@@ -579,6 +591,7 @@ def figures(rows: Sequence[Row], folder: Path) -> None:
         # At the start it is 0, which a logarithmic axis has no place for.
         curve(drift, there, style, kl_type, along("kl_nats_per_answer", first=1))
     drift.set_yscale("log")
+    logarithmic(drift.yaxis)
     for axes, title in (
         (reward, "reward of the rollouts"),
         (correct, "accuracy, held-out problems"),
@@ -589,8 +602,14 @@ def figures(rows: Sequence[Row], folder: Path) -> None:
         axes.grid(alpha=0.3)
     handles, labels = reward.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
-    save(figure, folder / "evidence-runs.svg")
+    return figure
 
+
+def frontier(runs: Runs) -> "Figure":
+    """Accuracy against KL at the end of each run."""
+    from matplotlib.figure import Figure
+
+    colour = dict(zip(ORDER, COLOURS, strict=True))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     kl = end("kl_nats_per_answer")
@@ -601,12 +620,22 @@ def figures(rows: Sequence[Row], folder: Path) -> None:
         x, y = [kl(row) for row in there], [accuracy(row) for row in there]
         axes.scatter(x, y, s=size, color=colour[kl_type], label=kl_type, alpha=0.8)
     axes.set_xscale("log")
+    logarithmic(axes.xaxis)
     axes.set_xlabel("KL(pi‖ref), nats per answer")
     axes.set_ylabel("accuracy")
     axes.set_title("the end of each run with 4 updates; larger dots: larger kl_coef", fontsize=10)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
-    save(figure, folder / "evidence-frontier.svg")
+    return figure
+
+
+def logarithmic(axis: Any) -> None:
+    """Ticks at 1, 2 and 5 of each decade, written as they are read."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 
 Curve = tuple[list[float], list[float]]
@@ -639,14 +668,6 @@ def curve(
     common = sorted(set.intersection(*(set(x) for x, _ in curves)))
     means = [np.mean([dict(zip(x, y, strict=True))[step] for x, y in curves]) for step in common]
     axes.plot(common, means, label=label, **style)
-
-
-def save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    # matplotlib leaves blanks at the ends of lines.
-    lines = path.read_text("utf-8").splitlines()
-    path.write_text("\n".join(line.rstrip() for line in lines) + "\n", "utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:

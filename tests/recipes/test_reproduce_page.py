@@ -233,4 +233,8 @@ def test_the_committed_page_is_that_of_the_committed_rows(tmp_path: Path) -> Non
 
 def test_figures_take_rows_of_one_formulation_alone(tmp_path: Path) -> None:
     figures([row("none", 1, 0.7, 1.0)], tmp_path)
-    assert "<svg" in (tmp_path / "evidence-runs.svg").read_text()
+    for drawn in ("evidence-runs.svg", "evidence-frontier.svg"):
+        text = (tmp_path / drawn).read_text()
+        # Text and axes have the colour of the page, which may be dark; so has the run without a KL.
+        assert text.startswith("<svg") and "prefers-color-scheme: dark" in text
+        assert "currentColor" in text and "#000000" not in text
