@@ -14,6 +14,7 @@ says what comes next, and until where:
     <!-- made: plant -->                controllers on a simulated run: a table and a picture
     <!-- made: papers -->               papers, and the kl_type of each
     <!-- made: output N WORDS -->       the first N lines that a command of klplug prints
+    <!-- made: clone WORDS -->          git clone of the address in pyproject.toml, then a command
     # made: findings                    in mkdocs.yml: a page for each finding
     <!-- /made -->
 
@@ -29,6 +30,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import TextWrapper
 from typing import Any
 
 import klplug
@@ -167,7 +169,7 @@ def picture(page: Path, words: list[str], old: str) -> str:
 
 
 def output(page: Path, words: list[str], old: str) -> str:
-    """What a command prints, up to a number of lines."""
+    """What a command prints, up to a number of lines; a long one goes on in the next, indented."""
     count, *command = words
     done = subprocess.run(
         [sys.executable, "-m", *command],
@@ -178,8 +180,22 @@ def output(page: Path, words: list[str], old: str) -> str:
         check=False,
     )
     assert done.returncode in (0, 1), done.stderr
-    lines = [line.rstrip() for line in done.stdout.splitlines()[: int(count)]]
+    printed = [line.rstrip() for line in done.stdout.splitlines()]
+    whole = {"break_long_words": False, "break_on_hyphens": False}
+    wrap = TextWrapper(WIDTH, subsequent_indent="    ", **whole)
+    lines = [
+        part
+        for line in printed[: int(count)]
+        for part in (wrap.wrap(line) if len(line) > WIDTH else [line])
+    ]
+    lines += ["..."] * (len(printed) > int(count))
     return "\n".join(["```text", f"$ {' '.join(command)}", *lines, "```"]) + "\n"
+
+
+def clone(page: Path, words: list[str], old: str) -> str:
+    """A checkout, and what is run there."""
+    (address,) = re.findall(r'^address = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    return f"```bash\ngit clone {address} && cd klplug\n{' '.join(words)}\n```\n"
 
 
 def findings(page: Path, words: list[str], old: str) -> str:
@@ -220,6 +236,7 @@ MAKERS: dict[str, Callable[[Path, list[str], str], str]] = {
     "curves": curves,
     "picture": picture,
     "output": output,
+    "clone": clone,
     "papers": papers,
     "plant": simulated,
     "findings": findings,
