@@ -204,9 +204,8 @@ def tally(seen: Sequence[Seen]) -> Tally:
     together = torch.stack([*roots.values(), *sums.values()])
     together[: len(roots)].square_()
     # The sum of a row may be inf, and of two such rows no number. float64 where there is.
-    limit = largest(together)
     wide = torch.float32 if together.device.type == "mps" else torch.float64
-    totals = together.nan_to_num_(0.0, limit, -limit).sum(-1, dtype=wide)
+    totals = together.nan_to_num_(0.0).sum(-1, dtype=wide)
     if together.dtype == wide:
         finite_(totals)
     return Tally(dict(zip((*roots, *sums), totals, strict=True)), maxima | _nonfinite(seen[0]))

@@ -8,9 +8,12 @@ from torch import Tensor
 
 from klplug import kl_term
 from klplug.seen import Seen
-from klplug.tally import SAMPLE, TOP, tally
+from klplug.tally import SAMPLE, TOP, Tally, tally
 from klplug.watch import RULES, Watch
 from tests.core.test_term import BETA, CLIP, GRID, batch
+
+
+TENSORS = ("log_probs", "ref_log_probs", "old_log_probs", "response_mask")
 
 
 def metrics(gradient: Tensor, principled: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -79,6 +82,53 @@ def test_the_principled_ones_have_cosine_one(kl_type: str, low: float, high: flo
     assert low <= term.metrics["klplug/gradient_cosine"].item() <= high
     if low > 0.9:
         assert term.metrics["klplug/gradient_norm_ratio"].item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("kl_type", "principled"),
+    [
+        ("k3_as_loss", "k2_as_loss"),
+        ("k3_as_loss,ratio=none", "k2_as_loss,ratio=none"),
+        ("k3_in_reward", "k1_in_reward"),
+        ("k2_in_reward,ratio=none", "k1_in_reward,ratio=none"),
+        ("js_as_loss,horizon=sequence", "k2_as_loss,horizon=sequence"),
+        ("k3_as_loss+0.5*k2_as_loss,reference=old", "k2_as_loss+0.5*k2_as_loss,reference=old"),
+        ("k2_as_loss+k3_in_reward", "k2_as_loss+k1_in_reward"),
+    ],
+)
+def test_the_yardstick_is_the_same_formulation_with_its_coefficient_right(
+    kl_type: str, principled: str
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    log_probs, ref, old = (torch.randn(3, 16, 30, generator=generator) / 2 - 3).double()
+    mask = torch.rand(16, 30, generator=generator) > 0.2
+    old = log_probs + 0.3 * old
+    term, twin = (
+        kl_term(name, log_probs, ref, mask, old_log_probs=old) for name in (kl_type, principled)
+    )
+    g, p = term.gradient, twin.gradient
+    cosine = (g * p).sum() / (g.norm() * p.norm())
+    assert term.metrics["klplug/gradient_cosine"].item() == pytest.approx(cosine.item())
+    ratio = term.metrics["klplug/gradient_norm_ratio"].item()
+    assert ratio == pytest.approx((g.norm() / p.norm()).item())
+
+
+def test_sums_of_less_than_a_token_have_the_same_means() -> None:
+    """A host that averages over ranks hands in a share of each sum."""
+    given = batch(shape=(1, 1), dtype=torch.float64)
+    whole = kl_term("k2_as_loss", **{k: given[k] for k in TENSORS}).tally
+    share = Tally({name: value / 8 for name, value in whole.sums.items()}, whole.maxima)
+    expected = {n: v.item() for n, v in whole.metrics().items()}
+    assert {n: v.item() for n, v in share.metrics().items()} == pytest.approx(expected)
+
+
+def test_where_the_policy_has_left_tokens_of_the_reference_the_estimate_is_k1() -> None:
+    """All ref/pi are near one half: steady as they are, their mean is not 1, and nothing fits."""
+    generator = torch.Generator().manual_seed(0)
+    log_probs = 0.7 + 0.1 * torch.randn(8, 64, generator=generator).double()
+    zero = torch.zeros_like(log_probs)
+    term = kl_term("k2_as_loss,ratio=none", log_probs, zero, torch.ones_like(zero))
+    assert term.metrics["klplug/kl"].item() == pytest.approx(log_probs.mean().item(), rel=1e-12)
 
 
 def test_at_the_reference_nothing_is_amiss() -> None:

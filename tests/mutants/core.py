@@ -217,7 +217,7 @@ METRICS = (
         ("(counted - tokens) / counted.clamp", "(counted - tokens) / tokens.clamp"),
         ("masked_(x, whole.counted)", "x"),
         ("together[: len(roots)].square_()", "pass"),
-        ("nan_to_num_(0.0, limit, -limit)", "nan_to_num_(0.0)"),
+        ("together.nan_to_num_(0.0).sum", "together.sum"),
         ("cosine, ratio = (ratios[:2] + nothing)", "cosine, ratio = ratios[:2]"),
         ('roots["weight_square"], sums["weight"] = norm(s.weight), s.weight.sum(-1)', "pass"),
         ("force, principled, out=", "force, force, out="),
