@@ -12,7 +12,6 @@ from klplug.tally import SAMPLE, TOP, Tally, tally
 from klplug.watch import RULES, Watch
 from tests.core.test_term import BETA, CLIP, GRID, batch
 
-
 TENSORS = ("log_probs", "ref_log_probs", "old_log_probs", "response_mask")
 
 
@@ -92,6 +91,10 @@ def test_the_principled_ones_have_cosine_one(kl_type: str, low: float, high: flo
         ("k3_in_reward", "k1_in_reward"),
         ("k2_in_reward,ratio=none", "k1_in_reward,ratio=none"),
         ("js_as_loss,horizon=sequence", "k2_as_loss,horizon=sequence"),
+        (
+            "js_as_loss,horizon=sequence,head=combined",
+            "k2_as_loss,horizon=sequence,head=combined",
+        ),
         ("k3_as_loss+0.5*k2_as_loss,reference=old", "k2_as_loss+0.5*k2_as_loss,reference=old"),
         ("k2_as_loss+k3_in_reward", "k2_as_loss+k1_in_reward"),
     ],
@@ -103,8 +106,11 @@ def test_the_yardstick_is_the_same_formulation_with_its_coefficient_right(
     log_probs, ref, old = (torch.randn(3, 16, 30, generator=generator) / 2 - 3).double()
     mask = torch.rand(16, 30, generator=generator) > 0.2
     old = log_probs + 0.3 * old
+    given = {"old_log_probs": old, "advantages": torch.ones_like(old)}
+    head = {"kl_coef": 1e-9, "clip_range": 1e9}  # joined to it, and next to nothing beside it
     term, twin = (
-        kl_term(name, log_probs, ref, mask, old_log_probs=old) for name in (kl_type, principled)
+        kl_term(name, log_probs, ref, mask, **given, **(head if "head=" in name else {}))
+        for name in (kl_type, principled)
     )
     g, p = term.gradient, twin.gradient
     cosine = (g * p).sum() / (g.norm() * p.norm())
