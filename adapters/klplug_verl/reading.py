@@ -33,7 +33,7 @@ from klplug.audit.tables import Source, Table, flattened, load_yaml
 from klplug.controllers import CONTROLS
 from klplug.hosting.settings import Unknown
 from klplug.spec import KLSpec, TermSpec, parse
-from klplug_verl import configs, sources
+from klplug_verl import configs, sources, trainers
 from klplug_verl.edit import without_klplug
 from klplug_verl.host import HOST, before
 from klplug_verl.keys import (
@@ -76,6 +76,7 @@ from klplug_verl.keys import (
     N,
 )
 from klplug_verl.plan import coefficients
+from klplug_verl.trainers import ITERATIVE, Trainer
 
 ASPECTS = {
     USE_LOSS: aspects.KL,
@@ -116,61 +117,6 @@ _OPENED = ("ray_kwargs", "hydra", "klplug")
 
 
 @dataclass(frozen=True)
-class _Trainer:
-    """What a trainer of verl's own, or of its recipes, does otherwise than ``main_ppo``.
-
-    Attributes:
-        name: pattern of what starts it.
-        note: a sentence.
-        stale: it trains on samples of a policy some updates old.
-        fetches: it takes whole mini-batches from a queue, and data.train_batch_size says nothing.
-        drops: why a KL in the reward never reaches its advantages; empty where it does.
-        own_loss: its loss is not verl's, and what KL it has is not known.
-        served: klplug has hooks for it.
-    """
-
-    name: str
-    note: str
-    stale: bool = False
-    fetches: bool = False
-    drops: str = ""
-    own_loss: bool = False
-    served: bool = False
-
-
-# Sources: verl 0.9.1 experimental/{fully_async_policy,one_step_off_policy,separation}; verl-recipe.
-_TRAINERS = (
-    _Trainer(
-        r"fully_async",
-        "verl's fully asynchronous trainer: samples are made by a policy some updates old.",
-        stale=True,
-        fetches=True,
-    ),
-    _Trainer(
-        r"one_step_off",
-        "verl's one-step-off-policy trainer: samples are made by the policy of the step before.",
-        stale=True,
-    ),
-    _Trainer(
-        r"\bprime\b",
-        "The trainer of PRIME, which makes its rewards itself.",
-        drops="the trainer of PRIME never calls apply_kl_penalty",
-    ),
-    _Trainer(
-        r"(?:\b|_)(?:spin|flowrl|rpg|gkd)\b",
-        "A trainer with a loss of its own, which is not verl's policy loss.",
-        own_loss=True,
-    ),
-    _Trainer(r"recipe", "", served=True),
-)
-
-
-def _own(trainer: str) -> _Trainer | None:
-    """The row of a trainer other than ``main_ppo``."""
-    return next((row for row in _TRAINERS if re.search(row.name, trainer)), None)
-
-
-@dataclass(frozen=True)
 class Parsed:
     """The arguments of one ``main_ppo``, taken apart: settings, and config files they name."""
 
@@ -189,7 +135,7 @@ class Parsed:
 def parsed(launch: Launch) -> Parsed:
     """What a command sets, over the config file that it, or its trainer, names."""
     given = replace(arguments(launch.args), launch=launch)
-    if launch.foreign or _own(launch.trainer) is not None:
+    if launch.foreign or trainers.row(launch.trainer) is not None:
         given = replace(given, own_config=True)
     return _over_config(given, launch)
 
@@ -467,12 +413,13 @@ def run(settings: Settings) -> Run:
     terms += _teacher(settings)
     rejected += [*_bad_values(settings), *settings.rejected]
     refused = [
-        Rejected(settings[r.key or _asked_by(settings)], r.words) for r in HOST.refused(settings)
+        Rejected(settings[r.key or _asked_by(settings)], r.words)
+        for r in (HOST.refused(settings) if _asks_klplug(settings, terms) else ())
     ]
     noted = HOST.noted(settings, any(term.from_klplug for term in terms))
     launch = settings.launch
-    other = None if launch is None else _own(launch.trainer)
-    if other is not None and launch is not None and launch.foreign and not other.own_loss:
+    other = None if launch is None else trainers.row(launch.trainer)
+    if other is not None and launch is not None and launch.foreign and not other.known:
         other = None
     idle, never = _idle(settings, terms)
     n = None if settings[N].unknown else max(1, int(settings.number(N, 1)))
@@ -518,13 +465,25 @@ def run(settings: Settings) -> Run:
     )
 
 
-def _served(settings: Settings, other: _Trainer | None) -> bool:
+def _served(settings: Settings, other: Trainer | None) -> bool:
     """Whether klplug has hooks for this trainer and release."""
     launch, table = settings.launch, settings.table
     if (other is not None and not other.served) or (launch is not None and launch.foreign):
         return False
     changed = table.source is not None and bool(table.source.changed)
     return not (changed or before(table.version, (0, 7)) or settings.on(DISTILLS))
+
+
+def _asks_klplug(settings: Settings, terms: list[Term]) -> bool:
+    """Whether klplug would see this run, to refuse it: not a fork's that asks nothing of it."""
+    row, launch = trainers.row(settings.trainer), settings.launch
+    recipes = row is not None and row.served and launch is not None and not launch.foreign
+    return (
+        _is_verls(settings)
+        or recipes
+        or settings[KL_TYPE].written
+        or any(term.from_klplug for term in terms)
+    )
 
 
 def _asked_by(settings: Settings) -> str:
@@ -596,7 +555,7 @@ _FOLLOWED = 8  # how many references in a row
 
 def _fetches(settings: Settings) -> bool:
     launch = settings.launch
-    other = None if launch is None else _own(launch.trainer)
+    other = None if launch is None else trainers.row(launch.trainer)
     return other is not None and other.fetches
 
 
@@ -675,6 +634,8 @@ def _terms(settings: Settings) -> tuple[list[Term], list[Rejected]]:
         if full is None and (is_klplugs or not on):
             continue
         spec, straight, clamped = _stock(name, placement, settings.table)
+        if spec is None and placement == "as_loss":
+            spec = _theirs(name, settings)
         if full is not None and [term.placement for term in full.terms] == [placement]:
             (spec,) = full.terms
         if spec is None and _is_verls(settings):
@@ -760,7 +721,7 @@ def _teacher(settings: Settings) -> list[Term]:
 def _dropped(settings: Settings) -> str:
     """Why a KL in the reward never reaches the advantages."""
     launch = settings.launch
-    other = None if launch is None or launch.foreign else _own(launch.trainer)
+    other = None if launch is None or launch.foreign else trainers.row(launch.trainer)
     if other is not None and other.drops:
         return other.drops
     if sources.NEVER in _facts(settings):
@@ -821,6 +782,17 @@ def _stock(name: str, placement: str, table: Table) -> tuple[TermSpec | None, bo
     return spec, straight, spec.estimator == "k3" and not straight
 
 
+def _theirs(name: str, settings: Settings) -> TermSpec | None:
+    """An estimator of a fork's, of the code that was read and as it was read."""
+    row, source = trainers.row(settings.trainer), settings.table.source
+    known = row is not None and source is not None and name in source.kept
+    if not (known and settings.on(ITERATIVE)):
+        return None
+    assert row is not None
+    kl_type = row.estimators.get(name)
+    return None if kl_type is None else parse(kl_type).terms[0]
+
+
 def _names(table: Table) -> tuple[str, ...]:
     """The estimators that ``kl_penalty`` knows; k1, k2 and k3 are names since 0.4."""
     names = tuple(_STOCK["in_reward"])
@@ -879,10 +851,10 @@ def _compares_batches(settings: Settings) -> bool:
 def _is_verls(settings: Settings) -> bool:
     """Whether ``main_ppo`` itself runs it, of whose code this file speaks."""
     launch = settings.launch
-    return launch is None or not (launch.foreign or _own(launch.trainer))
+    return launch is None or not (launch.foreign or trainers.row(launch.trainer))
 
 
-def _notes(settings: Settings, other: _Trainer | None) -> Iterable[tuple[str, Setting]]:
+def _notes(settings: Settings, other: Trainer | None) -> Iterable[tuple[str, Setting]]:
     launch = settings.launch
     if settings.on(DISTILLS):
         yield (
@@ -895,7 +867,7 @@ def _notes(settings: Settings, other: _Trainer | None) -> Iterable[tuple[str, Se
             "its code changes is not seen.",
             Setting("", None, launch.words[launch.main].line),
         )
-    elif launch is not None and other is not None and other.note:
+    if launch is not None and other is not None and other.note:
         yield other.note, Setting("", None, launch.words[launch.main].line)
 
 
@@ -919,7 +891,7 @@ def _coef_as_written(terms: list[Term]) -> str:
     return f"{terms[0].coef:g}" if terms and math.isfinite(terms[0].coef) else "BETA"
 
 
-def _stale(settings: Settings, other: _Trainer | None) -> Setting | None:
+def _stale(settings: Settings, other: Trainer | None) -> Setting | None:
     launch = settings.launch
     if other is not None and other.stale and launch is not None:
         return Setting("", None, launch.words[launch.main].line)
@@ -977,7 +949,7 @@ def _no_effect(settings: Settings, terms: list[Term]) -> Iterable[tuple[Setting,
 
 
 def _unknown(
-    settings: Settings, other: _Trainer | None
+    settings: Settings, other: Trainer | None
 ) -> dict[str, tuple[tuple[Setting, str], ...]]:
     unknown: dict[str, list[tuple[Setting, str]]] = {}
     for key, aspect in ASPECTS.items():
@@ -995,6 +967,7 @@ def _unknown(
     for switch, kind in ((USE_REWARD, PENALTY), (USE_LOSS, LOSS_TYPE)):
         setting = settings[kind]
         named = _full(settings.text(kind)) or settings.text(kind).removesuffix("+") in STOCK
+        named = named or _theirs(settings.text(kind), settings) is not None
         if not named and not setting.unknown and settings.on(switch) and not _is_verls(settings):
             reason = f"{setting} is not one of verl's own"
             unknown.setdefault(aspects.KL, []).append((setting, reason))
@@ -1003,6 +976,10 @@ def _unknown(
         if setting.value is None and key in settings.written and not setting.unknown:
             reason = f"{setting}: the trainer itself decides it"
             unknown.setdefault(aspects.UPDATES, []).append((setting, reason))
+    amount = settings[CTRL_COEF]
+    if other is not None and other.estimators and settings.on(USE_REWARD) and amount.value != 0:
+        reason = f"its trainer takes the KL in the reward from {settings[LOSS_TYPE]}"
+        unknown.setdefault(aspects.KL, []).append((settings[LOSS_TYPE], reason))
     for config in settings.unread:
         for key in _left_to_config(settings):
             reason = f"{config} is not read, and may set {key}"

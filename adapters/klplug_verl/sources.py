@@ -34,6 +34,11 @@ _BRANCHES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("2c5656dd39c5", "e453915e70f6"), ("kl", "k1")),
     **dict.fromkeys(("598503199c7d", "db298964f745"), ("abs",)),
     **dict.fromkeys(("719197202f47", "aa268120d347"), ("mse", "k2")),
+    # RPG's own.
+    "7c3995da4e39": ("rpg_fkl",),
+    "a5d52dd3647c": ("rpg_ufkl",),
+    "01f491b463a6": ("rpg_urkl",),
+    "2b5cbd1bbcf4": ("rpg_rkl",),
     # Up to 0.3; up to 0.5, whose exponent has a clamp; from 0.6 on.
     **dict.fromkeys(("e7b98565a9cd", "39beed61e1fe", "abdb0dfcdcb9"), ("low_var_kl", "k3")),
 }
