@@ -70,7 +70,7 @@ HOST = Host(
         r"(?:verl\.)?recipe\.fully_async_policy\.fully_async_main",
     ),
     other_trainers=(r"verl\.(?:trainer|experimental)\.[\w.]+",),
-    marks=r"\+{0,2}(?:actor_rollout_ref\.actor|algorithm)\.[\w.]+=",
+    marks=r"\+{0,2}(?:actor_rollout_ref|algorithm)\.[\w.]+=",
     command="python -m verl.trainer.main_ppo",
     config="a config of verl's (actor_rollout_ref, algorithm)",
     patch="klplug_verl.hooks:PATCH",

@@ -170,7 +170,10 @@ _NO_TRAINER = re.compile(r"(?:^|[._/])(?:main_)?(?:eval|gen|infer|serve|test)\w*
 def _others(words: Sequence[Word]) -> list[str]:
     """What starts a trainer, or another program, of a host that klplug does not serve."""
     return [
-        word.text for word in words if any(host.has_another(word.text) for host in hosts().values())
+        word.text
+        for word in words
+        if any(host.has_another(word.text) for host in hosts().values())
+        and not _NO_TRAINER.search(word.text)
     ]
 
 

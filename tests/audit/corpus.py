@@ -32,6 +32,8 @@ ENTRY = re.compile(
     r"(?:.*[./])?(?:main_ppo\w*|main_dapo|main_\w+|train_ppo\w*|train_grpo\w*|\w*_main|klplug_openrlhf)"
     r"(?:\.py)?|klplug_openrlhf"
 )
+# One that samples or evaluates with a trainer's settings.
+_GENERATES = re.compile(r"(?:.*[./])?(?:main_generation\w*|main_eval\w*|eval_\w+)(?:\.py)?")
 _SETS = re.compile(
     r"\+{0,2}(actor_rollout_ref|algorithm|critic|trainer|data)\.\w[\w.]*=|--(pretrain|init_kl_coef"
     r"|algo\.|actor\.|advantage_estimator|reward_pretrain|n_samples_per_prompt)"
@@ -77,6 +79,8 @@ def scripts(checkout: Path) -> Iterator[Path]:
 
 
 def trains(words: Sequence[str]) -> bool:
+    if any(_GENERATES.fullmatch(word) for word in words):
+        return False
     sets = sum(1 for word in words if _SETS.match(word))
     return sets >= 3 or (sets > 0 and any(ENTRY.fullmatch(word) for word in words))
 
