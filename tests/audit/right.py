@@ -60,7 +60,8 @@ def right(
         return None, None
     if "openrlhf.cli.train_ppo_ray" in words:
         return of_openrlhf(words), None
-    if "verl.trainer.main_ppo" not in words:
+    entry = next((word for word in words if word in ("verl.trainer.main_ppo", *_OTHERS)), None)
+    if entry is None:
         return None, None
     package = next(
         (
@@ -77,11 +78,41 @@ def right(
     trainer = (package / "trainer" / "ppo" / "ray_trainer.py").read_text()
     actor = package / "workers" / "actor" / "dp_actor.py"
     subtracted = actor.is_file() and "policy_loss - kl_loss" in actor.read_text()
-    given = defaults(package)
+    given = defaults(package) if entry not in _OTHERS else _others_defaults(checkout, script, entry)
+    if given is None:
+        return None, None
+    if entry == _RPG:  # its trainer gives kl_loss_type to apply_kl_penalty
+        told = (*words, *(w.replace(_TYPE, "algorithm.kl_penalty=") for w in words if _TYPE in w))
+        return of_verl(told, given, True), updates(words, given)
     switched = "use_kl_in_reward" in trainer
     # Some copies have the call in a comment.
     applied = re.search(r"^[^#\n]*= *apply_kl_penalty\(", trainer, re.MULTILINE) is not None
     return of_verl(words, given, switched, subtracted, applied), updates(words, given)
+
+
+_RPG = "recipe.rpg.src.main_rpg"
+_SEQUENCE = "tests/e2e/arithmetic_sequence/rl/main_trainer.py"
+_TYPE = f"{_ACTOR}kl_loss_type="
+# Trainers with a config of their own, by what hydra.main says in their source.
+_OTHERS = {
+    _RPG: ("config_name='rpg_trainer'", "recipe/rpg/src/config/rpg_trainer.yaml"),
+    _SEQUENCE: (
+        "config_name='ray_trainer'",
+        _SEQUENCE.replace("main_trainer.py", "config/ray_trainer.yaml"),
+    ),
+}
+
+
+def _others_defaults(checkout: Path, script: Path, entry: str) -> dict[str, Any] | None:
+    """The defaults of one of these, or of verl's own config where its source names that."""
+    said, config = _OTHERS[entry]
+    source = f"{entry.replace('.', '/')}.py" if not entry.endswith(".py") else entry
+    for folder in script.parents:
+        if folder.is_relative_to(checkout) and (folder / source).is_file():
+            own = said in (folder / source).read_text()
+            name = config if own else "verl/trainer/config/ppo_trainer.yaml"
+            return _flat(folder / name) if (folder / name).is_file() else None
+    return None
 
 
 def written(words: Sequence[str], given: dict[str, Any]) -> dict[str, Any] | None:
@@ -115,7 +146,10 @@ def defaults(package: Path) -> dict[str, Any]:
     """A verl package's own defaults, flat."""
     folder = package / "trainer" / "config"
     generated = folder / "_generated_ppo_trainer.yaml"
-    path = generated if generated.is_file() else folder / "ppo_trainer.yaml"
+    return _flat(generated if generated.is_file() else folder / "ppo_trainer.yaml")
+
+
+def _flat(path: Path) -> dict[str, Any]:
     flat: dict[str, Any] = {}
 
     def flatten(node: Any, prefix: str) -> None:
@@ -164,6 +198,9 @@ def of_verl(
         kind = str(settings[_ACTOR + "kl_loss_type"])
         # k3+ and its kin: the value of one estimator, the gradient of k2.
         terms.append("reverse" if kind.endswith("+") else _AS_LOSS.get(kind))
+        if kind.startswith("rpg_") and on(f"{_ACTOR}use_iterative_ref_model"):
+            # A KL to the policy that made the samples, which is no reference.
+            terms[-1] = "neither"
         if subtracted and terms[-1] not in ("zero", None):
             terms[-1] = "away"
     if reward and applied and float(settings["algorithm.kl_ctrl.kl_coef"]) != 0:
