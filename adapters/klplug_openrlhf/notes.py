@@ -15,6 +15,7 @@ from klplug_openrlhf.keys import (
     IS_ENABLE,
     IS_LEVEL,
     KL_HORIZON,
+    KL_TYPE,
     LOSS_AGG,
     ROLLOUT_BATCH,
     TARGET,
@@ -87,4 +88,16 @@ def short_horizon(plan: Plan | None, settings: Settings) -> Said:
         yield HORIZON, hosting.negative_horizon(horizon, answers)
 
 
-ROWS = (whitened, divided_by_length, dual_clip, truncated_sampler, stale_samples, short_horizon)
+def extrapolation(plan: Plan | None, settings: Settings) -> Said:
+    return hosting.extrapolation(plan, KL_TYPE)
+
+
+ROWS = (
+    whitened,
+    extrapolation,
+    divided_by_length,
+    dual_clip,
+    truncated_sampler,
+    stale_samples,
+    short_horizon,
+)

@@ -15,6 +15,7 @@ from klplug_verl.keys import (
     CTRL_TYPE,
     ESTIMATOR,
     KL_HORIZON,
+    KL_TYPE,
     LOGPROBS_MODE,
     REF,
     ROLLOUT_IS,
@@ -110,4 +111,16 @@ def short_horizon(plan: Plan | None, settings: Settings) -> Said:
         yield CTRL_HORIZON, hosting.negative_horizon(horizon, answers)
 
 
-ROWS = (whitened, truncated_sampler, stale_samples, lora_reference, reference_dtype, short_horizon)
+def extrapolation(plan: Plan | None, settings: Settings) -> Said:
+    return hosting.extrapolation(plan, KL_TYPE)
+
+
+ROWS = (
+    whitened,
+    extrapolation,
+    truncated_sampler,
+    stale_samples,
+    lora_reference,
+    reference_dtype,
+    short_horizon,
+)

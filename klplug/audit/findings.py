@@ -367,7 +367,7 @@ def _zero_coefficient(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
 @rule("negative-coefficient", ERROR, "A coefficient below zero", aspects.KL, aspects.COEF)
 def _negative(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for term in run.terms:
-        if term.coef < 0:
+        if term.coef < 0 and not term.from_klplug:
             yield "A negative coefficient rewards distance from the reference.", term.amount
         elif term.subtracted and term.coef > 0:
             yield (
@@ -375,6 +375,11 @@ def _negative(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
                 "from the reference.",
                 term.where,
             )
+
+
+@rule("extrapolation", WARNING, "A coefficient below zero in a sum", aspects.KL)
+def _extrapolation(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    yield from _noted(run, "extrapolation")
 
 
 @rule("no-effect", WARNING, "A KL flag that does nothing where it stands", aspects.KL)

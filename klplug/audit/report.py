@@ -271,4 +271,5 @@ def _coefficient(run: Run, kl_type: str) -> str:
     """beta as it would be written again, of the term that stands where ``kl_type`` will."""
     placed = [t for t in run.active if t.spec is not None and t.spec.placement in kl_type]
     term = (placed or list(run.active))[0]
-    return f"{term.coef:g}" if term.coef == term.coef else str(term.amount.value)
+    coef = term.written
+    return f"{coef:g}" if coef == coef else str(term.amount.value)

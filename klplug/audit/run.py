@@ -69,7 +69,7 @@ class Term:
 
     Attributes:
         spec: the kl_type with the same gradient; ``None`` where the host has no such estimator.
-        coef: beta as written.
+        coef: beta as written, times the term's own factor in a kl_type.
         where: the setting that turns the term on.
         kind: the setting that names its estimator.
         amount: the setting that holds beta.
@@ -94,6 +94,11 @@ class Term:
     without_baseline: bool = False
     from_klplug: bool = False
     subtracted: bool = False
+
+    @property
+    def written(self) -> float:
+        """beta beside the kl_type, which says the factor itself."""
+        return self.coef / self.spec.factor if self.spec is not None else self.coef
 
     @property
     def away(self) -> bool:

@@ -70,7 +70,7 @@ def verdict(run: Run, term: Term) -> Verdict:
         corrected=run.corrected(term),
         ratio=run.ratio_of(term),
         rollout_corrected=run.rollout_corrected(term),
-        beta=term.coef if run.known(COEF) else None,
+        beta=term.written if run.known(COEF) else None,
         beta_absolute=run.absolute(term) if scaled else None,
         beta_relative=run.relative(term) if scaled else None,
         dead_zone=tuple(term.dead_zone()),

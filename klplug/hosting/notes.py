@@ -93,6 +93,39 @@ def whitened(plan: Asked | None, settings: Settings, setting: str, whitens: Sequ
         )
 
 
+_REFERENCES = {
+    "ref": "the reference model",
+    "rollout": "the sampler",
+    "old": "the policy at the start of the step",
+}
+
+
+def extrapolation(plan: Asked | None, setting: str) -> Said:
+    """Of a term with a negative coefficient.
+
+    ``a KL(pi||p) - b KL(pi||q)`` is the KL to ``(p^a / q^b)^(1/(a-b))``, times a - b: so it is held
+    where a > b, and has no least value where a < b.
+
+    Args:
+        setting: of the kl_type.
+    """
+    terms = () if plan is None else plan.spec.terms
+    away = [term for term in terms if term.factor < 0]
+    if not away:
+        return
+    total = sum(term.factor for term in terms)
+    held = (
+        "extrapolation, for the positive ones outweigh it"
+        if total > 0
+        else f"and nothing holds it, for the coefficients sum to {total:g}"
+    )
+    yield (
+        setting,
+        f"The coefficient of {away[0]} is negative, which drives the policy away from "
+        f"{_REFERENCES[away[0].reference]}: {held}",
+    )
+
+
 def short_horizon(plan: Asked, answers: int) -> Iterator[str]:
     """Of klplug's adaptive controller, ``exp(error n / horizon)`` with an error of 0.2 at most."""
     controller = plan.controller()

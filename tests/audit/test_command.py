@@ -357,3 +357,11 @@ def test_advice_is_what_the_host_serves() -> None:
     assert audit(whitened).recommended == "k1_in_reward,reward_norm=group"
     # Whitened, and past the KL: neither order of the reward is served.
     assert audit([*_VERL[:3], "algorithm.adv_estimator=gdpo", reward]).recommended == "k2_as_loss"
+
+
+def test_a_sum_of_klplugs_own_is_named_whole_and_nothing_better_is_known() -> None:
+    """beta is beside the string, and each factor in it."""
+    kl_type = "1.5*k2_as_loss+-0.5*k2_as_loss,reference=old"
+    report = audit([*_VERL, f"+klplug.kl_type='{kl_type}'", "+klplug.kl_coef=0.01"])
+    assert (report.kl_type, report.recommended, report.beta) == (kl_type, kl_type, 0.01)
+    assert [term.beta_absolute for term in report.terms] == pytest.approx([0.015, -0.005])

@@ -93,6 +93,10 @@ CASES = {
         _verl(f"{_LOSS}k2 {_A}.kl_loss_coef=-0.1"),
         _verl(f"{_LOSS}k2 {_A}.kl_loss_coef=0.1"),
     ),
+    "extrapolation": (
+        _GOOD.replace("k2_as_loss", "\\'k2_as_loss+-0.5*k2_as_loss,reference=old\\'"),
+        _GOOD.replace("k2_as_loss", "\\'k2_as_loss+0.5*k2_as_loss,reference=old\\'"),
+    ),
     "no-effect": (
         _openrlhf(f"{_ORL_K1} --algo.kl.unbiased_gradient"),
         _openrlhf(f"{_ORL_K1} --algo.kl.unbiased_gradient --algo.kl.use_loss"),

@@ -21,6 +21,10 @@ def own(kl_type: str, *flags: str) -> list[str]:
 SAID = {
     "truncated-sampler": (own(BY_THE_SAMPLER, "--rollout.top_p", "0.9"), "--rollout.top_p 0.9"),
     "stale-samples": (own("k2_as_loss", "--train.async_enable"), "some updates old"),
+    "extrapolation": (
+        own("1.5*k2_as_loss+-0.5*k2_as_loss,reference=old"),
+        "the policy at the start of the step: extrapolation, for",
+    ),
     "short-horizon": (
         own("k2_as_loss", *ADAPTIVE, "--klplug.kl_horizon", "128"),
         "factor of e^0.4",

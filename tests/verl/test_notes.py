@@ -38,6 +38,13 @@ SAID = {
         (own("k2_as_loss", f"+actor_rollout_ref.actor.{DTYPE}=fp32"), "in fp32 and the reference"),
         (own("k1_in_reward", f"+actor_rollout_ref.ref.{DTYPE}=float32"), "the reference in fp32"),
     ],
+    "extrapolation": [
+        (
+            own("1.5*k2_as_loss+-0.5*k2_as_loss,reference=old"),
+            "the policy at the start of the step: extrapolation, for",
+        ),
+        (own("k3_as_loss+-2*k2_as_loss"), "the reference model: and nothing holds it, for"),
+    ],
     "short-horizon": [
         # Of two answers to each of 1024 prompts, verl's default.
         (own("k2_as_loss", *ADAPTIVE, "+klplug.kl_horizon=1000"), "factor of e^0.41 in one"),
@@ -48,6 +55,7 @@ SAID = {
 # Its own finding says it of stock runs too, and otherwise.
 LAUNCH = {"whitened": own("k1_in_reward", "algorithm.adv_estimator=gae")}
 UNSAID = [
+    own("0.7*k2_as_loss+0.3*k2_as_loss,reference=old"),
     own("k2_as_loss", TOP_P),
     own(BY_THE_SAMPLER, f"{ROLLOUT}temperature=0.7"),
     own(BY_THE_SAMPLER, RAW, TOP_P),
