@@ -12,6 +12,7 @@ import torch
 
 import klplug
 from docs.build import made, stale
+from klplug.axes import OPTIONS
 from klplug.estimators import ESTIMATORS
 from klplug.refusals import MISSPELT, REFUSALS, Refused
 
@@ -141,6 +142,11 @@ def test_every_kl_type_that_the_pages_name_parses() -> None:
             text = re.sub(r"<!-- made: refused -->.*?<!-- /made -->", "", text, flags=re.DOTALL)
         for kl_type in set(re.findall(name, text)):
             klplug.parse(kl_type)
+
+
+def test_every_option_is_in_the_glossary() -> None:
+    words = re.findall(r"\*\*(.+?)\*\*", (DOCS / "glossary.md").read_text(encoding="utf-8"))
+    assert set(OPTIONS) <= {word for some in words for word in some.split(", ")}
 
 
 def test_every_metric_is_explained() -> None:
