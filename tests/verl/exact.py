@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tests.references import POLICY
 from tests.verl.engine import ANSWERS, PACKED, PROMPTS, nested, own_process, packed_attention
+from tests.verl.tensors import IS_LEGACY
 from tests.verl.test_settings import own
 from tests.verl.trainer import TRAINERS, derived
 
@@ -50,6 +51,7 @@ def overrides(
     return [
         *own(kl_type, *(() if reference is None else (f"+klplug.ref_model={reference}",))),
         *(f"{side}.strategy={strategy}" for side in sides),
+        *(f"{side}.fsdp_config.strategy={strategy}" for side in sides if IS_LEGACY),
         *(f"{side}.use_torch_compile=False" for side in sides),
         *(f"{side}.fsdp_config.model_dtype={dtype}" for side in sides),
         *(f"+{side}.fsdp_config.mixed_precision.param_dtype={dtype}" for side in sides),
