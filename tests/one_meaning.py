@@ -65,7 +65,6 @@ DIVERGENCES = (
     "alpha_as_loss,alpha=-1,level=sequence,horizon=sequence",
     "chi2_as_loss,horizon=answer",
     "js_as_loss,ratio=rollout,cap=1.1,horizon=answer",
-    "tv_as_loss,horizon=answer,baseline=group",
     "js_in_reward",
     "chi2_in_reward",
 )
