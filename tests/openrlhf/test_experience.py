@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from klplug_openrlhf.keys import read
-from klplug_openrlhf.trainer import over_groups
+from klplug_openrlhf.trainer import over_groups, over_rollout
 from torch import Tensor
 
 from klplug import AdaptiveKL, FixedKL, kl_return_baseline, kl_term, reward_to_go
@@ -191,6 +192,11 @@ def test_where_tokens_weigh_one_over_length_the_optimum_has_no_advantage(
     assert theirs.abs().max() > 0.1
     returns = torch.cat([e.returns * e.action_mask for e in experiences])
     assert returns.abs().max() < 1e-5
+    _, without = advantages("none", samples, monkeypatch, **changes)
+    logged, plain = (torch.cat([e.info["return"] for e in run]) for run in (experiences, without))
+    mask = torch.cat([samples.mask(i) for i in range(GROUPS * GROUP)])
+    kl = ((samples.policy - samples.reference) * mask).sum(-1)
+    torch.testing.assert_close(logged, plain - BETA * kl)
 
 
 def test_micro_batches_in_any_order_have_the_same_groups(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,6 +211,35 @@ def test_micro_batches_in_any_order_have_the_same_groups(monkeypatch: pytest.Mon
     mixed = over_groups([kl[order[:3]], kl[order[3:]]], [micro(*order[:3]), micro(*order[3:])], 4)
     assert torch.cat(plain)[0].item() == pytest.approx(1 - (2 + 3 + 6) / 3)
     torch.testing.assert_close(torch.cat(mixed), torch.cat(plain)[order])
+
+
+def test_an_answer_without_tokens_is_nobodys_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = torch.tensor([[True], [True], [False], [True]])
+    rows = SimpleNamespace(index=[0, 1, 2, 3], action_mask=mask)
+    (excess,) = over_groups([torch.tensor([1.0, 2.0, 0.0, 6.0])], [rows], 4)
+    assert excess[0].item() == pytest.approx(1 - (2 + 6) / 2)
+
+
+def test_micro_batches_of_other_widths_are_compared_place_by_place() -> None:
+    generator = torch.Generator().manual_seed(0)
+    policy, reference = torch.randn(2, 4, 5, generator=generator)
+    mask = torch.arange(5) < torch.tensor([[2], [3], [5], [4]])
+    kl_type = "k2_as_loss,horizon=sequence,baseline=group"
+    whole = kl_return_baseline(kl_type, policy * mask, reference * mask, mask, [0, 0, 0, 0])
+    narrow, wide = (slice(0, 2), slice(0, 3)), (slice(2, 4), slice(0, 5))
+    experiences = [
+        SimpleNamespace(
+            index=index,
+            action_log_probs=(policy * mask)[place],
+            base_action_log_probs=(reference * mask)[place],
+            action_mask=mask[place],
+        )
+        for index, place in (([0, 1], narrow), ([2, 3], wide))
+    ]
+    args = arguments(rollout__n_samples_per_prompt=4)
+    found = over_rollout(functools.partial(kl_return_baseline, kl_type), experiences, args)
+    for part, place in zip(found, (narrow, wide), strict=True):
+        torch.testing.assert_close(part, whole[place])
 
 
 def test_the_controller_is_fed_an_unbiased_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
