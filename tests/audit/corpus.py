@@ -244,7 +244,7 @@ _WORDS = {
     "forward": "forward: KL(ref\\|\\|pi) of each token; k3 as a loss, which verl clamps at 10, so "
     "that it has a dead zone, or a distillation's KL over the teacher's likeliest tokens",
     "zero": "zero: k1 as a loss",
-    "neither": "neither",
+    "neither": "neither: a KL to the policy that made the samples (RPG)",
     "away": "away from the reference: the loss is subtracted (verl 0.1)",
 }
 
@@ -258,7 +258,7 @@ def page(known: Sequence[dict[str, Any]]) -> str:
     ]
     distinct = list(dict.fromkeys((kl, right, updates) for _, kl, right, updates in commands))
     counts, single = (Counter(c[at] for c in group) for group, at in ((commands, 2), (distinct, 1)))
-    loss = ("forward", "neither", "zero", "away")
+    loss = ("forward", "zero", "away")
     reused = [c for c in commands if c[2] in loss and c[3] is not None]
     more = sum(1 for c in reused if c[3] > 1)
     rows = "\n".join(
