@@ -82,7 +82,7 @@ VERL = (
         ),
         ("sum(bool(sampled[rows].any()) for rows in answers)", "len(keys)"),
         ("if run.is_as_loss and not workers_report:", "if False:"),
-        ("if compared and n_answers < n_rows:", "if False:"),
+        ("if whole and n_answers < n_rows:", "if False:"),
         ('tensors["returns"] = tensors["returns"] - penalty', "pass"),
         ("session, _, index = key.rpartition", "session, _, index = key.partition"),
     ),
