@@ -283,10 +283,11 @@ def _row(name: str) -> tuple[SampleWeight, str]:
     )
 
 
-def weights_of(spec: KLSpec) -> tuple[Named, ...]:
-    """The weights of its terms, each once."""
+def weights_of(spec: KLSpec, reading: str | None = None) -> tuple[Named, ...]:
+    """The weights of its terms, each once; only those that read ``reading``, where it is given."""
     written = (term.weight for term in spec.terms if term.weight != "none")
-    return tuple(named(name) for name in dict.fromkeys(written))
+    found = (named(name) for name in dict.fromkeys(written))
+    return tuple(own for own in found if reading is None or reading in own.needs)
 
 
 def described(spec: KLSpec) -> str:

@@ -21,6 +21,7 @@ from klplug.hosting import hidden as hosting
 from klplug.hosting.hidden import Comparison, Matrix, output_layer
 from klplug.hosting.memory import check_room
 from klplug.hosting.patching import Args, Call, Kwargs, bound
+from klplug.samples import weights_of
 from klplug_openrlhf import samples
 from klplug_openrlhf.keys import (
     MAX_LEN,
@@ -109,7 +110,7 @@ def execute_batch(original: Call, actor: Any, args: Args, kwargs: Kwargs) -> Any
     roles = {c.__name__ for c in type(actor).__mro__}
     if given["method_name"] != "forward" or plan is None:
         return original(*args, **kwargs)
-    if "PolicyModelActor" in roles and samples.needs_entropy(plan):
+    if "PolicyModelActor" in roles and weights_of(plan.spec, "entropy"):
         return samples.with_entropy(original, actor, args, kwargs)
     if "ReferenceModelActor" not in roles or not plan.over_vocabulary:
         return original(*args, **kwargs)

@@ -43,16 +43,10 @@ class Measured:
 # ── The policy's actor, where experience is made ────────────────────────────────────────────────
 
 
-def needs_entropy(plan: Plan | None) -> bool:
-    return plan is not None and any("entropy" in own.needs for own in weights_of(plan.spec))
-
-
 def with_entropy(original: Call, actor: Any, args: Args, kwargs: Kwargs) -> list[Measured]:
     """OpenRLHF's forwards of the policy over some micro-batches, with each token's entropy."""
     entropies: list[Tensor] = []
     model, forward = actor.actor, actor.actor.forward
-    if "forward" in vars(model):  # this call is inside another, which measures already
-        return original(*args, **kwargs)  # type: ignore[no-any-return]
 
     def measured(sequences: Tensor, action_mask: Tensor, *rest: Any, **named: Any) -> Tensor:
         given = {**named, "return_output": True, "return_entropy": True}
@@ -84,7 +78,7 @@ def attach(plan: Plan, maker: Any, experiences: list[Any]) -> None:
     if not weights_of(plan.spec):
         return
     entropies = vars(maker).pop("klplug_entropies", None)
-    if needs_entropy(plan) and entropies is None:
+    if weights_of(plan.spec, "entropy") and entropies is None:
         raise RuntimeError(
             f"kl_type {plan.spec}: the policy sent no entropies: is klplug active in its process?"
         )
@@ -94,19 +88,27 @@ def attach(plan: Plan, maker: Any, experiences: list[Any]) -> None:
             experience.info[ENTROPY] = entropies[i]
 
 
+def joined(tensors: list[Tensor]) -> Tensor:
+    """All answers of experiences, (B, A) each, as wide as the widest."""
+    width = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat([pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
+
+
+def cut(whole: Tensor, experiences: list[Any]) -> list[Tensor]:
+    """What was joined, by experience, as wide as each is."""
+    parts = torch.split(whole, [len(e.action_mask) for e in experiences])
+    return [x[:, : e.action_mask.shape[1]] for x, e in zip(parts, experiences, strict=True)]
+
+
 def of_rollout(spec: KLSpec, experiences: list[Any], group_ids: list[int]) -> dict[str, Tensor]:
     """By ``weight=``, of all answers at once, as wide as the widest."""
     weights = weights_of(spec)
     if not weights:
         return {}
-    width = max(e.action_mask.shape[1] for e in experiences)
-
-    def whole(tensors: list[Tensor]) -> Tensor:
-        return torch.cat([pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
 
     def of_all(name: str) -> Tensor | None:
         tensors = [getattr(e, name) for e in experiences]
-        return None if any(tensor is None for tensor in tensors) else whole(tensors)
+        return None if any(tensor is None for tensor in tensors) else joined(tensors)
 
     def of_info(name: str) -> Tensor | None:
         tensors = [e.info.get(name) for e in experiences]
@@ -114,18 +116,18 @@ def of_rollout(spec: KLSpec, experiences: list[Any], group_ids: list[int]) -> di
             return None
         if any(tensor.dim() == 1 for tensor in tensors):
             return torch.cat([tensor.flatten() for tensor in tensors])
-        return whole([_of_actions(t, e) for t, e in zip(tensors, experiences, strict=True)])
+        return joined([_of_actions(t, e) for t, e in zip(tensors, experiences, strict=True)])
 
     tensors = {own.tensor: of_info(own.tensor) for own in weights if own.tensor is not None}
     entropies = [e.info.get(ENTROPY) for e in experiences]
     samples = Samples(
-        mask=whole([e.action_mask for e in experiences]) != 0,
+        mask=joined([e.action_mask for e in experiences]) != 0,
         log_probs=of_all("action_log_probs"),
         ref_log_probs=of_all("base_action_log_probs"),
         advantages=of_all("advantages"),
         rewards=torch.cat([e.info[REWARDS] for e in experiences]),
         group_ids=group_ids,
-        entropy=None if entropies[0] is None else whole(entropies),
+        entropy=None if entropies[0] is None else joined(entropies),
         tensors={name: tensor for name, tensor in tensors.items() if tensor is not None},
     )
     return sample_weights(spec, samples)
@@ -139,12 +141,8 @@ def _of_actions(tensor: Tensor, experience: Any) -> Tensor:
 
 def by_experience(weights: dict[str, Tensor], experiences: list[Any]) -> list[dict[str, Tensor]]:
     """Of each experience, as wide as it is."""
-    sizes = [len(e.action_mask) for e in experiences]
-    parts = {name: torch.split(weight, sizes) for name, weight in weights.items()}
-    return [
-        {name: part[i][:, : e.action_mask.shape[1]] for name, part in parts.items()}
-        for i, e in enumerate(experiences)
-    ]
+    parts = {name: cut(weight, experiences) for name, weight in weights.items()}
+    return [{name: part[i] for name, part in parts.items()} for i in range(len(experiences))]
 
 
 def carry(plan: Plan, experiences: list[Any], group_ids: list[int]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from klplug import Tally, kl_return_baseline, kl_term
 from klplug.baselines import others_mean
@@ -102,14 +101,10 @@ def over_rollout(
 
     The result by experience. Micro-batches differ in width, and cut groups.
     """
-    width = max(e.action_mask.shape[1] for e in experiences)
-    rows = [
-        [pad(tensor, (0, width - tensor.shape[1])) for tensor in _tensors(e)] for e in experiences
-    ]
+    by_tensor = zip(*map(_tensors, experiences), strict=True)
     ids = _groups(experiences, read(args, "rollout.n_samples_per_prompt"))
-    whole = function(*(torch.cat(tensors) for tensors in zip(*rows, strict=True)), group_ids=ids)
-    parts = torch.split(whole, [len(e.index) for e in experiences])
-    return [x[:, : e.action_mask.shape[1]] for x, e in zip(parts, experiences, strict=True)]
+    whole = function(*(samples.joined(list(tensors)) for tensors in by_tensor), group_ids=ids)
+    return samples.cut(whole, experiences)
 
 
 def compute_advantages_and_returns(original: Call, maker: Any, args: Args, kwargs: Kwargs) -> Any:

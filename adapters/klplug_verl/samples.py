@@ -22,13 +22,9 @@ def tensors_named(spec: KLSpec) -> list[str]:
     return [own.tensor for own in weights_of(spec) if own.tensor is not None]
 
 
-def needs_entropy(spec: KLSpec) -> bool:
-    return any("entropy" in own.needs for own in weights_of(spec))
-
-
 def fields_of(spec: KLSpec, batch: Any) -> dict[str, Tensor]:
     """What weights read of the v1 trainer's queue, padded as its other tensors are."""
-    entropy = ["entropy"] if needs_entropy(spec) else []
+    entropy = ["entropy"] if weights_of(spec, "entropy") else []
     names = [*tensors_named(spec), *entropy]
     if not names:
         return {}

@@ -126,7 +126,7 @@ def old_log_probs(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> A
     """Of ``RayPPOTrainer``, which throws the entropies beside them away."""
     result = original(*args, **kwargs)
     run = _run(trainer)
-    if run is not None and samples.needs_entropy(run.plan.spec):
+    if run is not None and weights_of(run.plan.spec, "entropy"):
         found, *_ = result if isinstance(result, tuple) else (result,)
         run.named["entropy"] = found.batch["entropys"]
     return result
@@ -261,7 +261,7 @@ def _check_answers_are_rows(spec: KLSpec, n_answers: int, n_rows: int) -> None:
     """Where answers are looked at whole: an agent loop may cut one into several rows."""
     whole = [(f"horizon={t.horizon}", "sequence") for t in spec.terms if t.horizon == "answer"]
     whole += [(f"baseline={t.baseline}", "none") for t in spec.terms if t.baseline != "none"]
-    whole += [(f"weight={w.written}", "none") for w in weights_of(spec) if "group_ids" in w.needs]
+    whole += [(f"weight={own.written}", "none") for own in weights_of(spec, "group_ids")]
     if whole and n_answers < n_rows:
         (needs, instead), *_ = whole
         raise RuntimeError(

@@ -116,8 +116,8 @@ def weight_of_no_group(plan: Asked, settings: Settings, samples: str) -> Said:
         samples: the setting of the answers to each prompt.
     """
     n = int(settings.get(samples, 1))
-    for own in weights_of(plan.spec):
-        if "group_ids" in own.needs and n < 2:
+    for own in weights_of(plan.spec, "group_ids"):
+        if n < 2:
             yield (
                 samples,
                 f"kl_type {plan.spec}: {settings.named(samples)} is {n}, so weight={own.written} "

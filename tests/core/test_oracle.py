@@ -40,7 +40,9 @@ def many_tokens(problem: Problem) -> bool:
     return problem.length > 1
 
 
-def loss_gradient(problem: Problem, kl_type: str, behaviour: Tensor) -> Tensor:
+def loss_gradient(
+    problem: Problem, kl_type: str, behaviour: Tensor, **given: Tensor | dict[str, Tensor] | None
+) -> Tensor:
     """Expected gradient of the term's loss, token sums per answer, under ``behaviour``."""
     term = kl_term(
         kl_type,
@@ -53,6 +55,7 @@ def loss_gradient(problem: Problem, kl_type: str, behaviour: Tensor) -> Tensor:
         advantages=torch.zeros_like(problem.mask, dtype=torch.float64),
         kl_coef=1.0,
         clip_range=(1.0, 1e9),
+        **given,
     )
     probability = problem.answer_probability(behaviour).detach()
     return problem.gradient((probability[:, None] * term.loss).sum())

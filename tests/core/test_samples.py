@@ -15,6 +15,7 @@ from klplug import Samples, SampleWeight, kl_term, parse, reward_to_go, sample_w
 from klplug.samples import WEIGHTS, described, named
 from klplug.spec import _parsed
 from tests.core.enumeration import PROBLEMS, Problem
+from tests.core.test_oracle import loss_gradient
 
 PROBLEM = "varying length"
 
@@ -28,18 +29,14 @@ def of_all(problem: Problem, behaviour: Tensor, **given: object) -> Samples:
 
 
 def gradient(problem: Problem, kl_type: str, behaviour: Tensor, samples: Samples) -> Tensor:
-    """Expected gradient of the term's loss under ``behaviour``, token sums per answer."""
-    term = kl_term(
+    """Expected gradient of the weighted term's loss under ``behaviour``, token sums per answer."""
+    return loss_gradient(
+        problem,
         kl_type,
-        problem.log_probs(problem.policy()),
-        problem.log_probs(problem.ref()),
-        problem.mask,
-        old_log_probs=problem.log_probs(behaviour),
+        behaviour,
         sample_weights=sample_weights(kl_type, samples),
         exact_kl=_exact(problem) if "exact" in kl_type else None,
     )
-    probability = problem.answer_probability(behaviour).detach()
-    return problem.gradient((probability[:, None] * term.loss).sum())
 
 
 def _exact(problem: Problem) -> Tensor:

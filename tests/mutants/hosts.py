@@ -15,11 +15,16 @@ def of(host: str, file: str, tests: str, *rows: tuple[str, str]) -> list[Mutant]
 OPENRLHF = (
     *of(
         "openrlhf",
-        "trainer",
+        "samples",
         "test_experience.py",
         # Answers of another width than the widest: the serious one.
         ("(0, width - tensor.shape[1])", "(width - tensor.shape[1], 0)"),
         ("x[:, : e.action_mask.shape[1]]", "x[:, -e.action_mask.shape[1] :]"),
+    ),
+    *of(
+        "openrlhf",
+        "trainer",
+        "test_experience.py",
         ('experience.info["return"] - beta * kl', 'experience.info["return"] + beta * kl'),
         ("(kl - others_mean(kl, _groups(experiences, group), present))", "kl"),
         (

@@ -104,7 +104,9 @@ def shipped() -> None:
 
     for remote in (ReferenceModelActor, PolicyModelActor):
         cls = remote.__ray_metadata__.modified_class
-        SHIPPED[cls.__name__] = cloudpickle.dumps(cls)
+        # Once: what arrives here is the very class that was sent, and its methods are replaced.
+        if cls.__name__ not in SHIPPED:
+            SHIPPED[cls.__name__] = cloudpickle.dumps(cls)
 
 
 SHIPPED: dict[str, bytes] = {}
