@@ -6,7 +6,6 @@ says what comes next, and until where:
     <!-- made: kl_types k1 -->          every registered kl_type of these estimators, or of this
                                         name, each a table
     <!-- made: table -->                all of them, a line each
-    <!-- made: choices k2_as_loss ... -->   some of them, a line each
     <!-- made: options -->              each option, its values and what it means
     <!-- made: refused -->              of the kl_types in the first column, parse's answer
     <!-- made: curves NAME kl_type ... -->    c against the log-ratio: docs/img/NAME.svg
@@ -96,11 +95,10 @@ def _details(row: klplug.KLType) -> str:
 
 
 def overview(page: Path, words: list[str], old: str) -> str:
-    """Registered kl_types, a line each: all, or those named."""
-    known = klplug.kl_types()
+    """Every registered kl_type, a line each."""
     rows = [
         (f"`{row.name}`", cell(row.coefficient), cell(row.target), cell(row.gradient_bias))
-        for row in ([known[name] for name in words] or known.values())
+        for row in klplug.kl_types().values()
     ]
     return table(("`kl_type`", "c", "whose gradient", "bias as one of KL(pi‖ref)"), rows)
 
@@ -230,7 +228,6 @@ def simulated(page: Path, words: list[str], old: str) -> str:
 MAKERS: dict[str, Callable[[Path, list[str], str], str]] = {
     "kl_types": kl_types,
     "table": overview,
-    "choices": overview,
     "options": options,
     "refused": refused,
     "curves": curves,

@@ -86,16 +86,16 @@ AXES: dict[str, Axis] = {
             "alpha",
             (),
             lambda term: 0.5 if term.estimator == "alpha" else None,
-            "which divergence the estimator alpha is of; neither 0 nor 1",
+            "the number that chooses the divergence of the estimator alpha; neither 0 nor 1",
             number=True,
         ),
         Axis(
             "reference",
             ("ref", "rollout", "old"),
             lambda term: "ref",
-            "the policy that the KL is taken to: the reference model; or, as the trust region and "
-            "with no reference model, the sampler itself (with ratio=rollout or none) or the "
-            "policy at the start of the step",
+            "the policy that the KL is taken to. ref: the reference model. rollout: the sampler "
+            "itself, with ratio=rollout or none. old: the policy at the start of the step. The "
+            "last two make a trust region and load no reference model",
             needs={
                 "ref": ("ref_log_probs",),
                 "rollout": ("rollout_log_probs",),
@@ -106,36 +106,36 @@ AXES: dict[str, Axis] = {
             "vocab",
             ("sample", "exact"),
             lambda term: "sample",
-            "what stands for a token's distribution: the token that was sampled, or the whole "
-            "vocabulary. The gradient is the same without the own token's noise and ratio: what a "
-            "ratio then weighs is the tokens before it",
+            "sample: a token's KL is estimated from the token that was sampled. exact: it is "
+            "summed over the whole vocabulary. The gradient is then the same, without the noise of "
+            "the own token, which needs no ratio; a ratio is that of the tokens before it",
             needs={"exact": ("exact_kl",)},
         ),
         Axis(
             "horizon",
             ("token", "sequence", "answer"),
             lambda term: "sequence" if term.placement == "in_reward" else "token",
-            "own token (LOC), or whole answer (FULL): the form that is exact for the divergence of "
-            "each token, summed along answers. k1, k3 and abs as loss have none. Or the divergence "
-            "between whole answers, with c by the answer's ratio pi/ref: of the KLs the sum is "
-            "that already",
+            "token: each token's own divergence (LOC). sequence: the sum of the tokens' "
+            "divergences over whole answers (FULL), in its exact form; k1, k3 and abs as a loss "
+            "have none. answer: the divergence between whole answers, by the answer's ratio "
+            "pi/ref; for the KLs that is the sum already",
             elsewhere="in the reward: sequence",
         ),
         Axis(
             "head",
             ("separate", "combined", "clipped"),
             lambda term: "separate",
-            "a term of its own; inside the policy loss's ratio and clip; or a term of its own "
-            "under PPO's ratio and clip. The last two have the policy loss's ratio pi/old, and no "
-            "ratio, level, cap or mode",
+            "separate: a term of its own. combined: inside the policy loss, under its ratio and "
+            "clip. clipped: a term of its own under PPO's ratio and clip. The last two have the "
+            "policy loss's ratio pi/old, and take no ratio, level, cap or mode",
             needs={"combined": ("old_log_probs", "advantages"), "clipped": ("old_log_probs",)},
         ),
         Axis(
             "ratio",
             ("old", "none", "rollout"),
             _default_ratio,
-            "the policy that the samples are corrected for, by the weight pi/old or pi/rollout: "
-            "detached, and exactly 1 on-policy",
+            "which policy the samples are corrected for: each counts for pi/old, for pi/rollout, "
+            "or for 1. The weight is detached, and exactly 1 on-policy",
             elsewhere="in the reward, and of an own token with vocab=exact: none; with "
             "reference=rollout: rollout, none",
             needs={"old": ("old_log_probs",), "rollout": ("rollout_log_probs",)},
@@ -144,8 +144,8 @@ AXES: dict[str, Axis] = {
             "level",
             ("token", "prefix", "sequence"),
             _default_level,
-            "the product that makes up the ratio: this token's, the answer's so far, or the whole "
-            "answer's (never a geometric mean)",
+            "what the ratio is a product over: this token, the answer up to it, or the whole "
+            "answer. It is never a geometric mean",
             elsewhere="with horizon=sequence: prefix, sequence; with horizon=answer: sequence; "
             "with vocab=exact: prefix",
         ),
@@ -153,15 +153,15 @@ AXES: dict[str, Axis] = {
             "baseline",
             ("none", "batch", "group"),
             lambda term: "none",
-            "what the KL of a whole answer is compared with: nothing, or the mean of all other "
-            "answers in the batch or in their group",
+            "what the KL of a whole answer is compared with: nothing, or the mean of the other "
+            "answers in the batch or in its group",
             needs={"group": ("group_ids",)},
         ),
         Axis(
             "cap",
             ("none",),
             lambda term: _weighted(term, 10.0 if term.baseline == "none" else math.inf),
-            "bound of the ratio; the share of tokens above it is logged",
+            "upper bound of the ratio. The share of tokens above it is logged",
             elsewhere="with a baseline: none, for a capped weight would bias it",
             number=True,
         ),
@@ -169,23 +169,23 @@ AXES: dict[str, Axis] = {
             "mode",
             ("truncate", "mask"),
             lambda term: _weighted(term, "truncate"),
-            "what becomes of a ratio above the cap: it is held there, or it is 0",
+            "truncate: a ratio above the cap is set to the cap. mask: it is set to 0",
         ),
         Axis(
             "bound",
             ("none",),
             lambda term: math.inf,
-            "bound of each token's |c|, keeping its sign, before ratio and horizon. Of an own "
-            "token: the gradient of a Huber-like divergence. Over whole answers: no divergence's, "
-            "with the same optimum where no token of it is beyond the bound",
+            "upper bound of each token's |c|, before ratio and horizon. For an own token the "
+            "result is the gradient of a Huber-like divergence. Over whole answers it is that of "
+            "no divergence, with the same optimum if no token there is beyond the bound",
             number=True,
         ),
         Axis(
             "weight",
             ("none",),
             lambda term: "none",
-            "how much each token or answer counts: a number that multiplies its c after the bound "
-            "and before ratio and horizon, without a gradient of its own. Made once a step of all "
+            "how much each token or answer counts: a number that multiplies its c, after the bound "
+            "and before ratio and horizon. It has no gradient, and is made once a step from all "
             "answers, by a name: positive, difficulty, entropy, root, mask:NAME, or an entry point "
             "of klplug.weights",
             named=True,
@@ -195,8 +195,8 @@ AXES: dict[str, Axis] = {
             "reward_norm",
             ("none", "group"),
             lambda term: "none" if term.placement == "in_reward" else None,
-            "joined after group normalisation, so that its force is kl_coef; or before it: kl_coef "
-            "over the group's standard deviation",
+            "none: the KL joins after group normalisation, with strength kl_coef. group: it joins "
+            "before, with strength kl_coef over the group's standard deviation",
             elsewhere="in the reward only",
         ),
     )

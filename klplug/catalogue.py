@@ -108,7 +108,7 @@ def _head(options: str, **changed: Any) -> KLType:
         changed = {
             "target": "FULL: grad KL(pi||ref) over whole answers",
             "gradient_bias": "unbiased",
-            "off_policy": "biased by the later tokens' ratios, less what PPO's clip drops",
+            "off_policy": "biased by the later tokens' ratios, and without what PPO's clip drops",
         } | changed
     return _row(
         f"k2_as_loss,{options}",
@@ -118,7 +118,7 @@ def _head(options: str, **changed: Any) -> KLType:
     )
 
 
-_CLIPPED = "OLDPREF, less what PPO's clip drops"
+_CLIPPED = "OLDPREF, without the tokens that PPO's clip drops"
 _HEADS = (
     _head("head=combined", coefficient="x, inside the policy loss", off_policy=_CLIPPED),
     _head("head=clipped", off_policy=_CLIPPED),
@@ -148,13 +148,13 @@ def _over_the_vocabulary(options: str, **changed: Any) -> KLType:
 _EXACT = (
     _over_the_vocabulary(
         "",
-        coefficient="none: the gradient of sum_v pi x itself; also exact_as_loss",
+        coefficient="none: sum_v pi x is differentiated itself; also called exact_as_loss",
         gradient_bias="unbiased for LOC, without noise of the own token",
         off_policy="OLDPREF, without a ratio; LOC with ratio=old, that of the tokens before",
     ),
     _over_the_vocabulary(
         ",horizon=sequence",
-        coefficient="the exact KLs of all later tokens, beside the own one's gradient",
+        coefficient="the exact KLs of all later tokens, beside the gradient of the own one",
         target="FULL: grad KL(pi||ref) over whole answers",
         gradient_bias="unbiased",
         off_policy="the same (weights of the tokens before, inside the sum), exact below the cap",
@@ -192,7 +192,7 @@ _MIXTURE = KLType(
     formula="0.7 x^2 / 2 + 0.3 (log pi - log old)^2 / 2",
     coefficient="0.7 x + 0.3 (log pi - log old)",
     target="LOC of 0.7 KL(pi||ref) + 0.3 KL(pi||old): of the KL to ref^0.7 old^0.3, unnormalised",
-    value_bias="of each KL that of k2",
+    value_bias="for each KL that of k2",
     gradient_bias="another reference: unbiased for LOC of that sum",
     off_policy="OLDPREF of that sum, exact below the cap",
     requires=parse("k2_as_loss+k2_as_loss,reference=old").requires,
@@ -206,7 +206,7 @@ _SUM = KLType(
     target="FULL: grad KL(pi||ref) over whole answers",
     value_bias="twice KL(pi||ref): both terms count",
     gradient_bias="unbiased",
-    off_policy="the parts' own",
+    off_policy="that of each term",
     requires=parse("k3_in_reward+k3_as_loss").requires,
     source="klplug: the two biases cancel",
     test="test_the_sum_of_two_wrongs_is_right",
@@ -228,7 +228,7 @@ _MONITOR = replace(
     _NONE,
     name="monitor",
     target="zero: the reference model is loaded, and the KL to it is measured",
-    value_bias="the metric klplug/kl has the KL",
+    value_bias="none; the metric klplug/kl has the KL",
     requires=parse("monitor").requires,
     test="test_monitor_measures_the_kl_and_moves_nothing",
 )
@@ -242,7 +242,7 @@ def weighed(spec: TermSpec, row: KLType) -> KLType:
     return replace(
         row,
         target=f"{row.target}; each token's part of it times weight={own.written}",
-        gradient_bias=f"of the whole KL: what weight={own.written} takes away",
+        gradient_bias=f"biased for the whole KL, by what weight={own.written} takes away",
     )
 
 

@@ -249,7 +249,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "ratio-in-reward",
         lambda t: _in_reward(t) and t.ratio != "none",
         "ratio={ratio} is refused: a reward is frozen at the start of the step, and the host's "
-        "policy loss has the ratio. A weight of its own has '{answers}'",
+        "policy loss has the ratio. For a KL with a weight of its own use '{answers}'",
     ),
     Refusal(
         "weight-in-reward",
@@ -272,27 +272,28 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "reward-norm-as-loss",
         lambda t: not _in_reward(t) and t.reward_norm is not None,
-        "reward_norm={reward_norm} is refused: a KL in the loss meets no reward. It is for "
+        "reward_norm={reward_norm} is refused: a KL as a loss joins no reward. It is for "
         "'{estimator}_in_reward'",
     ),
     Refusal(
         "inexact-on-answers-twin",
         lambda t: _inexact(t) and t.estimator in _TWINS,
-        "horizon=sequence is refused: for {estimator} the reward-to-go of the derivative adds "
-        "noise and no expectation. The gradient of whole answers has 'k2_as_loss,horizon=sequence'"
-        ", and of its own divergence '{twin}_as_loss,horizon=sequence'",
+        "horizon=sequence is refused: for {estimator} the derivatives of later tokens add noise "
+        "and nothing to the mean. For KL(pi||ref) of whole answers use "
+        "'k2_as_loss,horizon=sequence', for its own divergence '{twin}_as_loss,horizon=sequence'",
     ),
     Refusal(
         "inexact-on-answers",
         _inexact,
-        "horizon=sequence is refused: for {estimator} the reward-to-go of the derivative adds "
-        "noise and no expectation. The gradient of whole answers has 'k2_as_loss,horizon=sequence'",
+        "horizon=sequence is refused: for {estimator} the derivatives of later tokens add noise "
+        "and nothing to the mean. For KL(pi||ref) of whole answers use "
+        "'k2_as_loss,horizon=sequence'",
     ),
     Refusal(
         "k1-under-head",
         lambda t: _under_a_head(t) and t.estimator == "k1",
-        "head={head} is refused: its coefficient is 1 wherever the policy is, and a clip that "
-        "drops it on one side makes that a push. Use 'k2_as_loss,head={head}'",
+        "head={head} is refused: the coefficient of k1 is 1 everywhere. A clip would drop it on "
+        "one side only, and so make it a push. Use 'k2_as_loss,head={head}'",
     ),
     Refusal(
         "ratio-under-head",
@@ -328,8 +329,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "baseline-of-token",
         lambda t: t.baseline != "none" and t.horizon == "token",
-        "baseline={baseline} with horizon=token is refused: an own token's coefficient is no "
-        "return. Use '{answers},baseline={baseline}'",
+        "baseline={baseline} with horizon=token is refused: a baseline is for the KL of a "
+        "whole answer. Use '{answers},baseline={baseline}'",
     ),
     Refusal(
         "weight-without-ratio",

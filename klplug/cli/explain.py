@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -42,9 +42,9 @@ _ROWS = {
     "value_bias": "bias of the estimate",
     "gradient_bias": "bias as one of KL(pi||ref)",
     "off_policy": "off-policy",
-    "source": "source",
-    "test": "held to it by",
 }
+# Words that no column of several would hold whole.
+_BELOW = {"source": "source", "test": "held to it by"}
 
 
 @dataclass(frozen=True)
@@ -254,6 +254,8 @@ def explain_command(
     for name, meant in theirs.items():
         out.print(stock_text(name, meant))
     out.print(text_table(explained))
+    for line in dict.fromkeys(below(explained)):
+        out.print(line)
     curves = {e.kl_type: e.coefficient for e in explained if e.coefficient is not None}
     if not curves:
         out.print("The curve of c needs torch: pip install 'klplug[torch]'")
@@ -318,7 +320,8 @@ def text_table(explained: Sequence[Explanation]) -> Table:
     table = Table(show_lines=True, caption=WORDS)
     table.add_column("kl_type", style="bold")
     for explanation in explained:
-        table.add_column(explanation.kl_type, overflow="fold")
+        # It may break after an option, and never within a word.
+        table.add_column(explanation.kl_type.replace(",", ",\n"), overflow="fold")
     if any(e.kl_type != e.written for e in explained):
         table.add_row("written as", *(e.written for e in explained))
     for field, heading in _ROWS.items():
@@ -330,6 +333,15 @@ def text_table(explained: Sequence[Explanation]) -> Table:
     table.add_row("needs", *(", ".join(("log_probs", *e.requires)) for e in explained))
     table.add_row("options", *(_options(e) for e in explained))
     return table
+
+
+def below(explained: Sequence[Explanation]) -> Iterator[str]:
+    """Where each kl_type comes from, and the test that holds it to its gradient."""
+    for explanation in explained:
+        for row in explanation.rows:
+            said = {heading: getattr(row, field) for field, heading in _BELOW.items()}
+            facts = [f"{heading}: {fact}" for heading, fact in said.items() if fact]
+            yield "\n".join([row.name, *(f"  {fact}" for fact in facts)]) if facts else row.name
 
 
 def _options(explanation: Explanation) -> str:

@@ -100,7 +100,7 @@ def test_every_option_has_a_meaning() -> None:
     for option in OPTIONS:
         assert len(AXES[option].meaning) > 30, option
     shown = explain("k2_as_loss,cap=5").options[0]["cap"].meaning
-    assert shown == AXES["cap"].meaning and shown.startswith("bound of the ratio")
+    assert shown == AXES["cap"].meaning and shown.startswith("upper bound of the ratio")
 
 
 def test_options_say_what_is_default() -> None:
