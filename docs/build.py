@@ -12,6 +12,7 @@ says what comes next, and until where:
     <!-- made: picture NAME -->         one of docs/pictures.py
     <!-- made: plant -->                controllers on a simulated run: a table and a picture
     <!-- made: papers -->               papers, and the kl_type of each
+    <!-- made: quickstart -->           the summaries in benchmarks/results/quickstart.jsonl
     <!-- made: output N WORDS -->       the first N lines that a command of klplug prints
     <!-- made: clone WORDS -->          git clone of the address in pyproject.toml, then a command
     # made: findings                    in mkdocs.yml: a page for each finding
@@ -23,6 +24,7 @@ says what comes next, and until where:
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -216,6 +218,26 @@ def papers(page: Path, words: list[str], old: str) -> str:
     return table(("paper", "`kl_type`", "what it has", "`--paper`"), rows)
 
 
+def quickstart(page: Path, words: list[str], old: str) -> str:
+    """Runs of the quickstart, a line each, from the summaries that they left."""
+    headings = (
+        *("host", "`kl_type`, `kl_coef`", "greedy accuracy before", "after 30 steps"),
+        *("KL to the reference, nats per answer", "seconds", "of these training"),
+    )
+    runs = map(json.loads, (ROOT / "benchmarks/results/quickstart.jsonl").read_text().splitlines())
+    rows = [
+        (
+            f"{hosts()[run['host']].title} {run['host_version']}",
+            f"`{run['kl_type']}`, {run['kl_coef']:g}",
+            *(f"{run[accuracy]:.1%}" for accuracy in ("accuracy_before", "accuracy_after")),
+            f"{run['kl_last']:.2f} ± {run['kl_last_standard_error']:.2f}",
+            *(f"{run['seconds']:.0f}", f"{run['seconds_by_phase']['training']:.0f}"),
+        )
+        for run in runs
+    ]
+    return table(headings, rows)
+
+
 def simulated(page: Path, words: list[str], old: str) -> str:
     """Every controller on every simulated run, and one of them drawn."""
     headings = (
@@ -236,6 +258,7 @@ MAKERS: dict[str, Callable[[Path, list[str], str], str]] = {
     "clone": clone,
     "papers": papers,
     "plant": simulated,
+    "quickstart": quickstart,
     "findings": findings,
 }
 PICTURES: dict[Path, str] = {}

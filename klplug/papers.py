@@ -34,6 +34,12 @@ PAPERS = {
             "Its heads are head=combined and head=clipped. docs/paper.md has every statement.",
         ),
         Paper(
+            "ziegler", "Fine-Tuning Language Models from Human Preferences (Ziegler et al.)",
+            "1909.08593", "k1_in_reward",
+            "The KL penalty of RLHF: the log-ratio of each token in the reward. Its controller of "
+            "the coefficient is kl_ctrl=adaptive.",
+        ),
+        Paper(
             "grpo", "GRPO (DeepSeekMath)", "2402.03300", "k3_as_loss,ratio=none",
             "k3 as a loss: the gradient of the forward KL, without a weight for reused samples.",
         ),
@@ -66,6 +72,16 @@ PAPERS = {
             "kimi-k2.5", "Kimi K2.5", "2602.02276", "k2_as_loss,ratio=none,reference=rollout",
             "k2 to the sampler, without a weight; without the factor 1/2, so kl_coef is twice its "
             "tau. With the weight, klplug's default, it is the gradient of KL(pi||rollout).",
+        ),
+        Paper(
+            "dar", "DAR", "2602.11523", "0.7*k2_as_loss+0.3*k2_as_loss,reference=old",
+            "The reference is a mixture, proportional to ref^a old^(1-a). klplug has it as a sum "
+            "of two KLs with any coefficients; this one has a = 0.7.",
+        ),
+        Paper(
+            "salsa", "SALSA", "2411.01798", "k1_in_reward",
+            "The reference is the mean of two fine-tuned models: klplug soup makes it, and the key "
+            "ref_model names it, beside any kl_type.",
         ),
         Paper(
             "rao-blackwell", "Better estimation of the KL divergence between language models",

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 import klplug
+from klplug.audit import RULES
 from klplug.axes import AXES, OPTIONS
 from klplug.cli.catalogue import stock
 from klplug.cli.explain import explain, registered
@@ -55,6 +56,36 @@ def test_findings_are_explained_by_their_pages(klplug_command: Klplug) -> None:
     assert mixed.status == 2 and "k2_as_loss: no finding" in mixed.err
     misspelt = klplug_command("explain", "dead-zones")
     assert misspelt.status == 2 and "error: did you mean dead-zone?" in misspelt.err
+
+
+@pytest.mark.parametrize("id", RULES)
+def test_every_finding_is_explained(klplug_command: Klplug, id: str) -> None:
+    out = klplug_command("explain", id).out
+    assert out.startswith(f"# {id}\n\n*{RULES[id].title}.*")
+    assert "## Why\n" in out and "## What to write instead\n" in out
+
+
+@pytest.mark.parametrize(
+    "kl_types",
+    [
+        ["k3_as_loss"],
+        ["low_var_kl", "k2_as_loss,horizon=sequence"],
+        ["k2_as_loss,horizon=sequence,baseline=group", "k1_in_reward", "k3_in_reward"],
+    ],
+)
+@pytest.mark.parametrize("width", [100, 120])
+def test_explain_breaks_no_word(
+    klplug_command: Klplug, monkeypatch: pytest.MonkeyPatch, kl_types: list[str], width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    out = klplug_command("explain", *kl_types).out
+    words = set(out.replace("│", " ").replace("┃", " ").split())
+    for document in json.loads(klplug_command("explain", *kl_types, "--json").out):
+        for row in document["rows"]:
+            for field in ("formula", "target", "gradient_bias", "source", "test"):
+                assert set(row[field].split()) <= words, row[field]
+        for option in document["kl_type"].split(","):
+            assert {option, f"{option},"} & words, option
 
 
 @pytest.mark.parametrize("name", klplug.kl_types())

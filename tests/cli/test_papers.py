@@ -18,6 +18,18 @@ def test_a_paper_by_name_or_number(klplug_command: Klplug, name: str) -> None:
     assert "FRPO" in done.out and "k1_in_reward" in done.out and "FULL" in done.out
 
 
+@pytest.mark.parametrize("key", PAPERS)
+def test_every_paper_is_explained_by_its_name_and_its_number(
+    klplug_command: Klplug, key: str
+) -> None:
+    paper = PAPERS[key]
+    done = klplug_command("explain", "--paper", key)
+    assert done.status == 0 and f"arXiv {paper.arxiv}" in done.out
+    for option in paper.kl_type.split(","):  # a heading breaks after each
+        assert option in done.out
+    assert klplug_command("explain", "--paper", paper.arxiv).out == done.out
+
+
 def test_a_paper_beside_a_kl_type(klplug_command: Klplug) -> None:
     done = klplug_command("explain", "k2_as_loss", "--paper", "grpo", "--json")
     names = [one["kl_type"] for one in json.loads(done.out)]
