@@ -36,10 +36,15 @@ class Final:
 
     def __str__(self) -> str:
         if self.half_width is not None:
-            return f"{self.mean:.4g} ± {self.half_width:.2g}"
+            return f"{_short(self.mean, 4)} ± {_short(self.half_width, 2)}"
         if self.low == self.high:
-            return f"{self.mean:.4g}"
-        return f"{self.mean:.4g} ({self.low:.3g} to {self.high:.3g})"
+            return _short(self.mean, 4)
+        return f"{_short(self.mean, 4)} ({_short(self.low, 3)} to {_short(self.high, 3)})"
+
+
+def _short(value: float, digits: int) -> str:
+    """So many digits; a number of up to six places is written out, without an exponent."""
+    return f"{value:.0f}" if 10**digits <= abs(value) < 1e6 else f"{value:.{digits}g}"
 
 
 def end(series: Series, least: int) -> list[float]:

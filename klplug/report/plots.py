@@ -120,6 +120,12 @@ def _set_scale(axes: Axes, metric: Metric, values: Sequence[float]) -> None:
         axes.set_yscale("log")
     elif sizes[-1] > APART * typical:
         axes.set_yscale("symlog", linthresh=typical)
+        if sizes[-1] < 100 * typical:  # else a tick of each decade is enough
+            from matplotlib.ticker import SymmetricalLogLocator
+
+            axes.yaxis.set_major_locator(
+                SymmetricalLogLocator(base=10, linthresh=typical, subs=(1, 2, 5))
+            )
     else:
         return
     axes.yaxis.set_major_formatter("{x:g}")
