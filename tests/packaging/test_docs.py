@@ -46,6 +46,31 @@ def test_the_version_is_one() -> None:
     assert f"## [{klplug.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_the_costs_that_the_faq_says_are_those_of_the_tables() -> None:
+    measured: dict[tuple[str, bool, bool], list[float]] = {}
+    for results in (ROOT / "benchmarks" / "results").glob("kl_term-*.md"):
+        for name, ratio in re.findall(
+            r"^\| (.+?) \| \d+ \| ([\d.]+) \(", results.read_text(encoding="utf-8"), re.MULTILINE
+        ):
+            _, kl_type, *metrics, shape, _ = name.split(", ")
+            if kl_type.endswith("_in_reward"):
+                continue
+            for of in (kl_type, "any"):
+                measured.setdefault((of, bool(metrics), shape == "8x512"), []).append(float(ratio))
+    faq = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
+
+    def span(of: str, metrics: bool = False) -> str:
+        ratios = measured[of, metrics, False]
+        return f"{min(ratios):.{1 if metrics else 2}f} to {max(ratios):.{1 if metrics else 2}f}"
+
+    assert f"k3 as a loss: {span('k3_as_loss,ratio=none')};" in faq
+    assert f"k2 as a loss: {span('k2_as_loss,ratio=none')};" in faq
+    assert f"k2 with its ratio: {span('k2_as_loss')}, " in faq
+    assert f"the ratio is up to {max(measured['any', False, True]):.2f}." in faq
+    most = max(measured["any", True, True])
+    assert f"is {span('any', metrics=True)} ({most:.1f} at 8×512)" in faq
+
+
 def test_no_path_of_a_machine_and_no_registry_is_committed() -> None:
     tracked = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
