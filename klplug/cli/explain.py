@@ -336,23 +336,25 @@ def text_table(explained: Sequence[Explanation]) -> Table:
 
 
 def below(explained: Sequence[Explanation]) -> Iterator[str]:
-    """Where each kl_type comes from, and the test that holds it to its gradient."""
+    """What is too wide for a column: sources, tests, and what the options that were chosen mean."""
     for explanation in explained:
         for row in explanation.rows:
             said = {heading: getattr(row, field) for field, heading in _BELOW.items()}
-            facts = [f"{heading}: {fact}" for heading, fact in said.items() if fact]
-            yield "\n".join([row.name, *(f"  {fact}" for fact in facts)]) if facts else row.name
+            yield "\n".join(
+                [row.name, *(f"  {name}: {fact}" for name, fact in said.items() if fact)]
+            )
+    for explanation in explained:
+        for options in explanation.options:
+            for name, option in options.items():
+                if not option.default:
+                    yield f"{name}: {option.meaning}"
 
 
 def _options(explanation: Explanation) -> str:
-    terms = [
-        "\n".join(
-            f"{name}={option.value}" + ("" if option.default else f"  ({option.meaning})")
-            for name, option in options.items()
-        )
+    return "\n+\n".join(
+        "\n".join(f"{name}={option.value}" for name, option in options.items())
         for options in explanation.options
-    ]
-    return "\n+\n".join(terms)
+    )
 
 
 def value_table(log_ratio: Sequence[float], curves: Mapping[str, Sequence[float]]) -> Table:
