@@ -16,6 +16,7 @@ from klplug.numerics import (
     finite,
     finite_,
     largest_exponent,
+    masked_,
     saturating_expm1,
     scaled_expm1,
 )
@@ -70,7 +71,8 @@ def k3_of_derivative(log_ratio: Tensor, derivative: Tensor) -> Tensor:
     close = square < 0.25
     del square  # a tensor less at the peak
     near = series.mul_(log_ratio).add_(0.5).mul_(log_ratio).mul_(derivative)
-    return near.where(close, log_ratio - derivative)
+    far = masked_(log_ratio - derivative, ~close)
+    return masked_(near, close).add_(far)
 
 
 def absolute(log_ratio: Tensor) -> Tensor:

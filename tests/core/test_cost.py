@@ -36,7 +36,7 @@ def test_no_number_is_looked_at(kl_type: str) -> None:
     [
         ("k1_as_loss,ratio=none", 3.5, 6.5),
         ("k2_as_loss,ratio=none", 3.5, 5.5),
-        ("k3_as_loss,ratio=none", 5.8, 7.5),
+        ("k3_as_loss,ratio=none", 5.0, 7.5),
         ("k2_as_loss", 6.8, 9.3),
     ],
 )
