@@ -31,7 +31,11 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="training steps (default: the recipe's)")
     add("--seed", type=int, default=42, help="of the problems, the samples and the host")
     add("--model", default="tiny", help="tiny, smollm2, a Hugging Face folder, or a hub's name")
-    add("--data", default="words", help="words, gsm8k, or a .jsonl file or folder in GSM8K's form")
+    add(
+        "--data",
+        default="words",
+        help="words, sums, gsm8k, or a .jsonl file or folder in GSM8K's form",
+    )
     add("--gsm8k", help="with --data gsm8k: a local copy of it, file or folder")
     add("--ranks", type=int, default=1, help="data-parallel ranks (default: 1)")
     add("--updates", type=int, default=1, help="optimiser steps per rollout (default: 1)")

@@ -2,8 +2,8 @@
 
     {"question": "...", "answer": "reasoning\n#### N"}
 
-A source is `words` (made by problems.py), `gsm8k` (openai/gsm8k, or a local copy of it), or the
-path of a file or folder in that form.
+A source is `words` or `sums` (made by problems.py), `gsm8k` (openai/gsm8k, or a local copy of
+it), or the path of a file or folder in that form.
 """
 
 import json
@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from recipes.quickstart.problems import (
-    SPLITS,
     TEST_SHARE,
     Row,
+    check_split,
     problems,
     question_rank,
+    sums,
     write_rows,
 )
 
 COLUMNS = ("question", "answer")
 WORDS_COUNT = {"train": 2000, "test": 200}
+# Made, not read: as many as are asked for, in an order that the seed chooses.
+MADE = ("words", "sums")
 # In a folder, the first of these that is there is a split's file.
 FILE_NAMES = ("{split}.jsonl", "gsm8k_{split}.jsonl")
 
@@ -42,22 +45,23 @@ def load_problems(
     chosen by their text. A folder holds `train.jsonl` and `test.jsonl`, or `gsm8k_train.jsonl` ...
 
     Args:
-        source: `words`, `gsm8k`, or the path of a .jsonl file or of a folder.
+        source: `words`, `sums`, `gsm8k`, or the path of a .jsonl file or of a folder.
         split: `train` or `test`.
         gsm8k_path: A local copy of GSM8K, file or folder, instead of the hub's; for `gsm8k` only.
         count: The first so many rows; None for all (2000 and 200 of `words`).
-        seed: Of `words`.
+        seed: Of `words` and `sums`.
 
     Raises:
         FileNotFoundError: The source is not there, or cannot be had from the hub.
         ValueError: An unknown split, an empty file, or a row that is not in the form.
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: there are {', '.join(SPLITS)}")
+    check_split(split)
     if count is not None and count < 1:
         raise ValueError(f"count is {count}: it must be at least 1")
     if source == "words":
         return problems(split, WORDS_COUNT[split] if count is None else count, seed)
+    if source == "sums":
+        return sums(split, count, seed)
     if source == "gsm8k":
         rows = _hub_rows(split) if gsm8k_path is None else _local_rows(Path(gsm8k_path), split)
     else:

@@ -1,4 +1,4 @@
-"""Arithmetic word problems of one or two steps, in GSM8K's form, without end.
+"""Arithmetic in GSM8K's form: word problems of one or two steps, without end, and plain sums.
 
     {"question": "...", "answer": "23+14=37. 37-5=32.\n#### 32"}
 
@@ -35,6 +35,13 @@ THINGS = (
 # Sums of two-digit numbers: hard enough that a policy of 0.75 M parameters is right half the time.
 FIRST_MAX = 60
 OTHER_MAX = 40
+# SmolLM2-135M-Instruct is right on a quarter of these.
+SUM_MAX = 30
+
+
+def check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: there are {', '.join(SPLITS)}")
 
 
 def question_rank(question: str) -> int:
@@ -129,8 +136,7 @@ def problem(rng: Random) -> Row:
 
 def problem_stream(split: str, seed: int) -> Iterator[Row]:
     """Problems of one split without end, each question once; the same for the same seed."""
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: there are {', '.join(SPLITS)}")
+    check_split(split)
     rng, seen = Random(f"{split}-{seed}"), set()
     while True:
         row = problem(rng)
@@ -142,6 +148,18 @@ def problem_stream(split: str, seed: int) -> Iterator[Row]:
 def problems(split: str, count: int, seed: int = 0) -> list[Row]:
     """The first `count` problems of a split."""
     return list(islice(problem_stream(split, seed), count))
+
+
+def sums(split: str, count: int | None = None, seed: int = 0) -> list[Row]:
+    """Sums of two numbers up to SUM_MAX; every one of the split's, or the first `count`."""
+    check_split(split)
+    numbers = range(1, SUM_MAX + 1)
+    rows = [
+        _row(f"What is {a} + {b}?", [f"{a}+{b}={a + b}"], a + b) for a in numbers for b in numbers
+    ]
+    own = [row for row in rows if question_split(row["question"]) == split]
+    Random(f"{split}-{seed}").shuffle(own)
+    return own[:count]
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -143,11 +143,11 @@ def asked(rows: Iterable[Row], settings: Settings) -> list[Row]:
 
 def write_prompts(settings: Settings, path: Path) -> None:
     """Exactly as many questions as the steps take, so that the host makes exactly those steps."""
-    from recipes.quickstart.data import load_problems
+    from recipes.quickstart.data import MADE, load_problems
 
     count = settings.steps * settings.recipe.prompts
-    # DATA=words is made to measure; a file that is too short comes round again.
-    source = {"count": count, "seed": settings.seed} if settings.data == "words" else {}
+    # What is too short comes round again.
+    source = {"count": count, "seed": settings.seed} if settings.data in MADE else {}
     rows = load_problems(settings.data, "train", gsm8k_path=settings.gsm8k, **source)
     write_rows(path, islice(cycle(asked(rows, settings)), count))
 
@@ -156,13 +156,13 @@ def evaluation(settings: Settings, policy: Path | str, reference: Path | str) ->
     import torch
     from transformers import logging
 
-    from recipes.quickstart.data import load_problems
+    from recipes.quickstart.data import MADE, load_problems
     from recipes.quickstart.evaluate import evaluate
 
     logging.disable_progress_bar()  # it would tear the live line
     recipe = settings.recipe
     torch.set_num_threads(recipe.threads)
-    source = {"count": recipe.test_problems} if settings.data == "words" else {}
+    source = {"count": recipe.test_problems} if settings.data in MADE else {}
     rows = load_problems(settings.data, "test", gsm8k_path=settings.gsm8k, **source)
     return evaluate(
         policy,

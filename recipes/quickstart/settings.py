@@ -1,6 +1,6 @@
 """What a user sets for a quickstart run, and what is checked before anything starts."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,16 @@ LARGE = Recipe(
     instruction="\nAnswer with the number only.",
     cut_off_reward=-0.5,
 )
+# It is right on a quarter of `sums` from the start, so there is something to learn.
+LARGE_SUMS = replace(
+    LARGE,
+    steps=30,
+    prompts=2,
+    max_new_tokens=32,
+    max_len=128,
+    test_problems=64,
+    cut_off_reward=None,
+)
 TINY_WIDTH = 512
 
 
@@ -98,7 +108,7 @@ class Settings:
 
     @cached_property
     def recipe(self) -> Recipe:
-        return recipe_for(self.model)
+        return recipe_for(self.model, self.data)
 
     @property
     def default_out(self) -> Path:
@@ -134,7 +144,7 @@ def settings(
     canonical = canonical_kl_type(kl_type)
     if model not in NAMED_MODELS:
         check_model(model, f"{', '.join(NAMED_MODELS)}, ")
-    recipe = recipe_for(model)
+    recipe = recipe_for(model, data)
     steps = recipe.steps if steps is None else steps
     if steps < 1:
         raise SettingsError(f"STEPS={steps}: at least 1")
@@ -162,20 +172,21 @@ def settings(
     return made
 
 
-def recipe_for(model: str) -> Recipe:
+def recipe_for(model: str, data: str) -> Recipe:
+    large = LARGE_SUMS if data == "sums" else LARGE
     if model in NAMED_MODELS:
-        return TINY if model == "tiny" else LARGE
+        return TINY if model == "tiny" else large
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(Path(model).expanduser() if Path(model).is_dir() else model)
-    return TINY if config.get_text_config().hidden_size < TINY_WIDTH else LARGE
+    return TINY if config.get_text_config().hidden_size < TINY_WIDTH else large
 
 
 def check_data(made: Settings) -> None:
     """Both splits are there, in the form, and enough for the evaluation and a step."""
-    from recipes.quickstart.data import load_problems
+    from recipes.quickstart.data import MADE, load_problems
 
-    if made.data == "words":  # made, not read
+    if made.data in MADE:
         return
     try:
         for split in ("train", "test"):

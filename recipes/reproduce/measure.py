@@ -164,7 +164,7 @@ def evaluation(
     import torch
     from transformers import AutoModelForCausalLM, logging
 
-    from recipes.quickstart.data import load_problems
+    from recipes.quickstart.data import MADE, load_problems
     from recipes.quickstart.evaluate import evaluate
 
     logging.disable_progress_bar()
@@ -172,7 +172,7 @@ def evaluation(
     weights = AutoModelForCausalLM.from_pretrained(policy).parameters()
     if not all(torch.isfinite(weight).all() for weight in weights):
         raise Diverged(f"{Path(policy).name}: a weight is not finite")
-    source = {"count": problems} if settings.data == "words" else {}
+    source = {"count": problems} if settings.data in MADE else {}
     rows = load_problems(settings.data, "test", gsm8k_path=settings.gsm8k, **source)
     try:
         found = evaluate(

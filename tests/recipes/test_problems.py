@@ -6,7 +6,15 @@ from itertools import islice
 
 import pytest
 
-from recipes.quickstart.problems import SPLITS, main, problem_stream, problems, question_split
+from recipes.quickstart.problems import (
+    SPLITS,
+    SUM_MAX,
+    main,
+    problem_stream,
+    problems,
+    question_split,
+    sums,
+)
 
 STEP = re.compile(r"(\d+)([-+*])(\d+)=(\d+)")
 OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
@@ -85,3 +93,23 @@ def test_the_command_writes_both_files(tmp_path) -> None:
     for split, count in (("train", 7), ("test", 3)):
         lines = (tmp_path / "new" / f"{split}.jsonl").read_text("utf-8").splitlines()
         assert [json.loads(line) for line in lines] == problems(split, count, 9)
+
+
+def test_sums_are_every_pair_once_and_true() -> None:
+    splits = {split: sums(split) for split in SPLITS}
+    asked = [row["question"] for rows in splits.values() for row in rows]
+    assert len(asked) == len(set(asked)) == SUM_MAX**2
+    assert len(splits["test"]) >= 64  # as many as the quickstart's evaluation takes
+    for row in [row for rows in splits.values() for row in rows]:
+        left, right = map(int, re.findall(r"\d+", row["question"]))
+        assert row["answer"] == f"{left}+{right}={left + right}.\n#### {left + right}"
+
+
+def test_a_seed_orders_the_sums() -> None:
+    first, again, other = (
+        sums("train", 20, seed=1),
+        sums("train", 20, seed=1),
+        sums("train", seed=2),
+    )
+    assert first == again != other[:20]
+    assert all(row in other for row in first)
