@@ -302,7 +302,8 @@ def _edit(report: Report) -> Iterator[str]:
     come = [change.add for change in report.edits if change.add is not None]
     if gone:
         lines = {change.line for change in gone if change.line is not None}
-        where = f"Line {', '.join(map(str, sorted(lines)))}: delete" if lines else "Delete"
+        word = "Line" if len(lines) == 1 else "Lines"
+        where = f"{word} {', '.join(map(str, sorted(lines)))}: delete" if lines else "Delete"
         yield f"{where} {' '.join(str(change.delete) for change in gone)}; add {' '.join(come)}"
     elif come:
         yield f"Add {' '.join(come)}"
