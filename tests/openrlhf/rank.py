@@ -31,11 +31,16 @@ def main() -> None:
     klplug_openrlhf.apply()
     ring_attn_utils.all_gather = lambda x, group: of_all_ranks(x, 0)
     model, *kl_types, out = sys.argv[1:]
+    rank = int(os.environ["RANK"])
     bench = Bench(Path(model), zero_stage=2, packing=True, ring=int(os.environ["WORLD_SIZE"]))
     experience = bench.experience()
     steps = [vars(bench.step(experience, kl)) for kl in kl_types]
-    if os.environ["RANK"] == "0":
-        torch.save((vars(experience), steps), out)
+    # The ranks of a ring see the same tokens: for the metrics each has another reference.
+    other = bench.experience()
+    other.base_action_log_probs = other.base_action_log_probs - rank / 2
+    status = bench.epoch([other], kl_types[-1])
+    if rank == 0:
+        torch.save((vars(experience), steps, status), out)
 
 
 if __name__ == "__main__":

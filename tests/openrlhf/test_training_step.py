@@ -356,21 +356,9 @@ def test_an_unpatched_process_stops_at_the_first_kl(bench: Bench) -> None:
 
 def test_metrics_of_a_step_of_micro_batches_are_exact(bench: Bench) -> None:
     """Through the host's own loop: uneven micro-batches, reduced as sums and maxima."""
-    from tests.openrlhf.trainer import configure
-
-    configure(bench.args, "k3_as_loss,cap=1.05")
-    trainer = bench.make()
-    bench.strategy.optimizer_step = lambda *args, **kwargs: None
-    bench.strategy.accumulated_gradient = 1
     experiences = [bench.experience(seed=seed) for seed in (1, 2, 3)]
     experiences[1].action_mask[1:] = 0
-    trainer.replay_buffer.items = []
-    for experience in experiences:
-        trainer.replay_buffer.append(experience)
-    try:
-        status = trainer.ppo_train(0.1)
-    finally:
-        del bench.strategy.optimizer_step
+    status = bench.epoch(experiences, "k3_as_loss,cap=1.05")
 
     forces, ratios, weights = [], [], []
     for experience in experiences:
@@ -425,7 +413,7 @@ def test_a_ring_of_two_ranks_gives_the_gradient_of_one(
     packed: Bench, model: Path, tmp_path: Path
 ) -> None:
     """Ring attention: each rank has half of the packed row, and log-probs of the whole."""
-    kl_types = ["none", "k2_as_loss", "k2_as_loss,horizon=sequence"]
+    kl_types = ["none", "k2_as_loss,horizon=sequence", "k2_as_loss"]
     out, own = tmp_path / "out.pt", {k: v for k, v in os.environ.items() if k != "LOCAL_RANK"}
     own |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "adapters")])}
     own |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -439,7 +427,7 @@ def test_a_ring_of_two_ranks_gives_the_gradient_of_one(
         for rank in range(2)
     ]
     assert [rank.wait(300) for rank in ranks] == [0, 0]
-    given, steps = torch.load(out, weights_only=False)
+    given, steps, status = torch.load(out, weights_only=False)
     experience = packed.experience()
     for name, value in given.items():
         setattr(experience, name, value)
@@ -459,6 +447,12 @@ def test_a_ring_of_two_ranks_gives_the_gradient_of_one(
             assert found["metrics"]["klplug/k1"] == pytest.approx(
                 float(one.metrics["klplug/k1"]), abs=0.02
             )
+    # The second rank's reference is half a nat lower: of k2, c is the log-ratio.
+    first = (steps[-1]["log_probs"] - experience.base_action_log_probs)[mask]
+    both = torch.cat([first, first + 0.5])
+    assert status["klplug/coef_max"] == pytest.approx(both.abs().max().item(), rel=1e-3)
+    assert status["klplug/coef_mean"] == pytest.approx(both.abs().mean().item(), rel=1e-3)
+    assert status["klplug/k1"] == pytest.approx(both.mean().item(), abs=1e-3)
 
 
 def free_port() -> int:

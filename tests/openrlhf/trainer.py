@@ -350,6 +350,20 @@ class Bench:
             log_probs=seen["log_probs"].detach(),
         )
 
+    def epoch(self, experiences: list[Any], kl: str, coef: float = 0.1) -> dict[str, Any]:
+        """What ``ppo_train`` reports of these micro-batches."""
+        configure(self.args, kl, coef)
+        trainer = self.make()
+        self.strategy.optimizer_step = lambda *args, **kwargs: None
+        self.strategy.accumulated_gradient = 1
+        trainer.replay_buffer.items = []
+        for experience in experiences:
+            trainer.replay_buffer.append(experience)
+        try:
+            return dict(trainer.ppo_train(coef))
+        finally:
+            del self.strategy.optimizer_step
+
     def log_probs(self, sequences: Tensor, mask: Tensor) -> Tensor:
         self.actor.train()
         with torch.no_grad():
