@@ -18,6 +18,7 @@ from klplug.spec import KLSpec, check_kl_coef, parse
 if TYPE_CHECKING:
     from klplug.aggregation import aggregate
     from klplug.exact import ExactKL, exact_kl
+    from klplug.posterior import posterior_log_probs
     from klplug.step import KLStep, policy_loss
     from klplug.tally import Tally
     from klplug.term import KLTerm, kl_return_baseline, kl_term, reward_to_go
@@ -44,6 +45,7 @@ __all__ = [
     "kl_types",
     "parse",
     "policy_loss",
+    "posterior_log_probs",
     "reward_to_go",
     "sample_weights",
 ]
@@ -60,6 +62,7 @@ _ON_TENSORS = {
     "kl_return_baseline": "term",
     "kl_term": "term",
     "policy_loss": "step",
+    "posterior_log_probs": "posterior",
     "reward_to_go": "term",
 }
 

@@ -56,6 +56,12 @@ class Axis:
         return repr(value).removesuffix(".0")
 
 
+def _default_horizon(term: TermSpec) -> Value:
+    if term.reference == "posterior":
+        return "answer"
+    return "sequence" if term.placement == "in_reward" else "token"
+
+
 def _default_ratio(term: TermSpec) -> Value:
     if term.placement == "in_reward":
         return "none"
@@ -91,13 +97,16 @@ AXES: dict[str, Axis] = {
         ),
         Axis(
             "reference",
-            ("ref", "rollout", "old"),
+            ("ref", "rollout", "old", "posterior"),
             lambda term: "ref",
             "the policy that the KL is taken to. ref: the reference model. rollout: the sampler "
             "itself, with ratio=rollout or none. old: the policy at the start of the step. The "
-            "last two make a trust region and load no reference model",
+            "last two make a trust region and load no reference model. posterior: "
+            "ref exp(r/kl_coef)/Z over whole answers, through which the reward r acts, with no "
+            "policy loss beside it",
             needs={
                 "ref": ("ref_log_probs",),
+                "posterior": ("ref_log_probs", "posterior_log_probs"),
                 "rollout": ("rollout_log_probs",),
                 "old": ("old_log_probs",),
             },
@@ -114,12 +123,12 @@ AXES: dict[str, Axis] = {
         Axis(
             "horizon",
             ("token", "sequence", "answer"),
-            lambda term: "sequence" if term.placement == "in_reward" else "token",
+            _default_horizon,
             "token: each token's own divergence (LOC). sequence: the sum of the tokens' "
             "divergences over whole answers (FULL), in its exact form; k1, k3 and abs as a loss "
             "have none. answer: the divergence between whole answers, by the answer's ratio "
             "pi/ref; for the KLs that is the sum already",
-            elsewhere="in the reward: sequence",
+            elsewhere="in the reward: sequence; with reference=posterior: answer",
         ),
         Axis(
             "head",
@@ -186,8 +195,8 @@ AXES: dict[str, Axis] = {
             lambda term: "none",
             "how much each token or answer counts: a number that multiplies its c, after the bound "
             "and before ratio and horizon. It has no gradient, and is made once a step from all "
-            "answers, by a name: positive, difficulty, entropy, root, mask:NAME, or an entry point "
-            "of klplug.weights",
+            "answers, by a name: positive, difficulty, entropy, entropy_floor, root, mask:NAME, or "
+            "an entry point of klplug.weights",
             named=True,
             needs={NAME: ("sample_weights",)},
         ),

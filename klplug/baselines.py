@@ -32,7 +32,7 @@ def others_mean(
     Raises:
         ValueError: not one id per answer.
     """
-    group = _group_numbers(group_ids, returns)
+    group = group_numbers(group_ids, returns)
     counted = returns.new_ones(len(returns)) if present is None else present.to(returns.dtype)
     totals = torch.zeros_like(returns).index_add_(0, group, returns)[group]
     counts = torch.zeros_like(counted).index_add_(0, group, counted)[group]
@@ -42,7 +42,7 @@ def others_mean(
     return finite((finite(totals) - returns) / others).masked_fill(alone, 0.0)
 
 
-def _group_numbers(group_ids: Sequence[Hashable] | Tensor | None, like: Tensor) -> Tensor:
+def group_numbers(group_ids: Sequence[Hashable] | Tensor | None, like: Tensor) -> Tensor:
     """(B,), each below B and the same for the rows of one group, on the device of ``like``."""
     size, device = len(like), like.device
     if group_ids is None:

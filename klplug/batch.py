@@ -27,6 +27,7 @@ class Given:
     ref_log_probs: Tensor | None = None
     old_log_probs: Tensor | None = None
     rollout_log_probs: Tensor | None = None
+    posterior_log_probs: Tensor | None = None
     advantages: Tensor | None = None
     kl_coef: float | Tensor | None = None
     clip_range: ClipRange | None = None
@@ -128,7 +129,7 @@ class Given:
 
 
 _NUMBERS = (
-    *("ref_log_probs", "old_log_probs", "rollout_log_probs"),
+    *("ref_log_probs", "old_log_probs", "rollout_log_probs", "posterior_log_probs"),
     *("advantages", "return_baseline", "exact_kl"),
 )
 
@@ -195,6 +196,8 @@ class Batch:
         """The counted tokens at which every tensor but a reference is a number."""
         policies = {policy for policy in map(policy_of, spec.terms) if policy is not None}
         references = {term.reference for term in spec.terms}
+        if "posterior" in references:
+            references.add("ref")  # which it is made of
         # A token without one of several references leaves all terms of a sum.
         compared = policies | references if len(references) > 1 else policies
         numbers = [

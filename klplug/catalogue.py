@@ -103,6 +103,33 @@ def _between_answers(estimator: Estimator) -> KLType:
     )
 
 
+def _to_posterior(estimator: Estimator) -> KLType:
+    """p is the posterior; x and u are those of the whole answer to it."""
+    divergence = estimator.answer_target or estimator.sequence_target
+    words = {"k2": "grad KL(pi||p)", "forward": "grad KL(p||pi)"}.get(
+        estimator.name, divergence.replace("ref", "p").removesuffix(" between whole answers")
+    )
+    same = "; times kl_coef that is minus grad (E[r] - kl_coef KL(pi||ref))"
+    unbiased = "another reference: unbiased for that, with Z from the other answers"
+    # c is a power of u, less a constant: an error of Z multiplies it, whatever the answer.
+    direction = "another reference: unbiased for that, but for a factor of each prompt, from Z"
+    bias = dict.fromkeys(("k2", "chi2"), unbiased)
+    bias |= dict.fromkeys(("forward", "hellinger", "alpha"), direction)
+    return _row(
+        f"{estimator.name}_as_loss,reference=posterior",
+        coefficient=f"{estimator.as_loss.formula}, x and u of the whole answer to p",
+        target=f"{words} between whole answers, p = ref exp(r/kl_coef)/Z"
+        + (same if estimator.name == "k2" else ""),
+        value_bias="biased, by a log Z from samples",
+        gradient_bias=bias.get(
+            estimator.name, "another reference: biased for that, by Z from the other answers"
+        ),
+        off_policy="the same (weight of the whole answer), exact below the cap",
+        source="f-DPG, arXiv 2302.08215",
+        test="test_the_posterior_as_reference",
+    )
+
+
 def _head(options: str, **changed: Any) -> KLType:
     if "horizon=sequence" in options:
         changed = {
@@ -256,6 +283,7 @@ def kl_types() -> dict[str, KLType]:
     rows = [_row(f"{e}_{p}") for e in ESTIMATORS for p in PLACEMENTS]
     rows += [_over_answers(e) for e in ESTIMATORS.values() if e.sequence_target]
     rows += [_between_answers(e) for e in ESTIMATORS.values() if e.answer_target]
+    rows += [_to_posterior(e) for e in ESTIMATORS.values() if e.sequence_target]
     rows += [
         *_HEADS,
         *_EXACT,

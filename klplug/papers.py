@@ -95,6 +95,32 @@ PAPERS = {
             "k2_as_loss,reference=rollout, which has the reverse one.",
         ),
         Paper(
+            "apo", "APO with difficulty-aware shaping (DADS)", "2506.21655",
+            "k2_as_loss,weight=difficulty",
+            "A KL that counts less on a good answer, the fewer of its group are right. The weight "
+            "is that of the code of View-R1, and stands before any estimator.",
+        ),
+        Paper(
+            "dph-rl", "DPH-RL: the choice of divergence", "2509.07430",
+            "forward_as_loss,horizon=sequence",
+            "A forward KL, or JS, on answers that the reference gave once, their log-probs stored. "
+            "klplug has the same forward KL on the policy's own answers; no host mixes stored ones "
+            "in. In a loop of your own: docs/options.md.",
+        ),
+        Paper(
+            "rapo", "RAPO: rewards-aware policy optimization", "2510.03865", "",
+            "The forward KL to ref^phi(r)/Z, phi rising from 0 to 1 with the reward: the reference "
+            "itself bends. No public text that we could read gives phi. To ref as it is: "
+            "forward_as_loss,horizon=sequence.",
+        ),
+        Paper(
+            "f-dpg", "f-DPG: preferences through f-divergence minimization", "2302.08215",
+            "js_as_loss,reference=posterior",
+            "Any divergence to the posterior ref exp(r/beta)/Z: k2 is RL with a KL, forward is "
+            "GDC, and js is often the better, says the paper. Its public code has a running Z; "
+            "klplug's is from the other answers to the prompt, and beta stands before the loss.",
+        ),
+        Paper(
             "chi2", "Correlated Proxies (chi-square regularisation)", "2403.03185",
             "chi2_as_loss,horizon=answer,weight=root",
             "The square root of chi-square between whole answers; without weight=root chi-square "

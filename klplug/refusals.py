@@ -33,6 +33,7 @@ MISSPELT = (
     "options-of-none",
     "none-in-a-sum",
     "same-term-twice",
+    "posterior-in-a-sum",
     "empty-term",
 )
 
@@ -99,6 +100,10 @@ def _by_answer(term: TermSpec) -> bool:
     return term.horizon == "answer"
 
 
+def _to_posterior(term: TermSpec) -> bool:
+    return term.reference == "posterior"
+
+
 def _exact(term: TermSpec) -> bool:
     return term.vocab == "exact"
 
@@ -121,8 +126,32 @@ def _positive(value: float) -> bool:
 
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
+        "posterior-in-reward",
+        lambda t: _to_posterior(t) and _in_reward(t),
+        "reference=posterior is refused: the posterior has the reward in it, and a reward can't "
+        "have itself. Use 'k2_as_loss,reference=posterior'",
+    ),
+    Refusal(
+        "posterior-of-tokens",
+        lambda t: _to_posterior(t) and not _by_answer(t),
+        "horizon={horizon} with reference=posterior is refused: the posterior is over whole "
+        "answers, for a reward is of a whole answer. Leave horizon out",
+    ),
+    Refusal(
+        "posterior-of-no-divergence",
+        lambda t: _to_posterior(t) and not t.exact_on_answers,
+        "reference=posterior is refused for {estimator}: it is for k2, which has KL(pi||p), "
+        "forward, which has KL(p||pi), js, jeffreys, chi2, hellinger, tv and alpha",
+    ),
+    Refusal(
+        "posterior-baseline",
+        lambda t: _to_posterior(t) and t.baseline != "none",
+        "baseline={baseline} with reference=posterior is refused: this answer is in the Z of the "
+        "others, so their mean would bias it, and its own Z is a baseline already. Leave it out",
+    ),
+    Refusal(
         "answer-of-a-sum",
-        lambda t: _by_answer(t) and not t.definition.answer_target,
+        lambda t: _by_answer(t) and not _to_posterior(t) and not t.definition.answer_target,
         "horizon=answer is refused: it is for js, jeffreys, chi2, hellinger, tv and alpha. The "
         "KL(pi||ref) of whole answers is 'k2_as_loss,horizon=sequence', and KL(ref||pi) "
         "'forward_as_loss,horizon=sequence'",

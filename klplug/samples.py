@@ -116,6 +116,15 @@ def _below_quantile(samples: Samples, quantile: str) -> Tensor:
     return (samples.entropy <= threshold).to(samples.entropy.dtype)
 
 
+def _entropy_floor(samples: Samples, floor: str) -> Tensor:
+    """max(1/2, floor / (H + 0.1)), H the mean entropy of all counted tokens."""
+    assert samples.entropy is not None
+    counted = samples.entropy[samples.mask].double()
+    mean = counted.sum() / max(len(counted), 1)
+    factor = (float(floor) / (mean + 0.1)).clamp(min=0.5)
+    return factor.to(samples.entropy.dtype).expand(len(samples.mask))
+
+
 def _root(samples: Samples, _: str) -> Tensor:
     """d sqrt(D) / dD = 1 / (2 sqrt(D)), D the mean of U + 1/U - 2; 0 where D is."""
     assert samples.log_probs is not None and samples.ref_log_probs is not None
@@ -138,6 +147,16 @@ def _quantile(text: str) -> str:
         number = math.nan
     if not 0 < number < 1:
         raise ValueError(f"{text!r} is no quantile: write a number above 0 and below 1")
+    return repr(number)
+
+
+def _nats(text: str) -> str:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ValueError(f"{text!r} is no entropy: write a number of nats above 0")
     return repr(number)
 
 
@@ -169,6 +188,16 @@ WEIGHTS: dict[str, SampleWeight] = {
         needs=("entropy",),
         argument=_quantile,
         default="0.8",
+    ),
+    "entropy_floor": SampleWeight(
+        _entropy_floor,
+        "max(1/2, floor / (H + 0.1)) for all, H being the mean entropy of the step's tokens and "
+        "floor 2 nats, unless another is written: more than 1 where the policy has become sure",
+        "SAFE, by its public code",
+        needs=("entropy",),
+        per_answer=True,
+        argument=_nats,
+        default="2.0",
     ),
     "root": SampleWeight(
         _root,

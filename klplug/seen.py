@@ -95,7 +95,8 @@ def _seen(part: Part, batch: Batch) -> Seen:
         name=str(spec).translate(_IN_A_KEY) + "/",
         counted=batch.counted,
         numbers=estimate.numbers,
-        log_ratio=estimate.log_ratio,
+        # Of the posterior a token has but a share.
+        log_ratio=None if spec.reference == "posterior" else estimate.log_ratio,
         coefficient=None if exact else coefficient,
         gradient=gradient,
         principled=gradient if exact else _principled(part, batch, gradient),
@@ -131,6 +132,10 @@ def _principled(part: Part, batch: Batch, gradient: Tensor) -> Tensor:
     weight = None if importance is None else importance.weight
     if estimate.scale is not None:
         log_ratio = finite_(estimate.scale * log_ratio)
+    if spec.reference == "posterior":  # whose reward is of the whole answer, at each of its tokens
+        whole = masked(answer_log_ratio(batch, estimate), estimate.mask)
+        whole = whole if estimate.scale is None else estimate.scale * whole
+        return finite_(whole if weight is None else weight * whole)
     if spec.placement == "as_loss" and spec.horizon == "token":
         if estimate.own is log_ratio:
             return gradient

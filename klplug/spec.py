@@ -70,6 +70,12 @@ class KLSpec:
         return tuple(dict.fromkeys(needed))
 
     @property
+    def has_the_reward(self) -> bool:
+        """Whether the reward acts through the KL, by ``reference=posterior``: then no policy loss
+        does."""
+        return any(term.reference == "posterior" for term in self.terms)
+
+    @property
     def measures(self) -> bool:
         """Whether there is a KL to measure: with every ``kl_type`` but ``none``."""
         return bool(self.requires)
@@ -244,6 +250,12 @@ class SumSpec(KLSpec):
                 f"kl_type {str(self)!r} has the same term twice: write it once, with the sum of "
                 "the coefficients before it",
                 "same-term-twice",
+            )
+        if self.has_the_reward and len(self.parts) > 1:
+            raise Refused(
+                f"kl_type {str(self)!r}: reference=posterior stands alone, for the KL to ref is in "
+                "it already. Leave the other terms out",
+                "posterior-in-a-sum",
             )
 
     @property

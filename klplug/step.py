@@ -23,6 +23,7 @@ class KLStep:
 
     ``head=combined`` acts inside the policy loss, through its advantages; any other term as_loss
     is added to it; a term in the reward has acted already. The value and the metrics are of all.
+    With ``reference=posterior`` the reward acts through the KL, and the advantages are 0.
 
     Attributes:
         term: the whole KL.
@@ -39,8 +40,14 @@ class KLStep:
         parts = (part for part in self.term.parts if part.spec.placement == "as_loss")
         return [part for part in parts if part.spec.head != "combined"]
 
+    @property
+    def changes_advantages(self) -> bool:
+        return bool(self.inside) or self.term.spec.has_the_reward
+
     def advantages(self, advantages: Tensor, kl_coef: float | Tensor) -> Tensor:
         """``A - kl_coef * c`` of what is inside the policy loss, (B, T)."""
+        if self.term.spec.has_the_reward:
+            return torch.zeros_like(advantages)
         for part in self.inside:
             advantages = advantages - kl_coef * part.coefficient
         return advantages
@@ -86,6 +93,7 @@ def policy_loss(
     kl_coef: float | Tensor,
     clip_range: ClipRange = 0.2,
     rollout_log_probs: Tensor | None = None,
+    posterior_log_probs: Tensor | None = None,
     group_ids: Groups = None,
     return_baseline: Tensor | None = None,
     exact_kl: Tensor | None = None,
@@ -96,7 +104,8 @@ def policy_loss(
     With ``rho = pi/old``, ``head=combined`` is ``-min(rho A', clip(rho) A')``,
     ``A' = sg(A - kl_coef * c)``: the KL inside the ratio and the clip, c at the *current* policy
     (which a KL in the reward has at the start of the step). Any other as_loss term is added to the
-    surrogate of ``A`` as ``kl_coef * KLTerm.loss``. The one difference between the heads is whose
+    surrogate of ``A`` as ``kl_coef * KLTerm.loss``; with ``reference=posterior`` it is all of the
+    loss. The one difference between the heads is whose
     sign decides where the clip drops the gradient.
 
     Args:
@@ -122,6 +131,7 @@ def policy_loss(
         ref_log_probs=ref_log_probs,
         old_log_probs=old_log_probs,
         rollout_log_probs=rollout_log_probs,
+        posterior_log_probs=posterior_log_probs,
         advantages=advantages,
         kl_coef=kl_coef,
         clip_range=clip_range,

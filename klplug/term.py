@@ -145,6 +145,7 @@ def kl_term(
     *,
     old_log_probs: Tensor | None = None,
     rollout_log_probs: Tensor | None = None,
+    posterior_log_probs: Tensor | None = None,
     advantages: Tensor | None = None,
     kl_coef: float | Tensor | None = None,
     clip_range: ClipRange | None = None,
@@ -179,6 +180,7 @@ def kl_term(
         old_log_probs: (B, T), the trainer's recomputation at the start of the step; for ratio=old
             and the heads.
         rollout_log_probs: (B, T), the sampler's own; for ratio=rollout.
+        posterior_log_probs: (B, T), for reference=posterior: of ``klplug.posterior_log_probs``.
         advantages: (B, T), for head=combined: its clip looks at advantage and KL together.
         kl_coef: beta, for head=combined likewise.
         clip_range: PPO's, for the heads: epsilon, or (low, high).
@@ -208,6 +210,7 @@ def kl_term(
         ref_log_probs=ref_log_probs,
         old_log_probs=old_log_probs,
         rollout_log_probs=rollout_log_probs,
+        posterior_log_probs=posterior_log_probs,
         advantages=advantages,
         kl_coef=kl_coef,
         clip_range=clip_range,

@@ -65,6 +65,8 @@ DIVERGENCES = (
     "alpha_as_loss,alpha=-1,level=sequence,horizon=sequence",
     "chi2_as_loss,horizon=answer",
     "js_as_loss,ratio=rollout,cap=1.1,horizon=answer",
+    "js_as_loss,reference=posterior",
+    "forward_as_loss,ratio=rollout,bound=0.5,reference=posterior",
     "js_in_reward",
     "chi2_in_reward",
 )
@@ -114,6 +116,7 @@ STEPS = (
     "k2_as_loss,horizon=sequence,baseline=batch",
     "k2_as_loss,reference=rollout",
     "0.7*k2_as_loss+0.3*k2_as_loss,reference=old",
+    "k2_as_loss,reference=posterior",
 )
 """Every estimator and every value of every option of a KL in the loss, in few: what is trained on
 by each host's own trainer, engine and model."""
@@ -138,6 +141,7 @@ class Batch:
     ref_log_probs: Tensor
     old_log_probs: Tensor
     rollout_log_probs: Tensor
+    posterior_log_probs: Tensor
     response_mask: Tensor
     advantages: Tensor
     group_ids: tuple[int, ...] = (0, 0, 1, 1)
@@ -155,6 +159,7 @@ def batch() -> Batch:
         ref_log_probs=(log_probs + 0.7 * torch.sin(0.9 * b - 1.3 * t + 0.4)) * mask,
         old_log_probs=old * mask,
         rollout_log_probs=(old + 0.05 * torch.sin(3.1 * b + 0.7 * t)) * mask,
+        posterior_log_probs=(log_probs + 0.4 * torch.cos(1.3 * b - 0.6 * t)) * mask,
         response_mask=mask,
         advantages=torch.tensor([0.8, -0.4, 1.1, -1.5])[:, None] * mask,
     )
@@ -276,6 +281,7 @@ def step_gradient(kl_type: str, given: Batch | None = None) -> Tensor:
         given.response_mask,
         old_log_probs=given.old_log_probs,
         rollout_log_probs=given.rollout_log_probs,
+        posterior_log_probs=given.posterior_log_probs,
         advantages=given.advantages,
         kl_coef=BETA,
         clip_range=CLIP_RANGE,

@@ -26,7 +26,7 @@ class Step:
     experience: Any
     kl_coef: float
     loss_fn: Any
-    sample_weights: dict[str, Tensor] = field(default_factory=dict)
+    carried: dict[str, Tensor] = field(default_factory=dict)
     hidden: hidden.Micro | None = None
     kl: Tensor | None = None
     tally: Tally | None = None
@@ -48,7 +48,8 @@ class Step:
             clip_range=(self.loss_fn.clip_eps_low, self.loss_fn.clip_eps_high),
             return_baseline=given.kl,  # see trainer.carry_baseline
             exact_kl=None if self.hidden is None else self.hidden.kl(spec, log_probs),
-            sample_weights=self.sample_weights,
+            sample_weights=self.carried,
+            posterior_log_probs=self.carried.get(samples.POSTERIOR),
         )
 
 
@@ -82,8 +83,8 @@ def training_step(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> A
             f"kl_type {plan.spec} acts where experience is made, but klplug was not active in the "
             "process that made this one"
         )
-    weights = samples.taken(plan, experience)
-    step = Step(plan, experience, given["kl_ctl"], trainer.actor_loss_fn, weights)
+    carried = samples.taken(plan, experience)
+    step = Step(plan, experience, given["kl_ctl"], trainer.actor_loss_fn, carried)
     token = _STEP.set(step)
     try:
         with hidden.micro(plan, trainer, experience) as step.hidden:
@@ -115,7 +116,7 @@ def _check(step: Step) -> None:
             f"OpenRLHF's training step aggregated the KL of {spec} by a function that klplug "
             "does not know, so it may not be as the policy loss is"
         )
-    if step.plan.combined.terms and not step.joined:
+    if step.plan.in_policy_loss.terms and not step.joined:
         raise RuntimeError(
             f"kl_type {spec} belongs inside the policy loss, but OpenRLHF's training step took "
             "that from somewhere else than openrlhf.models.loss.PolicyLoss"
@@ -125,10 +126,10 @@ def _check(step: Step) -> None:
 def policy_loss(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     """OpenRLHF's own, of advantages that have the KL in them (``klplug.policy_loss``)."""
     step = _STEP.get()
-    if step is None or not step.plan.combined.terms:
+    if step is None or not step.plan.in_policy_loss.terms:
         return original(*args, **kwargs)
     given = bound(original, args, kwargs)
-    inside = KLStep(step.term(step.plan.combined, given["log_probs"]))
+    inside = KLStep(step.term(step.plan.in_policy_loss, given["log_probs"]))
     given["advantages"] = inside.advantages(given["advantages"], step.kl_coef)
     step.joined = True
     return original(**given)

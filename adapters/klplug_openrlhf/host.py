@@ -15,7 +15,8 @@ _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 def served(spec: KLSpec) -> str:
-    if any(term.head in ("combined", "clipped") for term in spec.terms):
+    headed = any(term.head in ("combined", "clipped") for term in spec.terms)
+    if headed or spec.has_the_reward:
         return "with policy_loss_type=ppo"
     return "yes"
 

@@ -65,6 +65,11 @@ class Plan(Asked):
         return sum_of(t for t in self.as_loss.terms if t.head == "combined")
 
     @property
+    def in_policy_loss(self) -> KLSpec:
+        """What changes the advantages of the policy loss: what is inside it, or has the reward."""
+        return self.as_loss if self.spec.has_the_reward else self.combined
+
+    @property
     def separate(self) -> KLSpec:
         """The part of the loss that is added to the policy loss."""
         return sum_of(t for t in self.as_loss.terms if t.head != "combined")
@@ -74,7 +79,8 @@ class Plan(Asked):
         """Whether a part of it happens where experience is made, before any training step."""
         with_baseline = any(term.baseline != "none" for term in self.as_loss.terms)
         sampler = self.is_active and not self.needs_reference
-        carried = with_baseline or any(term.weight != "none" for term in self.as_loss.terms)
+        carried = with_baseline or self.spec.has_the_reward
+        carried = carried or any(term.weight != "none" for term in self.as_loss.terms)
         return bool(self.in_reward.terms) or carried or sampler
 
     @classmethod

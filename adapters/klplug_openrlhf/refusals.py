@@ -124,6 +124,14 @@ def weight_of_no_group(plan: Plan, settings: Settings) -> Said:
     return hosting.weight_of_no_group(plan, settings, N)
 
 
+def posterior_of_no_group(plan: Plan, settings: Settings) -> Said:
+    return hosting.posterior_of_no_group(plan, settings, N)
+
+
+def posterior_beside_another_loss(plan: Plan, settings: Settings) -> Said:
+    return hosting.posterior_beside_another_loss(plan, settings, POLICY_LOSS, "ppo")
+
+
 def head_of_another_loss(plan: Plan, settings: Settings) -> Said:
     return hosting.head_of_another_loss(plan, settings, POLICY_LOSS, "ppo")
 
@@ -201,6 +209,8 @@ ROWS = (
     baseline_on_discounted_returns,
     no_other_answers,
     weight_of_no_group,
+    posterior_of_no_group,
+    posterior_beside_another_loss,
     hosting.two_baselines,
     hosting.baseline_of_nothing,
     hidden_states_in_pieces,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from klplug import KLSpec, Samples, sample_weights
+from klplug import KLSpec, Samples, posterior_log_probs, sample_weights
 from klplug.hosting.patching import Args, Call, Kwargs
 from klplug.samples import weights_of
 from klplug_openrlhf.plan import Plan
@@ -23,13 +23,14 @@ from klplug_openrlhf.plan import Plan
 INFO = "klplug/sample_weights"
 ENTROPY = "klplug/entropy"
 REWARDS = "klplug/rewards"
+POSTERIOR = "posterior_log_probs"
 
 
 @dataclass(frozen=True)
 class Carried:
-    """Of one answer: by ``weight=``, the numbers of its counted tokens."""
+    """Of one answer the numbers of its counted tokens: by ``weight=``, and the posterior's."""
 
-    weights: dict[str, Tensor]
+    numbers: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def flattened(maker: Any, results: list[Any]) -> list[Any]:
 
 def attach(plan: Plan, maker: Any, experiences: list[Any]) -> None:
     """What weights see and OpenRLHF drops, or changes, before there are advantages."""
-    if not weights_of(plan.spec):
+    if not carries(plan.spec):
         return
     entropies = vars(maker).pop("klplug_entropies", None)
     if weights_of(plan.spec, "entropy") and entropies is None:
@@ -100,11 +101,19 @@ def cut(whole: Tensor, experiences: list[Any]) -> list[Tensor]:
     return [x[:, : e.action_mask.shape[1]] for x, e in zip(parts, experiences, strict=True)]
 
 
+def carries(spec: KLSpec) -> bool:
+    """Whether anything is made of a whole step's answers, to travel with them."""
+    return bool(weights_of(spec)) or spec.has_the_reward
+
+
 def of_rollout(spec: KLSpec, experiences: list[Any], group_ids: list[int]) -> dict[str, Tensor]:
     """By ``weight=``, of all answers at once, as wide as the widest."""
+    return sample_weights(spec, of_step(spec, experiences, group_ids)) if weights_of(spec) else {}
+
+
+def of_step(spec: KLSpec, experiences: list[Any], group_ids: list[int]) -> Samples:
+    """All answers of a step, as wide as the widest."""
     weights = weights_of(spec)
-    if not weights:
-        return {}
 
     def of_all(name: str) -> Tensor | None:
         tensors = [getattr(e, name) for e in experiences]
@@ -120,7 +129,7 @@ def of_rollout(spec: KLSpec, experiences: list[Any], group_ids: list[int]) -> di
 
     tensors = {own.tensor: of_info(own.tensor) for own in weights if own.tensor is not None}
     entropies = [e.info.get(ENTROPY) for e in experiences]
-    samples = Samples(
+    return Samples(
         mask=joined([e.action_mask for e in experiences]) != 0,
         log_probs=of_all("action_log_probs"),
         ref_log_probs=of_all("base_action_log_probs"),
@@ -130,7 +139,6 @@ def of_rollout(spec: KLSpec, experiences: list[Any], group_ids: list[int]) -> di
         entropy=None if entropies[0] is None else joined(entropies),
         tensors={name: tensor for name, tensor in tensors.items() if tensor is not None},
     )
-    return sample_weights(spec, samples)
 
 
 def _of_actions(tensor: Tensor, experience: Any) -> Tensor:
@@ -145,16 +153,21 @@ def by_experience(weights: dict[str, Tensor], experiences: list[Any]) -> list[di
     return [{name: part[i] for name, part in parts.items()} for i in range(len(experiences))]
 
 
-def carry(plan: Plan, experiences: list[Any], group_ids: list[int]) -> None:
-    """Each answer's weights into its experience; what they were made of out of it."""
+def carry(plan: Plan, experiences: list[Any], group_ids: list[int], beta: float) -> None:
+    """Each answer's weights, and its posterior's log-probs, into its experience; what they were
+    made of out of it."""
     weights = weights_of(plan.spec)
-    if not weights:
+    if not carries(plan.spec):
         return
-    made = by_experience(of_rollout(plan.spec, experiences, group_ids), experiences)
+    whole = of_rollout(plan.spec, experiences, group_ids)
+    if plan.spec.has_the_reward:
+        samples = of_step(plan.spec, experiences, group_ids)
+        whole[POSTERIOR] = posterior_log_probs(samples, beta)
+    made = by_experience(whole, experiences)
     for experience, own in zip(experiences, made, strict=True):
         info, mask = experience.info, experience.action_mask != 0
         info[INFO] = [
-            Carried({name: weight[i][row] for name, weight in own.items()})
+            Carried({name: numbers[i][row] for name, numbers in own.items()})
             for i, row in enumerate(mask)
         ]
         read_of = [own.tensor for own in weights if own.tensor is not None]
@@ -167,8 +180,8 @@ def carry(plan: Plan, experiences: list[Any], group_ids: list[int]) -> None:
 
 
 def taken(plan: Plan, experience: Any) -> dict[str, Tensor]:
-    """The weights of a micro-batch, (B, A) each, out of what OpenRLHF would log."""
-    if not weights_of(plan.spec):
+    """What was carried of a micro-batch, (B, A) each, out of what OpenRLHF would log."""
+    if not carries(plan.spec):
         return {}
     if INFO not in experience.info:
         raise RuntimeError(
@@ -178,9 +191,9 @@ def taken(plan: Plan, experience: Any) -> dict[str, Tensor]:
     experience.info = dict(experience.info)
     carried: list[Carried] = experience.info.pop(INFO)
     mask = experience.action_mask != 0
-    weights = {}
-    for name in carried[0].weights:
-        numbers = torch.cat([own.weights[name] for own in carried]).to(mask.device)
+    taken = {}
+    for name in carried[0].numbers:
+        numbers = torch.cat([own.numbers[name] for own in carried]).to(mask.device)
         place = mask.nonzero(as_tuple=True)
-        weights[name] = numbers.new_zeros(mask.shape).index_put(place, numbers)
-    return weights
+        taken[name] = numbers.new_zeros(mask.shape).index_put(place, numbers)
+    return taken

@@ -118,7 +118,7 @@ def compute_advantages_and_returns(original: Call, maker: Any, args: Args, kwarg
         experiences = original(*args, **kwargs)
     carry_baseline(plan, experiences, maker.args)
     groups = _groups(experiences, read(maker.args, "rollout.n_samples_per_prompt"))
-    samples.carry(plan, experiences, groups)
+    samples.carry(plan, experiences, groups, maker.kl_ctl.value)
     return experiences
 
 

@@ -23,11 +23,13 @@ from klplug_verl.keys import LOSS_TYPE, is_stock
 
 COEF_KEY = "klplug_kl_coef"  # the controller's value, in the batch's meta information
 BASELINE = "klplug_return_baseline"  # of the whole batch, one of its tensors
+POSTERIOR = "klplug_posterior_log_probs"  # likewise
 # klplug's word for a tensor, and verl's.
 _TENSORS = {
     "ref_log_probs": "ref_log_prob",
     "old_log_probs": "old_log_probs",
     "rollout_log_probs": "rollout_log_probs",
+    "posterior_log_probs": POSTERIOR,
     "advantages": "advantages",
 }
 SUMS, MAXIMA = "klplug/sum/", "klplug/max/"
@@ -114,7 +116,8 @@ def ppo_loss(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
 
     log_probs = no_padding_2_padding(given["model_output"]["log_probs"], data)
     # No others: to pad one costs more than the KL itself.
-    needed = (own for name, own in _TENSORS.items() if name in spec.requires)
+    acting = {"advantages"} if spec.has_the_reward else set()  # they are 0 beside it
+    needed = (own for name, own in _TENSORS.items() if name in {*spec.requires, *acting})
     weights = (own.key for own in weights_of(spec))
     named = (name for name in ("response_mask", *needed, BASELINE, *weights) if name in data)
     tensors = dict(data.select(*named).to_padded_tensor())
@@ -123,7 +126,7 @@ def ppo_loss(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     coef = config.kl_loss_coef if coef is None else coef
     exact_kl = hidden.exact(spec, log_probs, tensors)
     step = KLStep(term_of(spec, log_probs, tensors, config, coef, exact_kl))
-    if step.inside:
+    if step.changes_advantages:
         advantages = step.advantages(tensors["advantages"], coef)
         given["data"] = _with_advantages(data, advantages)
     # verl's own loss without its KL; the config is frozen, and global_batch_info stays shared.

@@ -19,7 +19,8 @@ def before(version: str, release: tuple[int, int]) -> bool:
 
 
 def served(spec: KLSpec) -> str:
-    if any(term.head in ("combined", "clipped") for term in spec.terms):
+    headed = any(term.head in ("combined", "clipped") for term in spec.terms)
+    if headed or spec.has_the_reward:
         return "with loss_mode=vanilla"
     exact = any(term.vocab == "exact" for term in spec.terms)
     return "with strategy=fsdp or fsdp2" if exact else "yes"

@@ -197,6 +197,14 @@ def weight_of_no_group(plan: Plan, settings: Settings) -> Said:
     return hosting.weight_of_no_group(plan, settings, N)
 
 
+def posterior_of_no_group(plan: Plan, settings: Settings) -> Said:
+    return hosting.posterior_of_no_group(plan, settings, N)
+
+
+def posterior_beside_another_loss(plan: Plan, settings: Settings) -> Said:
+    return hosting.posterior_beside_another_loss(plan, settings, LOSS_MODE, "vanilla")
+
+
 def head_of_another_loss(plan: Plan, settings: Settings) -> Said:
     return hosting.head_of_another_loss(plan, settings, LOSS_MODE, "vanilla")
 
@@ -227,6 +235,7 @@ def legacy_worker(plan: Plan, settings: Settings) -> Said:
         *([f"baseline={t.baseline}" for t in as_loss if t.baseline != "none"]),
         *([f"weight={t.weight}" for t in as_loss if t.weight != "none"]),
         *([f"reference={as_loss[0].reference}"] if not plan.needs_reference else ()),
+        *(["reference=posterior"] if plan.spec.has_the_reward else ()),
     ]
     if unserved:
         yield (
@@ -337,6 +346,8 @@ ROWS = (
     hosting.baseline_of_nothing,
     no_other_answers,
     weight_of_no_group,
+    posterior_of_no_group,
+    posterior_beside_another_loss,
     no_entropies,
     legacy_worker,
     hosting.controller_of_nothing,

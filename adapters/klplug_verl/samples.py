@@ -82,7 +82,17 @@ def of_batch(
     """By ``weight=``, of all answers of a step."""
     if not weights_of(spec):
         return {}
-    samples = Samples(
+    return sample_weights(spec, of_step(tensors, groups, named, mask))
+
+
+def of_step(
+    tensors: Any,
+    groups: Sequence[Any],
+    named: Mapping[str, Tensor],
+    mask: Tensor | None = None,
+) -> Samples:
+    """All answers of a step."""
+    return Samples(
         mask=(tensors["response_mask"] if mask is None else mask) != 0,
         log_probs=tensors.get("old_log_probs"),
         ref_log_probs=tensors.get("ref_log_prob"),
@@ -92,7 +102,6 @@ def of_batch(
         entropy=named.get("entropy"),
         tensors=named,
     )
-    return sample_weights(spec, samples)
 
 
 def carried(weights: Mapping[str, Tensor], spec: KLSpec) -> dict[str, Tensor]:

@@ -18,7 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from klplug import KLSpec, KLTerm, kl_return_baseline, kl_term, parse, reward_to_go
+from klplug import (
+    KLSpec,
+    KLTerm,
+    kl_return_baseline,
+    kl_term,
+    parse,
+    posterior_log_probs,
+    reward_to_go,
+)
 from klplug.hosting import state
 from klplug.hosting.controller import MeasuredController
 from klplug.hosting.hidden import BYTES
@@ -29,7 +37,7 @@ from klplug.samples import weights_of
 from klplug.spec import TermSpec
 from klplug.watch import Watch
 from klplug_verl import hidden, samples
-from klplug_verl.actor import BASELINE, COEF_KEY, SUMS
+from klplug_verl.actor import BASELINE, COEF_KEY, POSTERIOR, SUMS
 from klplug_verl.keys import is_stock
 from klplug_verl.plan import Plan
 
@@ -227,6 +235,9 @@ def _join(run: Run, data: Any, keys: Sequence[str]) -> None:
     named = run.named | samples.tensors_of(as_loss, data)
     made = samples.of_batch(as_loss, tensors, groups, named)
     run.carried |= samples.carried(made, as_loss)
+    if as_loss.has_the_reward:
+        step = samples.of_step(tensors, groups, named)
+        run.carried[POSTERIOR] = posterior_log_probs(step, run.controller.value)
     if not run.plan.needs_reference:  # to the sampler the KL is 0 here
         return
     # Samples of the policy itself: the estimates are unbiased here.
@@ -259,7 +270,8 @@ def _join(run: Run, data: Any, keys: Sequence[str]) -> None:
 
 def _check_answers_are_rows(spec: KLSpec, n_answers: int, n_rows: int) -> None:
     """Where answers are looked at whole: an agent loop may cut one into several rows."""
-    whole = [(f"horizon={t.horizon}", "sequence") for t in spec.terms if t.horizon == "answer"]
+    whole = [("reference=posterior", "ref")] if spec.has_the_reward else []
+    whole += [(f"horizon={t.horizon}", "sequence") for t in spec.terms if t.horizon == "answer"]
     whole += [(f"baseline={t.baseline}", "none") for t in spec.terms if t.baseline != "none"]
     whole += [(f"weight={own.written}", "none") for own in weights_of(spec, "group_ids")]
     if whole and n_answers < n_rows:

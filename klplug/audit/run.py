@@ -292,6 +292,8 @@ class Run:
     def relative(self, term: Term) -> float | str:
         """beta against the raw reward: the one of ref exp(r/beta)/Z."""
         scale = self.advantage
+        if term.spec is not None and term.spec.has_the_reward:
+            return term.coef
         if term.as_loss or term.joins_after:
             return (NO_SCALE / (scale.before * scale.after)).of(term.coef, self.n)
         return (NO_SCALE / scale.before).of(term.coef, self.n)

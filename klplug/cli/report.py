@@ -12,6 +12,7 @@ from rich.table import Table
 from klplug.cli.output import AsJson, console, print_json
 from klplug.cli.status import Status, Unreadable
 from klplug.report import Report, report
+from klplug.report.closed_form import NoSamples
 from klplug.report.intervals import Final
 from klplug.report.page import final_of
 from klplug.report.runs import METRICS, Group, NoLogs
@@ -25,6 +26,15 @@ def report_command(
     out: Annotated[
         Path, typer.Option("--out", metavar="FOLDER", help="Where the page goes.")
     ] = Path("klplug-report"),
+    samples: Annotated[
+        Path | None,
+        typer.Option(
+            "--samples",
+            metavar="FILE",
+            help="Answers of the reference, JSON lines with prompt, reward and tokens: draws the "
+            "best policies and best of N beside the runs.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Draw runs side by side: reward, validation, KL, entropy, length, gradient norm, weights.
@@ -32,8 +42,8 @@ def report_command(
     Reads TensorBoard's events, offline W&B files, JSON lines, CSV, and what a console printed.
     """
     try:
-        made = report(runs, out)
-    except NoLogs as error:
+        made = report(runs, out, samples)
+    except (NoLogs, NoSamples) as error:
         raise Unreadable(str(error)) from error
     except OSError as error:
         raise Unreadable(f"{error.filename or out}: {error.strerror or error}") from error

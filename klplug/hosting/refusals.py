@@ -125,6 +125,41 @@ def weight_of_no_group(plan: Asked, settings: Settings, samples: str) -> Said:
             )
 
 
+def posterior_of_no_group(plan: Asked, settings: Settings, samples: str) -> Said:
+    """Z of a prompt is estimated from the other answers to it.
+
+    Args:
+        samples: the setting of the answers to each prompt.
+    """
+    if not plan.spec.has_the_reward:
+        return
+    n = int(settings.get(samples, 1))
+    if n < 2:
+        yield (
+            samples,
+            f"kl_type {plan.spec}: {settings.named(samples)} is {n}, so reference=posterior has no "
+            "other answers to estimate Z from. Sample at least 2, or use 'k1_in_reward'",
+        )
+
+
+def posterior_beside_another_loss(plan: Asked, settings: Settings, loss: str, ppo: str) -> Said:
+    """With advantages of 0 PPO's policy loss is 0; of another one klplug doesn't know that.
+
+    Args:
+        loss: the setting of the policy loss.
+        ppo: its value for PPO's.
+    """
+    if not plan.spec.has_the_reward:
+        return
+    value = str(settings.get(loss, ppo))
+    if value != ppo:
+        yield (
+            loss,
+            f"kl_type {plan.spec}: {settings.named(loss)} is {value}, and reference=posterior has "
+            f"no policy loss beside it, which is so where that is PPO's. Use {ppo}",
+        )
+
+
 def head_of_another_loss(plan: Asked, settings: Settings, loss: str, ppo: str) -> Said:
     """A head is inside the policy loss, and there is that of PPO only.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import klplug
 from klplug.report import plots
+from klplug.report.closed_form import ClosedForm, closed_form
 from klplug.report.intervals import SHARE, Final, final
 from klplug.report.runs import SEED, Group, Metric, NoLogs, groups, metrics_of
 
@@ -45,16 +46,19 @@ class Report:
     problems: list[str]
 
 
-def report(folders: Sequence[Path], out: Path) -> Report:
+def report(folders: Sequence[Path], out: Path, samples: Path | None = None) -> Report:
     """Write ``report.html`` and its pictures into ``out`` from the logs in ``folders``.
 
-    Runs that differ in their seed alone make one line with a band.
+    Runs that differ in their seed alone make one line with a band. With ``samples``, answers of the
+    reference with rewards, reward against KL has the closed form beside the runs.
 
     Raises:
+        NoSamples: ``samples`` has none, or a line that is none.
         NoLogs: a folder has no log, or nothing in any log could be read.
         OSError: ``out`` can't be written.
         ModuleNotFoundError: matplotlib, Jinja2 or scipy is missing.
     """
+    best = None if samples is None else closed_form(samples)
     found, problems = groups(folders)
     if not found:
         raise NoLogs("no run could be read:\n  " + "\n  ".join(problems))
@@ -69,10 +73,13 @@ def report(folders: Sequence[Path], out: Path) -> Report:
     }
     drawn = {}
     if any(group.kl_name and group.series("reward") for group in found):
-        drawn["frontier"] = plots.frontier(found, finals)
+        drawn["frontier"] = plots.frontier(found, finals, best)
+    elif best is not None:
+        problems.append(f"{samples}: no run has both a reward and a KL to draw it beside")
     drawn |= {metric.name: plots.curves(metric, found) for metric in metrics}
     titles = {metric.name: metric.title for metric in metrics} | {"frontier": "reward against KL"}
-    page = _page(found, finals, drawn, titles, problems)
+    notes = NOTES if best is None else NOTES | {"frontier": NOTES["frontier"] + _note(best)}
+    page = _page(found, finals, drawn, titles, problems, notes)
     out.mkdir(parents=True, exist_ok=True)
     pictures = {name: out / f"{name.replace('/', '_')}.svg" for name in drawn}
     for name, path in pictures.items():
@@ -81,12 +88,22 @@ def report(folders: Sequence[Path], out: Path) -> Report:
     return Report(out / PAGE, pictures, found, finals, problems)
 
 
+def _note(best: ClosedForm) -> str:
+    return (
+        f" Dashed: the best policy at each KL, ref exp(r/beta)/Z, from {best.prompts} prompts with "
+        f"{best.answers} answers of the reference or more. It can't see beyond a KL of "
+        f"log {best.answers} nats per answer. Crosses: best of N, whose KL is at most "
+        "log N - (N-1)/N."
+    )
+
+
 def _page(
     found: Sequence[Group],
     finals: dict[str, dict[str, Final]],
     drawn: dict[str, str],
     titles: dict[str, str],
     problems: Sequence[str],
+    notes: Mapping[str, str],
 ) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
@@ -121,7 +138,7 @@ def _page(
         shared=shared,
         # Drawn by matplotlib from numbers and these titles, which it escapes.
         pictures=[
-            {"name": name, "title": titles[name], "note": NOTES.get(name), "svg": Markup(svg)}
+            {"name": name, "title": titles[name], "note": notes.get(name), "svg": Markup(svg)}
             for name, svg in drawn.items()
         ],
         folders=[

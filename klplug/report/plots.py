@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
+from klplug.report.closed_form import ClosedForm
 from klplug.report.intervals import Final
 from klplug.report.runs import Group, Metric, Series, rolling_mean
 
@@ -149,8 +150,12 @@ def _curve(axes: Axes, seeds: Sequence[Series], width: int, colour: str, line: s
         axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
-def frontier(found: Sequence[Group], finals: dict[str, dict[str, Final]]) -> str:
-    """Reward against KL: each run on its way, and where it ended."""
+def frontier(
+    found: Sequence[Group],
+    finals: dict[str, dict[str, Final]],
+    best: ClosedForm | None = None,
+) -> str:
+    """Reward against KL: each run on its way, and where it ended; beside it what is possible."""
 
     def draw(axes: Axes) -> None:
         every: list[float] = []
@@ -185,6 +190,15 @@ def frontier(found: Sequence[Group], finals: dict[str, dict[str, Final]]) -> str
                     color=colour,
                     capsize=3,
                 )
+        if best is not None:
+            possible = [p.kl for p in best.frontier], [p.reward for p in best.frontier]
+            axes.plot(*possible, "--", color=INK, linewidth=1, label="ref exp(r/beta)/Z")
+            sampled = [p.kl for p in best.best_of], [p.reward for p in best.best_of]
+            axes.plot(*sampled, "x", color=INK, markersize=5, label="best of N")
+            for point in best.best_of:
+                axes.annotate(f" {point.n}", (point.kl, point.reward), color=INK, fontsize=8)
+            axes.legend(labelcolor=INK, fontsize=8, loc="lower right")
+            every += possible[0]
         axes.set_title("reward against KL", fontsize=10)
         axes.set(xlabel="KL to the reference, nats per token", ylabel="reward")
         positive = sorted(value for value in every if value > 0)

@@ -365,3 +365,14 @@ def test_a_sum_of_klplugs_own_is_named_whole_and_nothing_better_is_known() -> No
     report = audit([*_VERL, f"+klplug.kl_type='{kl_type}'", "+klplug.kl_coef=0.01"])
     assert (report.kl_type, report.recommended, report.beta) == (kl_type, kl_type, 0.01)
     assert [term.beta_absolute for term in report.terms] == pytest.approx([0.015, -0.005])
+
+
+def test_a_divergence_to_the_posterior_has_the_raw_reward_in_it() -> None:
+    kl_type = "js_as_loss,reference=posterior"
+    own = [f"+klplug.kl_type='{kl_type}'", "+klplug.kl_coef=0.1"]
+    report = audit([*_VERL, "actor_rollout_ref.rollout.n=4", *own])
+    assert (report.kl_type, report.recommended, report.beta) == (kl_type, kl_type, 0.1)
+    (term,) = report.terms
+    assert (term.gradient, term.scope) == ("neither", "sequence")
+    assert term.target == "grad 2 JS(pi, p) between whole answers, p = ref exp(r/kl_coef)/Z"
+    assert (term.beta_absolute, term.beta_relative) == (0.1, 0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from xml.etree import ElementTree
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from klplug.report.closed_form import closed_form
 from klplug.report.intervals import final
 from klplug.report.logs import EVENTS, Log, read
 from klplug.report.runs import not_finite, rolling_mean
@@ -428,3 +430,81 @@ def test_one_seed_has_the_range_of_its_steps_and_no_interval() -> None:
 
 def test_a_rolling_mean_leaves_nan_out() -> None:
     assert rolling_mean({1: 1.0, 2: math.nan, 5: 3.0}, 2) == {1: 1.0, 2: 1.0, 5: 3.0}
+
+
+def answers(path: Path, *prompts: list[tuple[float, float]]) -> Path:
+    """Of the reference, a list of rewards and tokens for each prompt."""
+    rows = [
+        {"prompt": f"prompt {i}", "reward": reward, "tokens": tokens}
+        for i, own in enumerate(prompts)
+        for reward, tokens in own
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_frontier_is_the_closed_form(tmp_path: Path) -> None:
+    """Right and wrong, a half each, of 10 tokens; and 3 of 4 right, of 20."""
+    path = answers(
+        tmp_path / "ref.jsonl",
+        [(1, 10), (0, 10), (1, 10), (0, 10)],
+        [(1, 20), (1, 20), (1, 20), (0, 20)],
+    )
+    best = closed_form(path)
+    assert (best.prompts, best.answers) == (2, 4)
+    assert (best.frontier[0].kl, best.frontier[0].reward) == (0, pytest.approx(0.625))
+    for point, beta in zip(best.frontier[1:], [2 ** (5 - k / 2) for k in range(25)], strict=True):
+        reward = kl = 0.0
+        for right in (0.5, 0.75):
+            p = right * math.exp(1 / beta) / (right * math.exp(1 / beta) + 1 - right)
+            reward += p / 2
+            kl += p * math.log(p / right)
+            kl += (1 - p) * math.log((1 - p) / (1 - right)) if p < 1 else 0.0
+        assert point.reward == pytest.approx(reward, rel=1e-9)
+        assert point.kl == pytest.approx(kl / 30, rel=1e-6, abs=1e-12)
+    kls = [point.kl for point in best.frontier]
+    assert kls == sorted(kls) and kls[-1] == pytest.approx((math.log(2) + math.log(4 / 3)) / 30)
+
+
+def test_best_of_n_is_the_mean_over_every_choice_of_n(tmp_path: Path) -> None:
+    own = [(0.2, 5.0), (1.0, 9.0), (0.7, 3.0), (0.4, 8.0), (0.9, 2.0)]
+    best = closed_form(answers(tmp_path / "ref.jsonl", own))
+    assert [point.n for point in best.best_of] == [1, 2, 4]
+    for point in best.best_of:
+        chosen = [max(some) for some in itertools.combinations(own, point.n)]
+        reward, tokens = (sum(x) / len(chosen) for x in zip(*chosen, strict=True))
+        assert point.reward == pytest.approx(reward)
+        bound = math.log(point.n) - (point.n - 1) / point.n
+        assert point.kl == pytest.approx(bound / tokens)
+
+
+def test_the_closed_form_stands_beside_the_runs(klplug_command: Klplug, tmp_path: Path) -> None:
+    run = quickstart(tmp_path / "run")
+    path, out = answers(tmp_path / "ref.jsonl", [(1, 10), (0, 10)]), tmp_path / "out"
+    done = klplug_command("report", str(run), "--samples", str(path), "--out", str(out))
+    assert done.status == 0
+    words = axis(out / "frontier.svg")
+    assert {"ref exp(r/beta)/Z", "best of N", "2"} <= {word.strip() for word in words}
+    assert "can&#39;t see beyond a KL of log 2 nats" in (out / "report.html").read_text()
+    plain = klplug_command("report", str(run), "--out", str(out))
+    assert plain.status == 0 and "best of N" not in axis(out / "frontier.svg")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "no answers in it"),
+        ('{"prompt": "a", "reward": 1, "tokens": 3}\n', 'prompt "a" has one answer'),
+        ('{"prompt": "a", "reward": 1}\n', "line 1: no answer with prompt, reward and tokens"),
+        ("half a line\n", "line 1: no answer with prompt"),
+        ('{"prompt": "a", "reward": NaN, "tokens": 3}\n', "line 1: reward must be finite"),
+        ('{"prompt": "a", "reward": 1, "tokens": 0}\n', "and tokens above 0"),
+    ],
+)
+def test_samples_that_are_none_are_told(
+    text: str, told: str, klplug_command: Klplug, tmp_path: Path
+) -> None:
+    run, path = quickstart(tmp_path / "run"), tmp_path / "ref.jsonl"
+    path.write_text(text)
+    done = klplug_command("report", str(run), "--samples", str(path), "--out", str(tmp_path / "o"))
+    assert done.status == 2 and told in done.err

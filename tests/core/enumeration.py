@@ -137,11 +137,21 @@ class Problem:
         probability = self.answer_probability(ref)
         return self.gradient((probability * (self.log_probs(ref).sum(-1) - log_probs)).sum())
 
-    def between_answers(self, divergence: str) -> Tensor:
-        """grad of ``E_ref f(u)`` over whole answers."""
-        ref = self.answer_probability(self.ref())
+    def between_answers(self, divergence: str, other: Tensor | None = None) -> Tensor:
+        """grad of ``E_ref f(u)`` over whole answers, ``other`` in the place of their ref."""
+        ref = self.answer_probability(self.ref()) if other is None else other
         ratio = self.answer_probability(self.policy()) / ref
         return self.gradient((ref * F[divergence](ratio)).sum())
+
+    @property
+    def rewards(self) -> Tensor:
+        """One for each answer, of three values."""
+        return torch.arange(len(self.answers)).remainder(3).double() / 2
+
+    def posterior(self, beta: float) -> Tensor:
+        """The probability of each answer under ``ref exp(r/beta) / Z``."""
+        weight = self.answer_probability(self.ref()) * (self.rewards / beta).exp()
+        return weight / weight.sum()
 
     def loc(self, divergence: str = "reverse") -> Tensor:
         return self.at_prefixes(self.reach(self.policy()), divergence)

@@ -26,6 +26,7 @@ def tensors(dtype: torch.dtype, device: str) -> dict[str, Tensor]:
             "old_log_probs",
             "rollout_log_probs",
             "advantages",
+            "posterior_log_probs",
         )
     }
     mask = torch.arange(17) < torch.tensor([17, 9, 1, 0, 12, 5])[:, None]

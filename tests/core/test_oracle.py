@@ -19,6 +19,7 @@ from klplug import (
     kl_types,
     parse,
     policy_loss,
+    posterior_log_probs,
     reward_to_go,
     sample_weights,
 )
@@ -776,6 +777,154 @@ def test_a_baseline_from_the_start_of_the_step_is_unbiased_too() -> None:
     assert_equal(problem.gradient((weight * term.loss).sum()), problem.full())
 
 
+@pytest.mark.parametrize("name", [n for n in DIVERGENCES if n != "forward"])
+def test_on_the_references_own_answers(problem: Problem, name: str) -> None:
+    """The reference as the sampler: its answers, its log-probs in both places, no other policy."""
+    ref = problem.log_probs(problem.ref())
+    probability = problem.answer_probability(problem.ref())[:, None]
+
+    def gradient(kl_type: str) -> Tensor:
+        policy = problem.log_probs(problem.policy())
+        term = kl_term(
+            f"{kl_type},ratio=rollout,cap=none", policy, ref, problem.mask, rollout_log_probs=ref
+        )
+        return problem.gradient((probability * term.loss).sum())
+
+    found = gradient(f"{name}_as_loss,horizon=answer")
+    assert_equal(found, problem.between_answers(name))
+    likelihood = (probability[:, 0] * problem.log_probs(problem.policy()).sum(-1)).sum()
+    forward = gradient("forward_as_loss,horizon=sequence")
+    assert_equal(forward, -problem.gradient(likelihood))
+    assert_equal(forward, problem.full_forward())
+
+
+# ── The posterior as the reference ──────────────────────────────────────────────────────────────
+
+TEMPERATURE = 0.7  # beta
+TO_POSTERIOR = {
+    f"{kl_type},reference=posterior": f
+    for f, kl_type in {"reverse": "k2_as_loss", **LOSS_OF}.items()
+}
+
+
+@pytest.mark.parametrize("kl_type", TO_POSTERIOR)
+def test_the_posterior_as_reference(problem: Problem, kl_type: str) -> None:
+    """With its own Z, wherever along an answer what is not ref's lies."""
+    f, posterior = TO_POSTERIOR[kl_type], problem.posterior(TEMPERATURE)
+    ref = problem.log_probs(problem.ref())
+    first = torch.zeros_like(ref)
+    first[:, 0] = posterior.log() - ref.sum(-1)
+    expected = problem.between_answers(f, posterior)
+    on_policy = problem.policy().detach()
+    for behaviour, ratio in (
+        (on_policy, "ratio=none"),
+        (on_policy, "ratio=old,cap=none"),
+        (problem.old(), "ratio=old,cap=none"),
+        (problem.old(), "ratio=rollout,cap=none"),
+    ):
+        given = {"posterior_log_probs": ref + first}
+        assert_equal(loss_gradient(problem, f"{kl_type},{ratio}", behaviour, **given), expected)
+    if f != "tv" or many_tokens(problem):  # of one token no sign is another here
+        assert_different(expected, problem.between_answers(f))
+
+
+def test_to_the_posterior_the_targets_differ(problem: Problem) -> None:
+    posterior = problem.posterior(TEMPERATURE)
+    targets = {f: problem.between_answers(f, posterior) for f in TO_POSTERIOR.values()}
+    assert_equal(2 * targets.pop("alpha,alpha=2"), targets["chi2"])
+    assert_equal(targets.pop("alpha"), 2 * targets["hellinger"])
+    names = list(targets)
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            assert_different(targets[one], targets[other])
+
+
+def of_groups(problem: Problem, kl_type: str, behaviour: Tensor, size: int) -> Tensor:
+    """The expected gradient of groups of ``size`` answers from ``behaviour``, Z from the group."""
+    drawn = torch.cartesian_prod(*[torch.arange(len(problem.answers))] * size)
+    rows = drawn.flatten()
+    old, ref, mask = problem.log_probs(behaviour), problem.log_probs(problem.ref()), problem.mask
+    samples = Samples(
+        mask[rows],
+        log_probs=old[rows],
+        ref_log_probs=ref[rows],
+        rewards=problem.rewards[rows],
+        group_ids=torch.arange(len(drawn)).repeat_interleave(size),
+    )
+    term = kl_term(
+        f"{kl_type},cap=none",
+        problem.log_probs(problem.policy())[rows],
+        ref[rows],
+        mask[rows],
+        old_log_probs=old[rows],
+        posterior_log_probs=posterior_log_probs(samples, TEMPERATURE),
+    )
+    probability = problem.answer_probability(behaviour).detach()[drawn].prod(-1)
+    weight = probability.repeat_interleave(size)[:, None] / size
+    return problem.gradient((weight * term.loss).sum())
+
+
+@pytest.mark.parametrize("policy", ["pi", "old"])
+def test_z_from_the_other_answers_leaves_the_reverse_kl_exact(
+    problem: Problem, policy: str
+) -> None:
+    """And times beta that is minus the gradient of E[r] - beta KL(pi||ref)."""
+    behaviour = problem.policy().detach() if policy == "pi" else problem.old()
+    found = of_groups(problem, "k2_as_loss,reference=posterior", behaviour, 2)
+    rewards = problem.gradient(problem.answer_probability(problem.policy()) @ problem.rewards)
+    assert_equal(TEMPERATURE * found, TEMPERATURE * problem.full() - rewards)
+    assert_equal(found, problem.between_answers("reverse", problem.posterior(TEMPERATURE)))
+
+
+# Of what c has a power of u, and which.
+POWERS = {
+    "forward_as_loss": -1,
+    "hellinger_as_loss": -0.5,
+    "chi2_as_loss": 1,
+    "alpha_as_loss,alpha=2": 1,
+    "alpha_as_loss,alpha=-1": -2,
+}
+
+
+@pytest.mark.parametrize("kl_type", POWERS)
+def test_z_from_the_other_answers_leaves_a_power_its_direction(
+    problem: Problem, kl_type: str
+) -> None:
+    """The factor is the mean of that power of the estimate over Z: of chi2 it is 1."""
+    behaviour, reference = problem.old(), "reference=posterior"
+    found = of_groups(problem, f"{kl_type},{reference}", behaviour, 2)
+    old = problem.answer_probability(behaviour)
+    weights = problem.answer_probability(problem.ref()) * (problem.rewards / TEMPERATURE).exp()
+    factor = (old * (weights / old / weights.sum()) ** POWERS[kl_type]).sum()
+    f = TO_POSTERIOR[f"{kl_type},{reference}"]
+    exact = problem.between_answers(f, problem.posterior(TEMPERATURE))
+    assert_equal(found, factor * exact)
+    assert_equal(factor, factor * 0 + 1) if POWERS[kl_type] == 1 else assert_different(found, exact)
+
+
+@pytest.mark.parametrize("f", ["js", "jeffreys"])
+def test_with_more_answers_z_biases_another_divergence_less(f: str) -> None:
+    problem = PROBLEMS["one token"]()
+    exact = problem.between_answers(f, problem.posterior(TEMPERATURE))
+    kl_type = f"{f}_as_loss,reference=posterior"
+    found = [of_groups(problem, kl_type, problem.old(), n) for n in (2, 3, 4)]
+    off = [(one - exact).norm() for one in found]
+    assert off[0] > off[1] > off[2] > 1e-3 * exact.norm()
+    assert all(torch.cosine_similarity(one, exact, dim=0) > 0.98 for one in found)
+
+
+def test_beside_the_posterior_there_is_no_policy_loss(problem: Problem) -> None:
+    given = surrogate_inputs(problem)
+    given["posterior_log_probs"] = given["ref_log_probs"] - 0.1
+    kl_type = "js_as_loss,reference=posterior"
+    found = problem.gradient(
+        policy_loss(kl_type, **given, kl_coef=TEMPERATURE, clip_range=CLIP).sum()
+    )
+    del given["advantages"]
+    assert_equal(found, problem.gradient(TEMPERATURE * kl_term(kl_type, **given).loss.sum()))
+    assert found.norm() > 0
+
+
 # ── Exact over the vocabulary ───────────────────────────────────────────────────────────────────
 
 
@@ -930,6 +1079,7 @@ def test_every_catalogued_kl_type_is_in_an_oracle() -> None:
         "k2_as_loss,reference=old",
         "0.7*k2_as_loss+0.3*k2_as_loss,reference=old",
         "k3_in_reward+k3_as_loss",
+        *TO_POSTERIOR,
         "monitor",
         "none",
     }

@@ -181,6 +181,17 @@ def test_entropy_keeps_the_least_of_all_counted_tokens() -> None:
     assert not sample_weights("k2_as_loss,weight=entropy", none)["entropy"].any()
 
 
+@pytest.mark.parametrize(("floor", "factor"), [("", 2 / 0.8), (":0.7", 0.875), (":0.1", 0.5)])
+def test_entropy_floor_is_safes_factor_of_the_whole_batch(floor: str, factor: float) -> None:
+    """A mean entropy of 0.7 nats over four tokens, and SAFE's max(0.5, floor / (H + 0.1))."""
+    entropy = torch.tensor([[0.1, 2.0, 0.3, 9.0], [0.4, math.nan, math.nan, math.nan]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]).bool()
+    weight = f"entropy_floor{floor}"
+    kl_type = f"k2_as_loss,weight={weight}"
+    found = sample_weights(kl_type, Samples(mask, entropy=entropy))[weight]
+    torch.testing.assert_close(found, factor * mask)
+
+
 # ── Names ────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -204,6 +215,9 @@ def test_one_form_of_each() -> None:
         ("mask:a-b", "no name of a tensor"),
         ("entropy:1", "no quantile"),
         ("entropy:many", "no quantile"),
+        ("entropy_floor:0", "no entropy"),
+        ("entropy_floor:inf", "no entropy"),
+        ("entropy_floor:low", "no entropy"),
         ("json.loads", "unknown"),  # no dotted paths
     ],
 )

@@ -68,6 +68,9 @@ def test_defaults_are_written_out() -> None:
     assert parse("k2_as_loss,horizon=sequence").level == "prefix"
     assert parse("chi2_as_loss,horizon=answer").level == "sequence"
     assert parse("chi2_as_loss,horizon=answer,ratio=none").level is None
+    assert parse("k2_as_loss,reference=posterior").horizon == "answer"
+    written = "js_as_loss,horizon=answer,reference=posterior"
+    assert str(parse(written)) == "js_as_loss,reference=posterior"
     assert parse("k2_as_loss,horizon=sequence,baseline=group").cap == math.inf
     head = parse("k2_as_loss,head=combined")
     assert (head.ratio, head.level, head.cap, head.mode) == (None, None, None, None)
@@ -221,6 +224,13 @@ def test_a_spec_is_frozen_and_parses_to_itself() -> None:
         ("chi2_as_loss,weight=root", ["'chi2_as_loss,horizon=answer,weight=root'"]),
         ("chi2_as_loss,horizon=answer,reference=old,weight=root", ["to the reference model"]),
         ("chi2_as_loss,horizon=answer,weight=root,bound=9", ["bound=9 with weight=root"]),
+        ("k1_in_reward,reference=posterior", ["'k2_as_loss,reference=posterior'"]),
+        ("k2_as_loss,reference=posterior,horizon=sequence", ["horizon=sequence", "whole answers"]),
+        ("k3_as_loss,reference=posterior", ["refused for k3", "forward, which has KL(p||pi)"]),
+        ("js_as_loss,reference=posterior,baseline=group", ["baseline=group", "in the Z of the"]),
+        ("js_as_loss,reference=posterior+k2_as_loss", ["stands alone", "other terms out"]),
+        ("js_as_loss,reference=posterior,head=combined", ["head=combined with horizon=answer"]),
+        ("js_as_loss,reference=posterior,vocab=exact", ["horizon=answer with vocab=exact"]),
         ("k2_as_loss,reward_norm=group", ["reward_norm=group", "'k2_in_reward'"]),
         ("k1_in_reward,reward_norm=std", ["reward_norm", "none, group"]),
         ("k1_in_reward,head=combined,horizon=all", ["horizon", "Allowed: token, sequence, answer"]),
@@ -295,12 +305,12 @@ OPTION_VALUES = {
     "vocab": st.sampled_from(["sample", "exact"]),
     "head": st.sampled_from(["separate", "combined", "clipped"]),
     "baseline": st.sampled_from(["none", "batch", "group"]),
-    "reference": st.sampled_from(["ref", "rollout", "old"]),
+    "reference": st.sampled_from(["ref", "rollout", "old", "posterior"]),
     "ratio": st.sampled_from(["old", "none", "rollout"]),
     "level": st.sampled_from(["token", "prefix", "sequence"]),
     "cap": st.floats(0.1, 1e12).map(repr) | st.just("none"),
     "mode": st.sampled_from(["truncate", "mask"]),
-    "horizon": st.sampled_from(["token", "sequence"]),
+    "horizon": st.sampled_from(["token", "sequence", "answer"]),
     "bound": st.floats(0.1, 1e12).map(repr) | st.just("none"),
     "weight": st.sampled_from(["none", "positive", "difficulty", "entropy:0.3", "mask:tool"]),
     "reward_norm": st.sampled_from(["none", "group"]),

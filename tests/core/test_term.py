@@ -78,6 +78,7 @@ def batch(
         "old_log_probs": draw(4.0),
         "rollout_log_probs": draw(4.0),
         "advantages": draw(2.0) + 1,
+        "posterior_log_probs": draw(4.0),
         "group_ids": torch.arange(shape[0]) // 2,
     }
 
@@ -109,7 +110,7 @@ def test_loss_is_the_value_with_weight_times_coefficient_as_gradient(kl_type: st
 def test_no_gradient_reaches_reference_old_or_rollout(kl_type: str) -> None:
     tensors = batch()
     others = [
-        tensors[k].requires_grad_() for k in ("ref_log_probs", "old_log_probs", "rollout_log_probs")
+        tensors[f"{k}_log_probs"].requires_grad_() for k in ("ref", "old", "rollout", "posterior")
     ]
     kl_term(kl_type, **tensors).loss.sum().backward()
     assert all(tensor.grad is None for tensor in others)
@@ -225,6 +226,7 @@ def test_everything_stays_finite(
         torch.tensor(mask).view(2, 3),
         old_log_probs=old,
         rollout_log_probs=rollout,
+        posterior_log_probs=rollout,
         advantages=torch.ones_like(ref),
         group_ids=[0, 0],
     )
@@ -280,8 +282,8 @@ def test_the_order_of_answers_does_not_matter(kl_type: str, seed: int, data: st.
 @pytest.mark.parametrize("kl_type", [g for g in GRID if not g.startswith("k1_as_loss")])
 def test_at_the_reference_there_is_nothing(kl_type: str) -> None:
     tensors = batch()
-    old = ["old_log_probs"] if "reference=old" in kl_type else []
-    for name in ("ref_log_probs", "rollout_log_probs", *old):
+    others = [f"{name}_log_probs" for name in ("old", "posterior") if f"={name}" in kl_type]
+    for name in ("ref_log_probs", "rollout_log_probs", *others):
         tensors[name] = tensors["log_probs"].detach().clone()
     term = kl_term(kl_type, **tensors)
     assert (term.loss == 0).all()

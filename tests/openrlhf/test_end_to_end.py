@@ -186,6 +186,36 @@ def test_two_references_under_a_schedule(
     assert "klplug/0.3xk2_as_loss.reference-old/k3" in steps[2]
 
 
+def test_a_weight_that_is_made_of_the_whole_step(
+    trained: Callable[..., tuple[list[Metrics], str]],
+) -> None:
+    steps, log = trained("k2_as_loss,weight=difficulty", steps=3)
+    assert "weight=difficulty (klplug" in log
+    assert all(0 < m["klplug/sample_weight_mean"] <= 1 for m in steps)
+    assert steps[2]["klplug/k3"] > 0  # the policy has moved; the first step is warm-up
+
+
+def test_the_square_root_of_chi2_between_answers(
+    trained: Callable[..., tuple[list[Metrics], str]],
+) -> None:
+    kl_type = "chi2_as_loss,horizon=answer,weight=root"
+    steps, log = trained(kl_type, "--actor.adam.lr", "1e-3", steps=3)
+    assert f"kl_type={kl_type} kl_coef=0.01" in log
+    assert steps[0]["klplug/sample_weight_mean"] == 0  # at the reference the root has no gradient
+    assert steps[2]["klplug/sample_weight_mean"] > 0 and steps[2]["klplug/coef_max"] > 0
+
+
+def test_the_reward_acts_through_the_posterior(
+    trained: Callable[..., tuple[list[Metrics], str]],
+) -> None:
+    kl_type = "js_as_loss,reference=posterior"
+    steps, log = trained(kl_type, "--actor.adam.lr", "1e-3", steps=3)
+    assert f"kl_type={kl_type} kl_coef=0.01" in log and "ReferenceModelActor" in log
+    assert [m["policy_loss"] for m in steps] == [0, 0, 0]
+    assert all(m["klplug/coef_max"] > 0 for m in steps)
+    assert steps[2]["klplug/k3"] > 0  # to ref, which it has left
+
+
 def test_the_oldest_release_that_is_served(
     trained: Callable[..., tuple[list[Metrics], str]],
 ) -> None:

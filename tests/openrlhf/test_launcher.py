@@ -125,6 +125,10 @@ UNSERVED: list[tuple[str, tuple[str, ...], list[str]]] = [
         ("k2_as_loss,head=clipped", ("--actor.policy_loss_type", "gspo"), ["head=clipped"]),
         ("k2_as_loss,weight=difficulty", ("--rollout.n_samples_per_prompt", "1"),
          ["--rollout.n_samples_per_prompt is 1", "weight=difficulty has no other answers"]),
+        ("js_as_loss,reference=posterior", ("--rollout.n_samples_per_prompt", "1"),
+         ["--rollout.n_samples_per_prompt is 1", "no other answers to estimate Z from"]),
+        ("js_as_loss,reference=posterior", ("--actor.policy_loss_type", "gspo"),
+         ["--actor.policy_loss_type is gspo", "no policy loss beside it", "Use ppo"]),
         ("exact_as_loss", ("--ds.ring_attn_size", "2"), ["--ds.ring_attn_size 2", "vocab=exact"]),
         ("exact_as_loss", ("--ds.tensor_parallel_size", "2"), ["--ds.tensor_parallel_size 2"]),
         (

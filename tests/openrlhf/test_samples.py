@@ -67,11 +67,15 @@ def expected(weight: str, given: Any, bench: Bench) -> Tensor:
         given.sequences, mask, given.attention_mask, return_output=True, return_entropy=True
     )
     entropy = output.entropy[:, -mask.shape[1] :].float()
+    if weight == "entropy_floor:0.5":
+        return (0.5 / (entropy[mask].mean() + 0.1)).clamp(min=0.5).expand(mask.shape)
     least = entropy[mask].sort().values[: math.ceil(0.5 * int(mask.sum()))]
     return (entropy <= least[-1]).float()
 
 
-@pytest.mark.parametrize("weight", ["positive", "difficulty", "mask:tool", "entropy:0.5", "root"])
+@pytest.mark.parametrize(
+    "weight", ["positive", "difficulty", "mask:tool", "entropy:0.5", "entropy_floor:0.5", "root"]
+)
 def test_the_engine_is_given_the_weighted_kl(
     bench: Bench,
     models: list[Path],
@@ -100,6 +104,29 @@ def test_the_engine_is_given_the_weighted_kl(
     mean = weights.sum() / given.action_mask.sum()
     assert float(step.metrics["klplug/sample_weight_mean"]) == pytest.approx(float(mean), rel=1e-4)
     assert not {INFO, ENTROPY, REWARDS} & set(step.metrics)
+
+
+def test_the_engine_is_given_the_kl_to_the_posterior(bench: Bench, models: list[Path]) -> None:
+    """JS between whole answers, Z by the other answer of each pair, and no policy loss."""
+    kl_type = "js_as_loss,reference=posterior"
+    given = experience(bench, models[1], kl_type)
+    assert (given.advantages != 0).any()
+    mask, rewards = given.action_mask, torch.tensor(REWARDS_GIVEN)
+    tilted = (given.base_action_log_probs * mask).sum(-1) + rewards / COEF
+    log_weight = tilted - (given.action_log_probs * mask).sum(-1)
+    posterior = tilted - log_weight[[1, 0, 3, 2]]
+    given.info.pop("tool", None)
+    step = bench.step(copy.deepcopy(given), kl_type, COEF)
+    ratio = ((step.log_probs - given.action_log_probs) * mask).sum(-1)
+    x = (step.log_probs * mask).sum(-1) - posterior
+    c = math.log(2) + x - torch.nn.functional.softplus(x)  # log(2u / (1 + u))
+    by_hand = COEF * (ratio.exp() * c).unsqueeze(-1) * mask / mask.sum()
+    assert by_hand.abs().max() > 1e-3
+    torch.testing.assert_close(step.at_log_probs.float(), by_hand.float(), rtol=1e-3, atol=1e-6)
+    assert not {INFO, REWARDS} & set(step.metrics)
+    del given.info[INFO]
+    with pytest.raises(RuntimeError, match="klplug was not active"):
+        bench.step(given, kl_type, COEF)
 
 
 def test_in_the_reward_each_token_has_its_own_weight(

@@ -17,7 +17,7 @@ from torch import Tensor
 from klplug import aggregate, kl_term, policy_loss
 from tests.one_meaning import STEPS
 from tests.openrlhf.command_line import change
-from tests.openrlhf.trainer import BATCH, Bench, Recorded, tiny_model
+from tests.openrlhf.trainer import BATCH, Bench, Recorded, carried, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -147,6 +147,9 @@ def test_the_whole_step_is_the_cores_policy_loss(bench: Bench, kl_type: str) -> 
     if "baseline" in kl_type:
         generator = torch.Generator().manual_seed(1)
         experience.kl = torch.randn(experience.action_mask.shape, generator=generator)
+    posterior = experience.base_action_log_probs - 0.1 * experience.action_mask
+    if "posterior" in kl_type:
+        experience.info |= carried(posterior, experience.action_mask)
     recorded = bench.step(experience, kl_type)
     log_probs = recorded.log_probs.clone().requires_grad_()
     loss = policy_loss(
@@ -156,6 +159,7 @@ def test_the_whole_step_is_the_cores_policy_loss(bench: Bench, kl_type: str) -> 
         experience.action_mask,
         old_log_probs=experience.action_log_probs,
         rollout_log_probs=experience.rollout_log_probs,
+        posterior_log_probs=posterior,
         advantages=experience.advantages,
         kl_coef=0.1,
         clip_range=(0.2, 0.2),

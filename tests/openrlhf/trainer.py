@@ -202,6 +202,8 @@ class Given:
         from openrlhf.trainer.ppo_utils.experience import Experience
 
         configure(self.args, kl_type, one_meaning.BETA)
+        if "posterior" in kl_type:
+            info = carried(given.posterior_log_probs, given.response_mask)
         shape = (given.log_probs.shape[0], given.log_probs.shape[1] + 1)
         spec = None if kl_type.startswith("stock:") else parse(kl_type)
         reference = given.ref_log_probs
@@ -221,6 +223,14 @@ class Given:
             info={"klplug/active": torch.ones(shape[0]), **(info or {})},
         )
         self.trainer(policy).training_step(experience, one_meaning.BETA, 0)
+
+
+def carried(posterior_log_probs: Tensor, mask: Tensor) -> dict[str, Any]:
+    """As the experience maker sends it."""
+    from klplug_openrlhf.samples import INFO, POSTERIOR, Carried
+
+    rows = zip(posterior_log_probs, mask.bool(), strict=True)
+    return {INFO: [Carried({POSTERIOR: numbers[own]}) for numbers, own in rows]}
 
 
 PACKED = "packed"

@@ -34,6 +34,8 @@ PAPER = "qwen2.5-math-1.5b-openr1-math"
 SYSTEMS = {
     "difficulty": "k2_as_loss,weight=difficulty",
     "root-chi2": "chi2_as_loss,horizon=answer,weight=root",
+    "posterior": "js_as_loss,reference=posterior",
+    "frpo": "k1_in_reward",
     "monitor": "monitor",
     "two-references": "0.7*k2_as_loss+0.3*k2_as_loss,reference=old",
 }

@@ -168,12 +168,15 @@ class Bench:
         }
         mine = tu.get_tensordict(tensors, meta)
         current = self._log_probs(mine)
+        from klplug_verl.actor import POSTERIOR
+
         old = [c + e for c, e in zip(current, noise(off_policy), strict=True)]
         tensors |= {
             "old_log_probs": nested(old),
             "rollout_log_probs": nested([o + e for o, e in zip(old, noise(0.1), strict=True)]),
             "ref_log_prob": nested([c + e for c, e in zip(current, noise(drift), strict=True)]),
             "advantages": nested(advantages),
+            POSTERIOR: nested([c + e for c, e in zip(current, noise(drift), strict=True)]),
         }
         return tu.get_tensordict(tensors, {**meta, "compute_loss": True})
 

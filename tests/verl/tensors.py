@@ -11,7 +11,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from klplug_verl.actor import BASELINE
+from klplug_verl.actor import BASELINE, POSTERIOR
 from klplug_verl.hidden import STATES, Shared
 from tensordict import TensorDict
 from torch import Tensor
@@ -60,8 +60,11 @@ def micro_batch(
         "old_log_probs": given.old_log_probs,
         "ref_log_prob": given.ref_log_probs,
         "rollout_log_probs": given.rollout_log_probs,
+        POSTERIOR: given.posterior_log_probs,
         "advantages": advantages,
     }
+    if given.posterior_log_probs is None:
+        del tensors[POSTERIOR]
     if baseline is not None:
         tensors[BASELINE] = baseline
     tensors |= more or {}

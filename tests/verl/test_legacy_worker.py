@@ -103,7 +103,7 @@ def group() -> Any:
 SERVED = [
     *AS_LOSS,
     *SUMS_OF_TERMS,
-    *(kl_type for kl_type in DIVERGENCES if "as_loss" in kl_type),
+    *(k for k in DIVERGENCES if "as_loss" in k and "posterior" not in k),
     *(kl_type for kl_type in HEADS if "clipped" in kl_type),
 ]
 
@@ -122,6 +122,7 @@ def test_the_gradient_is_the_shared_one(kl_type: str) -> None:
         "k2_as_loss,head=combined",
         "k2_as_loss,horizon=sequence,baseline=group",
         "k2_as_loss,reference=rollout",
+        "js_as_loss,reference=posterior",
     ],
 )
 def test_what_only_the_engine_serves_is_refused_by_name(kl_type: str) -> None:

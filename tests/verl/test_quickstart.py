@@ -182,6 +182,37 @@ def test_two_references_over_several_updates(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_weight_that_is_made_of_the_whole_step(tmp_path: Path) -> None:
+    kl_type = "k2_as_loss,weight=difficulty"
+    summary, steps, log = quickstart(tmp_path / "run", kl_type=kl_type, steps=2)
+    assert summary["klplug_active"] is True and summary["kl_type"] == kl_type
+    assert "weight=difficulty (klplug" in log
+    assert all(0 < step["klplug/sample_weight_mean"] <= 1 for step in steps)
+    assert steps[1]["klplug/k3"] > 0
+
+
+@pytest.mark.slow
+def test_the_square_root_of_chi2_between_answers(tmp_path: Path) -> None:
+    kl_type = "chi2_as_loss,horizon=answer,weight=root"
+    summary, steps, _ = quickstart(tmp_path / "run", kl_type=kl_type, steps=2, updates=2)
+    assert summary["klplug_active"] is True and summary["kl_type"] == kl_type
+    # At the reference the root has no gradient; then 1 / (2 sqrt(chi2)), of a chi2 below 1.
+    assert steps[0]["klplug/sample_weight_mean"] == 0
+    assert steps[1]["klplug/sample_weight_mean"] > 0.5
+    assert steps[1]["klplug/coef_max"] > 0
+
+
+@pytest.mark.slow
+def test_the_reward_acts_through_the_posterior(tmp_path: Path) -> None:
+    kl_type = "js_as_loss,reference=posterior"
+    summary, steps, _ = quickstart(tmp_path / "run", kl_type=kl_type, steps=2)
+    assert summary["klplug_active"] is True and summary["kl_type"] == kl_type
+    assert [step["actor/pg_loss"] for step in steps] == [0, 0]
+    assert all(step["klplug/coef_max"] > 0 and step["actor/grad_norm"] > 0 for step in steps)
+    assert steps[1]["klplug/k3"] > 0  # to ref, which it has left
+
+
+@pytest.mark.slow
 def test_a_stock_run_is_a_stock_run(tmp_path: Path) -> None:
     summary, steps, log = quickstart(tmp_path / "run", kl_type="stock:k3", steps=2)
     assert summary["klplug_active"] is False and len(steps) == 2

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from klplug_verl.actor import POSTERIOR
 from klplug_verl.trainer import old_log_probs
 from torch import Tensor
 
 import klplug
 from klplug.samples import named
-from tests.one_meaning import BETA, CLIP_RANGE, batch
+from tests.one_meaning import BETA, CLIP_RANGE, Batch, batch
 from tests.verl.tensors import IS_LEGACY, KEYS, LAYOUTS, LENGTHS, experience, loss
 from tests.verl.trainer import TRAINERS, joined, quoted, trainer
 
@@ -36,6 +38,8 @@ def expected(weight: str) -> Tensor:
         given = batch()
         u = ((given.old_log_probs - given.ref_log_probs) * mask).sum(-1).exp()
         return (1 / (2 * (u + 1 / u - 2).mean().sqrt())).expand(4, 6)
+    if weight == "entropy_floor:0.5":
+        return (0.5 / (ENTROPY[mask].mean() + 0.1)).clamp(min=0.5).expand(4, 6)
     least = ENTROPY[mask].sort().values[: math.ceil(0.5 * int(mask.sum()))]
     return ENTROPY.le(least[-1]).float()
 
@@ -56,7 +60,9 @@ def given_to(made: Any, data: Any, weight: str) -> None:
         old_log_probs(lambda *_: (found, 0.0), made, (data,), {})
 
 
-@pytest.mark.parametrize("weight", ["positive", "difficulty", "mask:tool", "entropy:0.5", "root"])
+@pytest.mark.parametrize(
+    "weight", ["positive", "difficulty", "mask:tool", "entropy:0.5", "entropy_floor:0.5", "root"]
+)
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_the_weights_go_with_the_samples(weight: str, kind: str) -> None:
     term = "chi2_as_loss,horizon=answer" if weight == "root" else "k2_as_loss"
@@ -92,6 +98,42 @@ def test_the_loss_has_the_weighted_kl(layout: str) -> None:
     torch.testing.assert_close(log_probs.grad, by_hand, rtol=1e-5, atol=1e-7)
     with pytest.raises(RuntimeError, match="the micro-batch has no klplug_weight_mask_tool"):
         loss(given, log_probs, kl_type, BETA, layout=layout)
+
+
+def posterior_of_pairs(given: Batch, rewards: Tensor, beta: float) -> Tensor:
+    """log of ref exp(r/beta)/Z of each answer, (4,): Z by the other answer of its pair."""
+    mask = given.response_mask
+    tilted = (given.ref_log_probs * mask).sum(-1) + rewards / beta
+    log_weight = tilted - (given.old_log_probs * mask).sum(-1)
+    return tilted - log_weight[[1, 0, 3, 2]]
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_the_posterior_goes_with_the_samples(kind: str) -> None:
+    own = ("+klplug.kl_type='js_as_loss,reference=posterior'", f"+klplug.kl_coef={BETA}")
+    made, given = trainer(*own, kind=kind), batch()
+    data, metrics = joined(made, experience(given, SCORES), KEYS)
+    mask = given.response_mask
+    found = data.batch[POSTERIOR] * mask
+    expected = posterior_of_pairs(given, SCORES, BETA)
+    torch.testing.assert_close(found.sum(-1), expected, rtol=1e-5, atol=1e-5)
+    share = (found - given.ref_log_probs)[mask.bool()]
+    first = (found - given.ref_log_probs)[:, :1].expand(4, 6)[mask.bool()]
+    torch.testing.assert_close(share, first, rtol=1e-4, atol=1e-5)
+    assert metrics["klplug/kl_coef"] == BETA
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_posterior_that_did_not_come_is_an_error(layout: str) -> None:
+    given = batch()
+    with pytest.raises(ValueError, match="needs posterior_log_probs, which is missing"):
+        loss(
+            replace(given, posterior_log_probs=None),
+            given.log_probs.clone().requires_grad_(True),
+            "js_as_loss,reference=posterior",
+            BETA,
+            layout=layout,
+        )
 
 
 @pytest.mark.parametrize("kl_type", ["k1_in_reward", "k1_in_reward,reward_norm=group"])

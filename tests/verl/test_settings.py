@@ -221,6 +221,14 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
         [f"{ROLLOUT}n is 1", "weight=difficulty has no other answers"],
     ),
     (
+        own("js_as_loss,reference=posterior", f"{ROLLOUT}n=1"),
+        [f"{ROLLOUT}n is 1", "no other answers to estimate Z from"],
+    ),
+    (
+        own("js_as_loss,reference=posterior", f"{ACTOR}.policy_loss.loss_mode=gspo"),
+        ["loss_mode is gspo", "no policy loss beside it", "Use vanilla"],
+    ),
+    (
         own("k2_as_loss,weight=entropy", "algorithm.rollout_correction.bypass_mode=True"),
         ["algorithm.rollout_correction.bypass_mode=True", "weight=entropy needs"],
     ),

@@ -49,7 +49,9 @@ def derived(*overrides: str, model: str = "hub/model") -> tuple[DictConfig, str 
     """The config as the command's own process resolves it, and the line it prints."""
     engine = "trainer.use_legacy_worker_impl=disable"
     if IS_LEGACY and any(
-        w in o for o in overrides for w in ("combined", "baseline=", "=rollout", "exact")
+        w in o
+        for o in overrides
+        for w in ("combined", "baseline=", "=rollout", "exact", "=posterior")
     ):
         overrides = (*overrides, engine)  # as the refusal says
     made = config("algorithm.adv_estimator=grpo", "actor_rollout_ref.rollout.n=2", *overrides)
