@@ -57,7 +57,10 @@ PATCH = Patch(
             "RemoteExperienceMaker.make_experience",
             ("samples_list",),
             trainer.make_experience,
-            supplies=("log_probs", "ref_log_probs", "response_mask", "group_ids", "sample_weights"),
+            supplies=(
+                *("log_probs", "ref_log_probs", "response_mask"),
+                *("group_ids", "sample_weights", "posterior_log_probs"),
+            ),
         ),
         Hook(
             _MAKER,

@@ -101,7 +101,10 @@ def init_trainer(original: Call, own: Any, args: Args, kwargs: Kwargs) -> None:
 
 # ── The table ───────────────────────────────────────────────────────────────────────────────────
 
-_IN_TRAINER = ("log_probs", "ref_log_probs", "response_mask", "group_ids", "sample_weights")
+_IN_TRAINER = (
+    *("log_probs", "ref_log_probs", "response_mask"),
+    *("group_ids", "sample_weights", "posterior_log_probs"),
+)
 _IN_WORKER = (
     "log_probs",
     "ref_log_probs",
