@@ -126,6 +126,26 @@ def _positive(value: float) -> bool:
 
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
+        "alpha-of-another",
+        lambda t: t.estimator != "alpha" and t.alpha is not None,
+        "alpha={alpha} is refused: it is for 'alpha_{placement}'",
+    ),
+    Refusal(
+        "alpha-infinite",
+        lambda t: t.alpha is not None and not math.isfinite(t.alpha),
+        "alpha={alpha} is refused: it must be finite",
+    ),
+    Refusal(
+        "alpha-0",
+        lambda t: t.alpha == 0,
+        "alpha=0 is refused: the divergence's limit there is that of 'forward_as_loss'",
+    ),
+    Refusal(
+        "alpha-1",
+        lambda t: t.alpha == 1,
+        "alpha=1 is refused: the divergence's limit there is that of 'k2_as_loss'",
+    ),
+    Refusal(
         "posterior-in-reward",
         lambda t: _to_posterior(t) and _in_reward(t),
         "reference=posterior is refused: the posterior has the reward in it, and a reward can't "
@@ -191,26 +211,6 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda t: _in_reward(t) and _under_a_head(t),
         "reward_norm=group is refused with head={head}, which joins whole answers' KL after group "
         "normalisation. Use 'k2_as_loss,head={head}'",
-    ),
-    Refusal(
-        "alpha-of-another",
-        lambda t: t.estimator != "alpha" and t.alpha is not None,
-        "alpha={alpha} is refused: it is for 'alpha_{placement}'",
-    ),
-    Refusal(
-        "alpha-infinite",
-        lambda t: t.alpha is not None and not math.isfinite(t.alpha),
-        "alpha={alpha} is refused: it must be finite",
-    ),
-    Refusal(
-        "alpha-0",
-        lambda t: t.alpha == 0,
-        "alpha=0 is refused: the divergence's limit there is that of 'forward_as_loss'",
-    ),
-    Refusal(
-        "alpha-1",
-        lambda t: t.alpha == 1,
-        "alpha=1 is refused: the divergence's limit there is that of 'k2_as_loss'",
     ),
     Refusal(
         "exact-in-reward",
