@@ -54,21 +54,31 @@ OPENRLHF = (
         ),
         (
             'torch.stack(list(tally.sums.values())), op="sum"',
-            'torch.stack(list(tally.sums.values())), op="mean"',
+            'torch.stack(list(tally.sums.values())), op="max"',
         ),
         ('given["token_level_loss"] = step.loss_fn.token_level_loss', "pass"),
-        ("    if not step.aggregated:", "    if False:"),
         ("if step.plan.combined.terms and not step.joined:", "if False:"),
         ("rollout_log_probs=given.rollout_log_probs", "rollout_log_probs=given.action_log_probs"),
         ("return_baseline=given.kl,", "return_baseline=None,"),
-        (
-            "(self.loss_fn.clip_eps_low, self.loss_fn.clip_eps_high)",
-            "(self.loss_fn.clip_eps_high, self.loss_fn.clip_eps_low)",
-        ),
         ("if plan.acts_on_experience and ACTIVE not in", "if False and ACTIVE not in"),
         ("Tally.merged(trainer.klplug_tallies)", "trainer.klplug_tallies[-1]"),
         ("    if step.kl is None:\n        raise", "    if False:\n        raise"),
         ("kl.reported, kl.tally", "kl.loss, kl.tally"),
+    ),
+    *of(
+        "openrlhf",
+        "actor",
+        "test_one_meaning.py",  # whose clip range is not even
+        (
+            "(self.loss_fn.clip_eps_low, self.loss_fn.clip_eps_high)",
+            "(self.loss_fn.clip_eps_high, self.loss_fn.clip_eps_low)",
+        ),
+    ),
+    *of(
+        "openrlhf",
+        "actor",
+        "test_any_release.py",
+        ("    if not step.aggregated:", "    if False:"),
     ),
 )
 
@@ -95,10 +105,6 @@ VERL = (
         "verl",
         "actor",
         "test_training_worker.py",
-        (
-            "config.clip_ratio if low is None else low",
-            "config.clip_ratio if high is None else high",
-        ),
         ("step.loss if torch.is_grad_enabled() else step.value", "step.value"),
         ("policy_loss + coef * _aggregated(kl", "policy_loss + _aggregated(kl"),
         ("else AggregationType.MAX", "else AggregationType.SUM"),
@@ -106,6 +112,15 @@ VERL = (
         ("    if step.inside:", "    if False:"),
         ("return_baseline=tensors.get(BASELINE)", "return_baseline=None"),
         ("**config.global_batch_info,", ""),
+    ),
+    *of(
+        "verl",
+        "actor",
+        "test_one_meaning.py",  # whose clip range is not even
+        (
+            "config.clip_ratio if low is None else low",
+            "config.clip_ratio if high is None else high",
+        ),
     ),
     *of(
         "verl",
