@@ -17,7 +17,7 @@ from klplug.spec import KLSpec, check_kl_coef, parse
 
 if TYPE_CHECKING:
     from klplug.aggregation import aggregate
-    from klplug.exact import ExactKL, exact_kl
+    from klplug.exact import ExactKL, exact_kl, top_log_probs, topk_kl
     from klplug.posterior import posterior_log_probs
     from klplug.step import KLStep, policy_loss
     from klplug.tally import Tally
@@ -48,6 +48,8 @@ __all__ = [
     "posterior_log_probs",
     "reward_to_go",
     "sample_weights",
+    "top_log_probs",
+    "topk_kl",
 ]
 
 # What works on tensors, and where it is. It is loaded when asked for: torch takes seconds, and the
@@ -64,6 +66,8 @@ _ON_TENSORS = {
     "policy_loss": "step",
     "posterior_log_probs": "posterior",
     "reward_to_go": "term",
+    "top_log_probs": "exact",
+    "topk_kl": "exact",
 }
 
 

@@ -31,6 +31,7 @@ class Axis:
         elsewhere: where its choices or its default are others.
         number: whether it is one; the word ``none`` is then no bound.
         named: whether it may be a name that others can add to, beside its choices.
+        sized: words that it may be with a whole number after a colon, beside its choices.
         needs: what ``kl_term`` needs from a batch, by value.
     """
 
@@ -41,10 +42,18 @@ class Axis:
     elsewhere: str = ""
     number: bool = False
     named: bool = False
+    sized: tuple[str, ...] = ()
     needs: Mapping[Value, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What it may be, as a user is told."""
+        return (*self.choices, *(f"{word}:K" for word in self.sized))
 
     def needed(self, value: Value) -> tuple[str, ...]:
         """What ``kl_term`` needs from a batch where it is ``value``."""
+        if self.sized:
+            value, _ = size_of(str(value))
         return self.needs.get(NAME if self.named and value not in self.choices else value, ())
 
     def shown(self, value: Value) -> str:
@@ -54,6 +63,12 @@ class Axis:
         if value == math.inf and "none" in self.choices:
             return "none"
         return repr(value).removesuffix(".0")
+
+
+def size_of(value: str) -> tuple[str, int | None]:
+    """``topk:64`` as the word and its number; of a word alone there is none."""
+    word, colon, number = value.partition(":")
+    return word, int(number) if colon else None
 
 
 def _default_horizon(term: TermSpec) -> Value:
@@ -67,7 +82,7 @@ def _default_ratio(term: TermSpec) -> Value:
         return "none"
     if term.head != "separate":
         return None
-    if term.vocab == "exact" and term.horizon == "token":
+    if term.over_vocabulary and term.horizon == "token":
         return "none"
     return "rollout" if term.reference == "rollout" else "old"
 
@@ -75,7 +90,7 @@ def _default_ratio(term: TermSpec) -> Value:
 def _default_level(term: TermSpec) -> Value:
     if term.horizon == "answer":
         return _weighted(term, "sequence")
-    prefix = term.horizon == "sequence" or term.vocab == "exact"
+    prefix = term.horizon == "sequence" or term.over_vocabulary
     return _weighted(term, "prefix" if prefix else "token")
 
 
@@ -117,8 +132,11 @@ AXES: dict[str, Axis] = {
             lambda term: "sample",
             "sample: a token's KL is estimated from the token that was sampled. exact: it is "
             "summed over the whole vocabulary. The gradient is then the same, without the noise of "
-            "the own token, which needs no ratio; a ratio is that of the tokens before it",
-            needs={"exact": ("exact_kl",)},
+            "the own token, which needs no ratio; a ratio is that of the tokens before it. "
+            "topk:K: the same of the reference's K most likely tokens and one category of all "
+            "others, a lower bound",
+            sized=("topk",),
+            needs={"exact": ("exact_kl",), "topk": ("exact_kl",)},
         ),
         Axis(
             "horizon",
@@ -145,7 +163,7 @@ AXES: dict[str, Axis] = {
             _default_ratio,
             "which policy the samples are corrected for: each counts for pi/old, for pi/rollout, "
             "or for 1. The weight is detached, and exactly 1 on-policy",
-            elsewhere="in the reward, and of an own token with vocab=exact: none; with "
+            elsewhere="in the reward, and of an own token with vocab=exact or topk: none; with "
             "reference=rollout: rollout, none",
             needs={"old": ("old_log_probs",), "rollout": ("rollout_log_probs",)},
         ),
@@ -156,7 +174,7 @@ AXES: dict[str, Axis] = {
             "what the ratio is a product over: this token, the answer up to it, or the whole "
             "answer. It is never a geometric mean",
             elsewhere="with horizon=sequence: prefix, sequence; with horizon=answer: sequence; "
-            "with vocab=exact: prefix",
+            "with vocab=exact or topk: prefix",
         ),
         Axis(
             "baseline",

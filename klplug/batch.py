@@ -113,7 +113,7 @@ class Given:
                 raise ValueError(f"{name} has a gradient: a weight must be detached")
 
     def _check_exact(self, spec: KLSpec) -> None:
-        over = {(term.estimator, term.alpha) for term in spec.terms if term.vocab == "exact"}
+        over = {(t.estimator, t.alpha, t.vocab) for t in spec.terms if t.over_vocabulary}
         if len(over) > 1:
             raise ValueError(
                 f"kl_type {str(spec)!r} has several divergences over the vocabulary, and exact_kl "
@@ -124,7 +124,7 @@ class Given:
         if self.log_probs.requires_grad and not self.exact_kl.requires_grad:
             raise ValueError(
                 f"kl_type {str(spec)!r}: exact_kl carries no gradient, so the term would do "
-                "nothing: hand in the kl of klplug.exact_kl as it is"
+                "nothing: hand in the kl of klplug.exact_kl or topk_kl as it is"
             )
 
 

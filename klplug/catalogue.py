@@ -187,6 +187,17 @@ _EXACT = (
         off_policy="the same (weights of the tokens before, inside the sum), exact below the cap",
     ),
 )
+_TOP = _row(
+    "k2_as_loss,vocab=topk:64",
+    formula="sum pi (log pi - log ref) over the reference's top K tokens and all others as one",
+    coefficient="none: the gradient of that sum itself",
+    target="LOC of the KL between K + 1 categories, a lower bound of KL(pi||ref) of each token",
+    value_bias="at most KL(pi||ref), never negative",
+    gradient_bias="that of a lower bound: unbiased for it, without noise of the own token",
+    off_policy="OLDPREF of it, without a ratio; LOC with ratio=old, that of the tokens before",
+    source="klplug; the data-processing inequality",
+    test="test_the_top_tokens_have_the_gradient_of_their_categories",
+)
 _SAMPLER = _row(
     "k2_as_loss,reference=rollout",
     coefficient="log pi - log rollout",
@@ -287,6 +298,7 @@ def kl_types() -> dict[str, KLType]:
     rows += [
         *_HEADS,
         *_EXACT,
+        _TOP,
         _SAMPLER,
         _SAMPLER_WITHOUT_RATIO,
         _OLD,

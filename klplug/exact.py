@@ -2,7 +2,8 @@
 
 A sampled estimate has one number per token, the log-ratio of the token that was drawn. Policy and
 reference are at hand as hidden states and output matrices, so the sum over all tokens can be taken
-instead: no noise, no importance ratio of the own token, and never negative.
+instead: no noise, no importance ratio of the own token, and never negative. Of a reference that
+sends no hidden states K tokens and one category of all others will do: a lower bound.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ class ExactKL(NamedTuple):
         kl: the divergence from reference to policy, ``sum_v ref f(pi / ref)``; differentiable.
         entropy: of the policy; differentiable.
         log_probs: log pi of the targets; differentiable.
-        ref_log_probs: log ref of the targets; detached.
+        ref_log_probs: log ref of the targets; detached. Of ``topk_kl`` nan where it is not known.
     """
 
     kl: Tensor
@@ -208,6 +209,119 @@ def exact_kl(
     """
     row = _divergence(divergence, alpha)
     _check(hidden, weight, ref_hidden, ref_weight, targets, bias, ref_bias, group)
+    plan = _plan(row, hidden, temperature, softcap, chunk, group, _Head)
+    return _results(plan, targets, (hidden, weight, bias, ref_hidden, ref_weight, ref_bias))
+
+
+def topk_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ref_ids: Tensor,
+    ref_log_probs: Tensor,
+    *,
+    divergence: str = "k2",
+    alpha: float | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    chunk: int | None = None,
+    group: Any = None,
+) -> ExactKL:
+    """``exact_kl`` of K + 1 categories: K tokens of each place, and all others as one.
+
+    ``kl = sum_k pi_k (log pi_k - log ref_k) + pi_rest (log pi_rest - log ref_rest)`` for ``k2``, in
+    the direction KL(pi||ref), and ``sum ref f(pi/ref)`` over the categories for a divergence. For
+    a reference, or a teacher, that can send the log-probs of its most likely tokens and no hidden
+    states. Any tokens will do: merging categories never adds to a divergence, so ``kl`` is at most
+    that of the whole vocabulary, and equal to it where K is V, or where pi/ref is one number over
+    all others. Value and gradient are exact for the categories. As estimates of the whole KL they
+    are biased, the value downwards; how far is in ``docs/exact.md``. Entropy and log-probs of the
+    policy are over the whole vocabulary.
+
+    Args:
+        hidden, weight, targets, divergence, alpha, bias, temperature, softcap, chunk, group: as
+            ``exact_kl`` has them.
+        ref_ids: (N, K), tokens of the reference at the same prefixes, integers in [0, V), each
+            once; whole on all ranks.
+        ref_log_probs: (N, K), log ref of these tokens in nats, normalised over the reference's
+            whole vocabulary at the same temperature. What they leave of 1 is ref_rest. Less than
+            the rounding of their dtype counts as that: so hand them in as float32, not as halves.
+
+    Returns:
+        ``ExactKL``: four (N,) tensors in float32, or float64 where an input is float64.
+        ``ref_log_probs`` is nan where the target is not among ``ref_ids``.
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not fit, by name.
+
+    Source: klplug; the data-processing inequality, Csiszar 1967.
+    """
+    row = _divergence(divergence, alpha)
+    _check_policy(hidden, weight, targets, bias, group)
+    _check_top(hidden, weight, ref_ids, ref_log_probs, group)
+    plan = _plan(row, hidden, temperature, softcap, chunk, group, _Top)
+    found = _results(plan, targets, (hidden, weight, bias, ref_ids, ref_log_probs, None))
+    is_target = ref_ids == targets[:, None]
+    of_target = ref_log_probs.detach().to(found.kl.dtype).where(is_target, 0.0).sum(-1)
+    return found._replace(ref_log_probs=of_target.where(is_target.any(-1), torch.nan))
+
+
+def top_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    k: int,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What a reference sends for ``topk_kl``: its K most likely tokens and their log-probs.
+
+    Args:
+        hidden, weight, bias, temperature, softcap, chunk: of the reference, as ``exact_kl`` has
+            them of the policy.
+        k: how many; all of a smaller vocabulary.
+
+    Returns:
+        ids (N, K), int64, the most likely first, and log-probs (N, K) in nats over the whole
+        vocabulary, float32 or float64; both detached.
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not fit, by name.
+    """
+    _check_head("", hidden, weight, bias, hidden)
+    if k < 1:
+        raise ValueError(f"k={k!r} must be a number of tokens, at least 1")
+    plan = _plan(DIVERGENCES["k2"], hidden, temperature, softcap, chunk, None, _Head)
+    k = min(k, len(weight))
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        head = _Head(hidden, weight, bias, plan, _widest((hidden, weight, bias)))
+        ids = torch.empty((len(hidden), k), dtype=torch.long, device=hidden.device)
+        log_probs = torch.empty((len(hidden), k), dtype=head.dtype, device=hidden.device)
+        for rows in _slices(len(hidden), plan.held // len(weight)):
+            logits = head.all_logits(rows)
+            top = logits.topk(k)
+            ids[rows] = top.indices
+            log_probs[rows] = top.values - logits.logsumexp(-1, keepdim=True)
+    return ids, log_probs
+
+
+def _results(plan: _Plan, targets: Tensor, tensors: Sequence[Tensor | None]) -> ExactKL:
+    with torch.autocast(targets.device.type, enabled=False):
+        return ExactKL(*_ExactKL.apply(plan, targets, *tensors))  # type: ignore[no-untyped-call]
+
+
+def _plan(
+    divergence: Divergence,
+    hidden: Tensor,
+    temperature: float,
+    softcap: float | None,
+    chunk: int | None,
+    group: Any,
+    reference: type[_Head] | type[_Top],
+) -> _Plan:
     for name, number in (("temperature", temperature), ("softcap", softcap)):
         if number is not None and not (0 < number < math.inf):
             raise ValueError(f"{name}={number!r} must be a positive number")
@@ -216,11 +330,8 @@ def exact_kl(
     held, tile = (_HELD, _TILE) if hidden.device.type == "cpu" else (_HELD_ON_GPU, _TILE_ON_GPU)
     held = held if chunk is None else chunk
     scaling = _Scaling(temperature, softcap)
-    plan = _Plan(row, scaling, held, min(tile, held), group, torch.is_grad_enabled())
-    tensors = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-    with torch.autocast(hidden.device.type, enabled=False):
-        results = _ExactKL.apply(plan, targets, *tensors)  # type: ignore[no-untyped-call]
-    return ExactKL(*results)
+    differentiated = torch.is_grad_enabled()
+    return _Plan(divergence, scaling, held, min(tile, held), group, differentiated, reference)
 
 
 def _divergence(name: str, alpha: float | None) -> Divergence:
@@ -250,47 +361,89 @@ def _check(
     ref_bias: Tensor | None,
     group: Any,
 ) -> None:
-    given = {
-        "hidden": hidden,
-        "weight": weight,
-        "ref_hidden": ref_hidden,
-        "ref_weight": ref_weight,
-        "bias": bias,
-        "ref_bias": ref_bias,
-    }
+    _check_policy(hidden, weight, targets, bias, group)
+    _check_head("ref_", ref_hidden, ref_weight, ref_bias, hidden)
+    if len(ref_weight) != len(weight):
+        raise ValueError(
+            f"ref_weight has {len(ref_weight)} rows and weight {len(weight)}: "
+            "policy and reference must have one vocabulary"
+        )
+
+
+def _check_policy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, group: Any
+) -> None:
+    _check_head("", hidden, weight, bias, hidden)
+    _check_tokens("targets", targets, (len(hidden),), hidden, weight, group)
+
+
+def _check_head(
+    whose: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, policy: Tensor
+) -> None:
+    given = {f"{whose}hidden": hidden, f"{whose}weight": weight, f"{whose}bias": bias}
     for name, tensor in given.items():
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating-point, got {tensor.dtype}")
-    if targets.is_floating_point() or targets.dtype == torch.bool:
-        raise ValueError(f"targets must be token ids, integers, got {targets.dtype}")
-    for name in ("hidden", "weight", "ref_hidden", "ref_weight"):
-        tensor = given[name]
-        if tensor is not None and tensor.dim() != 2:
+        if tensor is not None and tensor.dim() != 2 and tensor is not bias:
             raise ValueError(f"{name} must have two dimensions, got shape {tuple(tensor.shape)}")
-    tokens, vocabulary = len(hidden), len(weight)
-    if ref_weight.shape[0] != vocabulary:
-        raise ValueError(
-            f"ref_weight has {ref_weight.shape[0]} rows and weight {vocabulary}: "
-            "policy and reference must have one vocabulary"
-        )
-    for name, tensor, shape in (
-        ("hidden", hidden, (tokens, weight.shape[1])),
-        ("ref_hidden", ref_hidden, (tokens, ref_weight.shape[1])),
-        ("targets", targets, (tokens,)),
-        ("bias", bias, (vocabulary,)),
-        ("ref_bias", ref_bias, (vocabulary,)),
-    ):
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, and must have {shape}")
-    for name, tensor in (*given.items(), ("targets", targets)):
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device}, hidden is on {hidden.device}")
-    if hidden.device.type == "cpu" and tokens:  # elsewhere the look would wait for the device
-        low, high = int(targets.min()), int(targets.max())
-        whole = vocabulary * (dist.get_world_size(group) if group is not None else 1)
+    _check_shape(f"{whose}hidden", hidden, (len(policy), weight.shape[1]), policy)
+    _check_shape(f"{whose}weight", weight, tuple(weight.shape), policy)
+    if bias is not None:
+        _check_shape(f"{whose}bias", bias, (len(weight),), policy)
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], policy: Tensor) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, and must have {shape}")
+    if tensor.device != policy.device:
+        raise ValueError(f"{name} is on {tensor.device}, hidden is on {policy.device}")
+
+
+def _check_tokens(
+    name: str, ids: Tensor, shape: tuple[int, ...], policy: Tensor, weight: Tensor, group: Any
+) -> None:
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"{name} must be token ids, integers, got {ids.dtype}")
+    _check_shape(name, ids, shape, policy)
+    if policy.device.type == "cpu" and len(ids):  # elsewhere the look would wait for the device
+        low, high, whole = int(ids.min()), int(ids.max()), _vocabulary(weight, group)
         if low < 0 or high >= whole:
             wrong = low if low < 0 else high
-            raise ValueError(f"targets has the token {wrong}; allowed: 0 to {whole - 1}")
+            raise ValueError(f"{name} has the token {wrong}; allowed: 0 to {whole - 1}")
+
+
+def _vocabulary(weight: Tensor, group: Any) -> int:
+    return len(weight) * (dist.get_world_size(group) if group is not None else 1)
+
+
+# Above 1 by more than rounding, even of halves: these were never the log-probs of one softmax.
+_SUM_OF_PROBABILITIES = 1.05
+
+
+def _check_top(
+    hidden: Tensor, weight: Tensor, ref_ids: Tensor, ref_log_probs: Tensor, group: Any
+) -> None:
+    size, whole = ref_ids.shape[-1] if ref_ids.dim() == 2 else 0, _vocabulary(weight, group)
+    if not 1 <= size <= whole:
+        raise ValueError(
+            f"ref_ids has shape {tuple(ref_ids.shape)}, and must have (N, K), K from 1 to {whole}"
+        )
+    _check_tokens("ref_ids", ref_ids, (len(hidden), size), hidden, weight, group)
+    if not ref_log_probs.is_floating_point():
+        raise ValueError(f"ref_log_probs must be floating-point, got {ref_log_probs.dtype}")
+    _check_shape("ref_log_probs", ref_log_probs, (len(hidden), size), hidden)
+    if hidden.device.type != "cpu" or not len(hidden):
+        return
+    sums = ref_log_probs.detach().exp().sum(-1)
+    wrong = sums[sums > _SUM_OF_PROBABILITIES]
+    if len(wrong):
+        raise ValueError(
+            f"ref_log_probs has probabilities that sum to {float(wrong[0]):.3g} at one place; "
+            "allowed: log-probs over the whole vocabulary, so 1 at most"
+        )
+    # Where there are no numbers, as in padding, the tokens may be any.
+    if (ref_ids[sums.isfinite()].sort(-1).values.diff(dim=-1) == 0).any():
+        raise ValueError("ref_ids has a token twice at one place; allowed: each once")
 
 
 @dataclass(frozen=True)
@@ -322,6 +475,7 @@ class _Plan:
     tile: int
     group: Any
     differentiated: bool
+    reference: type[_Head] | type[_Top]
 
     def reduced_(self, x: Tensor, maximum: bool = False) -> Tensor:
         """The sum over the shards of the vocabulary."""
@@ -329,6 +483,23 @@ class _Plan:
             operation = dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM
             dist.all_reduce(x, operation, group=self.group)
         return x
+
+
+def _widest(tensors: Sequence[Tensor | None]) -> torch.dtype:
+    """Of their dtypes and float32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        if tensor is not None and tensor.is_floating_point():
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _pair(plan: _Plan, tensors: Sequence[Tensor | None]) -> tuple[_Head, _Reference]:
+    """The policy and the reference; all work is in the widest of their dtypes."""
+    hidden, weight, bias, *of_reference = tensors
+    dtype = _widest(tensors)
+    policy = _Head(cast(Tensor, hidden), cast(Tensor, weight), bias, plan, dtype)
+    return policy, plan.reference.beside(policy, *of_reference)
 
 
 @dataclass(frozen=True)
@@ -342,16 +513,9 @@ class _Head:
     dtype: torch.dtype
 
     @classmethod
-    def pair(cls, plan: _Plan, tensors: Sequence[Tensor | None]) -> tuple[_Head, _Head]:
-        """The policy's and the reference's; all work is in the widest of their dtypes."""
-        dtype = torch.float32
-        for tensor in tensors:
-            dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
-        policy, reference = (
-            cls(cast(Tensor, hidden), cast(Tensor, weight), bias, plan, dtype)
-            for hidden, weight, bias in (tensors[:3], tensors[3:])
-        )
-        return policy, reference
+    def beside(cls, policy: _Head, *given: Tensor | None) -> _Head:
+        hidden, weight, bias = given
+        return cls(cast(Tensor, hidden), cast(Tensor, weight), bias, policy.plan, policy.dtype)
 
     def local(self, targets: Tensor) -> Tensor:
         """Tokens, counted from the first one of this rank's shard."""
@@ -380,6 +544,78 @@ class _Head:
         """The same, with zeros for the hidden states of some tokens."""
         return replace(self, hidden=self.hidden.masked_fill(rows[:, None], 0.0))
 
+    def scores(self, rows: slice, z: Tensor) -> Tensor:
+        """(n, V), whose normaliser ``log_ratio`` is given."""
+        return self.all_logits(rows)
+
+    def log_ratio(self, at: _At, log_p: Tensor, z: Tensor, r: Tensor | None) -> Tensor:
+        """``log pi - log ref`` in a tile; ``r`` is that tile of ``scores``, where it is kept."""
+        r = self.logits(at.rows, at.columns) if r is None else r
+        # Of the logits themselves: close ones are subtracted without a rounding.
+        return (z - r).sub_(at.policy.minus(at.reference))
+
+
+@dataclass(frozen=True)
+class _Top:
+    """Some tokens' log-probs by the reference, and one category of all others.
+
+    Within that category pi/ref is one number. So a divergence of K + 1 categories is that of the
+    whole vocabulary to a reference that has the others in the policy's own proportions, and its
+    gradient is that one's.
+
+    Attributes:
+        ids: (N, K), counted from the first token of this rank's shard.
+        log_probs: (N, K).
+        log_rest: (N, 1), of all others.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    log_rest: Tensor
+
+    @classmethod
+    def beside(cls, policy: _Head, *given: Tensor | None) -> _Top:
+        ids, sent = cast(Tensor, given[0]), cast(Tensor, given[1])
+        log_probs = sent.to(policy.dtype)
+        rest = 1 - log_probs.exp().sum(-1, keepdim=True)
+        log_rest = rest.clamp(min=torch.finfo(sent.dtype).eps).log()
+        return cls(policy.local(ids), log_probs, log_rest)
+
+    def without(self, rows: Tensor) -> _Top:
+        """The same, with log-probs of zero at some tokens."""
+        log_probs, log_rest = (
+            x.masked_fill(rows[:, None], 0.0) for x in (self.log_probs, self.log_rest)
+        )
+        return _Top(self.ids, log_probs, log_rest)
+
+    def scores(self, rows: slice, z: Tensor) -> Tensor:
+        """The policy's logits of all other tokens: their normaliser has log pi_rest."""
+        return self._scattered(z, slice(0, z.shape[-1]), rows, -torch.inf)
+
+    def log_ratio(self, at: _At, log_p: Tensor, z: Tensor, r: Tensor | None) -> Tensor:
+        # Where K is V there are no others: this is no number, and stands nowhere.
+        of_rest = at.reference.minus(at.policy) - self.log_rest[at.rows]
+        index = self._index(at.rows, at.columns)
+        here = index.clamp(max=log_p.shape[-1] - 1)
+        own = log_p.gather(-1, here) - self.log_probs[at.rows]
+        return self._scattered(of_rest.expand_as(log_p), at.columns, at.rows, own)
+
+    def _index(self, rows: slice, columns: slice) -> Tensor:
+        """Of the tokens in a tile; of those elsewhere, the column after its last."""
+        index, width = self.ids[rows] - columns.start, columns.stop - columns.start
+        return index.where((index >= 0) & (index < width), width)
+
+    def _scattered(self, x: Tensor, columns: slice, rows: slice, own: Tensor | float) -> Tensor:
+        """A copy of a tile with ``own`` at these tokens."""
+        wide = x.new_empty(x.shape[0], x.shape[1] + 1)
+        wide[:, :-1] = x
+        index = self._index(rows, columns)
+        own = own if isinstance(own, Tensor) else x.new_full((1, 1), own).expand_as(index)
+        return wide.scatter_(-1, index, own)[:, :-1]
+
+
+_Reference: TypeAlias = _Head | _Top
+
 
 @dataclass(frozen=True)
 class _Normaliser:
@@ -398,6 +634,15 @@ class _Normaliser:
         return (self.maximum - other.maximum) + (self.log_sum - other.log_sum)
 
 
+class _At(NamedTuple):
+    """Some tokens and some of the vocabulary, with the normalisers of these tokens."""
+
+    rows: slice
+    columns: slice
+    policy: _Normaliser
+    reference: _Normaliser
+
+
 class _Tile(NamedTuple):
     """Both distributions, for some tokens and some of the vocabulary."""
 
@@ -406,11 +651,9 @@ class _Tile(NamedTuple):
     p: Tensor
 
     @classmethod
-    def of(cls, z: Tensor, r: Tensor, policy: _Normaliser, reference: _Normaliser) -> _Tile:
-        log_p = policy.log_softmax(z)
-        # Of the logits themselves: close ones are subtracted without a rounding.
-        log_ratio = (z - r).sub_(policy.minus(reference))
-        return cls(log_p, log_ratio, log_p.exp())
+    def of(cls, reference: _Reference, at: _At, z: Tensor, r: Tensor | None = None) -> _Tile:
+        log_p = at.policy.log_softmax(z)
+        return cls(log_p, reference.log_ratio(at, log_p, z, r), log_p.exp())
 
 
 @dataclass(frozen=True)
@@ -439,14 +682,16 @@ class _Kept:
 class _ExactKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, targets: Tensor, *tensors: Tensor | None) -> Any:
-        policy, reference = _Head.pair(plan, tensors)
+        policy, reference = _pair(plan, tensors)
         of_hidden, *of_matrix = ctx.needs_input_grad[2:5]
         frozen = plan.differentiated and of_hidden and not any(of_matrix)
         of_kl = torch.zeros_like(policy.hidden, dtype=policy.dtype) if frozen else None
         kept = torch.empty((9, len(targets)), dtype=policy.dtype, device=targets.device)
         for rows in _slices(len(targets), plan.held // len(policy.weight)):
-            z, r = policy.all_logits(rows), reference.all_logits(rows)
-            kept[:, rows] = _sums(plan, z, r, policy.local(targets[rows]), overwritten=frozen)
+            z = policy.all_logits(rows)
+            r = reference.scores(rows, z)
+            local = policy.local(targets[rows])
+            kept[:, rows] = _sums(plan, reference, rows, z, r, local, overwritten=frozen)
             if of_kl is not None:
                 gradient = r.addcmul_(z, _Kept(*kept[:, rows, None]).mean_slope, value=-1)
                 for columns in policy.columns(len(gradient)):
@@ -464,7 +709,7 @@ class _ExactKL(torch.autograd.Function):
     def backward(ctx: Any, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
         targets, *tensors, kept, of_kl = ctx.saved_tensors
-        policy, reference = _Head.pair(plan, tensors)
+        policy, reference = _pair(plan, tensors)
         gradients = _Gradients.zeros(policy, ctx.needs_input_grad[2:5])
         of_each, hidden = list(weights[:3]), gradients.hidden
         if of_kl is not None and of_each[0] is not None:
@@ -481,7 +726,16 @@ class _ExactKL(torch.autograd.Function):
         return None, None, hidden, gradients.weight, gradients.bias, None, None, None
 
 
-def _sums(plan: _Plan, z: Tensor, r: Tensor, targets: Tensor, *, overwritten: bool) -> Tensor:
+def _sums(
+    plan: _Plan,
+    other: _Reference,
+    rows: slice,
+    z: Tensor,
+    r: Tensor,
+    targets: Tensor,
+    *,
+    overwritten: bool,
+) -> Tensor:
     """The fields of ``_Kept``, of all logits of n tokens: (9, n), by three sums over the shards.
 
     ``overwritten`` leaves p in ``z`` and the slope in ``r``, towards logits before scaling.
@@ -504,7 +758,8 @@ def _sums(plan: _Plan, z: Tensor, r: Tensor, targets: Tensor, *, overwritten: bo
     )
     value, entropy, mean_slope = expected = torch.zeros_like(sums[:3])
     for columns in tiles:
-        tile = _Tile.of(z[:, columns], r[:, columns], policy, reference)
+        at = _At(rows, columns, policy, reference)
+        tile = _Tile.of(other, at, z[:, columns], r[:, columns])
         value += plan.divergence.value(*tile).sum(-1)
         entropy -= (tile.p * tile.log_p).sum(-1)
         if plan.differentiated:
@@ -541,7 +796,7 @@ def _differentiate(
     gradients: _Gradients,
     weights: Sequence[Tensor | None],
     policy: _Head,
-    reference: _Head,
+    reference: _Reference,
     targets: Tensor,
     kept: _Kept,
 ) -> None:
@@ -568,8 +823,8 @@ def _differentiate(
                 log_p = kept.policy.of(rows).log_softmax(z)
                 p, slope = log_p.exp(), None
             else:
-                r = reference.logits(rows, columns)
-                tile = _Tile.of(z, r, kept.policy.of(rows), kept.reference.of(rows))
+                at = _At(rows, columns, kept.policy.of(rows), kept.reference.of(rows))
+                tile = _Tile.of(reference, at, z)
                 (log_p, _, p), slope = tile, policy.plan.divergence.slope(*tile)
             gradient = p.mul_(log_p.mul_(-of_entropy[rows, None]).sub_(common[rows, None]))
             if slope is not None:

@@ -99,7 +99,7 @@ def acting(spec: TermSpec, batch: Batch, estimate: Estimate) -> Acting:
 
 
 def _acting(spec: TermSpec, batch: Batch, estimate: Estimate) -> Acting:
-    if spec.vocab == "exact":
+    if spec.over_vocabulary:
         return _over_the_vocabulary(spec, batch, estimate)
     if spec.placement == "in_reward":
         return _in_the_reward(spec, batch, estimate)
@@ -232,7 +232,7 @@ def estimate_of(spec: TermSpec, batch: Batch) -> Estimate:
 
 
 def _estimate_of(spec: TermSpec, batch: Batch) -> Estimate:
-    if spec.vocab == "exact":
+    if spec.over_vocabulary:
         return _expected(spec, batch)
     bounded = not math.isinf(spec.bound)
     limits = spec.definition.has_limit or bounded
@@ -334,7 +334,7 @@ def _importance(spec: TermSpec, batch: Batch, mask: Tensor) -> ImportanceWeight 
         cap=math.inf if spec.cap is None else spec.cap,
         mode=spec.mode or "truncate",
         answers=batch.answers,
-        own=spec.vocab == "sample",
+        own=not spec.over_vocabulary,
     )
 
 

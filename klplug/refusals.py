@@ -27,6 +27,7 @@ MISSPELT = (
     "no-placement",
     "no-value",
     "no-number",
+    "no-size",
     "no-factor",
     "weight-argument",
     "option-twice",
@@ -81,6 +82,7 @@ def _own_words(term: TermSpec) -> dict[str, Any]:
         "answers": f"{exact},horizon=sequence",  # the nearest form that is exact on whole answers
         "of_the_ratio": f"{given}={words.get(given)}",
         "twin": _TWINS.get(term.estimator),
+        "over": "exact_as_loss" if term.vocab == "exact" else f"k2_as_loss,vocab={words['vocab']}",
     }
 
 
@@ -104,8 +106,8 @@ def _to_posterior(term: TermSpec) -> bool:
     return term.reference == "posterior"
 
 
-def _exact(term: TermSpec) -> bool:
-    return term.vocab == "exact"
+def _over(term: TermSpec) -> bool:
+    return term.over_vocabulary
 
 
 def _weight_given(term: TermSpec) -> bool:
@@ -184,9 +186,9 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "answer-over-vocabulary",
-        lambda t: _by_answer(t) and _exact(t),
-        "horizon=answer with vocab=exact is refused: a divergence between whole answers is no sum "
-        "over tokens. Leave one of them out",
+        lambda t: _by_answer(t) and _over(t),
+        "horizon=answer with vocab={vocab} is refused: a divergence between whole answers is no "
+        "sum over tokens. Leave one of them out",
     ),
     Refusal(
         "answer-under-head",
@@ -214,58 +216,58 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "exact-in-reward",
-        lambda t: _exact(t) and _in_reward(t),
-        "vocab=exact is refused: a reward goes to the sampled tokens, and an exact KL has a "
-        "gradient of its own. Use 'exact_as_loss,horizon=sequence'",
+        lambda t: _over(t) and _in_reward(t),
+        "vocab={vocab} is refused: a reward goes to the sampled tokens, and a KL over the "
+        "vocabulary has a gradient of its own. Use '{over},horizon=sequence'",
     ),
     Refusal(
         "exact-of-k1",
-        lambda t: _exact(t) and t.estimator == "k1",
-        "vocab=exact is refused: the derivative of k1 is 1, which over the vocabulary is exactly "
-        "no gradient. Use 'exact_as_loss'",
+        lambda t: _over(t) and t.estimator == "k1",
+        "vocab={vocab} is refused: the derivative of k1 is 1, which over the vocabulary is exactly "
+        "no gradient. Use '{over}'",
     ),
     Refusal(
         "exact-of-twin",
-        lambda t: _exact(t) and t.estimator in _TWINS,
-        "vocab=exact is refused: over the vocabulary the derivative of {estimator} is that of "
-        "'{twin}_as_loss,vocab=exact'. For KL(pi||ref) use 'exact_as_loss'",
+        lambda t: _over(t) and t.estimator in _TWINS,
+        "vocab={vocab} is refused: over the vocabulary the derivative of {estimator} is that of "
+        "'{twin}_as_loss,vocab={vocab}'. For KL(pi||ref) use '{over}'",
     ),
     Refusal(
         "exact-of-answers",
-        lambda t: _exact(t) and _on_answers(t) and not t.exact_by_values,
-        "horizon=sequence with vocab=exact is refused: KL(ref||pi) of whole answers is no sum over "
-        "tokens that follow the policy. Use '{estimator}_as_loss,horizon=sequence', or "
+        lambda t: _over(t) and _on_answers(t) and not t.exact_by_values,
+        "horizon=sequence with vocab={vocab} is refused: KL(ref||pi) of whole answers is no sum "
+        "over tokens that follow the policy. Use '{estimator}_as_loss,horizon=sequence', or "
         "horizon=token",
     ),
     Refusal(
         "exact-under-head",
-        lambda t: _exact(t) and _under_a_head(t),
-        "head={head} with vocab=exact is refused: a head has the ratio of the sampled token, and "
+        lambda t: _over(t) and _under_a_head(t),
+        "head={head} with vocab={vocab} is refused: a head has the ratio of the sampled token, and "
         "there is none. Leave one of them out",
     ),
     Refusal(
         "exact-to-sampler",
-        lambda t: _exact(t) and t.reference in _BEHAVIOURS,
-        "reference={reference} with vocab=exact is refused: of the policy that made the samples "
+        lambda t: _over(t) and t.reference in _BEHAVIOURS,
+        "reference={reference} with vocab={vocab} is refused: of the policy that made the samples "
         "there are the log-probs of what was sampled, not of the vocabulary. Use "
         "'k2_as_loss,reference={reference}'",
     ),
     Refusal(
         "exact-bound",
-        lambda t: _exact(t) and t.bound < math.inf,
-        "bound={bound} with vocab=exact is refused: it holds the coefficient of a sampled token, "
+        lambda t: _over(t) and t.bound < math.inf,
+        "bound={bound} with vocab={vocab} is refused: it holds the coefficient of a sampled token, "
         "and there is none. Leave one of them out",
     ),
     Refusal(
         "exact-baseline",
-        lambda t: _exact(t) and t.baseline != "none",
-        "baseline={baseline} with vocab=exact is refused: a baseline is a mean of sampled KLs. "
+        lambda t: _over(t) and t.baseline != "none",
+        "baseline={baseline} with vocab={vocab} is refused: a baseline is a mean of sampled KLs. "
         "Leave one of them out",
     ),
     Refusal(
         "exact-level",
-        lambda t: _exact(t) and t.level in ("token", "sequence"),
-        "level={level} with vocab=exact is refused: the own token and later ones need no ratio, "
+        lambda t: _over(t) and t.level in ("token", "sequence"),
+        "level={level} with vocab={vocab} is refused: the own token and later ones need no ratio, "
         "and those before it need their product. Use level=prefix (the default there)",
     ),
     Refusal(

@@ -32,7 +32,8 @@ class Seen:
         gradient: what multiplies each token's score.
         principled: what would with ``c = x``.
         k3: its values, where they are at hand.
-        exact: the divergence over the whole vocabulary, where it is.
+        expected: the divergence over the vocabulary, where it is taken.
+        is_bound: whether that is a lower bound, of the reference's top tokens.
         saturating: of weight and coefficient those that may hold the dtype's largest number where
             ref/pi does not.
         capped, bounded: bool, where it acted.
@@ -48,7 +49,8 @@ class Seen:
     gradient: Tensor
     principled: Tensor
     k3: Tensor | None = None
-    exact: Tensor | None = None
+    expected: Tensor | None = None
+    is_bound: bool = False
     weight: Tensor | None = None
     saturating: Sequence[Tensor] = ()
     capped: Tensor | None = None
@@ -79,7 +81,7 @@ _IN_A_KEY = str.maketrans({",": ".", "=": "-", "*": "x", ":": "-"})
 
 def _seen(part: Part, batch: Batch) -> Seen:
     spec, estimate, importance = part.spec, part.estimate, part.acting.importance
-    gradient, exact = part.acting.gradient(), spec.vocab == "exact"
+    gradient, over = part.acting.gradient(), spec.over_vocabulary
     bounded = None
     if not math.isinf(spec.bound):
         at = estimate.log_ratio
@@ -97,13 +99,14 @@ def _seen(part: Part, batch: Batch) -> Seen:
         numbers=estimate.numbers,
         # Of the posterior a token has but a share.
         log_ratio=None if spec.reference == "posterior" else estimate.log_ratio,
-        coefficient=None if exact else coefficient,
+        coefficient=None if over else coefficient,
         gradient=gradient,
-        principled=gradient if exact else _principled(part, batch, gradient),
+        principled=gradient if over else _principled(part, batch, gradient),
         k3=estimate.value if spec.estimator == "k3" else None,
-        exact=estimate.value if exact else None,
+        expected=estimate.value if over else None,
+        is_bound=spec.top is not None,
         weight=None if importance is None else importance.weight,
-        saturating=_saturating(spec, importance, None if exact else coefficient),
+        saturating=_saturating(spec, importance, None if over else coefficient),
         capped=None if importance is None else importance.capped(),
         bounded=bounded,
         sample_weight=None if spec.weight == "none" else batch.masked(weight_name(spec)),
@@ -161,7 +164,7 @@ def _whole(terms: Sequence[Seen], whole: Acting, batch: Batch) -> Seen:
         numbers = numbers & (log_ratio.abs() < math.inf)
         log_ratio = masked_(log_ratio, numbers)
     gradient = whole.gradient()
-    exact = next((term.exact for term in terms if term.exact is not None), None)
+    over = next((term for term in terms if term.expected is not None), None)
     inputs = {name: tensor for term in terms for name, tensor in term.inputs.items()}
     if not terms and log_ratio is not None:
         inputs = {"log_probs": batch.log_probs, "ref_log_probs": batch.others["ref_log_probs"]}
@@ -170,11 +173,12 @@ def _whole(terms: Sequence[Seen], whole: Acting, batch: Batch) -> Seen:
         counted=batch.counted,
         numbers=numbers,
         log_ratio=log_ratio,
-        # Beside an exact KL the sampled tokens' coefficients are not the whole of it.
-        coefficient=gradient if exact is None else None,
-        saturating=(gradient,) if exact is None else (),
+        # Beside a KL over the vocabulary the sampled tokens' coefficients are not the whole of it.
+        coefficient=gradient if over is None else None,
+        saturating=(gradient,) if over is None else (),
         gradient=gradient,
         principled=finite(sum((term.principled for term in terms), torch.zeros_like(gradient))),
-        exact=exact,
+        expected=None if over is None else over.expected,
+        is_bound=over is not None and over.is_bound,
         inputs=inputs,
     )

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from klplug.axes import AXES, CHOICES, OPTIONS, PLACEMENTS, Axis
+from klplug.axes import AXES, CHOICES, OPTIONS, PLACEMENTS, Axis, size_of
 from klplug.estimators import ALIASES, ESTIMATORS, Estimator, alpha_divergence
 from klplug.refusals import Refused, refuse
 from klplug.samples import Named, named
@@ -177,6 +177,16 @@ class TermSpec(KLSpec):
     def by_answer_so_far(self) -> bool:
         """Whether that form has c of all tokens up to this one at once."""
         return self.definition.of_answer is not None
+
+    @property
+    def over_vocabulary(self) -> bool:
+        """Whether the expectation over each token is taken, and not sampled."""
+        return self.vocab != "sample"
+
+    @property
+    def top(self) -> int | None:
+        """How many tokens have a category of their own; ``None`` where all or none have."""
+        return size_of(self.vocab)[1]
 
     @property
     def weighting(self) -> Named | None:
@@ -446,12 +456,26 @@ def _checked(axis: Axis, value: Any) -> str | float:
     """``value``, if it is one that ``axis`` takes."""
     if axis.named and isinstance(value, str) and value not in axis.choices:
         return named(value).written
+    if axis.sized and isinstance(value, str) and value.partition(":")[0] in axis.sized:
+        return _sized(axis, value)
     if not axis.number:
-        _check_choice(axis.name, value, axis.choices)
+        _check_choice(axis.name, value, axis.words)
         return str(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise Refused(f"kl_type option {axis.name}={value!r} is no number", "no-number")
     return float(value)
+
+
+def _sized(axis: Axis, value: str) -> str:
+    """``topk:064`` as ``topk:64``."""
+    word, _, number = value.partition(":")
+    if not (number.isascii() and number.isdigit() and int(number) > 0):
+        raise Refused(
+            f"kl_type option {axis.name}={value} needs a whole number of at least 1, as in "
+            f"{axis.name}={word}:64",
+            "no-size",
+        )
+    return f"{word}:{int(number)}"
 
 
 def _check_choice(option: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -65,7 +65,8 @@ class Tally:
         ``klplug/kl``: the estimate of KL(pi||ref) to read, nats per token; see ``estimate``.
         ``klplug/k1``, ``k2``, ``k3``, ``abs``: masked means of the estimators, nats per token.
         ``klplug/exact_kl``: with vocab=exact, the masked mean over the whole vocabulary, in place
-        of the metrics of a coefficient.
+        of the metrics of a coefficient. ``klplug/topk_kl``: with vocab=topk:K likewise, a lower
+        bound of it.
         ``klplug/coef_mean``, ``coef_max``: mean and largest size of a token's coefficient, the
         number that stands beside its advantage: c, and over whole answers the sum to go, with its
         weights inside.
@@ -91,7 +92,8 @@ class Tally:
         names = sorted(k.removesuffix("tokens") for k in self.sums if k.endswith("tokens"))
         means = self._means(names)
         found = {"active": torch.ones_like(self.sums["tokens"]), **self.maxima}
-        metrics = {**_of_estimates(means), **_of_gradients(means), "exact_kl": means["exact"]}
+        metrics = {**_of_estimates(means), **_of_gradients(means)}
+        metrics |= {"exact_kl": means["exact"], "topk_kl": means["topk"]}
         metrics["sample_weight_mean"] = means["sample_weight"]
         for key, values in metrics.items():
             for name, value in zip(names, values, strict=True):
@@ -123,11 +125,12 @@ _MADE_OF = {
     **dict.fromkeys(("kl", "k1", "k2", "k3", "abs"), "k1"),
     **dict.fromkeys(("coef_mean", "gradient_cosine", "gradient_norm_ratio", "top_share"), "coef"),
     "exact_kl": "exact",
+    "topk_kl": "topk",
     "sample_weight_mean": "sample_weight",
 }
 """The sum without which a metric is absent: where there is no reference, or no coefficient."""
 _SUMS = (
-    *("k1", "k1_square", "k3", "abs", "growth_square", "k3_growth", "exact"),
+    *("k1", "k1_square", "k3", "abs", "growth_square", "k3_growth", "exact", "topk"),
     *("sample_weight", "coef", "weight", "weight_square", "capped", "bounded", "overflow"),
     *("gradient_square", "principled_square", "gradient_principled", "gradient_size", "top_size"),
 )
@@ -227,8 +230,8 @@ def _rows(s: Seen) -> tuple[Rows, Rows, Rows]:
     held = [x for x in s.saturating if x is not s.coefficient]
     if s.weight is not None:
         roots["weight_square"], sums["weight"] = norm(s.weight), s.weight.sum(-1)
-    if s.exact is not None:
-        sums["exact"] = s.exact.sum(-1)
+    if s.expected is not None:
+        sums["topk" if s.is_bound else "exact"] = s.expected.sum(-1)
     if s.sample_weight is not None:
         sums["sample_weight"] = s.sample_weight.sum(-1)
     if s.coefficient is not None:

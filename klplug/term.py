@@ -37,8 +37,9 @@ class KLTerm:
             the reward what a host makes of it, ``sum_{s>=t} c_s``.
         loss: differentiable; its value is ``value``, its gradient ``gradient``, and that of
             ``pathwise``.
-        pathwise: with vocab=exact, what of ``loss`` goes through ``exact_kl`` instead: 0, with the
-            gradient ``weight * grad exact_kl``; otherwise ``None``. Of an own token it is all.
+        pathwise: with vocab=exact or topk, what of ``loss`` goes through ``exact_kl`` instead: 0,
+            with the gradient ``weight * grad exact_kl``; otherwise ``None``. Of an own token it is
+            all.
         tally: sums and maxima over the counted tokens, which merge over micro-batches and ranks.
         metrics: 0-d tensors by name, of the moment of the call; see ``Tally.metrics``.
 
@@ -191,7 +192,8 @@ def kl_term(
         segment_ids: (B, T) integers, for packed rows: which answer of its row a token belongs to,
             answers side by side; anything where masked. Without it a row is one answer.
         exact_kl: (B, T), for vocab=exact: the ``kl`` of ``klplug.exact_kl`` with the divergence of
-            that name, at the same tokens; carries the gradient of the policy.
+            that name, at the same tokens; carries the gradient of the policy. For vocab=topk:K
+            that of ``klplug.topk_kl``.
         sample_weights: by what ``weight=`` names, (B, T) each, of ``klplug.sample_weights``, which
             checks that they are finite and not negative; detached.
 

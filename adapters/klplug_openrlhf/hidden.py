@@ -1,9 +1,10 @@
 """vocab=exact: the reference's hidden states on their way to the policy, and the exact KL there.
 
 The reference's actor keeps, beside its log-probs, the hidden states of the answers' tokens, and
-lends its output matrix once. Both travel in ``Experience.info``, the only field of OpenRLHF's that
-takes more than a number per token. The policy's own states are taken as they enter its output
-layer, inside the engine, so that their gradient is the engine's.
+lends its output matrix once; with vocab=topk:K it keeps its top K tokens alone. They travel in
+``Experience.info``, the only field of OpenRLHF's that takes more than a number per token. The
+policy's own states are taken as they enter its output layer, inside the engine, so that their
+gradient is the engine's.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from klplug.hosting.hidden import Comparison, Matrix, output_layer
 from klplug.hosting.memory import check_room
 from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.samples import weights_of
+from klplug.spec import TermSpec
 from klplug_openrlhf import samples
 from klplug_openrlhf.keys import (
     MAX_LEN,
@@ -39,9 +41,9 @@ INFO = "klplug/reference"
 
 @dataclass(frozen=True)
 class Reference:
-    """Of one answer: the reference's hidden states, (tokens, H), and a Ray ref to its matrix."""
+    """Of one answer what the reference sends, a row for each token, and a Ray ref to its matrix."""
 
-    hidden: Tensor
+    sent: Tensor
     matrix: Any
 
 
@@ -112,7 +114,8 @@ def execute_batch(original: Call, actor: Any, args: Args, kwargs: Kwargs) -> Any
         return original(*args, **kwargs)
     if "PolicyModelActor" in roles and weights_of(plan.spec, "entropy"):
         return samples.with_entropy(original, actor, args, kwargs)
-    if "ReferenceModelActor" not in roles or not plan.over_vocabulary:
+    term = hosting.exact_term(plan.spec)
+    if "ReferenceModelActor" not in roles or term is None:
         return original(*args, **kwargs)
     here = slice(given["start_idx"], given["end_idx"])
     masks, attention = (given["all_data"][name][here] for name in ("action_mask", "attention_mask"))
@@ -121,23 +124,32 @@ def execute_batch(original: Call, actor: Any, args: Args, kwargs: Kwargs) -> Any
     def keep(hidden: Tensor) -> None:
         at = hidden.device
         i = len(states)
-        states.append(of_answers(hidden, masks[i].to(at), attention[i].to(at)).cpu())
+        taken = of_answers(hidden, masks[i].to(at), attention[i].to(at))
+        # ZeRO-3 has gathered the layer for the call that comes.
+        own, temperature = inside(actor.model), actor.model.temperature
+        states.append(hosting.sent(term, own, taken, temperature).cpu())
 
     with entering(actor.model, keep):
         results = original(*args, **kwargs)
     if len(states) != len(results):
         raise RuntimeError(
-            f"vocab=exact: {len(results)} forwards of the reference called its output layer "
+            f"vocab={term.vocab}: {len(results)} forwards of the reference called its output layer "
             f"{len(states)} times"
         )
+    lent = _lend(actor) if term.top is None else None
+    return [
+        Answers(log_probs, _by_answer(sent, mask, lent))
+        for log_probs, sent, mask in zip(results, states, masks, strict=True)
+    ]
+
+
+def _lend(actor: Any) -> Any:
+    """A Ray ref to the reference's matrix, one for the whole run."""
     if not hasattr(actor, "klplug_matrix"):
         import ray  # ours, where klplug is only asked about
 
         actor.klplug_matrix = ray.put(matrix(actor.model))
-    return [
-        Answers(log_probs, _by_answer(hidden, mask, actor.klplug_matrix))
-        for log_probs, hidden, mask in zip(results, states, masks, strict=True)
-    ]
+    return actor.klplug_matrix
 
 
 def matrix(actor: Any) -> Matrix:
@@ -147,9 +159,9 @@ def matrix(actor: Any) -> Matrix:
         return Matrix.of(model).copied()
 
 
-def _by_answer(hidden: Tensor, mask: Tensor, lent: Any) -> list[Reference]:
+def _by_answer(sent: Tensor, mask: Tensor, lent: Any) -> list[Reference]:
     # Cloned: a pickled view brings its whole storage along.
-    parts = torch.split(hidden, mask.sum(-1).tolist())
+    parts = torch.split(sent, mask.sum(-1).tolist())
     return [Reference(part.clone(), lent) for part in parts]
 
 
@@ -165,16 +177,17 @@ def flatten_results(original: Call, maker: Any, args: Args, kwargs: Kwargs) -> A
     return [answers.log_probs for answers in results]
 
 
-def attach(maker: Any, experiences: list[Any]) -> None:
+def attach(term: TermSpec, maker: Any, experiences: list[Any]) -> None:
     """Each answer's reference into its experience, in the order they were asked for in."""
     references = vars(maker).pop("klplug_references", None)
     if references is None:
         raise RuntimeError(
-            "vocab=exact: the reference sent no hidden states: is klplug active in its process?"
+            f"vocab={term.vocab}: the reference sent no {hosting.kind(term)}: is klplug active in "
+            "its process?"
         )
     for experience, own in zip(experiences, references, strict=True):
         experience.info[INFO] = own
-    maker.klplug_bytes = sum(r.hidden.nbytes for own in references for r in own)
+    maker.klplug_bytes = sum(r.sent.nbytes for own in references for r in own)
 
 
 def reference_path(args: Any) -> str:
@@ -182,22 +195,22 @@ def reference_path(args: Any) -> str:
     return str(read(args, REF_MODEL) or read(args, PRETRAIN))
 
 
-def bytes_per_token(args: Any) -> int:
-    """Of hidden states in 16 bits."""
-    return 2 * hosting.hidden_size(reference_path(args), True)
+def bytes_per_token(term: TermSpec, args: Any) -> int:
+    """Of what the reference sends, its hidden states in 16 bits."""
+    return hosting.bytes_per_token(term, reference_path(args), True, 2)
 
 
-def foretell(args: Any) -> str:
-    """What hidden states will take, said before training."""
+def foretell(term: TermSpec, args: Any) -> str:
+    """What it will take, said before training."""
     answers = read(args, ROLLOUT_BATCH) * read(args, N)
     length = read(args, MAX_NEW_TOKENS) or read(args, MAX_LEN)
-    return hosting.foretold(bytes_per_token(args), answers, length)
+    return hosting.foretold(term, bytes_per_token(term, args), answers, length)
 
 
-def check_memory(samples: list[Any], args: Any) -> None:
-    """Raise if the hidden states of these samples have no room on this machine."""
+def check_memory(term: TermSpec, samples: list[Any], args: Any) -> None:
+    """Raise if what the reference sends of these samples has no room on this machine."""
     tokens = sum(int(sample.action_mask.sum()) for sample in samples)
-    check_room("the reference's hidden states", tokens, bytes_per_token(args))
+    check_room(f"the reference's {hosting.kind(term)}", tokens, bytes_per_token(term, args))
 
 
 # ── The policy's actors ─────────────────────────────────────────────────────────────────────────
@@ -226,16 +239,16 @@ class Micro:
         mask = given.action_mask != 0
         hidden = of_answers(self.states.pop(), mask, given.attention_mask)
         targets = given.sequences[:, -mask.shape[1] :][mask]
-        reference = torch.cat([own.hidden for own in self.references]).to(hidden.device)
-        lent = _lent(self.trainer, self.references, hidden.device)
+        device = hidden.device
+        sent = torch.cat([own.sent for own in self.references]).to(device)
+        lent = _lent(self.trainer, self.references, device) if term.top is None else None
         layer = output_layer(inside(actor))
         with whole(layer):
             exact = hosting.exact_of(
-                term, hidden, layer, reference, lent, targets, actor.temperature
+                term, inside(actor), hidden, sent, lent, targets, actor.temperature
             )
-        compared = vars(self.trainer).setdefault("klplug_compared", Comparison())
-        compared.check("the policy", log_probs[mask], exact.log_probs)
-        compared.check("the reference", given.base_action_log_probs[mask], exact.ref_log_probs)
+        compared: Comparison = vars(self.trainer).setdefault("klplug_compared", Comparison())
+        compared.check(term, log_probs[mask], given.base_action_log_probs[mask], exact)
         kl = exact.kl
         if kl.requires_grad:
             # ZeRO-3 gathers the matrix for the backward of its own layer, which may come later.
@@ -259,13 +272,14 @@ def _lent(trainer: Any, references: list[Reference], device: torch.device) -> Ma
 @contextmanager
 def micro(plan: Plan, trainer: Any, experience: Any) -> Iterator[Micro | None]:
     """While OpenRLHF trains on one micro-batch: its hidden states; ``None`` for other KLs."""
-    if not plan.over_vocabulary:
+    term = hosting.exact_term(plan.spec)
+    if term is None:
         yield None
         return
     if INFO not in experience.info:
         raise RuntimeError(
-            f"kl_type {plan.spec}: this experience has no hidden states of the reference: klplug "
-            "was not active in the process that made it"
+            f"kl_type {plan.spec}: this experience has no {hosting.kind(term)} of the reference: "
+            "klplug was not active in the process that made it"
         )
     # OpenRLHF would log it, as it logs all of info.
     experience.info = dict(experience.info)

@@ -186,8 +186,9 @@ def hidden_states_in_pieces(plan: Plan, settings: Settings) -> Said:
         if (size := settings.get(key, 1)) > 1:
             yield (
                 key,
-                f"kl_type {plan.spec} with {settings.named(key)} {size}: vocab=exact is refused "
-                f"where {cut} cut over ranks. Leave {settings.named(key)} out, or the option vocab",
+                f"kl_type {plan.spec} with {settings.named(key)} {size}: vocab={plan.vocab} is "
+                f"refused where {cut} cut over ranks. Leave {settings.named(key)} out, or the "
+                "option vocab",
             )
 
 

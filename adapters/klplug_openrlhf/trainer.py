@@ -13,7 +13,7 @@ from torch import Tensor
 from klplug import Tally, kl_return_baseline, kl_term
 from klplug.baselines import others_mean
 from klplug.hosting.controller import MeasuredController
-from klplug.hosting.hidden import BYTES
+from klplug.hosting.hidden import BYTES, exact_term
 from klplug.hosting.host import announce
 from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.watch import Watch
@@ -28,8 +28,8 @@ def init(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> None:
     if plan is None:
         return
     announce("the trainer", plan.spec, plan.kl_coef)
-    if plan.over_vocabulary:
-        print(hidden.foretell(trainer.args), flush=True)
+    if (term := exact_term(plan.spec)) is not None:
+        print(hidden.foretell(term, trainer.args), flush=True)
     trainer.klplug_watch, trainer.klplug_reference = Watch(), plan.reference()
     trainer.kl_ctl = MeasuredController(plan.controller())
     trainer.experience_maker.kl_ctl = trainer.kl_ctl
@@ -39,11 +39,12 @@ def make_experience(original: Call, maker: Any, args: Args, kwargs: Kwargs) -> A
     plan = Plan.of(maker.args)
     if plan is None:
         return original(*args, **kwargs)
-    if plan.over_vocabulary:
-        hidden.check_memory(bound(original, args, kwargs)["samples_list"], maker.args)
+    term = exact_term(plan.spec)
+    if term is not None:
+        hidden.check_memory(term, bound(original, args, kwargs)["samples_list"], maker.args)
     experiences = original(*args, **kwargs)
-    if plan.over_vocabulary:
-        hidden.attach(maker, experiences)
+    if term is not None:
+        hidden.attach(term, maker, experiences)
     samples.attach(plan, maker, experiences)
     for experience in experiences:
         experience.info[ACTIVE] = torch.ones(experience.action_mask.shape[0])

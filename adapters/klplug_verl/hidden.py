@@ -1,9 +1,10 @@
 """vocab=exact: the reference's hidden states on their way to the policy, and the exact KL there.
 
 The reference's engine adds to its log-probs the hidden states of the answers' tokens, one more
-nested tensor of its output. The trainer's queue brings them to the policy with all other tensors of
-the batch. The exact KL is made where the policy's own states enter its output layer: there FSDP has
-the whole matrix, in the forward and again in the backward.
+nested tensor of its output; with vocab=topk:K the top K tokens in their place. The trainer's queue
+brings them to the policy with all other tensors of the batch. The KL is made where the policy's own
+states enter its output layer: there FSDP has the whole matrix, in the forward and again in the
+backward.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ from klplug_verl.keys import (
 )
 from klplug_verl.notes import dtype
 
-STATES = "klplug_ref_hidden"  # of the reference, at the answers' tokens: a tensor of the batch
+STATES = "klplug_ref_hidden"
+"""Of the batch: what the reference sends of the answers' tokens."""
 
 
 @dataclass
@@ -48,8 +50,8 @@ class Shared:
     Attributes:
         term: the one over the vocabulary.
         is_base: the reference is the policy without its adapter, and has no engine of its own.
-        matrix: the reference's, as its engine has it, on the CPU; ``None`` before its first forward
-            and where it is the policy's own.
+        matrix: the reference's, as its engine has it, on the CPU; ``None`` before its first
+            forward, where it is the policy's own, and where top tokens are sent.
     """
 
     term: TermSpec
@@ -165,12 +167,15 @@ class Places:
 
 def _with_states(original: Call, engine: Any, shared: Shared, given: dict[str, Any]) -> Any:
     layer: Any = output_layer(engine.module)
-    places, states = Places.of(given["micro_batch"]), list[Tensor]()
+    term, data = shared.term, given["micro_batch"]
+    places, states = Places.of(data), list[Tensor]()
+    temperature = _temperature(term, data)
 
     def keep(hidden: Tensor) -> None:
         # As the layer takes them. The device's memory is for the forwards to come.
-        states.append(places.take(hidden).to(layer.weight.dtype).cpu())
-        if not shared.is_base and shared.matrix is None:
+        taken = places.take(hidden).to(layer.weight.dtype)
+        states.append(hosting.sent(term, engine.module, taken, temperature).cpu())
+        if term.top is None and not shared.is_base and shared.matrix is None:
             shared.matrix = Matrix.of(engine.module).copied()
 
     with hosting.entering(layer, keep):
@@ -179,6 +184,13 @@ def _with_states(original: Call, engine: Any, shared: Shared, given: dict[str, A
     rows = list(torch.split(states[0], places.answers.tolist()))
     output["model_output"][STATES] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
     return loss, output
+
+
+def _temperature(term: TermSpec, data: Any) -> float:
+    temperature = data["temperature"]
+    if isinstance(temperature, Tensor):
+        raise RuntimeError(f"kl_type {term}: verl gave each sample a temperature of its own")
+    return float(temperature)
 
 
 def _expect_one_call(count: int, whose: str) -> None:
@@ -206,23 +218,20 @@ class Micro:
         term, data = self.shared.term, self.data
         if STATES not in data:
             raise RuntimeError(
-                f"kl_type {term}: this batch has no hidden states of the reference: klplug was not "
-                "active in the process that made its log-probs"
+                f"kl_type {term}: this batch has no {hosting.kind(term)} of the reference: klplug "
+                "was not active in the process that made its log-probs"
             )
-        temperature = data["temperature"]
-        if isinstance(temperature, Tensor):
-            raise RuntimeError(f"kl_type {term}: verl gave each sample a temperature of its own")
         places = Places.of(data)
         counted = places.counted(data)
         device = hidden.device
         exact = hosting.exact_of(
             term,
+            self.engine.module,
             places.take(hidden, counted),
-            output_layer(self.engine.module),
             torch.cat(data[STATES].unbind())[counted].to(device),
-            self._reference(device),
+            self._reference(device) if term.top is None else None,
             data["input_ids"].values()[places.packed[counted] + 1].to(device),
-            float(temperature),
+            _temperature(term, data),
         )
         self.made.append(exact)
 
@@ -249,7 +258,8 @@ _MICRO: ContextVar[Micro | None] = ContextVar("klplug_micro", default=None)
 
 def exact(spec: KLSpec, log_probs: Tensor, tensors: Any) -> Tensor | None:
     """The exact KL of the micro-batch, (B, T), with the policy's gradient; ``None`` for others."""
-    if hosting.exact_term(spec) is None:
+    term = hosting.exact_term(spec)
+    if term is None:
         return None
     micro = _MICRO.get()
     if micro is None:
@@ -258,62 +268,63 @@ def exact(spec: KLSpec, log_probs: Tensor, tensors: Any) -> Tensor | None:
         )
     _expect_one_call(len(micro.made), "the policy")
     (made,), mask = micro.made, tensors["response_mask"]
-    check = micro.shared.comparison.check
-    check("the policy", log_probs[mask], made.log_probs)
-    check("the reference", tensors["ref_log_prob"][mask], made.ref_log_probs)
+    comparison = micro.shared.comparison
+    comparison.check(term, log_probs[mask], tensors["ref_log_prob"][mask], made)
     return hosting.placed(made.kl, mask)
 
 
 # ── The trainer ─────────────────────────────────────────────────────────────────────────────────
 
 
-def bytes_per_token(config: Any) -> int:
-    """Of the reference's hidden states, as its engine computes."""
+def bytes_per_token(term: TermSpec, config: Any) -> int:
+    """Of what the reference sends, its hidden states as its engine computes."""
     from verl.utils.fs import copy_to_local
 
     settings = Config(config)
     path = copy_to_local(settings.get(REF_MODEL) or settings.get(MODEL))
-    size = hosting.hidden_size(path, bool(settings.get(TRUST)))
     side = ACTOR if any(settings.get(key) for key in (*LORA, *ADAPTERS)) else REF
-    return size * (4 if dtype(settings, side) == "fp32" else 2)
+    width = 4 if dtype(settings, side) == "fp32" else 2
+    return hosting.bytes_per_token(term, path, bool(settings.get(TRUST)), width)
 
 
-def foretell(config: Any) -> str:
-    """What hidden states will take, said before training."""
+def foretell(term: TermSpec, config: Any) -> str:
+    """What it will take, said before training."""
     settings = Config(config)
     answers = settings.get(TRAIN_BATCH) * settings.get(N)
-    return hosting.foretold(bytes_per_token(config), answers, settings.get(MAX_ANSWER))
+    return hosting.foretold(term, bytes_per_token(term, config), answers, settings.get(MAX_ANSWER))
 
 
-def room_for(config: Any, tokens: int) -> int:
-    """Bytes of the states of these tokens; raises if they have no room on this machine."""
-    each = bytes_per_token(config)
-    check_room("the reference's hidden states", tokens, each)
+def room_for(term: TermSpec, config: Any, tokens: int) -> int:
+    """Bytes that the reference sends of these tokens; raises if they have no room here."""
+    each = bytes_per_token(term, config)
+    check_room(f"the reference's {hosting.kind(term)}", tokens, each)
     return tokens * each
 
 
 def compute_ref_log_prob(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
     """The v1 trainer's; its workers put the states where the log-probs go."""
     run = getattr(trainer, "klplug", None)
-    if run is None or not run.plan.over_vocabulary:
+    term = None if run is None else hosting.exact_term(run.plan.spec)
+    if term is None:
         return original(*args, **kwargs)
     from verl.trainer.ppo.v1.trainer_base import tq
 
     batch = bound(original, args, kwargs)["batch"]
     place = {"keys": batch.keys, "partition_id": batch.partition_id}
     mask = tq.kv_batch_get(**place, select_fields=["response_mask"])["response_mask"]
-    run.states = room_for(trainer.config, len(mask.values()))
+    run.states = room_for(term, trainer.config, len(mask.values()))
     return original(*args, **kwargs)
 
 
 def compute_ref_log_prob_in_fit(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
     """``RayPPOTrainer``'s, which takes the log-probs alone out of what its workers return."""
     run = getattr(trainer, "klplug", None)
-    if run is None or not run.plan.over_vocabulary:
+    term = None if run is None else hosting.exact_term(run.plan.spec)
+    if term is None:
         return original(*args, **kwargs)
     batch = bound(original, args, kwargs)["batch"].batch
     answers = batch["attention_mask"][:, batch["prompts"].shape[1] :]
-    run.states = room_for(trainer.config, int(answers.sum()))
+    run.states = room_for(term, trainer.config, int(answers.sum()))
     name = "actor_rollout_wg" if trainer.ref_in_actor else "ref_policy_wg"
     workers = getattr(trainer, name)
     listener = _Listener(workers)
@@ -324,7 +335,8 @@ def compute_ref_log_prob_in_fit(original: Call, trainer: Any, args: Args, kwargs
         setattr(trainer, name, workers)
     if listener.states is None:
         raise RuntimeError(
-            "vocab=exact: the reference sent no hidden states: is klplug active in its process?"
+            f"vocab={term.vocab}: the reference sent no {hosting.kind(term)}: is klplug active in "
+            "its process?"
         )
     result.batch[STATES] = listener.states
     return result

@@ -22,8 +22,8 @@ def served(spec: KLSpec) -> str:
     headed = any(term.head in ("combined", "clipped") for term in spec.terms)
     if headed or spec.has_the_reward:
         return "with loss_mode=vanilla"
-    exact = any(term.vocab == "exact" for term in spec.terms)
-    return "with strategy=fsdp or fsdp2" if exact else "yes"
+    over = any(term.over_vocabulary for term in spec.terms)
+    return "with strategy=fsdp or fsdp2" if over else "yes"
 
 
 def problems(environment: Mapping[str, str], version: str | None) -> list[str]:

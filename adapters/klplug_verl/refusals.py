@@ -230,7 +230,7 @@ def legacy_worker(plan: Plan, settings: Settings) -> Said:
     strategy = str(settings.get(STRATEGY))
     unserved = [
         *([f"strategy={strategy}"] if strategy not in ("fsdp", "fsdp2") else ()),
-        *(["vocab=exact"] if plan.over_vocabulary else ()),
+        *([f"vocab={plan.vocab}"] if plan.over_vocabulary else ()),
         *(["head=combined"] if any(t.head == "combined" for t in as_loss) else ()),
         *([f"baseline={t.baseline}" for t in as_loss if t.baseline != "none"]),
         *([f"weight={t.weight}" for t in as_loss if t.weight != "none"]),
@@ -301,15 +301,16 @@ def hidden_states_out_of_reach(plan: Plan, settings: Settings) -> Said:
     if strategy not in ("fsdp", "fsdp2"):
         yield (
             STRATEGY,
-            f"kl_type {plan.spec} with {STRATEGY}={strategy}: vocab=exact is refused: klplug gets "
-            "the hidden states of verl's FSDP engine alone. Use fsdp or fsdp2, or leave vocab out",
+            f"kl_type {plan.spec} with {STRATEGY}={strategy}: vocab={plan.vocab} is refused: "
+            "klplug gets the hidden states of verl's FSDP engine alone. Use fsdp or fsdp2, or "
+            "leave vocab out",
         )
     if settings.get(FUSED, False):
         yield (
             FUSED,
-            f"kl_type {plan.spec} with {FUSED}=True: vocab=exact is refused: these kernels make "
-            "log-probs past the output layer, where klplug takes the hidden states. Set it False, "
-            "or leave vocab out",
+            f"kl_type {plan.spec} with {FUSED}=True: vocab={plan.vocab} is refused: these kernels "
+            "make log-probs past the output layer, where klplug takes the hidden states. Set it "
+            "False, or leave vocab out",
         )
     for key in SEQUENCE_PARALLEL:
         if key.startswith(REF) and not settings.wrote(key):
@@ -317,15 +318,15 @@ def hidden_states_out_of_reach(plan: Plan, settings: Settings) -> Said:
         if (size := settings.get(key, 1)) > 1:
             yield (
                 key,
-                f"kl_type {plan.spec} with {key}={size}: vocab=exact is refused where answers are "
-                "cut over ranks. Set it to 1, or leave vocab out",
+                f"kl_type {plan.spec} with {key}={size}: vocab={plan.vocab} is refused where "
+                "answers are cut over ranks. Set it to 1, or leave vocab out",
             )
     if settings.get(TRAINER_MODE) == "separate_async":
         yield (
             TRAINER_MODE,
-            f"kl_type {plan.spec} with {TRAINER_MODE}=separate_async: vocab=exact is refused: the "
-            "reference's worker is not the policy's there, which needs its output matrix. Use "
-            "sync or colocate_async, or leave vocab out",
+            f"kl_type {plan.spec} with {TRAINER_MODE}=separate_async: vocab={plan.vocab} is "
+            "refused: the reference's worker is not the policy's there, and klplug needs both in "
+            "one. Use sync or colocate_async, or leave vocab out",
         )
 
 

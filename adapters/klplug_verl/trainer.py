@@ -29,7 +29,7 @@ from klplug import (
 )
 from klplug.hosting import state
 from klplug.hosting.controller import MeasuredController
-from klplug.hosting.hidden import BYTES
+from klplug.hosting.hidden import BYTES, exact_term
 from klplug.hosting.host import announce
 from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.hosting.state import Reference, StateError
@@ -61,7 +61,7 @@ class Run:
     sampled: Tensor | None = None
     carried: dict[str, Tensor] = field(default_factory=dict)  # for the workers, by their names
     named: dict[str, Tensor] = field(default_factory=dict)  # what sample weights read, by name
-    states: int | None = None  # bytes of the reference's hidden states
+    states: int | None = None  # bytes of the reference's hidden states, or of its top tokens
     metrics: dict[str, float] = field(default_factory=dict)
     watch: Watch = field(default_factory=Watch)
 
@@ -95,8 +95,8 @@ def init(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> None:
     if plan is None:
         return
     announce("the trainer", plan.spec, plan.kl_coef)
-    if plan.over_vocabulary:
-        print(hidden.foretell(config), flush=True)
+    if (term := exact_term(plan.spec)) is not None:
+        print(hidden.foretell(term, config), flush=True)
     trainer.klplug = Run(plan, MeasuredController(plan.controller()), plan.reference())
     trainer.kl_ctrl_in_reward = trainer.klplug.controller
 

@@ -17,7 +17,7 @@ from rich.table import Table
 import klplug
 from klplug.audit import RULES, Rule
 from klplug.audit.pages import text
-from klplug.axes import AXES, OPTIONS
+from klplug.axes import AXES, OPTIONS, size_of
 from klplug.catalogue import weighed
 from klplug.cli.catalogue import WORDS, completed, stock, stock_text
 from klplug.cli.output import AsJson, console, print_json
@@ -116,7 +116,7 @@ def registered(spec: klplug.KLSpec) -> tuple[klplug.KLType, ...]:
         written = [option.partition("=")[0] for option in row.name.split(",")[1:]]
         if (
             own.name == asked.name
-            and all(getattr(own, option) == getattr(asked, option) for option in written)
+            and all(_alike(option, own, asked) for option in written)
             and (found is None or len(written) > found[0])
         ):
             found = len(written), row
@@ -124,6 +124,14 @@ def registered(spec: klplug.KLSpec) -> tuple[klplug.KLType, ...]:
         (asked,) = spec.terms
         return (weighed(asked, found[1]),)
     return tuple(_times(term.factor, row) for term in spec.terms for row in registered(term.alone))
+
+
+def _alike(option: str, own: TermSpec, asked: TermSpec) -> bool:
+    """Whether they have the same value; a row is one of a word's sizes, and answers for all."""
+    values = getattr(own, option), getattr(asked, option)
+    if AXES[option].sized:
+        return size_of(values[0])[0] == size_of(values[1])[0]
+    return bool(values[0] == values[1])
 
 
 def _times(factor: float, row: klplug.KLType) -> klplug.KLType:

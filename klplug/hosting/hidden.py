@@ -1,4 +1,4 @@
-"""vocab=exact on a host: hidden states as they enter an output layer, and the exact KL of them."""
+"""vocab=exact on a host: hidden states as they enter an output layer, and the KL of them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from klplug import ExactKL, exact_kl
+from klplug import ExactKL, exact_kl, top_log_probs, topk_kl
 from klplug.hosting.memory import gigabytes
 from klplug.spec import KLSpec, TermSpec
 
@@ -73,31 +74,68 @@ def entering(layer: nn.Module, keep: Callable[[Tensor], None]) -> Iterator[None]
 
 def exact_term(spec: KLSpec) -> TermSpec | None:
     """The term over the vocabulary, which a sum has one of at most."""
-    return next((term for term in spec.terms if term.vocab == "exact"), None)
+    return next((term for term in spec.terms if term.over_vocabulary), None)
+
+
+def kind(term: TermSpec) -> str:
+    """What the reference sends of each token, in words."""
+    return "hidden states" if term.top is None else f"top {term.top} tokens"
+
+
+def sent(term: TermSpec, model: Any, hidden: Tensor, temperature: float) -> Tensor:
+    """What a reference sends of the tokens at ``hidden``, (N, H), while its output layer is whole.
+
+    The states themselves; or of its top K tokens, (N, 2 K), first the ids and then the log-probs:
+    one tensor, as the states are. float32 has every whole number up to 2^24.
+    """
+    if term.top is None:
+        return hidden
+    own = Matrix.of(model)
+    ids, log_probs = top_log_probs(
+        hidden,
+        own.weight,
+        term.top,
+        bias=own.bias,
+        temperature=temperature,
+        softcap=own.softcap,
+    )
+    return torch.cat([ids.to(log_probs.dtype), log_probs], -1)
 
 
 def exact_of(
     term: TermSpec,
+    model: Any,
     hidden: Tensor,
-    layer: Any,
-    ref_hidden: Tensor,
-    reference: Matrix,
+    sent: Tensor,
+    reference: Matrix | None,
     targets: Tensor,
     temperature: float,
 ) -> ExactKL:
-    """``klplug.exact_kl`` of some tokens, by a term's divergence and a model's output layer."""
+    """``klplug.exact_kl`` or ``topk_kl`` of some tokens, by a term's divergence and a model.
+
+    ``reference`` is needed where hidden states were sent.
+    """
+    layer: Any = output_layer(model)
+    options: dict[str, Any] = {
+        "divergence": term.estimator,
+        "alpha": term.alpha,
+        "bias": getattr(layer, "bias", None),
+        "temperature": temperature,
+    }
+    if term.top is not None:
+        ids, log_probs = sent.chunk(2, -1)
+        cap = Matrix.of(model).softcap
+        return topk_kl(hidden, layer.weight, targets, ids.long(), log_probs, softcap=cap, **options)
+    assert reference is not None
     return exact_kl(
         hidden,
         layer.weight,
-        ref_hidden,
+        sent,
         reference.weight,
         targets,
-        divergence=term.estimator,
-        alpha=term.alpha,
-        bias=getattr(layer, "bias", None),
         ref_bias=reference.bias,
-        temperature=temperature,
         softcap=reference.softcap,
+        **options,
     )
 
 
@@ -112,8 +150,17 @@ class Comparison:
 
     done: set[str] = field(default_factory=set)
 
-    def check(self, whose: str, engines: Tensor, own: Tensor) -> None:
-        """Stop where they are not what the engine makes its logits of."""
+    def check(
+        self, term: TermSpec, log_probs: Tensor, ref_log_probs: Tensor, made: ExactKL
+    ) -> None:
+        """Stop where they are not what the engine makes its logits of; of each token a number."""
+        self._check("the policy", log_probs, made.log_probs)
+        own = made.ref_log_probs
+        if term.top is not None:  # of a token that was not sent there is nothing to compare
+            ref_log_probs, own = ref_log_probs[~own.isnan()], own[~own.isnan()]
+        self._check("the reference", ref_log_probs, own)
+
+    def _check(self, whose: str, engines: Tensor, own: Tensor) -> None:
         if whose in self.done or not len(own):
             return
         apart = float((engines.detach() - own.detach()).abs().mean())
@@ -135,10 +182,17 @@ def hidden_size(path: str, trust_remote_code: bool) -> int:
     return int(config.get_text_config().hidden_size)
 
 
-def foretold(each: int, answers: int, length: int) -> str:
-    """What hidden states will take, said before training; ``each`` is bytes per token."""
+def bytes_per_token(term: TermSpec, path: str, trust_remote_code: bool, width: int) -> int:
+    """Of what the reference sends; a hidden state has ``width`` bytes a dimension."""
+    if term.top is not None:
+        return 2 * 4 * term.top
+    return width * hidden_size(path, trust_remote_code)
+
+
+def foretold(term: TermSpec, each: int, answers: int, length: int) -> str:
+    """What the reference sends will take, said before training; ``each`` is bytes per token."""
     return (
-        f"klplug: vocab=exact keeps the reference's hidden states of a step in memory: {each} "
-        f"bytes a token, for {answers} answers of at most {length} tokens "
+        f"klplug: vocab={term.vocab} keeps the reference's {kind(term)} of a step in memory: "
+        f"{each} bytes a token, for {answers} answers of at most {length} tokens "
         f"{gigabytes(each * answers * length)} at most"
     )

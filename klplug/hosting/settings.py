@@ -85,8 +85,13 @@ class Asked:
 
     @property
     def over_vocabulary(self) -> bool:
-        """Whether it needs hidden states of policy and reference."""
-        return any(term.vocab == "exact" for term in self.spec.terms)
+        """Whether it needs the policy's hidden states, and of the reference more than log-probs."""
+        return self.vocab != "sample"
+
+    @property
+    def vocab(self) -> str:
+        """That of the term over the vocabulary, which a sum has one of at most."""
+        return next((term.vocab for term in self.spec.terms if term.over_vocabulary), "sample")
 
     @property
     def needs_reference(self) -> bool:

@@ -35,7 +35,8 @@ class Problem:
     """All answers over ``vocabulary`` tokens of up to ``length``, under three policies.
 
     ``logits(theta)[prefix]`` is a fixed random linear map of theta. ``theta`` and ``old`` are two
-    parameter vectors; the reference is arbitrary per prefix.
+    parameter vectors; the reference is arbitrary per prefix. With ``top`` a token's divergence is
+    of that many categories, the reference's most likely tokens, and one of all others.
     """
 
     vocabulary: int
@@ -43,6 +44,7 @@ class Problem:
     stops: bool = False
     seed: int = 0
     dimension: int = 7
+    top: int | None = None
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
@@ -124,8 +126,16 @@ class Problem:
 
     def per_prefix(self, divergence: str) -> Tensor:
         """``E_ref f(u)`` of each prefix's next token, u = pi / ref."""
-        ref = self.ref().exp()
-        return (ref * F[divergence](self.policy().exp() / ref)).sum(-1)
+        ref, policy = self.merged(self.ref().exp()), self.merged(self.policy().exp())
+        return (ref * F[divergence](policy / ref)).sum(-1)
+
+    def merged(self, p: Tensor) -> Tensor:
+        """Probabilities of the categories."""
+        if self.top is None:
+            return p
+        top = self.ref().topk(self.top).indices
+        others = p * torch.ones_like(p).scatter(-1, top, 0.0)
+        return torch.cat([p.gather(-1, top), others.sum(-1, keepdim=True)], -1)
 
     def expected(self, divergence: str) -> Tensor:
         """grad of the divergence of each token summed along answers from pi, reach and all."""

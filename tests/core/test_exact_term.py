@@ -40,6 +40,12 @@ def tensors() -> dict[str, Tensor]:
         ("js_as_loss,vocab=exact", "js_as_loss,vocab=exact"),
         ("alpha_as_loss,alpha=2,vocab=exact", "alpha_as_loss,alpha=2,vocab=exact"),
         ("k2_as_loss,vocab=sample", "k2_as_loss"),
+        ("k2_as_loss, vocab=topk:064", "k2_as_loss,vocab=topk:64"),
+        ("js_as_loss,vocab=topk:1,ratio=none", "js_as_loss,vocab=topk:1"),
+        (
+            "k2_as_loss,horizon=sequence,level=prefix,vocab=topk:64",
+            "k2_as_loss,vocab=topk:64,horizon=sequence",
+        ),
     ],
 )
 def test_one_canonical_form(written: str, canonical: str) -> None:
@@ -76,6 +82,23 @@ def test_what_it_needs() -> None:
         ("full", "'exact_as_loss'"),
         ("full_as_loss", "'exact_as_loss'"),
         ("exact_in_reward", "Did you mean"),
+        ("k2_as_loss,vocab=top", "Did you mean 'topk:K'.* Allowed: sample, exact, topk:K"),
+        ("k2_as_loss,vocab=topk", "vocab=topk needs a whole number .* vocab=topk:64"),
+        ("k2_as_loss,vocab=topk:0", "vocab=topk:0 needs a whole number of at least 1"),
+        ("k2_as_loss,vocab=topk:6.5", "vocab=topk:6.5 needs a whole number"),
+        ("k2_as_loss,vocab=topk:-1", "vocab=topk:-1 needs a whole number"),
+        ("exact_as_loss,vocab=topk:4", "Leave vocab out"),
+        ("k1_in_reward,vocab=topk:4", "Use 'k2_as_loss,vocab=topk:4,horizon=sequence'"),
+        ("k1_as_loss,vocab=topk:4", "Use 'k2_as_loss,vocab=topk:4'"),
+        (
+            "k3_as_loss,vocab=topk:4",
+            "'forward_as_loss,vocab=topk:4'. .* use 'k2_as_loss,vocab=topk:4'",
+        ),
+        ("forward_as_loss,vocab=topk:4,horizon=sequence", "no sum over tokens"),
+        ("k2_as_loss,vocab=topk:4,head=combined", "head=combined with vocab=topk:4 is refused"),
+        ("k2_as_loss,vocab=topk:4,reference=old", "reference=old with vocab=topk:4 is refused"),
+        ("k2_as_loss,vocab=topk:4,bound=2", "bound=2 with vocab=topk:4 is refused"),
+        ("k2_as_loss,vocab=topk:4,ratio=old,level=token", "level=token with vocab=topk:4"),
     ],
 )
 def test_refused_with_a_reason(kl_type: str, message: str) -> None:
@@ -86,6 +109,8 @@ def test_refused_with_a_reason(kl_type: str, message: str) -> None:
 def test_one_exact_kl_serves_one_divergence() -> None:
     with pytest.raises(ValueError, match="several divergences over the vocabulary"):
         klplug.kl_term("exact_as_loss+js_as_loss,vocab=exact", **tensors())
+    with pytest.raises(ValueError, match="several divergences over the vocabulary"):
+        klplug.kl_term("exact_as_loss+k2_as_loss,vocab=topk:8", **tensors())
     term = klplug.kl_term("exact_as_loss+exact_as_loss,horizon=sequence", **tensors())
     assert torch.equal(term.value, 2 * klplug.kl_term("exact_as_loss", **tensors()).value)
 
@@ -148,6 +173,12 @@ def test_metrics_have_the_exact_kl_and_no_coefficient() -> None:
     assert metrics["klplug/exact_kl"].item() == pytest.approx(kl.mean().item())
     assert metrics["klplug/ess"] == 1
     assert {"klplug/k1", "klplug/k2", "klplug/k3"} <= set(metrics)
+    # Of the reference's top tokens it is a lower bound, and has a name of its own.
+    bound = klplug.kl_term("k2_as_loss,vocab=topk:8", **given).metrics
+    assert bound["klplug/topk_kl"] == metrics["klplug/exact_kl"]
+    assert set(metrics) - set(bound) == {"klplug/exact_kl"}
+    both = klplug.kl_term("k2_as_loss,vocab=topk:8+k3_as_loss", **given).metrics
+    assert both["klplug/topk_kl"] == both["klplug/k2_as_loss.vocab-topk-8/topk_kl"]
     assert not any("coef" in name or "gradient" in name for name in metrics)
     assert "klplug/exact_kl" not in klplug.kl_term("k2_as_loss", **given).metrics
 

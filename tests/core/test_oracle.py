@@ -6,6 +6,7 @@ All answers enumerated, float64, no sampling noise. Equal means 1e-9; different,
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from klplug import (
     posterior_log_probs,
     reward_to_go,
     sample_weights,
+    topk_kl,
 )
 from klplug.weights import importance_weight
 from tests.core.enumeration import PROBLEMS, Problem
@@ -934,15 +936,12 @@ def over_the_vocabulary(problem: Problem, kl_type: str) -> Tensor:
     identity = torch.eye(problem.vocabulary, dtype=torch.float64)
     logits = problem.features @ problem.theta
     targets = torch.zeros(len(logits), dtype=torch.long)
-    kl = exact_kl(
-        logits,
-        identity,
-        problem.ref_logits,
-        identity,
-        targets,
-        divergence=spec.estimator,
-        alpha=spec.alpha,
-    ).kl
+    named = {"divergence": spec.estimator, "alpha": spec.alpha}
+    if spec.top is None:
+        kl = exact_kl(logits, identity, problem.ref_logits, identity, targets, **named).kl
+    else:
+        top = problem.ref().topk(spec.top)
+        kl = topk_kl(logits, identity, targets, top.indices, top.values, **named).kl
     return torch.where(problem.mask, kl[problem.prefix_of], torch.nan)
 
 
@@ -1003,6 +1002,21 @@ def test_off_policy_the_exact_kl_needs_a_ratio_of_the_tokens_before_alone(
         assert_different(full, loc)
         unweighted = exact_gradients(problem, f"{kl_type},horizon=sequence,ratio=none", old)[-1]
         assert_different(unweighted, full)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_the_top_tokens_have_the_gradient_of_their_categories(problem: Problem, name: str) -> None:
+    categories = dataclasses.replace(problem, top=1)
+    old, divergence = problem.old(), EXACT[name]
+    kl_type = f"{'k2' if name == 'exact' else name}_as_loss,vocab=topk:1"
+    oldpref, loc = categories.oldpref(divergence), categories.loc(divergence)
+    assert_equal(exact_gradients(problem, kl_type, old)[-1], oldpref)
+    assert_equal(exact_gradients(problem, f"{kl_type},ratio=old,cap=none", old)[-1], loc)
+    if problem.vocabulary > 2:
+        assert_different(oldpref, problem.oldpref(divergence))
+    if name in ON_ANSWERS:
+        found = exact_gradients(problem, f"{kl_type},horizon=sequence,cap=none", old)[-1]
+        assert_equal(found, categories.expected(divergence))
 
 
 def test_the_exact_kl_has_no_noise_of_its_own_token() -> None:
@@ -1071,6 +1085,7 @@ def test_every_catalogued_kl_type_is_in_an_oracle() -> None:
     tested = {
         "k2_as_loss,vocab=exact",
         "k2_as_loss,vocab=exact,horizon=sequence",
+        "k2_as_loss,vocab=topk:64",
         *ON_POLICY_LOSS,
         *ON_POLICY_REWARD,
         *HEADS,

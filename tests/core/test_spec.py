@@ -302,7 +302,7 @@ def test_a_mistake_is_told_with_what_is_allowed(text: str, words: list[str]) -> 
 
 OPTION_VALUES = {
     "alpha": st.floats(-3, 3).map(repr),
-    "vocab": st.sampled_from(["sample", "exact"]),
+    "vocab": st.sampled_from(["sample", "exact", "topk:3"]),
     "head": st.sampled_from(["separate", "combined", "clipped"]),
     "baseline": st.sampled_from(["none", "batch", "group"]),
     "reference": st.sampled_from(["ref", "rollout", "old", "posterior"]),

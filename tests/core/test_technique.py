@@ -14,7 +14,7 @@ NAMES = ("log_probs", "ref_log_probs", "response_mask", "old_log_probs", "advant
 
 
 def loss(kl_type: str, tensors: dict[str, Tensor]) -> Tensor:
-    if "vocab=exact" in kl_type:  # stands for a sum over the vocabulary
+    if "vocab=" in kl_type:  # stands for a sum over the vocabulary
         tensors = tensors | {"exact_kl": (tensors["log_probs"] - tensors["ref_log_probs"]).square()}
     return klplug.kl_term(kl_type, **tensors, kl_coef=BETA, clip_range=CLIP).loss.sum()
 

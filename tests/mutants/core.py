@@ -90,7 +90,7 @@ GRADIENTS = of(
     ('groups = None if spec.baseline == "batch" else', "groups = None if spec.baseline else"),
     ("estimate.mask.any(-1))", "None)"),
     ("torch.where(mask, to_go - after, 0.0)", "torch.where(mask, to_go, 0.0)"),
-    ('own=spec.vocab == "sample"', "own=True"),
+    ("own=not spec.over_vocabulary", "own=True"),
     (
         "value=finite(sum((a.value for a in parts), zero))",
         "value=parts[0].value if parts else zero",
@@ -193,7 +193,8 @@ METRICS = (
         ("product = importance.weight * log_ratio", "product = log_ratio"),
         ("to_go = to_go if weight is None else weight * to_go", "pass"),
         ("numbers = numbers & (log_ratio.abs() < math.inf)", "pass"),
-        ("coefficient=None if exact else coefficient", "coefficient=coefficient"),
+        ("coefficient=None if over else coefficient", "coefficient=coefficient"),
+        ("is_bound=spec.top is not None,", "is_bound=False,"),
         tests=("tally", "term", "numbers", "exact_term"),
     )
     + of(
@@ -239,6 +240,16 @@ METRICS = (
     )
 )
 
+TOP = of(
+    "exact",
+    ("at.reference.minus(at.policy) - self.log_rest[at.rows]", "at.reference.minus(at.policy)"),
+    ("own = log_p.gather(-1, here) - self.log_probs[at.rows]", "own = -self.log_probs[at.rows]"),
+    ("rest.clamp(min=torch.finfo(sent.dtype).eps).log()", "rest.log()"),
+    ("return cls(policy.local(ids), log_probs, log_rest)", "return cls(ids, log_probs, log_rest)"),
+    ("of_target.where(is_target.any(-1), torch.nan)", "of_target"),
+    tests=("exact_top",),
+)
+
 AGGREGATION = of(
     "aggregation",
     ("x = torch.where(mask, x, 0.0)", "x = x * mask"),
@@ -281,6 +292,7 @@ CORE = (
     *ANSWERS,
     *BASELINES,
     *METRICS,
+    *TOP,
     *AGGREGATION,
     *CONTROLLERS,
     *STRINGS,

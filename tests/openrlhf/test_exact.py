@@ -16,7 +16,9 @@ from klplug_openrlhf.hidden import foretell
 from ray import cloudpickle
 from torch import Tensor
 
+from klplug import parse
 from klplug.hosting import memory
+from klplug.hosting.hidden import exact_term
 from tests.openrlhf.command_line import change
 from tests.openrlhf.trainer import (
     ANSWER,
@@ -173,8 +175,13 @@ def kl_gradient(bench: Bench, given: Any, kl_type: str) -> Tensor:
     return bench.step(given, kl_type, COEF).of_parameters
 
 
-def plain_gradient(models: list[Path], given: Any, divergence: str = "k2") -> Tensor:
-    """Of ``COEF`` times the token mean of the exact divergence, by whole logits."""
+def plain_gradient(
+    models: list[Path], given: Any, divergence: str = "k2", top: int | None = None
+) -> Tensor:
+    """Of ``COEF`` times the token mean of the divergence, by whole logits.
+
+    With ``top`` it is of categories, the reference's most likely tokens and one of all others.
+    """
     from transformers import Qwen2ForCausalLM
 
     policy, reference = (Qwen2ForCausalLM.from_pretrained(m, dtype=torch.bfloat16) for m in models)
@@ -189,6 +196,14 @@ def plain_gradient(models: list[Path], given: Any, divergence: str = "k2") -> Te
 
     log_p, log_q = log_probs(policy), log_probs(reference).detach()
     mask = given.action_mask.bool()
+    if top is not None:
+        index = log_q.topk(top).indices
+        log_p, log_q = (
+            torch.cat(
+                [x.gather(-1, index), x.scatter(-1, index, -torch.inf).logsumexp(-1, True)], -1
+            )
+            for x in (log_p, log_q)
+        )
     if divergence == "k2":
         each = (log_p.exp() * (log_p - log_q)).sum(-1)
     else:  # 2 JS, as the estimator of that name
@@ -203,14 +218,25 @@ def apart(one: Tensor, other: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("kl_type", "divergence"), [("exact_as_loss", "k2"), ("js_as_loss,vocab=exact", "js")]
+    ("kl_type", "divergence", "top"),
+    [
+        ("exact_as_loss", "k2", None),
+        ("js_as_loss,vocab=exact", "js", None),
+        ("k2_as_loss,vocab=topk:3", "k2", 3),
+    ],
 )
 def test_the_engines_gradient_is_that_of_the_kl_over_the_vocabulary(
-    bench: Bench, models: list[Path], kl_type: str, divergence: str
+    bench: Bench, models: list[Path], kl_type: str, divergence: str, top: int | None
 ) -> None:
     given = experience(bench, models[1], kl_type)
+    references = given.info[hidden.INFO]
+    if top is not None:
+        assert all(r.matrix is None and r.sent.shape[1] == 2 * top for r in references)
     found = kl_gradient(bench, given, kl_type)
-    assert apart(found, plain_gradient(models, given, divergence)) < 0.02  # bfloat16
+    expected = plain_gradient(models, given, divergence, top)
+    assert apart(found, expected) < 0.02  # bfloat16
+    if top is not None:
+        assert apart(expected, plain_gradient(models, given)) > 0.1
 
 
 def test_whatever_else_the_step_logs_the_exact_kl_is_among_it(
@@ -252,7 +278,7 @@ def test_another_matrix_than_the_engines_stops_the_run(bench: Bench, models: lis
     given = experience(bench, models[1], "exact_as_loss")
     first, *others = given.info[hidden.INFO]
     twice = hidden.Matrix(first.matrix.weight * 2, None, None)
-    given.info[hidden.INFO] = [hidden.Reference(first.hidden, twice), *others]
+    given.info[hidden.INFO] = [hidden.Reference(first.sent, twice), *others]
     with pytest.raises(RuntimeError, match=r"of the reference .* nats from the engine's own"):
         bench.step(given, "exact_as_loss", COEF)
 
@@ -280,9 +306,13 @@ def test_what_hidden_states_take_is_said_before_they_are_made(
     change(args, "rollout.n_samples_per_prompt", 4)
     change(args, "actor.model_name_or_path", str(models[0]))
     # 32 dimensions of two bytes, for 32 answers of 1000 tokens.
-    assert "64 bytes a token, for 32 answers of at most 1000 tokens 0.00205 GB" in foretell(args)
-    hidden.check_memory(samples(), args)
+    exact, top = (exact_term(parse(f"k2_as_loss,vocab={v}")) for v in ("exact", "topk:3"))
+    said = foretell(exact, args)
+    assert "64 bytes a token, for 32 answers of at most 1000 tokens 0.00205 GB" in said
+    said = foretell(top, args)  # a number and a log-prob of each
+    assert "the reference's top 3 tokens of a step in memory: 24 bytes a token" in said
+    hidden.check_memory(exact, samples(), args)
     monkeypatch.setattr(memory, "available", lambda: 1000)
     tokens = sum(int(sample.action_mask.sum()) for sample in samples())
     with pytest.raises(MemoryError, match=rf"{tokens} tokens of 64 bytes.*1e-06 GB are left"):
-        hidden.check_memory(samples(), args)
+        hidden.check_memory(exact, samples(), args)

@@ -65,8 +65,19 @@ def log_softmax(model: Any) -> Tensor:
     return torch.cat(parts)
 
 
+TOP = 3  # of the divergence that is called by it
+
+
 def mean_kl(log_p: Tensor, log_q: Tensor, divergence: str = "k2") -> Tensor:
-    if divergence == "k2":
+    if divergence == "top":  # of the reference's most likely tokens and one category of all others
+        index = log_q.topk(TOP).indices
+        log_p, log_q = (
+            torch.cat(
+                [x.gather(-1, index), x.scatter(-1, index, -torch.inf).logsumexp(-1, True)], -1
+            )
+            for x in (log_p, log_q)
+        )
+    if divergence in ("k2", "top"):
         return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     middle = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0))  # 2 JS, as js
     parts = log_p.exp() * (log_p - middle) + log_q.exp() * (log_q - middle)
@@ -90,7 +101,7 @@ def plain(
 
 @pytest.fixture(scope="module")
 def expected(reference: Path) -> dict[str, tuple[Tensor, float]]:
-    return {divergence: plain(reference, divergence) for divergence in ("k2", "js")}
+    return {divergence: plain(reference, divergence) for divergence in ("k2", "js", "top")}
 
 
 def apart(one: Tensor, other: Tensor) -> float:
@@ -130,6 +141,22 @@ def test_another_divergence(reference: Path, expected: dict[str, tuple[Tensor, f
     assert metrics["klplug/exact_kl"] == pytest.approx(mean, rel=1e-4)
     assert apart(found, gradient) < 1e-4
     assert apart(found, expected["k2"][0]) > 0.1
+
+
+@pytest.mark.parametrize("case", ["fsdp2", "fsdp", "packed, cut in four"])
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_references_top_tokens_alone(
+    reference: Path, expected: dict[str, tuple[Tensor, float]], case: str, trainer: str
+) -> None:
+    kl_type = f"k2_as_loss,vocab=topk:{TOP}"
+    run = Run(*overrides(kl_type, reference, trainer=trainer, **CASES[case]))
+    found, metrics = THROUGH[trainer](run)
+    gradient, mean = expected["top"]
+    assert metrics["klplug/topk_kl"] == pytest.approx(mean, rel=1e-4)
+    assert mean < 0.9 * expected["k2"][1]
+    assert metrics["klplug/exact_bytes"] == sum(ANSWERS) * TOP * 8
+    assert run.worker.actor.engine.klplug_exact.matrix is None
+    assert apart(found, gradient) < 1e-4 < 0.1 < apart(gradient, expected["k2"][0])
 
 
 def test_in_bfloat16_states_take_two_bytes_and_the_gradient_is_close(
