@@ -603,15 +603,17 @@ class _Top:
     def _index(self, rows: slice, columns: slice) -> Tensor:
         """Of the tokens in a tile; of those elsewhere, the column after its last."""
         index, width = self.ids[rows] - columns.start, columns.stop - columns.start
-        return index.where((index >= 0) & (index < width), width)
+        found: Tensor = index.where((index >= 0) & (index < width), width)
+        return found
 
     def _scattered(self, x: Tensor, columns: slice, rows: slice, own: Tensor | float) -> Tensor:
         """A copy of a tile with ``own`` at these tokens."""
         wide = x.new_empty(x.shape[0], x.shape[1] + 1)
         wide[:, :-1] = x
         index = self._index(rows, columns)
-        own = own if isinstance(own, Tensor) else x.new_full((1, 1), own).expand_as(index)
-        return wide.scatter_(-1, index, own)[:, :-1]
+        filled = own if isinstance(own, Tensor) else x.new_full((1, 1), own).expand_as(index)
+        wide.scatter_(-1, index, filled)
+        return wide[:, :-1]
 
 
 _Reference: TypeAlias = _Head | _Top

@@ -305,7 +305,7 @@ def compute_ref_log_prob(original: Call, trainer: Any, args: Args, kwargs: Kwarg
     """The v1 trainer's; its workers put the states where the log-probs go."""
     run = getattr(trainer, "klplug", None)
     term = None if run is None else hosting.exact_term(run.plan.spec)
-    if term is None:
+    if run is None or term is None:
         return original(*args, **kwargs)
     from verl.trainer.ppo.v1.trainer_base import tq
 
@@ -320,7 +320,7 @@ def compute_ref_log_prob_in_fit(original: Call, trainer: Any, args: Args, kwargs
     """``RayPPOTrainer``'s, which takes the log-probs alone out of what its workers return."""
     run = getattr(trainer, "klplug", None)
     term = None if run is None else hosting.exact_term(run.plan.spec)
-    if term is None:
+    if run is None or term is None:
         return original(*args, **kwargs)
     batch = bound(original, args, kwargs)["batch"].batch
     answers = batch["attention_mask"][:, batch["prompts"].shape[1] :]
