@@ -13,11 +13,16 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from klplug import kl_term, parse
+from klplug.report import plots
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 REWARD = torch.tensor([1.0, 0.6, 0.1, 0.0, 0.3], dtype=torch.float64)
 REF = torch.tensor([0.1, 0.2, 0.3, 0.25, 0.15], dtype=torch.float64)
@@ -125,13 +130,20 @@ def table() -> str:
 
 
 def figure(file: Path) -> None:
+    """An SVG, for a light and a dark page."""
     import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    with matplotlib.rc_context(plots.settings(file.stem)):
+        drawn = plots.text_of(radii_and_paths(), file.stem)
+    file.write_text(plots.standalone(drawn), encoding="utf-8")
+
+
+def radii_and_paths() -> Figure:
+    from matplotlib.figure import Figure
 
     colours = dict(zip(FORMS, ("tab:blue", "tab:orange", "tab:red"), strict=True))
-    drawn, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    drawn = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = drawn.subplots(1, 2)
     for name, kl_type in FORMS.items():
         left.plot(
             UPDATES,
@@ -146,16 +158,19 @@ def figure(file: Path) -> None:
     left.set(xscale="log", yscale="log", xlabel="updates per rollout")
     left.set(ylabel="spectral radius at the optimum")
     left.set_xticks(UPDATES, [str(n) for n in UPDATES])
+    left.xaxis.set_minor_formatter("")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter("")
     left.legend(fontsize=8)
     right.axhline(kl(optimum()), color="grey", linewidth=1, linestyle="--")
     right.set(xlabel="rollout", ylabel="KL(pi‖ref), nats", title="64 updates per rollout")
-    drawn.savefig(file, dpi=140)
+    return drawn
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--figure", type=Path, default=Path("docs/img/stability.png"))
+    parser.add_argument("--figure", type=Path, default=Path("docs/img/stability.svg"))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     text = table()

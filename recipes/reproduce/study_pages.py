@@ -10,16 +10,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from klplug.report import plots
 from recipes.reproduce import enumerable, gradient_study
 from recipes.reproduce.enumerable import GRID, Cell, Task, joint
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DOCS = Path(__file__).parents[2] / "docs"
 SEEDS = 100
@@ -534,19 +539,20 @@ COLOURS = {
 }
 
 
-def drawing() -> Any:
+@contextmanager
+def drawn(file: Path, size: tuple[float, float]) -> Iterator[Figure]:
+    """A figure that is written as SVG when it is drawn, for a light and a dark page."""
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    with matplotlib.rc_context({**plots.settings(file.stem), "font.size": 9}):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
+        file.write_text(plots.standalone(plots.text_of(figure, file.stem)), "utf-8")
 
-    plt.rcParams.update({"svg.hashsalt": "klplug", "svg.fonttype": "none", "font.size": 9})
-    return plt
 
-
-def closed_form_figure(r: Results, file: Path) -> None:
-    plt = drawing()
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True, layout="constrained")
+def closed_form_figure(r: Results, figure: Figure) -> None:
+    panels = figure.subplots(1, 3, sharey=True)
     where = {
         "to_optimum": "to pi* = ref exp(r/beta)/Z",
         "to_myopic": "to the myopic policy",
@@ -560,14 +566,14 @@ def closed_form_figure(r: Results, file: Path) -> None:
             panel.plot(line["at"], middle, color=COLOURS[c.kl_type], label=c.kl_type, linewidth=1.4)
             panel.fill_between(line["at"], low, high, color=COLOURS[c.kl_type], alpha=0.12, lw=0)
         panel.set(yscale="log", xlabel="update", title=f"KL {title}")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("")
     panels[0].set(ylabel="nats per answer")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    figure.savefig(file, metadata={"Date": None})
-    plt.close(figure)
 
 
 GRADIENT_LINES = {
-    gradient_study.EXACT: ("LOC", "black", "-"),
+    gradient_study.EXACT: ("LOC", plots.INK, "-"),
     OWN: ("LOC", "tab:blue", "-"),
     BOUNDED: ("LOC", "tab:purple", "-"),
     "k3_as_loss": ("LOC", "tab:orange", "-"),
@@ -584,12 +590,9 @@ def gradient_lines(path: Path = gradient_study.RESULTS) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def gradient_figure(lines: list[dict[str, Any]], file: Path) -> None:
-    plt = drawing()
+def gradient_figure(lines: list[dict[str, Any]], figure: Figure) -> None:
     policies = list(dict.fromkeys(line["policy"] for line in lines))
-    figure, panels = plt.subplots(
-        1, len(policies), figsize=(11, 3.8), sharey=True, layout="constrained"
-    )
+    panels = figure.subplots(1, len(policies), sharey=True)
     for panel, policy in zip(panels, policies, strict=True):
         here = {line["form"]: line for line in lines if line["policy"] == policy}
         for form, (target, colour, style) in GRADIENT_LINES.items():
@@ -598,15 +601,13 @@ def gradient_figure(lines: list[dict[str, Any]], file: Path) -> None:
             low, middle, high = zip(*cosines.values(), strict=True)
             panel.plot(sizes, middle, style, color=colour, marker=".", label=f"{form} ({target})")
             panel.fill_between(sizes, low, high, color=colour, alpha=0.12, lw=0)
-        panel.axhline(1, color="0.8", linewidth=0.8)
+        panel.axhline(1, color="#808080", alpha=0.4, linewidth=0.8)
         kl = here[OWN]["kl_per_answer"]
         panel.set(xscale="log", xlabel="answers", title=f"fine-tuned {policy}: KL {kl:.2g} nats")
         panel.set_xticks(sizes, [str(n) for n in sizes])
         panel.minorticks_off()
     panels[0].set(ylabel="cosine with the exact gradient")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    figure.savefig(file, metadata={"Date": None})
-    plt.close(figure)
 
 
 def gradient_table(lines: list[dict[str, Any]]) -> str:
@@ -673,8 +674,10 @@ def pages(docs: Path = DOCS) -> dict[Path, str]:
 def main() -> None:
     for page, text in pages().items():
         page.write_text(text, encoding="utf-8")
-    closed_form_figure(Results(), DOCS / "img" / "closed-form.svg")
-    gradient_figure(gradient_lines(), DOCS / "img" / "gradient-study.svg")
+    with drawn(DOCS / "img" / "closed-form.svg", (11, 3.6)) as figure:
+        closed_form_figure(Results(), figure)
+    with drawn(DOCS / "img" / "gradient-study.svg", (11, 3.8)) as figure:
+        gradient_figure(gradient_lines(), figure)
 
 
 if __name__ == "__main__":
