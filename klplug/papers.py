@@ -84,6 +84,12 @@ PAPERS = {
             "ref_model names it, beside any kl_type.",
         ),
         Paper(
+            "prorl", "ProRL: prolonged reinforcement learning", "2505.24864", "k2_as_loss",
+            "KL(pi||ref) to a reference that becomes the policy from time to time: the key "
+            "klplug.ref_update=reset:N beside the kl_type. ProRL makes the optimizer's state anew "
+            "with it, which klplug leaves as it is.",
+        ),
+        Paper(
             "rao-blackwell", "Better estimation of the KL divergence between language models",
             "2504.10637", "k2_as_loss,vocab=exact",
             "The expectation over the whole vocabulary at each prefix. Differentiated, it is LOC "

@@ -259,7 +259,7 @@ class Micro:
 
 
 def _lent(trainer: Any, references: list[Reference], device: torch.device) -> Matrix:
-    """The reference's matrix, fetched once for the whole run."""
+    """The reference's matrix, fetched once, and again once the reference has moved."""
     if not hasattr(trainer, "klplug_matrix"):
         import ray
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from klplug.hosting.patching import Hook, Patch
-from klplug_openrlhf import actor, hidden, reference, trainer
+from klplug_openrlhf import actor, hidden, moving, reference, trainer
 from klplug_openrlhf.host import HOST
 
 _ACTOR = "openrlhf.trainer.ray.ppo_actor"
@@ -72,8 +72,14 @@ PATCH = Patch(
             _LAUNCHER,
             "BaseModelActor.execute_batch",
             ("method_name", "all_data", "start_idx", "end_idx"),
-            hidden.execute_batch,
+            moving.execute_batch,
             supplies=("exact_kl",),
+        ),
+        Hook(
+            _LAUNCHER,
+            "RayActorGroup.async_run_method",
+            ("method_name", "kwargs"),
+            moving.async_run_method,
         ),
         Hook(
             _LAUNCHER,

@@ -29,8 +29,12 @@ FLAT = {
     "algo.kl.target": "kl_target",
     "algo.kl.unbiased_gradient": "unbiased_kl_gradient",
     "algo.kl.use_loss": "use_kl_loss",
+    "ckpt.disable_ds": "disable_ds_ckpt",
+    "ckpt.path": "ckpt_path",
     "data.apply_chat_template": "apply_chat_template",
     "data.max_len": "max_len",
+    "ds.load_in_4bit": "load_in_4bit",
+    "ds.lora.rank": "lora_rank",
     "ds.ring_attn_size": "ring_attn_size",
     "ds.tensor_parallel_size": "ds_tensor_parallel_size",
     "rollout.batch_size": "rollout_batch_size",
@@ -60,12 +64,14 @@ PRETRAIN = "actor.model_name_or_path"
 CHAT = "data.apply_chat_template"
 MAX_LEN, MAX_NEW_TOKENS = "data.max_len", "rollout.max_new_tokens"
 RING, TENSOR_PARALLEL = "ds.ring_attn_size", "ds.tensor_parallel_size"
+LORA, IN_4_BITS = "ds.lora.rank", "ds.load_in_4bit"
+CHECKPOINTS, NO_CHECKPOINTS = "ckpt.path", "ckpt.disable_ds"
 
 KL_TYPE, KL_COEF = "klplug.kl_type", "klplug.kl_coef"
 KL_CTRL, KL_TARGET, KL_HORIZON = "klplug.kl_ctrl", "klplug.kl_target", "klplug.kl_horizon"
 CONTROL = tuple(f"klplug.{name}" for name in CONTROLLER_SETTINGS)
 REFERENCE = tuple(f"klplug.{name}" for name in REFERENCE_SETTINGS)
-REF_MODEL, *_ = REFERENCE
+REF_MODEL, REF_UPDATE = REFERENCE
 OWN = (KL_TYPE, KL_COEF, KL_CTRL, *CONTROL, *REFERENCE)
 
 DECIDED = (USE_LOSS, KIND, COEF, TARGET, HORIZON, UNBIASED)

@@ -104,7 +104,8 @@ def add_options(parser: ArgumentParser) -> None:
     for name, meaning in SETTINGS.items():
         group.add_argument(f"--klplug.{name}", type=float, help=meaning)
     for name, meaning in REFERENCE.items():
-        group.add_argument(f"--klplug.{name}", metavar="PATH", help=meaning)
+        metavar = name.partition("_")[2].upper()
+        group.add_argument(f"--klplug.{name}", metavar=metavar, help=meaning)
 
 
 def written_options(parser: ArgumentParser) -> Namespace:

@@ -21,6 +21,7 @@ from klplug_openrlhf.keys import (
     POLICY_LOSS,
     PRETRAIN,
     REF_MODEL,
+    REF_UPDATE,
     STOCK_ESTIMATORS,
     Arguments,
     read,
@@ -108,6 +109,7 @@ class Plan(Asked):
             divides_by_length=bool(dividing_by_length(Arguments(args))),
             model=read(args, PRETRAIN),
             ref_model=read(args, REF_MODEL),
+            ref_update=read(args, REF_UPDATE),
         )
 
 
@@ -140,8 +142,10 @@ def asked(settings: Settings) -> Plan:
         kl_ctrl=settings.get(KL_CTRL) or "fixed",
         **{name: settings.get(f"klplug.{name}") for name in CONTROLLER_SETTINGS},
         ref_model=settings.get(REF_MODEL),
+        ref_update=settings.get(REF_UPDATE),
     )
     plan.controller()
+    plan.moving()
     return plan
 
 

@@ -17,11 +17,14 @@ from klplug_openrlhf.keys import (
     ENGINES,
     ESTIMATOR,
     GAMMA,
+    IN_4_BITS,
     KIND,
     KL_COEF,
     KL_CTRL,
     KL_TYPE,
+    LORA,
     POLICY_LOSS,
+    REF_UPDATE,
     RING,
     ROLLOUT_BATCH,
     STOCK_ESTIMATORS,
@@ -192,6 +195,23 @@ def hidden_states_in_pieces(plan: Plan, settings: Settings) -> Said:
             )
 
 
+def weights_of_another_kind(plan: Plan, settings: Settings) -> Said:
+    """The reference is a whole model, and takes the policy's parameters one for one."""
+    if plan.ref_update is None:
+        return
+    for key, default, has in (
+        (LORA, 0, "trains an adapter"),
+        (IN_4_BITS, False, "has its weights in 4 bits"),
+        (TENSOR_PARALLEL, 1, "cuts its matrices over ranks"),
+    ):
+        if (value := settings.get(key, default)) != default:
+            yield (
+                key,
+                f"{settings.named(REF_UPDATE)} is {plan.ref_update}, and {settings.named(key)} "
+                f"{value} {has}: the reference can't follow there. Leave one out",
+            )
+
+
 def truncated_sampler(plan: Plan, settings: Settings) -> Said:
     return hosting.truncated_sampler(plan, cut_sampler(settings))
 
@@ -204,6 +224,8 @@ ROWS = (
     rollout_not_recorded,
     hosting.controller_of_nothing,
     hosting.reference_of_nothing,
+    hosting.update_of_nothing,
+    weights_of_another_kind,
     head_of_another_loss,
     length_tilts,
     baseline_over_lengths,

@@ -17,7 +17,7 @@ from klplug.hosting.hidden import BYTES, exact_term
 from klplug.hosting.host import announce
 from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.watch import Watch
-from klplug_openrlhf import hidden, samples
+from klplug_openrlhf import hidden, moving, samples
 from klplug_openrlhf.keys import read
 from klplug_openrlhf.plan import ACTIVE, Plan
 
@@ -172,6 +172,9 @@ def carry_baseline(plan: Plan, experiences: list[Any], args: Any) -> None:
 
 def ppo_train(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
     status = original(*args, **kwargs)
+    plan = Plan.of(trainer.args)
+    if plan is not None and plan.ref_update is not None:
+        moving.follow(trainer, plan, bound(original, args, kwargs)["global_steps"] + 1)
     if isinstance(trainer.kl_ctl, MeasuredController):
         trainer.klplug_watch.tell(status)
         status["klplug/kl_coef"] = trainer.kl_ctl.value
@@ -192,15 +195,19 @@ def save(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
         **(call.arguments.get("client_states") or {}),
         "klplug": trainer.kl_ctl.saved(plan.spec, trainer.klplug_reference),
     }
-    return original(*call.args, **call.kwargs)
+    with moving.saving(trainer):
+        return original(*call.args, **call.kwargs)
 
 
 def init_checkpoint_states(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
-    states = original(*args, **kwargs)
+    """The first that a trainer does when all models are loaded."""
     plan = Plan.of(trainer.args)
+    if plan is not None:
+        moving.check(trainer, plan)
+    states = original(*args, **kwargs)
     if plan is None or not states.get("global_step"):
         return states
-    trainer.kl_ctl.resume(
-        states.get("klplug"), plan.spec, trainer.klplug_reference, plan.kl_ctrl, "OpenRLHF"
-    )
+    saved = states.get("klplug")
+    trainer.kl_ctl.resume(saved, plan.spec, trainer.klplug_reference, plan.kl_ctrl, "OpenRLHF")
+    moving.resume(trainer, saved or {})
     return states

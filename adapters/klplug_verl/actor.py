@@ -18,7 +18,7 @@ from klplug.hosting.host import announce
 from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.samples import weights_of
 from klplug.watch import Watch
-from klplug_verl import hidden, reference, samples
+from klplug_verl import hidden, moving, reference, samples
 from klplug_verl.keys import LOSS_TYPE, is_stock
 
 COEF_KEY = "klplug_kl_coef"  # the controller's value, in the batch's meta information
@@ -49,6 +49,7 @@ def loss_spec(kl_loss_type: str) -> KLSpec | None:
 def init_model(original: Call, worker: Any, args: Args, kwargs: Kwargs) -> Any:
     with reference.built(worker):
         result = original(*args, **kwargs)
+    moving.connect(worker)
     actor = worker.config.actor
     if "actor" in worker.role and actor.use_kl_loss:
         spec = loss_spec(actor.kl_loss_type)

@@ -19,7 +19,7 @@ from klplug import parse
 from klplug.hosting.cluster import after_ray_init, check_nodes
 from klplug.hosting.patching import Args, Call, Hook, HookError, Kwargs, Patch, bound
 from klplug.hosting.settings import SettingsError
-from klplug_verl import actor, hidden, reference, trainer
+from klplug_verl import actor, hidden, moving, reference, trainer
 from klplug_verl.host import HOST
 from klplug_verl.plan import Plan
 from klplug_verl.settings import derive
@@ -135,6 +135,7 @@ _ANY = (
 
 # How workers compute a loss: through one function for all engines, since 0.8 the only way; in 0.7
 # by default in a method of the FSDP worker.
+_WORKER = "verl.workers.engine_workers"
 _ENGINE_WORKER = (
     Hook(
         "verl.workers.utils.losses",
@@ -144,17 +145,20 @@ _ENGINE_WORKER = (
         supplies=_IN_WORKER,
     ),
     Hook(
-        "verl.workers.engine_workers",
+        _WORKER,
         "ActorRolloutRefWorker.init_model",
         ("self",),
         actor.init_model,
     ),
     Hook(
-        "verl.workers.engine_workers",
+        _WORKER,
         "TrainingWorker.__init__",
         ("config",),
         reference.init_training_worker,
     ),
+    Hook(_WORKER, "TrainingWorker.train_mini_batch", ("data",), moving.train_mini_batch),
+    Hook(_WORKER, "TrainingWorker.save_checkpoint", ("local_path",), moving.save_checkpoint),
+    Hook(_WORKER, "TrainingWorker.load_checkpoint", ("local_path",), moving.load_checkpoint),
 )
 _ACTOR = "verl.workers.actor.dp_actor"
 _LEGACY_WORKER = (

@@ -16,7 +16,7 @@ STOCK_NAMES = (*STOCK, *(f"{name}+" for name in STOCK))
 OTHERS = (*CONTROLLER_SETTINGS, *REFERENCE_SETTINGS)
 KEYS = ("kl_type", "kl_coef", "kl_ctrl", *OTHERS)
 KL_TYPE, KL_COEF, KL_CTRL, KL_TARGET, KL_HORIZON, *_ = (f"klplug.{key}" for key in KEYS)
-REF_MODEL, *_ = (f"klplug.{key}" for key in REFERENCE_SETTINGS)
+REF_MODEL, REF_UPDATE = (f"klplug.{key}" for key in REFERENCE_SETTINGS)
 
 ACTOR = "actor_rollout_ref.actor."
 REF = "actor_rollout_ref.ref."
@@ -45,6 +45,7 @@ TRUST = "actor_rollout_ref.model.trust_remote_code"
 TOKENIZER = "actor_rollout_ref.model.tokenizer_path"
 TEMPLATE = "actor_rollout_ref.model.custom_chat_template"
 WORKERS_REFERENCE = "actor_rollout_ref.klplug_ref_model"
+WORKERS_UPDATE = "actor_rollout_ref.klplug_ref_update"
 """Workers see this node only."""
 N = "actor_rollout_ref.rollout.n"
 TEMPERATURE = "actor_rollout_ref.rollout.temperature"

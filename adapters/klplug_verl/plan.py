@@ -28,6 +28,7 @@ from klplug_verl.keys import (
     OTHERS,
     PLACES,
     REF_MODEL,
+    REF_UPDATE,
     STOCK,
     Config,
     is_stock,
@@ -104,6 +105,7 @@ def asked(settings: Settings) -> Plan | None:
         **others,
     )
     plan.controller()
+    plan.moving()
     return plan
 
 
@@ -187,15 +189,17 @@ def _by_own_keys(own: Any, settings: Settings) -> dict[str, Any]:
         )
     if not isinstance(kl_type, str):
         raise SettingsError(f"klplug.kl_type={kl_type!r} is not a string")
-    model = settings.get(REF_MODEL)
-    if model is not None and not isinstance(model, str):
-        raise SettingsError(f"{REF_MODEL}={model!r} is not a string")
+    reference = {key: settings.get(key) for key in (REF_MODEL, REF_UPDATE)}
+    for key, value in reference.items():
+        if value is not None and not isinstance(value, str):
+            raise SettingsError(f"{key}={value!r} is not a string")
     return {
         "kl_type": kl_type,
         "kl_coef": KL_COEF,
         "kl_ctrl": settings.get(KL_CTRL),
         **{name: settings.get(f"klplug.{name}") for name in CONTROLLER_SETTINGS},
-        "ref_model": model,
+        "ref_model": reference[REF_MODEL],
+        "ref_update": reference[REF_UPDATE],
     }
 
 

@@ -31,6 +31,7 @@ from klplug_verl.keys import (
     RECORDS,
     REF,
     REF_MODEL,
+    REF_UPDATE,
     SEQUENCE_PARALLEL,
     STRATEGY,
     TRAIN_BATCH,
@@ -289,6 +290,35 @@ def reference_of_legacy_worker(plan: Plan, settings: Settings) -> Said:
         )
 
 
+def reference_out_of_reach(plan: Plan, settings: Settings) -> Said:
+    """A reference follows where it is an engine of FSDP in the policy's own process."""
+    if plan.ref_update is None:
+        return
+    said = f"{REF_UPDATE}={plan.ref_update}"
+    for key in (*LORA, *ADAPTERS):
+        if value := settings.get(key):
+            yield (
+                key,
+                f"{said} with {key}={value}: verl's reference is then the policy's own base "
+                "without the adapter, and there is no other that could follow. Leave one out",
+            )
+    if settings.get(LEGACY, "disable") != "disable":
+        yield LEGACY, f"{said} is not served on verl 0.7's own workers. Set {LEGACY}=disable"
+    strategy = str(settings.get(STRATEGY))
+    if strategy not in ("fsdp", "fsdp2"):
+        yield (
+            STRATEGY,
+            f"{said} with {STRATEGY}={strategy}: klplug moves a reference of verl's FSDP engine "
+            "alone. Use fsdp or fsdp2, or leave it out",
+        )
+    if settings.get(TRAINER_MODE) == "separate_async":
+        yield (
+            TRAINER_MODE,
+            f"{said} with {TRAINER_MODE}=separate_async: the reference's worker is not the "
+            "policy's there. Use sync or colocate_async, or leave it out",
+        )
+
+
 def truncated_sampler(plan: Plan, settings: Settings) -> Said:
     return hosting.truncated_sampler(plan, cut(settings))
 
@@ -353,6 +383,8 @@ ROWS = (
     legacy_worker,
     hosting.controller_of_nothing,
     hosting.reference_of_nothing,
+    hosting.update_of_nothing,
+    reference_out_of_reach,
     reference_of_the_adapter,
     reference_of_legacy_worker,
     policy_loss_thrown_away,

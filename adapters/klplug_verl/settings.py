@@ -27,6 +27,7 @@ from klplug_verl.keys import (
     USE_LOSS,
     USE_REWARD,
     WORKERS_REFERENCE,
+    WORKERS_UPDATE,
     Config,
 )
 from klplug_verl.notes import notes
@@ -80,6 +81,8 @@ def derive(config: Any, written: Mapping[str, Any]) -> str | None:
     _update(config, settings)
     if plan.ref_model is not None:
         _update(config, {WORKERS_REFERENCE: plan.ref_model})
+    if plan.ref_update is not None:
+        _update(config, {WORKERS_UPDATE: plan.ref_update})
     kept = {
         "kl_type": str(spec),
         "kl_coef": plan.kl_coef if spec.terms else None,

@@ -31,12 +31,13 @@ from klplug.hosting import state
 from klplug.hosting.controller import MeasuredController
 from klplug.hosting.hidden import BYTES, exact_term
 from klplug.hosting.host import announce
+from klplug.hosting.moving import WHAT_TO_DO, Place
 from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.hosting.state import Reference, StateError
 from klplug.samples import weights_of
 from klplug.spec import TermSpec
 from klplug.watch import Watch
-from klplug_verl import hidden, samples
+from klplug_verl import hidden, moving, samples
 from klplug_verl.actor import BASELINE, COEF_KEY, POSTERIOR, SUMS
 from klplug_verl.keys import is_stock
 from klplug_verl.plan import Plan
@@ -352,9 +353,13 @@ def update_actor(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> An
     if run is None:
         return original(*args, **kwargs)
     given = bound(original, args, kwargs)
-    given["batch"].extra_info[COEF_KEY] = _coefficient_for_workers(run, trainer)
+    words = given["batch"].extra_info
+    words[COEF_KEY] = _coefficient_for_workers(run, trainer)
+    is_last = trainer.local_trigger_step == trainer.parameter_sync_step - 1
+    step = _moved_after(run, trainer) if is_last else None
+    words |= {} if step is None else {moving.STEP_KEY: step}
     batch = original(*args, **kwargs)
-    _updated(run, ACTIVE in given["metrics"])
+    _updated(run, ACTIVE in given["metrics"], step)
     return batch
 
 
@@ -365,10 +370,12 @@ def update_actor_in_fit(original: Call, trainer: Any, args: Args, kwargs: Kwargs
         return original(*args, **kwargs)
     batch = bound(original, args, kwargs)["batch"]
     batch.meta_info[COEF_KEY] = _coefficient_for_workers(run, trainer)
+    step = _moved_after(run, trainer)
+    batch.meta_info |= {} if step is None else {moving.STEP_KEY: step}
     output = original(*args, **kwargs)
     metrics = output.meta_info["metrics"]
     metrics.update(run.report())
-    _updated(run, any(SUMS in name for name in metrics))
+    _updated(run, any(SUMS in name for name in metrics), step)
     return output
 
 
@@ -381,12 +388,21 @@ def _coefficient_for_workers(run: Run, trainer: Any) -> float:
     return run.controller.value
 
 
-def _updated(run: Run, workers_report: bool) -> None:
+def _moved_after(run: Run, trainer: Any) -> int | None:
+    """This step, where the reference follows the policy once it is done."""
+    update = run.plan.moving()
+    due = update is not None and update.is_due(trainer.global_steps)
+    return trainer.global_steps if due else None
+
+
+def _updated(run: Run, workers_report: bool, step: int | None) -> None:
     if run.is_as_loss and not workers_report:
         raise RuntimeError(
             f"kl_type {run.plan.spec} is set, but the workers computed no KL of klplug's: was "
             "their loss replaced?"
         )
+    if step is not None and run.reference is not None:
+        run.reference = dataclasses.replace(run.reference, step=step)
     # Without a measured KL a schedule goes on all the same, and the others stay.
     run.controller.update(math.nan, run.n_answers)
 
@@ -418,4 +434,18 @@ def load_checkpoint(original: Call, trainer: Any, args: Args, kwargs: Kwargs) ->
         run.controller.resume(saved, run.plan.spec, run.reference, run.plan.kl_ctrl, "verl")
     except ValueError as error:
         raise StateError(f"{file}: {error}. {state.WHAT_TO_DO}") from None
+    _resume_reference(run, saved or {}, folder / "actor")
     return result
+
+
+def _resume_reference(run: Run, saved: dict[str, Any], folder: Path) -> None:
+    """The workers have put in place what they found; the trainer knows what should be there."""
+    step = (saved.get("reference") or {}).get("step")
+    if step is None or run.reference is None:
+        return
+    if folder.is_dir() and not any(folder.glob(Place.PATTERN)):
+        raise StateError(
+            f"{folder} has no {Place.PATTERN}, and the reference of this checkpoint had moved "
+            f"after step {step}. {WHAT_TO_DO}"
+        )
+    run.reference = dataclasses.replace(run.reference, step=step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from klplug.controllers import KLController
@@ -35,7 +35,7 @@ class MeasuredController:
 
     def saved(self, spec: KLSpec, reference: Reference | None) -> dict[str, Any]:
         """What a checkpoint keeps; no reference of a KL that has none."""
-        kept = {} if reference is None else {"reference": asdict(reference)}
+        kept = {} if reference is None else {"reference": reference.kept}
         return {"kl_type": str(spec), **kept, **self.controller.state_dict()}
 
     def resume(
@@ -61,9 +61,15 @@ class MeasuredController:
         if saved is None:
             return
         other = saved.get("reference")
-        if reference is not None and other and reference.is_another_than(other):
+        if reference is not None and other and "step" in other:
+            print(
+                f"klplug: the reference goes on as the checkpoint has it, last moved after step "
+                f"{other['step']}, and not from {reference.path}",
+                flush=True,
+            )
+        elif reference is not None and other and reference.is_another_than(other):
             _warn(
-                f"resuming with the reference {_named(asdict(reference))} a run that was trained "
+                f"resuming with the reference {_named(reference.kept)} a run that was trained "
                 f"with {_named(other)}: the KL is to another model from here on"
             )
         here, there = self.value, saved.get("value")

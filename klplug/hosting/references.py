@@ -9,6 +9,7 @@ from klplug.hosting.settings import SettingsError
 
 SETTINGS = {
     "ref_model": "the model that the KL is to, a folder or a name on the hub (the policy's start)",
+    "ref_update": "how it follows the policy: reset:N, or ema:DECAY,every=N (it stays as it is)",
 }
 """What a run may be told of its reference, in words, for command lines and documentation."""
 

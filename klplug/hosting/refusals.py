@@ -85,6 +85,17 @@ def reference_of_nothing(plan: Asked, settings: Settings) -> Said:
         )
 
 
+def update_of_nothing(plan: Asked, settings: Settings) -> Said:
+    """What is not loaded can't follow."""
+    if plan.ref_update is not None and not plan.needs_reference:
+        key = "klplug.ref_update"
+        yield (
+            key,
+            f"{settings.named(key)} is {plan.ref_update}, and kl_type {plan.spec} has no KL to a "
+            "reference model, so there is none to move. Leave it out, or use reference=ref",
+        )
+
+
 # Rows of every host, once it says which settings of its own they are about.
 
 

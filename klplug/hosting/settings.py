@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from klplug.controllers import CONTROLS, KLController, kl_controller
 from klplug.controllers import SETTINGS as CONTROLLER_SETTINGS
+from klplug.hosting.ref_update import RefUpdate
 from klplug.hosting.state import Reference
 from klplug.spec import KLSpec
 
@@ -78,6 +79,7 @@ class Asked:
     divides_by_length: bool = False
     model: str | None = None
     ref_model: str | None = None
+    ref_update: str | None = None
 
     @property
     def is_active(self) -> bool:
@@ -111,7 +113,8 @@ class Asked:
         """What was asked, for the line that says what a run does."""
         coef = f" kl_coef={self.kl_coef:g}" if self.spec.terms else ""
         reference = "" if self.ref_model is None else f" ref_model={self.ref_model}"
-        return f"kl_type={self.spec}{coef}{reference}"
+        update = "" if self.ref_update is None else f" ref_update={self.ref_update}"
+        return f"kl_type={self.spec}{coef}{reference}{update}"
 
     def reference(self) -> Reference | None:
         """The model that the KL is to; ``None`` where it is to none."""
@@ -119,6 +122,14 @@ class Asked:
         if not self.needs_reference or path is None:
             return None
         return Reference.of(path)
+
+    def moving(self) -> RefUpdate | None:
+        """How the reference follows the policy; ``None`` where it stays as it is.
+
+        Raises:
+            ValueError: names what is wrong, and what is allowed.
+        """
+        return None if self.ref_update is None else RefUpdate.parse(self.ref_update)
 
     def controller(self) -> KLController:
         if self.kl_ctrl != "fixed" and not self.spec.terms:

@@ -64,15 +64,23 @@ class Reference:
     Attributes:
         path: as the host is given it, a folder or a name on the hub.
         weights: a digest of its weights; ``None`` where there is no such folder on this machine.
+        step: after which step it last followed the policy; ``None`` where it is as it was loaded.
     """
 
     path: str
     weights: str | None
+    step: int | None = None
 
     @classmethod
     def of(cls, path: str) -> Reference:
         folder = Path(path)
         return cls(path, _digest(folder) if folder.is_dir() else None)
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """As a checkpoint has it."""
+        step = {} if self.step is None else {"step": self.step}
+        return {"path": self.path, "weights": self.weights, **step}
 
     def is_another_than(self, saved: Mapping[str, Any]) -> bool:
         """Whether a checkpoint was trained against other weights; its path where none are known.

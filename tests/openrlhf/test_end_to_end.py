@@ -236,3 +236,23 @@ def test_a_reference_of_the_users_own(
     steps, log = trained("k2_as_loss", "--klplug.ref_model", str(place))
     assert f"ref_model={place}" in log and log.count("active in a policy actor") == 1
     assert steps[0]["klplug/kl_before_update"] > 0.001  # it does not start at the reference
+
+
+def test_a_reference_that_moves_is_saved_and_resumed(
+    trained: Callable[..., tuple[list[Metrics], str]], tmp_path: Path
+) -> None:
+    """Each step starts where the one before ended: a KL of 0, but for the first step's."""
+    words = (
+        "--klplug.ref_model", str(moved(tmp_path)), "--klplug.ref_update", "reset:1",
+        "--ckpt.save_steps", "2", "--ckpt.path", str(tmp_path / "checkpoints"),
+    )  # fmt: skip
+    half = str(2 * TINY.prompts)
+    first, log = trained("k2_as_loss", *words, "--data.max_samples", half, steps=4)
+    assert " ref_update=reset:1;" in log and [m["step"] for m in first] == [1, 2]
+    assert first[0]["klplug/kl_before_update"] > 0.001
+    assert abs(first[1]["klplug/kl_before_update"]) < 1e-6
+
+    resumed, log = trained("k2_as_loss", *words, "--ckpt.load_enable", steps=4)
+    assert "the reference goes on as the checkpoint has it, last moved after step 2" in log
+    assert [m["step"] for m in resumed] == [3, 4]
+    assert all(abs(m["klplug/kl_before_update"]) < 1e-6 for m in resumed)

@@ -302,6 +302,24 @@ MISTAKES: list[tuple[tuple[str, ...], list[str]]] = [
             (*KL[:1], "k2_as_loss,reference=rollout", *KL[2:], "--klplug.ref_model", "teacher"),
             ["--klplug.ref_model is teacher", "kl_type k2_as_loss,reference=rollout"],
         ),
+        ((*KL, "--klplug.ref_update", "mean:3"), ["klplug.ref_update=mean:3", "reset:200"]),
+        ((*KL, "--klplug.ref_update", "ema:1"), ["ema:1", "the decay is '1'"]),
+        (
+            (*KL[:1], "k2_as_loss,reference=old", *KL[2:], "--klplug.ref_update", "reset:2"),
+            ["--klplug.ref_update is reset:2", "kl_type k2_as_loss,reference=old", "none to move"],
+        ),
+        (
+            (*KL, "--klplug.ref_update", "reset:2", "--ds.lora.rank", "8"),
+            ["--klplug.ref_update is reset:2", "--ds.lora.rank 8 trains an adapter"],
+        ),
+        (
+            (*KL, "--klplug.ref_update", "reset:2", "--ds.load_in_4bit"),
+            ["--ds.load_in_4bit True has its weights in 4 bits", "Leave one out"],
+        ),
+        (
+            (*KL, "--klplug.ref_update", "reset:2", "--ds.tensor_parallel_size", "2"),
+            ["--ds.tensor_parallel_size 2 cuts its matrices over ranks"],
+        ),
 ]  # fmt: skip
 
 

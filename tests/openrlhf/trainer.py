@@ -284,11 +284,12 @@ class Bench:
         lora_rank: int = 0,
         packing: bool = False,
         ring: int = 1,
+        ranks: int = 1,
     ) -> None:
         from openrlhf.models import Actor
         from openrlhf.trainer.ray.ppo_actor import ActorPPOTrainer
 
-        self.args = arguments(zero_stage, ds__ring_attn_size=ring)
+        self.args = arguments(zero_stage, ds__ring_attn_size=ring, train__batch_size=BATCH * ranks)
         self.strategy = strategy_of_one(self.args)
         if packing:
             packed_attention()

@@ -91,6 +91,8 @@ def fsdp_on_cpu() -> None:
 class Run:
     """Policy and reference of a run, the policy's optimiser held still."""
 
+    step = 1  # of the trainer
+
     def __init__(self, *words: str) -> None:
         from verl.workers.engine_workers import ActorRolloutRefWorker
 
@@ -184,6 +186,7 @@ def through_v1(
     from tests.verl.trainer import v1_trainer
 
     trainer = v1_trainer(run.config)
+    trainer.global_steps = run.step
     made = rows()
     ids = [torch.cat(pair) for pair in zip(made["prompts"], made["responses"], strict=True)]
     fields = {name: nested(tensors) for name, tensors in made.items()} | {
@@ -219,6 +222,7 @@ def through_fit(run: Run, between: Between = lambda _: None) -> tuple[Tensor, di
     from tests.verl.trainer import ray_trainer
 
     trainer = ray_trainer(run.config)
+    trainer.global_steps = run.step
     made = rows()
     prompt, answer = max(PROMPTS) + 1, max(ANSWERS) + 2
 

@@ -222,20 +222,34 @@ def test_a_stock_run_is_a_stock_run(tmp_path: Path) -> None:
     assert steps[1]["kl"] > 0
 
 
-@pytest.mark.slow
-def test_a_reference_of_the_users_own(tmp_path: Path) -> None:
-    own, log = tmp_path / "run", tmp_path / "log.txt"
-    place = moved(tmp_path)
+def two_steps(folder: Path, *more: str) -> tuple[list[Any], str]:
+    """A run of verl's command with more words at its end: its steps, and its log."""
+    own, log = folder / "run", folder / "log.txt"
     made = settings(host="verl", steps=2, kl_type="k2_as_loss")
-    prompts = tmp_path / "prompts.jsonl"
+    prompts = folder / "prompts.jsonl"
     run.write_prompts(made, prompts)
     own.mkdir()
-    words = verl.command(made, made.recipe, HERE / "policy", prompts, own)
+    words = [*verl.command(made, made.recipe, HERE / "policy", prompts, own), *more]
     with HostProcesses() as host:
         environment = host.environment(cpu_shim.environment("verl", 1))
-        words = [*words, f"+klplug.ref_model={place}"]
-        assert host.start(words, environment, tmp_path, log).wait(timeout=900) == 0, log.read_text()
+        assert host.start(words, environment, folder, log).wait(timeout=900) == 0, log.read_text()
     text = log.read_text(errors="replace")
-    steps = [m for line in text.splitlines() if (m := verl.step_metrics(line)) is not None]
+    return [m for line in text.splitlines() if (m := verl.step_metrics(line)) is not None], text
+
+
+@pytest.mark.slow
+def test_a_reference_of_the_users_own(tmp_path: Path) -> None:
+    place = moved(tmp_path)
+    steps, text = two_steps(tmp_path, f"+klplug.ref_model={place}")
     assert f"ref_model={place}" in text and text.count("active in a worker") == 1
     assert steps[0]["klplug/kl_before_update"] > 0.001  # it does not start at the reference
+
+
+@pytest.mark.slow
+def test_a_reference_that_moves(tmp_path: Path) -> None:
+    """The second step starts where the first one ended: a KL of 0."""
+    words = (f"+klplug.ref_model={moved(tmp_path)}", "+klplug.ref_update=reset:1")
+    steps, text = two_steps(tmp_path, *words)
+    assert " ref_update=reset:1;" in text
+    assert steps[0]["klplug/kl_before_update"] > 0.001
+    assert abs(steps[1]["klplug/kl_before_update"]) < steps[0]["klplug/kl_before_update"] / 100

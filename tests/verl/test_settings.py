@@ -394,6 +394,30 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
         own("k2_as_loss", "+klplug.ref_model=teacher", "++trainer.use_legacy_worker_impl=auto"),
         ["klplug.ref_model=teacher", "use_legacy_worker_impl=disable"],
     ),
+    # A reference that moves.
+    (own("k2_as_loss", "+klplug.ref_update=200"), ["klplug.ref_update=200 is not a string"]),
+    (own("k2_as_loss", "+klplug.ref_update=reset:0"), ["ref_update=reset:0: N is '0'", "from 1"]),
+    (own("k2_as_loss", "+klplug.ref_update=mean:3"), ["'mean' is unknown", "reset:200"]),
+    (
+        own("k2_as_loss,reference=old", "+klplug.ref_update=reset:2"),
+        ["klplug.ref_update is reset:2", "kl_type k2_as_loss,reference=old", "none to move"],
+    ),
+    (
+        own("k2_as_loss", "+klplug.ref_update=reset:2", f"{MODEL}.lora_rank=8"),
+        ["klplug.ref_update=reset:2", "lora_rank=8", "the policy's own base", "Leave one out"],
+    ),
+    (
+        own("k2_as_loss", "+klplug.ref_update=reset:2", f"{ACTOR}.strategy=megatron"),
+        ["klplug.ref_update=reset:2", "strategy=megatron", "Use fsdp or fsdp2"],
+    ),
+    (
+        own("k2_as_loss", "+klplug.ref_update=reset:2", "++trainer.use_legacy_worker_impl=auto"),
+        ["klplug.ref_update=reset:2", "use_legacy_worker_impl=disable"],
+    ),
+    (
+        own("k2_as_loss", "+klplug.ref_update=reset:2", "++trainer.v1.trainer_mode=separate_async"),
+        ["klplug.ref_update=reset:2", "separate_async", "sync or colocate_async"],
+    ),
 ]
 
 
