@@ -19,7 +19,7 @@ from klplug.spec import EXACT, PLACEMENTS
 
 WORDS = "x = log pi - log ref of one token, nats; u = exp(x)"
 HEADINGS = ("coefficient c", "whose gradient, on-policy", "bias as one of KL(pi||ref)")
-NARROW = 90  # columns, below which a table of four would break inside words
+NARROW = 100  # columns, below which a table of four would break inside words
 
 _PLACES = {"as_loss": "as a loss", "in_reward": "in the reward"}
 

@@ -94,6 +94,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensorboard(Path("runs/one"))
     quickstart(Path("runs/quickstart"))
     quickstart(Path("runs/quickstart-k3_as_loss"), kl_type="k3_as_loss")
+    sampled = [{"prompt": "2 + 2?", "reward": r, "tokens": 12} for r in (0, 1)]
+    Path("reference.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sampled))
     for model in ("sft-1", "sft-2", "base", "sft"):
         written(Path(model), {"a.weight": [1, 2, 3, 4], "b.weight": [5, 6, 7], "empty": []})
 
