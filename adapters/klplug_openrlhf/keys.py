@@ -35,6 +35,7 @@ FLAT = {
     "data.max_len": "max_len",
     "ds.load_in_4bit": "load_in_4bit",
     "ds.lora.rank": "lora_rank",
+    "ds.packing_samples": "packing_samples",
     "ds.ring_attn_size": "ring_attn_size",
     "ds.tensor_parallel_size": "ds_tensor_parallel_size",
     "rollout.batch_size": "rollout_batch_size",
@@ -66,6 +67,7 @@ MAX_LEN, MAX_NEW_TOKENS = "data.max_len", "rollout.max_new_tokens"
 RING, TENSOR_PARALLEL = "ds.ring_attn_size", "ds.tensor_parallel_size"
 LORA, IN_4_BITS = "ds.lora.rank", "ds.load_in_4bit"
 CHECKPOINTS, NO_CHECKPOINTS = "ckpt.path", "ckpt.disable_ds"
+PACKING = "ds.packing_samples"
 
 KL_TYPE, KL_COEF = "klplug.kl_type", "klplug.kl_coef"
 KL_CTRL, KL_TARGET, KL_HORIZON = "klplug.kl_ctrl", "klplug.kl_target", "klplug.kl_horizon"

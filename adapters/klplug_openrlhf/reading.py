@@ -52,6 +52,7 @@ from klplug_openrlhf.keys import (
     LOSS_AGG,
     NO_STD,
     OWN,
+    PACKING,
     POLICY_LOSS,
     ROLLOUT_BATCH,
     STOCK_ESTIMATORS,
@@ -67,6 +68,7 @@ ASPECTS = {
     USE_LOSS: aspects.KL,
     KIND: aspects.KL,
     UNBIASED: aspects.KL,
+    PACKING: aspects.KL,
     KL_TYPE: aspects.KL,
     COEF: aspects.COEF,
     KL_COEF: aspects.COEF,
@@ -149,7 +151,33 @@ def parsed_yaml(content: Mapping[str, Any], lines: Mapping[str, int]) -> Parsed:
     return Parsed(tuple(flags), (), any(key == KL_TYPE for key, _, _ in flags))
 
 
+_ALONE = r"(?:.*/)?openrlhf[./]cli[./]train_ppo(?:\.py)?"
+# Up to 0.5 there is a trainer without Ray, with the same KL: trainer/ppo_trainer.py and
+# NaiveExperienceMaker. Its parser has another default, in the wheels of 0.4.6 and 0.5.9.
+_ALONE_ROLLOUT = 512
+
+
+def _alone(launch: Launch | None) -> bool:
+    return launch is not None and re.fullmatch(_ALONE, launch.trainer) is not None
+
+
+def _without_trainer(table: Table, launch: Launch | None) -> list[Setting]:
+    """The trainer of a command, where a release lacks it."""
+    if launch is None or not _alone(launch):
+        return []
+    if table.source is not None:
+        there = (table.source.folder / "cli" / "train_ppo.py").is_file()
+    else:
+        there = _before(table.version, (0, 6))
+    return [] if there else [Setting("", None, launch.words[launch.main].line, True)]
+
+
 def misses(table: Table, launched: Parsed) -> list[Setting]:
+    """What a release would refuse of a command: flags, and a trainer that it does not have."""
+    return [*_without_trainer(table, launched.launch), *lacking(table, launched)]
+
+
+def lacking(table: Table, launched: Parsed) -> list[Setting]:
     """Flags that argparse would refuse: unknown, or an ambiguous abbreviation."""
     return [
         Setting(name, " ".join(v.text for v in values) or True, word.line, True)
@@ -172,11 +200,15 @@ def settings(table: Table, launched: Parsed, version_from: str = "installed") ->
     dotted = {flat: name for name, flat in FLAT.items()}
     written: dict[str, Setting] = {}
     spelled: dict[str, tuple[Word, ...]] = {}
-    missing = misses(table, launched)
+    missing = lacking(table, launched)
     # A script that lies beside a package may be for another release of it.
     guessed = version_from in ("guessed", "beside")
     rejected = [] if guessed else unknown_settings("OpenRLHF", table, missing)
     rejected += [Rejected(setting, "a word that belongs to no flag") for setting in launched.bare]
+    rejected += [
+        Rejected(setting, f"OpenRLHF {table.version} has no trainer without Ray: 0.5 was the last")
+        for setting in _without_trainer(table, launched.launch)
+    ]
     for name, values, word in launched.flags:
         full = _full_name(table, name, launched.through_klplug)
         if full is None:
@@ -206,6 +238,8 @@ def settings(table: Table, launched: Parsed, version_from: str = "installed") ->
         defaults[KIND] = "k1"
     if ESTIMATOR not in defaults:  # before 0.5
         defaults[ESTIMATOR] = "gae"
+    if _alone(launched.launch):
+        defaults[ROLLOUT_BATCH] = _ALONE_ROLLOUT
     return Settings(
         replace(table, defaults=defaults),
         version_from,
@@ -281,6 +315,7 @@ def run(settings: Settings) -> Run:
         controller=_controller(settings, terms),
         idle=(),
         beside=_beside(settings),
+        unread_package=settings.table.unread,
         served=_served(settings),
         nearest=tuple(_nearest(settings, terms)),
         not_loaded=_not_loaded(settings, terms),
@@ -409,8 +444,22 @@ def _terms(settings: Settings, through_klplug: bool, rejected: list[Rejected]) -
             straight_through=as_loss and unbiased and name != "k2",
             clamped=not (as_loss and unbiased) and not _before(settings.table.like, (0, 8)),
             without_baseline=not as_loss,
+            dropped=_dropped(settings) if as_loss else "",
         )
     ]
+
+
+def _dropped(settings: Settings) -> str:
+    """OpenRLHF 0.6 makes a new tensor of the packed answers' means, ``torch.tensor([...])``."""
+    source = settings.table.source
+    detached = (
+        not _before(settings.table.version, (0, 6)) and _before(settings.table.version, (0, 7))
+        if source is None
+        else sources.DETACHED in source.facts
+    )
+    if not (detached and settings.on(PACKING)):
+        return ""
+    return "of packed samples this OpenRLHF adds the KL loss as a number, without a gradient"
 
 
 def _klplug_terms(settings: Settings, own: Setting) -> list[Term]:

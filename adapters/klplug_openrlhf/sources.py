@@ -13,6 +13,7 @@ from klplug.audit.tables import Source
 
 _MODELS = "models/utils.py"
 _ACTOR, _EXPERIENCE = "trainer/ray/ppo_actor.py", "trainer/ppo_utils/experience_maker.py"
+_TRAINER = "trainer/ppo_trainer.py"
 
 # compute_approx_kl: the newest release with this code.
 _ESTIMATORS = {
@@ -36,6 +37,7 @@ _CALLS = {
         *("6e98c9257e7c", "40ca5c812609", "7171fc23e6a1", "8709deb303c6", "edaf6d6d6859"),
         "92e8d20561b9",  # lmm-r1: 0.7's, which logs a number
     ),
+    _TRAINER: ("6e98c9257e7c",),  # OpenRLHF-M and MM-EUREKA, between 0.5 and 0.6: 0.6's
     _EXPERIENCE: (
         *("f6c00ea909cb", "1175b9513a16"),  # 0.4 and 0.5
         *("d06d2910c32f", "2f6d4ae7484c", "39136b7713d2", "bbb28802847f"),  # from 0.6 on
@@ -44,6 +46,9 @@ _CALLS = {
     ),
 }
 ALWAYS = "always"
+DETACHED = "a number of packed samples"
+"""The KL loss of packed samples is a tensor made anew of numbers, and has no gradient."""
+_DETACHED = ("6e98c9257e7c",)  # 0.6's
 
 
 def source(package: Path) -> Source:
@@ -52,7 +57,7 @@ def source(package: Path) -> Source:
     Raises:
         SyntaxError: a file of it is no Python.
     """
-    like, changed = "", []
+    like, changed, facts = "", [], []
     models = tree(package / _MODELS)
     if models is not None:
         estimator = function(models, "compute_approx_kl")
@@ -62,9 +67,12 @@ def source(package: Path) -> Source:
         reward = function(models, "compute_reward")
         if reward is None or digest(reward) not in _REWARDS:
             changed.append((f"{_MODELS}: compute_reward", ALWAYS))
-    for name in (_ACTOR, _EXPERIENCE):
+    for name, known in _CALLS.items():
         module = tree(package / name)
         places = [] if module is None else calls(module, "compute_approx_kl")
-        if any(digest(place) not in _CALLS[name] for place in places):
+        found = [digest(place) for place in places]
+        if any(place not in known for place in found):
             changed.append((f"{name}: the KL", ALWAYS))
-    return Source(package, like, tuple(changed))
+        if any(place in _DETACHED for place in found):
+            facts.append(DETACHED)
+    return Source(package, like, tuple(changed), tuple(dict.fromkeys(facts)))

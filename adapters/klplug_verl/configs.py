@@ -7,6 +7,7 @@ that is read from its source, as a syntax tree, where the source lies beside the
 from __future__ import annotations
 
 import ast
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,9 +80,10 @@ def entry(trainer: Word, folder: Path) -> Path | None:
     head, rest = file.parts[0], Path(*file.parts[1:])
     for root in _above(folder):
         # verl/verl/trainer, src/verl/trainer; a checkout that is the package itself.
+        # os.path: Path.is_file raises where a folder may not be opened.
         itself = [root / rest] if len(rest.parts) > 1 else []
         for place in (root / file, root / head / file, root / "src" / file, *itself):
-            if place.is_file():
+            if os.path.isfile(place):
                 return place
     return None
 
@@ -132,7 +134,7 @@ def named(flags: Mapping[str, Word], folder: Path, trainer: Word, own: Main | No
     roots = [root / text for root in (*from_script, *from_trainer)]
     if own is not None and "path" not in flags:
         roots = [own.folder, *(roots if {"name", "dir"} & flags.keys() else ())]
-    return next((path for root in roots if (path := root / file).is_file()), None)
+    return next((path for root in roots if os.path.isfile(path := root / file)), None)
 
 
 def stock(path: Path) -> Mapping[str, Any] | None:
@@ -170,7 +172,7 @@ def _searched(places: Sequence[Any], folder: Path) -> Iterator[Path]:
         kind, _, text = str(place).partition(":")
         text = text.removeprefix("//")
         path = text.replace(".", "/") if kind == "pkg" else text
-        yield from [root / path for root in _above(folder) if (root / path).is_dir()][:1]
+        yield from [root / path for root in _above(folder) if os.path.isdir(root / path)][:1]
 
 
 def _mapping(path: Path) -> dict[Any, Any]:
@@ -207,7 +209,7 @@ def _composed(
             below = where.removeprefix("/") if where.startswith("/") else f"{group}/{where}"
             below = below.strip("/")
             files = [root / below / f"{name.removesuffix('.yaml')}.yaml" for root in roots]
-            file = next((file for file in files if file.is_file()), None)
+            file = next((file for file in files if os.path.isfile(file)), None)
             brought = None if below else STOCK.get(name)
             if brought is not None and (file is None or stock(file) is not None):
                 for key, value in brought.items():

@@ -454,6 +454,7 @@ def run(settings: Settings) -> Run:
         noted=tuple((n.id, Rejected(settings[n.key or KL_TYPE], n.words)) for n in noted),
         notes=tuple(_notes(settings, other)),
         beside=_beside(settings),
+        unread_package=settings.table.unread,
         served=_served(settings, other),
         nearest=tuple(_nearest(settings, terms)),
         unread=settings.unread,

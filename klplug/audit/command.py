@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,38 +56,79 @@ def audit(
     Raises:
         AuditError: not a training command of any host, an unreadable file, an unknown release.
     """
+    judged = _read(source, host, host_version, text)
+    if not 1 <= command <= len(judged):
+        name = _name(source)
+        raise AuditError(f"{name}: command {command} of {len(judged)} does not exist")
+    return judged[command - 1]()
+
+
+def audits(
+    source: str | os.PathLike[str] | Sequence[str],
+    *,
+    host: str | None = None,
+    host_version: str | None = None,
+    text: str | None = None,
+) -> list[Report]:
+    """The reports on every training command of a file, which is read once.
+
+    Raises:
+        AuditError: as ``audit``.
+    """
+    return [report() for report in _read(source, host, host_version, text)]
+
+
+def _name(source: str | os.PathLike[str] | Sequence[str]) -> str:
+    return str(Path(source)) if isinstance(source, (str, os.PathLike)) else "the command"
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One training command, in each way that it may come out."""
+
+    host: Host
+    ways: list[Launch]
+    reached: bool = True
+
+
+def _read(
+    source: str | os.PathLike[str] | Sequence[str],
+    host: str | None,
+    host_version: str | None,
+    text: str | None,
+) -> list[Callable[[], Report]]:
+    """For every training command, what makes its report."""
     if host is not None and host not in hosts():
         raise AuditError(f"host {host!r} is not known; there is {', '.join(hosts())}")
-    found: list[tuple[Host, list[Launch]]]
+    found: list[_Found] = []
     others: list[str] = []
     elsewhere: list[Framework | None] = []
     script: Script | None = None
+    name = _name(source)
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         text = read(path) if text is None else text
         if path.suffix in (".yaml", ".yml"):
-            return _of_yaml(path, text, host, host_version)
+            of_yaml = _of_yaml(path, text, host, host_version)
+            return [lambda: of_yaml]
         script = Script(text, path.parent)
-        found = []
         # Commands that somebody must ask for come last.
         for at in sorted(script.commands, key=lambda command: not command.reached):
             launched = _launch(at.words, at, script, path.parent, text)
             if launched is not None:
-                found.append((launched[0], _ways(*launched, at)))
+                found.append(_Found(launched[0], _ways(*launched, at), at.reached))
             others += _others(at.words)
             elsewhere.append(started_by(word.text for word in at.words))
         if script.broken is not None and not found:
             raise script.broken
-        name = str(path)
     else:
         words = tuple(Word(str(word)) for word in source)
         text = " ".join(word.text for word in words)
         one = _launch(words, None, None, Path("."), text)
-        found = [(one[0], [one[1]])] if one is not None else []
+        found = [_Found(one[0], [one[1]])] if one is not None else []
         others = _others(words)
         elsewhere.append(started_by(word.text for word in words))
-        name = "the command"
-    found = [f for f in found if host is None or f[0].name == host]
+    found = [f for f in found if host is None or f.host.name == host]
     if not found and (named := next(filter(None, elsewhere), None)):
         raise AuditError(f"{name}: {named}")
     if not found and others:
@@ -95,16 +137,18 @@ def audit(
         )
     if not found:
         raise NoCommand(f"{name}: no training command; klplug audits {_accepted()}")
-    if not 1 <= command <= len(found):
-        raise AuditError(f"{name}: command {command} of {len(found)} does not exist")
-    chosen, ways = found[command - 1]
-    reading = chosen.room("reading")
-    if script is not None and command == 1:
-        lost = _unreached(script, ways, {key.partition(".")[0] for key in reading.ASPECTS})
-        ways = [replace(way, unreached=lost) for way in ways]
-    reports = [_report(chosen, reading.parsed(way), host_version, way.folder) for way in ways]
-    done = together(reports, ways[0].conditions) if len(ways) > 1 else reports[0]
-    return replace(done, command=command, commands=len(found))
+
+    def report_on(number: int) -> Report:
+        one = found[number]
+        reading, ways = one.host.room("reading"), one.ways
+        if script is not None and number == 0:
+            lost = _unreached(script, ways, {key.partition(".")[0] for key in reading.ASPECTS})
+            ways = [replace(way, unreached=lost) for way in ways]
+        reports = [_report(one.host, reading.parsed(way), host_version, way.folder) for way in ways]
+        done = together(reports, ways[0].conditions) if len(ways) > 1 else reports[0]
+        return replace(done, command=number + 1, commands=len(found), reached=one.reached)
+
+    return [functools.partial(report_on, number) for number in range(len(found))]
 
 
 def read(path: Path) -> str:
@@ -214,10 +258,14 @@ def _table(host: str, version: str | None, folder: Path | None, misses: Any) -> 
     if version is not None:
         table = given(host, version)
         return replace(table, version=version), "given"
-    own = None if folder is None else beside(host, folder)
+    unread = ""
+    try:
+        own = None if folder is None else beside(host, folder)
+    except AuditError as error:
+        own, unread = None, str(error)
     if own is not None:
         return own, "beside"
-    table = min(candidates(host), key=misses)
+    table = replace(min(candidates(host), key=misses), unread=unread)
     return table, "installed" if table.installed else "guessed"
 
 

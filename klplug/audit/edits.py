@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,12 +20,14 @@ class Change:
         add: the word that comes, as it is typed into a shell.
         span: from where to where the script's text is replaced; ``None`` where the word does not
             stand there as such.
+        written: what stands there, where that is not the word: the shell makes it of a variable.
     """
 
     line: int | None
     delete: str | None = None
     add: str | None = None
     span: tuple[int, int] | None = None
+    written: str | None = None
 
     def to_json(self) -> dict[str, int | str | None]:
         return {"line": self.line, "delete": self.delete, "add": self.add}
@@ -55,10 +58,10 @@ def _place(text: str, change: Change) -> tuple[int, int]:
     Raises:
         AuditError: it is put together there from other words.
     """
-    if change.span is not None and (
-        change.delete is None or _bare(text[slice(*change.span)]) == _bare(change.delete)
-    ):
-        return change.span
+    if change.span is not None:
+        here = text[slice(*change.span)]
+        if change.delete is None or here == change.written or bare(here) == bare(change.delete):
+            return change.span
     lines = text.splitlines(keepends=True)
     if change.delete is not None and change.line is not None and change.line <= len(lines):
         word = rf"(?<![^\s(])(['\"]?){re.escape(change.delete)}\1(?![^\s)])"
@@ -71,7 +74,8 @@ def _place(text: str, change: Change) -> tuple[int, int]:
     raise AuditError(f"{where}{what} does not stand literally in the command, or its array")
 
 
-def _bare(word: str) -> str:
+def bare(word: str) -> str:
+    """A word without its quotes."""
     return word.replace('"', "").replace("'", "").replace("\\", "")
 
 
@@ -90,3 +94,36 @@ def _without(text: str, start: int, end: int) -> str:
         # The last word of a command: the line above it ends the command now.
         return before[:-1].rstrip(" \t") + text[stop:]
     return text[:begin] + text[stop + 1 :]
+
+
+def lines(text: str) -> list[str]:
+    """The lines of a script, as a shell counts them: each with its end."""
+    return re.findall(r"[^\n]*\n|[^\n]+", text)
+
+
+def kept(content: bytes, before: str, after: str) -> bytes:
+    """An edit of what was read of a file, in the file: lines that it keeps stay byte for byte.
+
+    A line that is edited has the end that its neighbours have.
+
+    Raises:
+        AuditError: a line to edit that is no UTF-8.
+    """
+    raw = re.findall(rb"[^\n]*\n|[^\n]+", content)
+    old, new = lines(before), lines(after)
+    made: list[bytes] = []
+    for what, start, stop, first, last in difflib.SequenceMatcher(
+        None, old, new, autojunk=False
+    ).get_opcodes():
+        if what == "equal":
+            made += raw[start:stop]
+            continue
+        for number, line in enumerate(raw[start:stop], start=start + 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                raise AuditError(f"line {number} is edited, and is no UTF-8") from None
+        near = raw[start] if start < len(raw) else raw[-1]
+        end = "\r\n" if near.endswith(b"\r\n") else "\n"
+        made += [line.replace("\n", end).encode() for line in new[first:last]]
+    return b"".join(made)

@@ -188,6 +188,16 @@ def _package_beside(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
         )
 
 
+@rule("package-not-read", WARNING, "The host's package beside the script could not be read")
+def _package_not_read(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    if run.unread_package:
+        yield (
+            f"The package beside this script can't be read: {run.unread_package}. The rules are "
+            f"those of {run.version}, which may not be its own.",
+            Setting("", None, run.line),
+        )
+
+
 @rule("config-not-read", WARNING, "A config file that could not be read")
 def _config_not_read(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for setting in run.unread:
@@ -302,7 +312,7 @@ def _passk(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
 @rule(
     "never-reaches",
     ERROR,
-    "A KL in the reward that the advantages never see",
+    "A KL that is asked for and never applied",
     aspects.KL,
     aspects.ADVANTAGE,
 )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from klplug.audit import run as aspects
-from klplug.audit.edits import Change
+from klplug.audit.edits import Change, bare
 from klplug.audit.findings import SEVERITIES, Finding, findings
 from klplug.audit.run import Run
-from klplug.audit.settings import MAIN, Settings
+from klplug.audit.settings import MAIN, Launch, Setting, Settings
+from klplug.audit.shell import Word
 from klplug.audit.verdict import Verdict, equivalent, recommended, together, verdict
 from klplug.hosting.host import hosts
 from klplug.hosting.settings import Edit
@@ -69,6 +71,8 @@ class Report:
         unknown: name of a field that is not known, to the reasons.
         line: where the command begins; ``None`` for a command line.
         command, commands: which of the training commands found this is.
+        reached: ``False`` for one that runs only where a variable is set from outside, or an
+            argument passed.
     """
 
     host: str
@@ -95,6 +99,7 @@ class Report:
     line: int | None = None
     command: int = 1
     commands: int = 1
+    reached: bool = True
 
     def worst(self) -> str | None:
         """The gravest severity found."""
@@ -134,6 +139,7 @@ class Report:
             "line": self.line,
             "command": self.command,
             "commands": self.commands,
+            "reached": self.reached,
         }
 
 
@@ -221,22 +227,70 @@ class _Advice:
     changes: tuple[Change, ...] = ()
 
 
-def _changes(edits: Sequence[Edit], settings: Settings) -> Iterator[Change]:
-    """The words that edits delete and add; those added stand behind the trainer."""
+def _changes(
+    edits: Sequence[Edit], settings: Settings, coef: str, amount: Setting
+) -> Iterator[Change]:
+    """The words that edits delete and add; those added stand behind the trainer.
+
+    A coefficient that a variable holds stays that variable: ``kl_loss_coef=${x}`` becomes
+    ``+klplug.kl_coef=${x}``.
+    """
     launch = settings.launch
     if launch is None:
         return
     main = launch.words[launch.main]
-    end = None if main.span is None else (main.span[1], main.span[1])
+    end = (main.span[1], main.span[1]) if main.span is not None and _alone(main, launch) else None
+    key = next((k for k, s in settings.written.items() if s == amount), "")
+    shell = _made_of(settings.spelled.get(key, ())[-1:], launch)
     for edit in edits:
-        typed = [_typed(word) for word in edit.words]
         if edit.key == MAIN:
-            yield Change(main.line, main.text, " ".join(typed), main.span)
+            text = " ".join(_typed(word) for word in edit.words)
+            yield Change(main.line, main.text, text, main.span)
             continue
+        value = settings[edit.key].value
+        counts = edit.key == key or (type(value) in (int, float) and not settings[edit.key].unknown)
         for word in settings.spelled.get(edit.key, ()):
-            yield Change(word.line, word.text, None, word.span)
-        for text in typed:
-            yield Change(main.line, None, text, end)
+            written = _made_of((word,), launch) if counts else None
+            yield Change(word.line, word.text, None, word.span, written)
+        for text in edit.words:
+            typed = _typed(text)
+            if edit.key == "klplug.kl_coef" and shell is not None and text.endswith(coef):
+                typed = _valued(text.removesuffix(coef), shell) or typed
+            yield Change(main.line, None, typed, end)
+
+
+def _alone(word: Word, launch: Launch) -> bool:
+    """Whether a word is all that stands at its place."""
+    return sum(other.span == word.span for other in launch.words) == 1
+
+
+def _made_of(words: Sequence[Word], launch: Launch) -> str | None:
+    """What stands in the script for a word that the shell makes of a variable.
+
+    ``None`` for a word that stands there itself; and for one whose value is not known and that is
+    not in the command, where the variable may hold another.
+    """
+    main = launch.words[launch.main]
+    for word in words:
+        if word.span is None or main.span is None or not _alone(word, launch):
+            return None
+        text = launch.around[slice(*word.span)]
+        between = launch.around[main.span[1] : word.span[0]]
+        inside = main.span[1] <= word.span[0] and not re.search(r"(?<!\\)\n", between)
+        if bare(text) != bare(word.text) and (inside or not word.unknown):
+            return text
+    return None
+
+
+_VALUE = re.compile(r"(?P<quote>[\"']?)(?:[+\w.@/-]*=)?(?P<value>.*?)(?P=quote)", re.DOTALL)
+
+
+def _valued(name: str, written: str) -> str | None:
+    """A word with the value of another, as the shell reads that: its quotes stay around it."""
+    match = _VALUE.fullmatch(written)
+    if match is None or (match["quote"] and match["quote"] in match["value"]):
+        return None
+    return f"{match['quote']}{name}{match['value']}{match['quote']}"
 
 
 def _typed(word: str) -> str:
@@ -254,7 +308,7 @@ def _advice(run: Run, verdicts: Sequence[Verdict], settings: Settings) -> _Advic
         return _Advice(choices[0], run.nearest)
     own = host.room("edit")
     for kl_type in choices:
-        coef = _coefficient(run, kl_type)
+        amount, coef = _coefficient(run, kl_type)
         edits = host.edit(kl_type, coef, settings)
         edited = settings.edited(edits)
         if any(host.refused(edited)):
@@ -263,13 +317,13 @@ def _advice(run: Run, verdicts: Sequence[Verdict], settings: Settings) -> _Advic
         with_klplug = (own.how(edited), own.written(added))
         ways = (with_klplug, *own.without_klplug(kl_type, coef, settings))
         after = settings.after(edits)
-        return _Advice(kl_type, ways, after, tuple(_changes(edits, settings)))
+        return _Advice(kl_type, ways, after, tuple(_changes(edits, settings, coef, amount)))
     return _Advice(kl_type, tuple(own.without_klplug(kl_type, coef, settings)))
 
 
-def _coefficient(run: Run, kl_type: str) -> str:
-    """beta as it would be written again, of the term that stands where ``kl_type`` will."""
+def _coefficient(run: Run, kl_type: str) -> tuple[Setting, str]:
+    """The setting of beta, of the term that stands where ``kl_type`` will, and beta as written."""
     placed = [t for t in run.active if t.spec is not None and t.spec.placement in kl_type]
     term = (placed or list(run.active))[0]
     coef = term.written
-    return f"{coef:g}" if coef == coef else str(term.amount.value)
+    return term.amount, f"{coef:g}" if coef == coef else str(term.amount.value)

@@ -210,6 +210,7 @@ class Run:
         stale: rollouts come from a policy some updates old.
         notes: what its trainer does otherwise than the host's usual one, a sentence each.
         beside: the folder of the host's package that lies beside the script; empty for a release.
+        unread_package: why that package was not read, and a release is taken in its place.
         served: klplug has hooks for this trainer and release.
         nearest: where it has none, what the host itself has that comes near, a label and settings.
         unknown: aspects that hang on something only a run could tell, with the reasons.
@@ -245,6 +246,7 @@ class Run:
     notes: tuple[tuple[str, Setting], ...] = ()
     nobodys: tuple[tuple[str, Setting], ...] = ()  # settings that no known release has
     beside: str = ""
+    unread_package: str = ""
     served: bool = True
     nearest: tuple[tuple[str, str], ...] = ()
     cut: Cut | None = None

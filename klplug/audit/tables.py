@@ -58,6 +58,7 @@ class Table:
         choices: settings that take one of a list.
         switches: flags that take no value.
         source: how the package beside the script applies its KL; ``None`` for a release.
+        unread: the package beside the script that it stands in for, and why that was not read.
     """
 
     host: str
@@ -67,6 +68,7 @@ class Table:
     choices: dict[str, list[Any]]
     switches: dict[str, bool]
     source: Source | None = None
+    unread: str = ""
 
     @property
     def like(self) -> str:
@@ -174,12 +176,20 @@ _HEIGHT = 6  # how many folders up from a script its host's package is looked fo
 
 
 def beside(host: str, folder: Path) -> Table | None:
-    """The package of the host that lies in a folder above the script, as a checkout has it."""
+    """The package of the host that lies in a folder above the script, as a checkout has it.
+
+    Raises:
+        AuditError: it is there, and can't be read.
+    """
     mark = getattr(hosts()[host].room("reading"), "MARK", None)
     above = folder.resolve()
     for parent in (above, *above.parents[: _HEIGHT - 1]):
         for place in (parent / host, parent / host / host, parent / "src" / host):
-            if mark is not None and (place / mark).is_file():
+            try:
+                there = mark is not None and (place / mark).is_file()
+            except OSError as error:
+                raise AuditError(f"{place}: {error.strerror or error}") from None
+            if there:
                 return _package(host, place)
         if (parent / ".git").exists():
             break
@@ -187,14 +197,20 @@ def beside(host: str, folder: Path) -> Table | None:
 
 
 @cache
-def _package(host: str, package: Path) -> Table | None:
+def _package(host: str, package: Path) -> Table:
     reading = hosts()[host].room("reading")
     try:
         content = read(host, package)
         source: Source = reading.source(package)
-    except (OSError, SyntaxError, ValueError, yaml.YAMLError):
-        return None
-    version: str = reading.version(package)
+        version: str = reading.version(package)
+    except OSError as error:
+        raise AuditError(f"{error.filename or package}: {error.strerror or error}") from None
+    except SyntaxError as error:
+        raise AuditError(f"{package}: no Python on line {error.lineno}: {error.msg}") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise AuditError(f"{package}: {str(error).splitlines()[0]}") from None
+    if content["defaults"].keys() <= {""}:
+        raise AuditError(f"{package}: its configuration has no settings")
     if len(_release(version)) < 2:
         version = source.like or _nearest(host, content["defaults"].keys())
     return Table(host, version, False, **content, source=source)

@@ -19,8 +19,8 @@ from rich.text import Text
 import klplug
 from klplug.audit import RULES, AuditError, Finding, Report
 from klplug.audit import audit as report_on
-from klplug.audit.command import read
-from klplug.audit.edits import edited
+from klplug.audit.command import audits, read
+from klplug.audit.edits import edited, kept, lines
 from klplug.audit.errors import NoCommand
 from klplug.audit.tables import given
 from klplug.cli.output import AsJson, console, print_json
@@ -171,9 +171,9 @@ def commands(
     path: Path, text: str, command: int | None, options: Mapping[str, Any]
 ) -> list[Report]:
     """The reports on every training command of a file, or on one of them."""
-    first = report_on(path, command=command or 1, text=text, **options)
-    more = range(2, first.commands + 1) if command is None else ()
-    return [first, *(report_on(path, command=n, text=text, **options) for n in more)]
+    if command is None:
+        return audits(path, text=text, **options)
+    return [report_on(path, command=command, text=text, **options)]
 
 
 def changed(
@@ -181,18 +181,19 @@ def changed(
 ) -> Status:
     """Prints what the advice makes of a script, or writes it; says why where it can't."""
     status = Status.CLEAN
-    after = text
+    # Every command, as the text stands: what is edited above moves those below.
+    after, standing = text, audits(path, text=text, **options)
     for asked in found:
         if not asked.fails("warning"):
             continue
         try:
-            # Read again: what was edited above has moved it.
-            report = report_on(path, text=after, command=asked.command, **options)
+            report = standing[asked.command - 1]
             if report.after is None or report.kl_type == report.recommended:
                 raise AuditError("klplug has no edit for this command")
             tried = edited(after, report.edits)
-            _check(path, after, tried, report, options)
-            after = tried
+            read_again = audits(path, text=tried, **options)
+            _check(standing, read_again, report)
+            after, standing = tried, read_again
         except AuditError as error:
             print(f"{path}:{asked.line}: not edited: {error}", file=sys.stderr)
             status = Status.FINDINGS
@@ -200,28 +201,28 @@ def changed(
         if str(path) == "-":
             sys.stdout.write(after)
         else:
-            # What was read has \n for \r\n; a file with the latter keeps it.
-            crlf = b"\r\n" in path.read_bytes()
-            path.write_bytes((after.replace("\n", "\r\n") if crlf else after).encode())
+            path.write_bytes(kept(path.read_bytes(), text, after))
     elif not fix:
         names = (f"a/{path}", f"b/{path}")
-        before, now = text.splitlines(keepends=True), after.splitlines(keepends=True)
+        before, now = lines(text), lines(after)
         sys.stdout.writelines(difflib.unified_diff(before, now, *names))
     return status
 
 
-def _check(path: Path, before: str, after: str, report: Report, options: Mapping[str, Any]) -> None:
+def _check(before: Sequence[Report], after: Sequence[Report], report: Report) -> None:
     """Raises an ``AuditError`` where an edit does not do what it should, and nothing else."""
-    for number in range(1, report.commands + 1):
-        was = report_on(path, text=before, command=number, **options)
-        now = report_on(path, text=after, command=number, **options)
-        if number != report.command:
+    if len(after) != len(before):
+        raise AuditError(f"the script would have {len(after)} training commands")
+    for was, now in zip(before, after, strict=True):
+        if was.command != report.command:
             if (now.kl_type, now.beta) != (was.kl_type, was.beta):
                 raise AuditError(f"it shares these words with the command on line {was.line}")
         elif now.fails("warning"):
             raise AuditError(f"{now.findings[0].id} would stay: {now.findings[0].message}")
         elif now.kl_type != report.recommended:
             raise AuditError(f"{report.recommended} would not be what the command says")
+        elif was.beta and not math.isclose(now.beta or 0.0, was.beta, rel_tol=1e-5):
+            raise AuditError("the coefficient would be another")
 
 
 def _print(runs: Sequence[tuple[str, Report]], form: Format, verbose: bool) -> None:
@@ -364,6 +365,8 @@ def show(report: Report, out: Console, name: str) -> None:
         if report.commands > 1
         else ""
     )
+    if not report.reached:
+        more += " (it runs where a variable is set, or an argument passed)"
     version = f"{hosts()[report.host].title} {report.host_version}"
     out.print(Text(f"{where}: {version} ({_ORIGINS[report.version_from]}){more}"))
     out.print()

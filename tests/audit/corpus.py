@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from klplug.audit import AuditError, audit
+from klplug.audit import AuditError
+from klplug.audit.command import audits
 from klplug.audit.shell import Command, Script, Word
 from tests.audit.box import bash, namespaces
 from tests.audit.right import right
@@ -62,6 +63,7 @@ class Row:
     agrees: bool | None = None
     why: str = ""
     verdict: list[str | None] = field(default_factory=list)
+    asked: list[str | None] = field(default_factory=list)  # of commands that nobody runs unasked
     right: list[str | None] = field(default_factory=list)  # in the order of settings
     updates: list[int | None] = field(default_factory=list)
     error: str = ""
@@ -157,12 +159,8 @@ def checked(checkout: Path, commit: str) -> list[Row]:
             if command.words[0].text.startswith("/") and not command.words[0].unknown:
                 stand_ins.add(command.words[0].text)
         try:
-            number, total = 1, 1
-            while number <= total:
-                report = audit(path, command=number)
-                total = min(report.commands, 20)
-                row.verdict.append(report.gradient)
-                number += 1
+            for report in audits(path):
+                (row.verdict if report.reached else row.asked).append(report.gradient)
         except AuditError as error:
             row.error = row.error or str(error).replace(str(path), "FILE")
         rows.append(row)
@@ -187,6 +185,12 @@ def checked(checkout: Path, commit: str) -> list[Row]:
     elif paths:
         print("NO NAMESPACES HERE: real scripts are not run, nothing is compared", file=sys.stderr)
     return rows
+
+
+def decided(row: Row) -> bool:
+    """Whether there is a verdict on each of its commands."""
+    given = [*row.verdict, *row.asked]
+    return bool(given) and None not in given
 
 
 def judged(row: Row) -> bool:
@@ -215,7 +219,7 @@ def table(rows: Sequence[Row]) -> str:
         run = [r for r in group if r.commands]
         lines.append(
             f"| {name} | {len(group)} | {len(run)} | {sum(1 for r in run if r.agrees)} "
-            f"| {sum(1 for r in group if r.verdict and None not in r.verdict)} "
+            f"| {sum(1 for r in group if decided(r))} "
             f"| {sum(1 for r in group if judged(r))} | {sum(1 for r in group if wrong(r))} "
             f"| {sum(1 for r in group if r.error)} "
             f"| {sum(r.milliseconds for r in group) / max(len(group), 1):.1f} |"

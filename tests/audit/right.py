@@ -58,8 +58,11 @@ def right(
         return None, None
     if any(re.match(_OWN.get(repository, "$."), word) for word in words):
         return None, None
-    if "openrlhf.cli.train_ppo_ray" in words:
-        return of_openrlhf(words), None
+    if any(word in ("openrlhf.cli.train_ppo_ray", _ALONE) for word in words):
+        package = next((f / "openrlhf" for f in script.parents if (f / "openrlhf").is_dir()), None)
+        if package is None or (_ALONE in words and not (package / "cli/train_ppo.py").is_file()):
+            return None, None
+        return of_openrlhf(words, _detached(package)), None
     entry = next((word for word in words if word in ("verl.trainer.main_ppo", *_OTHERS)), None)
     if entry is None:
         return None, None
@@ -88,6 +91,16 @@ def right(
     # Some copies have the call in a comment.
     applied = re.search(r"^[^#\n]*= *apply_kl_penalty\(", trainer, re.MULTILINE) is not None
     return of_verl(words, given, switched, subtracted, applied), updates(words, given)
+
+
+_ALONE = "openrlhf.cli.train_ppo"  # without Ray, up to 0.5
+
+
+def _detached(package: Path) -> bool:
+    """Whether the KL loss of packed samples is a tensor of numbers: OpenRLHF 0.6's."""
+    files = (package / "trainer" / name for name in ("ppo_trainer.py", "ray/ppo_actor.py"))
+    texts = [path.read_text() for path in files if path.is_file()]
+    return any("kl_mean = torch.tensor([each_kl.mean()" in text for text in texts)
 
 
 _RPG = "recipe.rpg.src.main_rpg"
@@ -236,8 +249,13 @@ def _together(terms: Sequence[str | None]) -> str | None:
     return acting.pop() if len(acting) == 1 else "neither"
 
 
-def of_openrlhf(words: Sequence[str]) -> str:
-    """OpenRLHF's flags, dotted and flat; its default is k1, in the reward, with 0.01."""
+def of_openrlhf(words: Sequence[str], detached: bool = False) -> str:
+    """OpenRLHF's flags, dotted and flat; its default is k1, in the reward, with 0.01.
+
+    Args:
+        words: the command's.
+        detached: of packed samples its KL loss has no gradient.
+    """
     flags: dict[str, str] = {}
     for at, word in enumerate(words):
         match = re.fullmatch(r"--([\w.]+)(?:=(.*))?", word, re.DOTALL)
@@ -255,6 +273,6 @@ def of_openrlhf(words: Sequence[str]) -> str:
     loss = flag("algo.kl.use_loss", "use_kl_loss") is not None
     if loss and "algo.kl.unbiased_gradient" in flags:
         kind = "k2"
-    if coef == 0:
+    if coef == 0 or (loss and detached and "packing_samples" in flags):
         return "none"
     return (_AS_LOSS if loss else _IN_REWARD)[kind]

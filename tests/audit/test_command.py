@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from klplug.audit import AuditError, Report, audit
+from klplug.audit.command import audits
+from klplug.audit.shell import Script
 from klplug.audit.tables import versions
 
 _VERL = ["python", "-m", "verl.trainer.main_ppo", "algorithm.adv_estimator=grpo"]
@@ -150,6 +152,30 @@ def test_several_commands_in_one_file(tmp_path: Path) -> None:
     assert audit(path, host="openrlhf").line == 2
     with pytest.raises(AuditError, match="command 3 of 2"):
         audit(path, command=3)
+
+
+def test_a_command_that_somebody_must_ask_for_says_so(tmp_path: Path) -> None:
+    asked, plain = (f"{' '.join(_VERL)} trainer.nnodes={n}" for n in (1, 2))
+    text = f'if [ -n "$BIG" ]; then\n{asked}\nelse\n{plain}\nfi\n'
+    reports = audits(_write(tmp_path, text))
+    # The one that runs comes first.
+    assert [(report.line, report.reached) for report in reports] == [(4, True), (2, False)]
+    assert audit(_VERL).reached
+
+
+def test_a_file_is_read_once_whatever_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+
+    def script(source: str, folder: Path | None = None) -> Script:
+        read.append(source)
+        return Script(source, folder)
+
+    monkeypatch.setattr("klplug.audit.command.Script", script)
+    path = _write(tmp_path, f"{' '.join(_VERL)}\n" * 7)
+    assert [report.command for report in audits(path)] == [1, 2, 3, 4, 5, 6, 7]
+    assert len(read) == 1
 
 
 # Releases.

@@ -7,6 +7,10 @@ The rules were read in the wheels: verl 0.2 to 0.6 ``trainer/ppo/ray_trainer.py`
 from __future__ import annotations
 
 import ast
+import ctypes
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,6 +105,42 @@ def test_openrlhf_whitens_rloo_up_to_0_7(tmp_path: Path) -> None:
     command = f"{_ORL} {_GROUP}"
     assert "whitened" in _ids(_audit(tmp_path, command, "0.7.5"))
     assert "whitened" not in _ids(_audit(tmp_path, command, "0.8.11"))
+
+
+_ALONE = "deepspeed --module openrlhf.cli.train_ppo --init_kl_coef 0.01"
+
+
+@pytest.mark.parametrize("version", ["0.4.6", "0.5.9.post1"])
+def test_openrlhfs_trainer_without_ray(tmp_path: Path, version: str) -> None:
+    # cli/train_ppo.py, trainer/ppo_trainer.py, NaiveExperienceMaker: the same KL in the reward.
+    for flags, gradient in (("", "reverse"), ("--use_kl_estimator_k3", "neither")):
+        report = _audit(tmp_path, f"{_ALONE} {flags}", version)
+        assert (report.gradient, report.beta, report.after) == (gradient, 0.01, None)
+        # Its parser: rollout_batch_size 512 over train_batch_size 128; with Ray it is 1024.
+        assert report.updates_per_rollout == 4
+        assert "rejected-setting" not in _ids(report)
+    assert _audit(tmp_path, _ORL, version).updates_per_rollout == 8
+
+
+def test_a_release_without_that_trainer_is_not_guessed(tmp_path: Path) -> None:
+    assert _audit(tmp_path, _ALONE).host_version == "0.5.9.post1"
+    report = _audit(tmp_path, _ALONE, "0.9.10")
+    assert any("has no trainer without Ray" in finding.message for finding in report.findings)
+
+
+def test_openrlhf_0_6_drops_the_kl_loss_of_packed_samples(tmp_path: Path) -> None:
+    # trainer/ray/ppo_actor.py, training_step_actor: torch.tensor([each_kl.mean() for ...]).
+    loss = f"{_ORL} --use_kl_loss --kl_estimator k3"
+    for version, flags, gradient in (
+        ("0.6.4", "--packing_samples", "none"),
+        ("0.6.4", "", "forward"),
+        ("0.7.5", "--packing_samples", "forward"),
+    ):
+        report = _audit(tmp_path, f"{loss} {flags}", version)
+        assert report.gradient == gradient
+        assert ("never-reaches" in _ids(report)) == (gradient == "none")
+    # In the reward it is applied.
+    assert _audit(tmp_path, f"{_ORL} --packing_samples", "0.6.4").gradient == "reverse"
 
 
 def test_a_release_is_read_by_the_table_of_its_minor() -> None:
@@ -246,14 +286,19 @@ def test_a_trainer_that_never_applies_it(tmp_path: Path) -> None:
     assert report.gradient == "none"
 
 
-def test_nothing_of_it_is_run_and_a_broken_one_is_passed_over(tmp_path: Path) -> None:
+def test_nothing_of_it_is_run_and_a_broken_one_is_said(tmp_path: Path) -> None:
     mark = tmp_path / "ran"
     _package(tmp_path, {"trainer/ppo/core_algos.py": f"open({str(mark)!r}, 'w')\n"})
     assert _audit(tmp_path, "python3 -m verl.trainer.main_ppo").version_from == "beside"
     assert not mark.exists()
     other = tmp_path / "other"
     _package(other, {"trainer/ppo/core_algos.py": "def (\n"})
-    assert _audit(other, "python3 -m verl.trainer.main_ppo").version_from != "beside"
+    broken = _audit(other, "python3 -m verl.trainer.main_ppo")
+    assert broken.version_from != "beside"
+    (said,) = (finding for finding in broken.findings if finding.id == "package-not-read")
+    assert said.message.startswith(
+        f"The package beside this script can't be read: {other / 'verl'}: no Python on line 1: "
+    )
     flags = other / "openrlhf" / "cli" / "train_ppo_ray.py"
     flags.parent.mkdir(parents=True)
     flags.write_text(
@@ -264,3 +309,45 @@ def test_nothing_of_it_is_run_and_a_broken_one_is_passed_over(tmp_path: Path) ->
     report = _audit(other, "python3 -m openrlhf.cli.train_ppo_ray")
     assert (report.version_from, report.beta) == ("beside", 0.5)
     assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"trainer/config/ppo_trainer.yaml": "a: [1\n"}, "verl: "),
+        ({"trainer/config/ppo_trainer.yaml": "[1]\n"}, "verl: "),
+        ({"trainer/ppo/ray_trainer.py": "a = '\0'\n"}, "verl: no Python "),
+    ],
+)
+def test_a_package_that_is_no_package_is_said(
+    tmp_path: Path, files: dict[str, str], words: str
+) -> None:
+    _package(tmp_path, files)
+    report = _audit(tmp_path, "python3 -m verl.trainer.main_ppo")
+    (said,) = (finding for finding in report.findings if finding.id == "package-not-read")
+    assert f"can't be read: {tmp_path}/{words}" in said.message and "\n" not in said.message
+    assert report.version_from in ("installed", "guessed")
+    # Whoever names a release does not ask for the package.
+    named = _audit(tmp_path, "python3 -m verl.trainer.main_ppo", "0.9.1")
+    assert "package-not-read" not in _ids(named)
+
+
+@pytest.mark.parametrize("closed", ["verl", "verl/trainer/config/ppo_trainer.yaml"])
+def test_a_package_that_may_not_be_opened_is_said(tmp_path: Path, closed: str) -> None:
+    _package(tmp_path, {})
+    script = tmp_path / "run.sh"
+    script.write_text("python3 -m verl.trainer.main_ppo\n")
+    (tmp_path / closed).chmod(0)
+    asked = "import sys; from klplug.audit import audit; r = audit(sys.argv[1]);"
+    show = "print([f.message for f in r.findings if f.id == 'package-not-read'])"
+    words = [sys.executable, "-c", f"{asked} {show}", str(script)]
+    done = subprocess.run(words, capture_output=True, text=True, preexec_fn=_nobody, check=False)
+    (tmp_path / closed).chmod(0o755)
+    assert "Permission denied" in done.stdout, done.stderr
+
+
+def _nobody() -> None:
+    """Root may open everything; in a child of its own it gives that up."""
+    if os.getuid() == 0:
+        ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+        ctypes.CDLL(None).prctl(24, 2)  # CAP_DAC_READ_SEARCH

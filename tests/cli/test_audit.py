@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import re
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from klplug.audit import audit
+from klplug.audit.command import audits, read
+from klplug.cli.audit import changed
 from tests.audit.verdicts import SCRIPTS
 from tests.cli.conftest import Klplug
 
@@ -243,7 +250,6 @@ def test_what_is_fixed_is_clean(klplug_command: Klplug, tmp_path: Path, name: st
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("verl-grpo", "line 18: actor_rollout_ref.actor.kl_loss_coef=0.001 does not stand"),
         ("verl-gspo", "rollout-mismatch would stay"),
         ("verl-reinforce-plus-plus", "klplug has no edit for this command"),
     ],
@@ -257,6 +263,111 @@ def test_what_cannot_be_fixed_has_a_reason(
     done = klplug_command("audit", "--fix", script)
     assert done.status == 1 and words in done.err
     assert script.read_bytes() == text
+
+
+_ON = f"{_A}.use_kl_loss=True {_A}.kl_loss_coef"
+_TRAIN = "python -m verl.trainer.main_ppo"
+_K = "+klplug.kl_type=k2_as_loss +klplug.kl_coef"
+
+
+@pytest.mark.parametrize(
+    ("script", "edited"),
+    [
+        (f"x=0.01\n{_TRAIN} {_ON}=$x\n", f"x=0.01\n{_TRAIN} {_K}=$x\n"),
+        (f"x=0.01\n{_TRAIN} {_ON}=${{x}} a=$b\n", f"x=0.01\n{_TRAIN} {_K}=${{x}} a=$b\n"),
+        (f'{_TRAIN} {_ON}="${{X:-0.01}}"\n', f'{_TRAIN} {_K}="${{X:-0.01}}"\n'),
+        (f"{_TRAIN} {_ON}=$X\n", None),  # nobody knows it, and that would stay
+        (
+            f"x=0.01\n{_TRAIN} {_A}.use_kl_loss=True '{_A}'\".kl_loss_coef=$x\"\n",
+            None,  # the word is put together of two
+        ),
+        (
+            f'x=0.01\n{_TRAIN} {_A}.use_kl_loss=True "{_A}.kl_loss_coef=${{x}}"\n',
+            f'x=0.01\n{_TRAIN} +klplug.kl_type=k2_as_loss "+klplug.kl_coef=${{x}}"\n',
+        ),
+        # In an array: what the variable is where the array is made.
+        (
+            f'x=0.01\nA=({_ON}=$x)\n{_TRAIN} "${{A[@]}}"\n',
+            f'x=0.01\nA=()\n{_TRAIN} {_K}=$x "${{A[@]}}"\n',
+        ),
+        (f'x=0.01\nA=({_ON}=$x)\nx=9\n{_TRAIN} "${{A[@]}}"\n', None),
+        (f'A=({_ON}=$X)\n{_TRAIN} "${{A[@]}}"\n', None),
+        # A switch that a variable holds may be another tomorrow.
+        (f"on=True\n{_TRAIN} {_A}.use_kl_loss=$on {_A}.kl_loss_coef=0.1\n", None),
+        (
+            "x=0.01\npython -m openrlhf.cli.train_ppo_ray --algo.kl.use_loss "
+            "--algo.kl.estimator k3 --algo.kl.init_coef $x --train.max_epochs 1\n",
+            "x=0.01\npython -m klplug_openrlhf --klplug.kl_type k2_as_loss "
+            "--klplug.kl_coef $x --train.max_epochs 1\n",
+        ),
+    ],
+)
+def test_a_coefficient_that_a_variable_holds_stays_that_variable(
+    klplug_command: Klplug, tmp_path: Path, script: str, edited: str | None
+) -> None:
+    path = tmp_path / "train.sh"
+    path.write_text(script)
+    done = klplug_command("audit", "--fix", path)
+    assert path.read_text() == (script if edited is None else edited)
+    assert done.status == (1 if edited is None else 0)
+    assert edited is not None or "not edited: " in done.err
+
+
+@given(
+    name=st.sampled_from([path.stem for path in sorted(SCRIPTS.glob("*.sh"))]),
+    ends=st.lists(st.sampled_from([b"\n", b"\r\n"]), min_size=80, max_size=80),
+    closed=st.booleans(),
+    comments=st.dictionaries(st.integers(0, 3), st.binary(max_size=12), max_size=3),
+)
+@settings(max_examples=60, deadline=None)
+def test_lines_that_the_diff_does_not_name_stay_byte_for_byte(
+    name: str, ends: list[bytes], closed: bool, comments: dict[int, bytes]
+) -> None:
+    lines = (SCRIPTS / f"{name}.sh").read_bytes().splitlines()
+    for at, comment in sorted(comments.items()):
+        lines.insert(at, b"# " + re.sub(rb"[\0\r\n]", b"", comment))
+    content = b"".join(line + end for line, end in zip(lines, ends, strict=False))
+    content = content if closed else content.rstrip(b"\r\n")
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "train.sh"
+        path.write_bytes(content)
+        text = read(path)
+        with redirect_stdout(io.StringIO()) as shown, redirect_stderr(io.StringIO()):
+            changed(path, text, audits(path), False, {})
+            changed(path, text, audits(path), True, {})
+        after = path.read_bytes()
+    gone, come = _named(shown.getvalue())
+    before, now = (re.findall(rb"[^\n]*\n|[^\n]+", whole) for whole in (content, after))
+    assert [line for at, line in enumerate(before) if at not in gone] == [
+        line for at, line in enumerate(now) if at not in come
+    ]
+
+
+def _named(diff: str) -> tuple[set[int], set[int]]:
+    """The lines that a unified diff takes away and adds, counted from 0."""
+    gone, come = set[int](), set[int]()
+    old = new = 0
+    for line in diff.split("\n")[2:]:
+        if match := re.match(r"@@ -(\d+)\S* \+(\d+)", line):
+            old, new = int(match[1]) - 1, int(match[2]) - 1
+        elif line.startswith("-"):
+            gone.add(old)
+            old += 1
+        elif line.startswith("+"):
+            come.add(new)
+            new += 1
+        else:
+            old, new = old + 1, new + 1
+    return gone, come
+
+
+def test_a_line_to_edit_that_is_no_text_is_a_reason(klplug_command: Klplug, tmp_path: Path) -> None:
+    path = tmp_path / "train.sh"
+    content = f"{_TRAIN} {_ON}=0.1 a=".encode() + b"\xff\n"
+    path.write_bytes(content)
+    done = klplug_command("audit", "--fix", path)
+    assert done.status == 2 and "line 1 is edited, and is no UTF-8" in done.err
+    assert path.read_bytes() == content
 
 
 def test_words_that_two_commands_share_stay(klplug_command: Klplug, tmp_path: Path) -> None:

@@ -78,8 +78,9 @@ def _substitution(shell: Shell, part: syntax.Substitution) -> Value:
 def unsplit(shell: Shell, written: syntax.Text) -> list[Value]:
     """A word after brace expansion, not split yet."""
     made = [value_of(shell, parts) for parts in brace_words(written.parts)]
-    starts_here = bool(written.parts) and isinstance(written.parts[0], syntax.Literal)
-    if shell.spans and len(made) == 1 and starts_here:
+    listed = any(isinstance(p, syntax.Parameter) and p.is_list for p in written.parts[:1])
+    starts_here = isinstance(next(iter(written.parts), None), (syntax.Literal, syntax.Parameter))
+    if shell.spans and len(made) == 1 and starts_here and not listed:
         made = [
             tuple(
                 replace(p, span=written.span) if isinstance(p, Piece) and not p.end else p

@@ -16,7 +16,7 @@ from klplug.audit.shell import conditions, syntax
 from klplug.audit.shell.arithmetic import NotKnown
 from klplug.audit.shell.command import Command
 from klplug.audit.shell.conditions import Holds
-from klplug.audit.shell.values import DEFAULT_IFS, Piece, Value, plain_array, text, usual
+from klplug.audit.shell.values import DEFAULT_IFS, Piece, Value, bounded, plain_array, text, usual
 
 # Bounds, so that a script that calls itself or loops for ever is read in no time.
 MAX_DEPTH = 30
@@ -115,6 +115,8 @@ class Shell(ABC):
             self.journals[-1][name] = self.variables.get(name)
         if isinstance(variable, Listed):
             variable = Listed(plain_array(variable.value))
+        elif isinstance(variable, Scalar):
+            variable = Scalar(bounded(variable.value))
         self.variables[name] = variable
 
     def trial(self, walk: Callable[[], None]) -> tuple[Changes, str]:

@@ -22,7 +22,7 @@ class Word:
         line: line of the script, counted from 1; ``None`` for a command line.
         unknown: why parts of the text can't be known; empty where all is known.
         span: where the word stands in the script, from and to; ``None`` where it is made of
-            more than one place, or of a part of one.
+            more than one place. Words that one place is split into share it.
     """
 
     text: str
@@ -84,6 +84,8 @@ _MAX_PIECES = 64
 _MAX_TEXT = 20_000
 _MAX_ELEMENTS = 2_000
 _MAX_ARRAY_TEXT = 200_000
+_MAX_IN_CHOICES = 256
+_MAX_IN_ARRAY_CHOICES = 4_000
 _TOO_MUCH = ("it hangs on", "too much", "it is too long")
 
 
@@ -334,9 +336,28 @@ def plain_value(value: Value) -> Value:
 
 def plain_array(value: Value) -> Value:
     """What an array keeps: a loop that doubles it would take all memory there is."""
-    if len(value) <= _MAX_ELEMENTS and _length(value) <= _MAX_ARRAY_TEXT:
-        return value
-    return array([(Piece("", unknown="it is too long to be read"),)])
+    if len(value) > _MAX_ELEMENTS or _length(value) > _MAX_ARRAY_TEXT:
+        return array([(Piece("", unknown="it is too long to be read"),)])
+    if _in_choices(value) > _MAX_IN_ARRAY_CHOICES:
+        return array([(Piece("", unknown="too much hangs on conditions"),)])
+    return value
+
+
+def bounded(value: Value) -> Value:
+    """A value, its choices as what is not known where they hold too much.
+
+    Each condition that sets a variable from others, which hang on conditions, may double it.
+    """
+    return _collapsed(value) if _in_choices(value) > _MAX_IN_CHOICES else value
+
+
+def _in_choices(value: Value) -> int:
+    return sum(
+        len(option) + _in_choices(option)
+        for piece in value
+        if isinstance(piece, Choice)
+        for option in piece.options
+    )
 
 
 def _length(value: Value) -> int:
