@@ -219,6 +219,9 @@ def settings(table: Table, launched: Parsed, version_from: str = "installed") ->
             setting = Setting(full, table.switches[full], word.line, True)
             if values and not unknown:
                 rejected.append(Rejected(setting, f"--{full} takes no value"))
+        elif not values and (variable := _variable_of(launched.launch, name)):
+            why = f"{variable} is not set in the script"
+            setting = Setting(full, None, word.line, True, (why,))
         elif not values:
             setting = Setting(full, None, word.line, True)
             rejected.append(Rejected(setting, f"--{full} needs a value"))
@@ -252,6 +255,13 @@ def settings(table: Table, launched: Parsed, version_from: str = "installed") ->
         nobodys=nobodys("OpenRLHF", missing, version_from),
         holes=launched.holes,
     )
+
+
+def _variable_of(launch: Launch | None, flag: str) -> str | None:
+    """The variable whose value a flag takes, where it is empty and so makes no word."""
+    text = "" if launch is None else launch.around
+    found = re.search(rf"--{re.escape(flag)}(?:\s|\\\n|=)+[\"']?(\$\{{?\w+\}}?)", text)
+    return None if found is None else found[1]
 
 
 _K3 = "use_kl_estimator_k3"

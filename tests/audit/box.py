@@ -48,7 +48,7 @@ command_not_found_handle() {
     fi
   done
   # A file each: two programs of one pipe write at once.
-  { printf '%s\0' "$@"; printf '\1\0'; } > "/box/records/$EPOCHREALTIME-$BASHPID"
+  { printf '%s\0' "$@"; printf '\1\0'; } > "/box/records/$BOX/$EPOCHREALTIME-$BASHPID"
   return 0
 }
 """
@@ -88,18 +88,28 @@ exec /bin/bash /box/driver 3>&1
 _INSIDE = r"""
 /box/umount -l /old
 export PATH=/box/bin:/bin BASH_ENV=/box/env
+status=()
 for script in /box/scripts/*; do
   number=${script##*/}
+  /box/bin/mkdir "/box/records/$number"
   cd /box/place
   (
     ulimit -t 5 -f 20000
-    exec /box/timeout -s KILL 5 /usr/bin/env -i PATH=/box/bin:/bin BASH_ENV=/box/env \
-      /bin/bash "$script" </dev/null >/dev/null 2>/box/err 3>&-
+    exec /box/timeout -s KILL 20 /usr/bin/env -i PATH=/box/bin:/bin BASH_ENV=/box/env \
+      BOX="$number" /bin/bash "$script" </dev/null >/dev/null 2>/box/err 3>&-
   )
-  status=$?
-  printf '\2%s\0%s\0' "$number" "$status" >&3
-  /box/bin/cat /box/records/* >&3
-  /box/rm -f /box/records/*
+  status+=($?)
+done
+# What scripts left in the background writes down what it runs, too.
+for ((wait = 0; wait < 100; wait++)); do
+  set -- /proc/[0-9]*
+  (($# > 1)) || break
+  /box/sleep 0.1
+done
+for script in /box/scripts/*; do
+  number=${script##*/}
+  printf '\2%s\0%s\0' "$number" "${status[10#$number]}" >&3
+  /box/bin/cat "/box/records/$number"/* >&3 2>/dev/null
 done
 """
 
@@ -154,7 +164,7 @@ def _furnish(folder: Path, stand_ins: Sequence[str]) -> None:
         if found := shutil.which(tool):
             programs[f"/box/bin/{tool}"] = found
     programs["/usr/bin/env"] = programs["/box/bin/env"]
-    for tool in ("rm", "timeout", "umount"):
+    for tool in ("sleep", "timeout", "umount"):
         found = shutil.which(tool)
         assert found is not None
         programs[f"/box/{tool}"] = found

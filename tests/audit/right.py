@@ -41,7 +41,9 @@ READ = (
     *("GAIR-NLP/DeepResearcher", "ypwang61/One-Shot-RLVR", "Tongyi-Zhiwen/QwenLong-L1"),
     *("Visual-Agent/DeepEyes", "RUC-NLPIR/ARPO", "Gen-Verse/ReasonFlux", "GAIR-NLP/LIMR"),
     *("OpenGVLab/ZeroGUI", "guanning03/efficient-reasoning", "satori-reasoning/Satori"),
-    *("seamoke/DPH-RL", "complex-reasoning/RPG"),
+    *("seamoke/DPH-RL", "complex-reasoning/RPG", "AnitaLeungxx/ReMix-Off-Policy-RFT"),
+    *("AdaptVision/AdaptVision", "BaohaoLiao/SAGE", "RazvanDu/ConciseRL"),
+    "mickelliu/selfplay-redteaming",
 )
 # Of these, commands that set one of these have a loss that was not read.
 _OWN = {"seamoke/DPH-RL": r"data\.sft_files=|[\w.]*sft_loss_mode="}

@@ -128,6 +128,15 @@ def test_a_release_without_that_trainer_is_not_guessed(tmp_path: Path) -> None:
     assert any("has no trainer without Ray" in finding.message for finding in report.findings)
 
 
+def test_a_flag_whose_variable_is_set_outside_needs_no_value(tmp_path: Path) -> None:
+    for value in ("$KEY", "${KEY}", '"$KEY"', "$KEY --packing_samples"):
+        report = _audit(tmp_path, f'FLAGS="--use_wandb {value}"\n{_ORL} $FLAGS', "0.6.4")
+        assert "rejected-setting" not in _ids(report) and report.beta == 0.01
+    assert "rejected-setting" in _ids(_audit(tmp_path, f"{_ORL} --use_wandb", "0.6.4"))
+    coef = _audit(tmp_path, f"{_ORL} --kl_target $KL --init_kl_coef $KL", "0.6.4")
+    assert coef.beta is None and coef.unknown["beta"] == ("$KL is not set in the script",)
+
+
 def test_openrlhf_0_6_drops_the_kl_loss_of_packed_samples(tmp_path: Path) -> None:
     # trainer/ray/ppo_actor.py, training_step_actor: torch.tensor([each_kl.mean() for ...]).
     loss = f"{_ORL} --use_kl_loss --kl_estimator k3"
