@@ -126,13 +126,14 @@ for script in /box/scripts/*; do
   printf '\2%s\0' "${script##*/}" >&3
   printf '0\0' >&3
   ( . "$script" ) </dev/null >/dev/null 2>&1
+  { printf '%s\0' status "$?"; printf '\1\0'; } >&3
 done
 """
 
 
 @dataclass(frozen=True)
 class Ran:
-    """What one script ran: each program's words, and how bash ended."""
+    """What one script ran: each program's words, and how bash ended: not 0 where it was stopped."""
 
     commands: tuple[tuple[str, ...], ...]
     status: int
@@ -230,7 +231,7 @@ def bash(
             timeout=60 + 6 * len(scripts),
             check=False,
         )
-    ran = _parsed(done.stdout.decode("utf-8", errors="replace"))
+    ran = _parsed(done.stdout.decode("utf-8", errors="replace"), quick)
     if len(ran) != len(scripts):
         raise RuntimeError(f"the box gave {len(ran)} of {len(scripts)}: {done.stderr.decode()}")
     return ran
@@ -247,10 +248,10 @@ def bash_without_a_box(scripts: Sequence[str]) -> list[Ran]:
         done = subprocess.run(
             ["bash", "-c", f"exec 3>&1; {driver}"], capture_output=True, env={}, check=False
         )
-    return _parsed(done.stdout.decode("utf-8", errors="replace"))
+    return _parsed(done.stdout.decode("utf-8", errors="replace"), quick=True)
 
 
-def _parsed(output: str) -> list[Ran]:
+def _parsed(output: str, quick: bool) -> list[Ran]:
     ran: list[Ran] = []
     for block in output.split("\2")[1:]:
         _, status, *words = block.split("\0")
@@ -262,5 +263,7 @@ def _parsed(output: str) -> list[Ran]:
                 current = []
             else:
                 current.append(word)
+        if quick:
+            status = commands.pop()[1]
         ran.append(Ran(tuple(commands), int(status)))
     return ran

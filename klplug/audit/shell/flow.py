@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from klplug.audit.shell import conditions, syntax
-from klplug.audit.shell.arithmetic import NotKnown, Reckoning
 from klplug.audit.shell.branches import branch, fork, leaves_of, rejoin, split_on
 from klplug.audit.shell.conditions import UNKNOWN, Holds, as_status
-from klplug.audit.shell.expansion import as_elements, scalar, value_of
+from klplug.audit.shell.expansion import as_elements, reckoned, scalar, value_of
 from klplug.audit.shell.state import MAX_LISTS, MAX_ROUNDS, Changes, Listed, Scalar, Shell
 from klplug.audit.shell.values import (
     Flat,
@@ -28,6 +27,7 @@ from klplug.audit.shell.values import (
     number_of_runs,
     output,
     reason,
+    text,
     usual,
 )
 
@@ -156,9 +156,9 @@ def walk_for(shell: Shell, loop: syntax.For) -> None:
 
 def _for_over(shell: Shell, loop: syntax.For, listed: Value) -> None:
     over = list(decisions(listed))
-    if not over:
+    if not over and len(elements(flat(listed))) <= MAX_ROUNDS:
         _for_each(shell, loop, flat(listed))
-    elif number_of_runs(over) <= MAX_LISTS:
+    elif over and number_of_runs(over) <= MAX_LISTS:
         split_on(shell, over[0], lambda taken: _for_over(shell, loop, decided(listed, taken)))
     else:
         why = f"too much hangs on what is looped over (line {loop.line})"
@@ -173,7 +173,7 @@ def _for_over(shell: Shell, loop: syntax.For, listed: Value) -> None:
 
 def _for_each(shell: Shell, loop: syntax.For, listed: Flat) -> None:
     early = len(shell.early)
-    for element in elements(listed)[:MAX_ROUNDS]:
+    for element in elements(listed):
         if any(
             piece.unknown or (not piece.quoted and re.search(r"[*?]", piece.text))
             for piece in element
@@ -303,21 +303,19 @@ def tested(shell: Shell, node: syntax.Test) -> Value:
             values[0],
         )
     if node.operator.startswith("-"):
-        values = [lifted(lambda pieces: _as_number(shell, pieces), value) for value in values]
+        values = [
+            value if _is_number(value) else reckoned(shell, operand, "[[ ]]")
+            for value, operand in zip(values, operands, strict=True)
+            if isinstance(operand, syntax.Text)
+        ]
     return lifted(
         lambda a, b: as_status(conditions.binary(node.operator, a, b, True), line), *values
     )
 
 
-def _as_number(shell: Shell, pieces: Flat) -> Value:
-    """In ``[[ a -eq b ]]`` both sides are expressions."""
-    found = conditions.known(pieces)
-    if found is None or re.fullmatch(r"\s*-?\d*\s*", found[0]):
-        return pieces
-    try:
-        return (Piece(str(Reckoning(found[0], shell.number_text).number), soft=found[1]),)
-    except NotKnown:
-        return (Piece("", unknown="not known"),)
+def _is_number(value: Value) -> bool:
+    """Whether it is a number as it stands: in ``[[ a -eq b ]]`` both sides are expressions."""
+    return re.fullmatch(r"\s*-?\d*\s*", text(usual(value))) is not None
 
 
 def _plain(pieces: Flat) -> Value:
