@@ -37,7 +37,10 @@ _CALLS = {
         *("6e98c9257e7c", "40ca5c812609", "7171fc23e6a1", "8709deb303c6", "edaf6d6d6859"),
         "92e8d20561b9",  # lmm-r1: 0.7's, which logs a number
     ),
-    _TRAINER: ("6e98c9257e7c",),  # OpenRLHF-M and MM-EUREKA, between 0.5 and 0.6: 0.6's
+    _TRAINER: (
+        "6e98c9257e7c",  # OpenRLHF-M and MM-EUREKA, between 0.5 and 0.6: 0.6's
+        "c0a781f61e9a",  # R1-Searcher: the same with its mask, and a gradient of packed samples
+    ),
     _EXPERIENCE: (
         *("f6c00ea909cb", "1175b9513a16"),  # 0.4 and 0.5
         *("d06d2910c32f", "2f6d4ae7484c", "39136b7713d2", "bbb28802847f"),  # from 0.6 on

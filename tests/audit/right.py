@@ -102,7 +102,8 @@ def _detached(package: Path) -> bool:
     """Whether the KL loss of packed samples is a tensor of numbers: OpenRLHF 0.6's."""
     files = (package / "trainer" / name for name in ("ppo_trainer.py", "ray/ppo_actor.py"))
     texts = [path.read_text() for path in files if path.is_file()]
-    return any("kl_mean = torch.tensor([each_kl.mean()" in text for text in texts)
+    made = re.compile(r"^ *kl_mean = torch\.tensor\(\[each_kl\.mean\(\)", re.MULTILINE)
+    return any(made.search(text) for text in texts)
 
 
 _RPG = "recipe.rpg.src.main_rpg"
