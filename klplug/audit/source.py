@@ -51,7 +51,9 @@ def _calling(node: ast.AST, name: str) -> bool:
 
 
 def _last(called: ast.expr) -> str:
-    return ast.unparse(called).rpartition(".")[2]
+    if isinstance(called, ast.Attribute):
+        return called.attr
+    return called.id if isinstance(called, ast.Name) else ""
 
 
 def taken(function: ast.AST, name: str, value: str) -> ast.AST:
