@@ -469,15 +469,16 @@ def _expanded(value: Value, quoted: bool) -> Value:
         if isinstance(p, Choice)
         else p
         if p.end
-        else replace(
-            p,
-            splits=not (quoted or p.quoted),
-            quoted=p.quoted or quoted,
-            unset=p.unset and p.unknown is not None,
-            span=None,
-        )
+        else _part_of_a_word(p, quoted or p.quoted)
         for p in value
     )
+
+
+def _part_of_a_word(p: Piece, quoted: bool) -> Piece:
+    unset = p.unset and p.unknown is not None
+    if (p.splits, p.quoted, p.unset, p.span) == (not quoted, quoted, unset, None):
+        return p
+    return replace(p, splits=not quoted, quoted=quoted, unset=unset, span=None)
 
 
 def _with_blanks(pieces: Flat, line: int) -> Value:

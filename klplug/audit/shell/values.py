@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TypeAlias
 
 
@@ -84,7 +85,7 @@ _MAX_PIECES = 64
 _MAX_TEXT = 20_000
 _MAX_ELEMENTS = 2_000
 _MAX_ARRAY_TEXT = 200_000
-_MAX_IN_CHOICES = 256
+_MAX_IN_CHOICES = 64
 _MAX_IN_ARRAY_CHOICES = 4_000
 _TOO_MUCH = ("it hangs on", "too much", "it is too long")
 
@@ -277,6 +278,7 @@ def _nothing(pieces: list[Piece]) -> bool:
     )
 
 
+@cache
 def separator(ifs: str) -> re.Pattern[str] | None:
     if not ifs:
         return None
@@ -329,6 +331,8 @@ def plain_value(value: Value) -> Value:
         Choice(p.decision, tuple(plain_value(option) for option in p.options))
         if isinstance(p, Choice)
         else replace(p, splits=False, quoted=False, span=None)
+        if p.splits or p.quoted or p.span
+        else p
         for p in value
         if not (isinstance(p, Piece) and not (p.text or p.unknown or p.soft or p.unset))
     )
