@@ -11,6 +11,7 @@ import pytest
 import torch
 from klplug_openrlhf import reading as model
 from klplug_openrlhf.keys import FLAT
+from klplug_openrlhf.sources import DETACHED
 from torch import Tensor
 
 import klplug
@@ -90,6 +91,10 @@ def test_the_kl_of_every_release_is_known_by_its_code(version: str) -> None:
     assert found.like in versions("openrlhf")
     clamps = "clamp(min=-10, max=10)" in (found.folder / "models" / "utils.py").read_text()
     assert clamps == (tuple(map(int, found.like.split(".")[:2])) >= (0, 8))
+    actor = (found.folder / "trainer" / "ray" / "ppo_actor.py").read_text()
+    detached = "torch.tensor([each_kl.mean() for each_kl in kl]" in actor
+    assert found.facts == ((DETACHED,) if detached else ())
+    assert detached == version.startswith("0.6.")
 
 
 def words(path: Path) -> list[Word]:
