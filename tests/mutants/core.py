@@ -281,6 +281,16 @@ STRINGS = of(
     tests=("spec", "numbers"),
 )
 
+POSTERIOR = of(
+    "posterior",
+    (" - math.log(others)", ""),
+    ("masked_fill(own, -math.inf)", "clone()"),
+    ("if present[row]:", "if True:"),
+    ("rewards.double() / beta", "rewards.double()"),
+    ("mask & (toward_ref < math.inf)", "mask & (toward_ref.abs() < math.inf)"),
+    tests=("posterior", "oracle"),
+)
+
 CORE = (
     *ESTIMATORS,
     *NUMERICS,
@@ -291,6 +301,7 @@ CORE = (
     *WEIGHTS,
     *ANSWERS,
     *BASELINES,
+    *POSTERIOR,
     *METRICS,
     *TOP,
     *AGGREGATION,
