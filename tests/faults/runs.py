@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,23 @@ ADAPTIVE = {
     ],
 }
 RESUME = {"openrlhf": ["--ckpt.load_enable"], "verl": ["trainer.resume_mode=auto"]}
+LATEST = "policy/latest_checkpointed_iteration.txt"
+"""What verl writes last, once a checkpoint is whole."""
+FULL_DISK = r"""
+folder=$1 latest=$2; shift 2
+cp -a "$folder" "$folder.kept"
+mount -t tmpfs -o size=64m none "$folder"
+cp -a "$folder.kept/." "$folder"
+(until [ -s "$latest" ]; do sleep 0.2; done; cat /dev/zero > "$folder/filler" 2> /dev/null) &
+"$@"; code=$?
+rm -f "$folder/filler"
+cp -a "$folder/." "$folder.kept"
+exit $code
+"""
+"""A command whose folder is a disk of its own, full from the first whole checkpoint on.
+
+In a namespace, where anybody may mount one; what was on it is left beside the folder.
+"""
 
 
 @dataclass
@@ -71,7 +89,12 @@ class Disturbed:
 
 @contextmanager
 def running(
-    host: str, folder: Path, *words: str, kl_type: str = "k1_in_reward", steps: int = 3
+    host: str,
+    folder: Path,
+    *words: str,
+    kl_type: str = "k1_in_reward",
+    steps: int = 3,
+    before: Sequence[str] = (),
 ) -> Iterator[Disturbed]:
     """A run in ``folder``, whose checkpoints a later one there finds; ended with the block."""
     made = settings(host=host, kl_type=kl_type, steps=steps)
@@ -79,7 +102,22 @@ def running(
     run.write_prompts(made, prompts)
     log.write_text("")
     command = HOST[host].command(made, made.recipe, HERE / "policy", prompts, folder / "policy")
+    command = [*before, *command, *ADAPTIVE[host], *words]
     with HostProcesses() as processes:
         environment = processes.environment(cpu_shim.environment(host))
-        process = processes.start([*command, *ADAPTIVE[host], *words], environment, folder, log)
+        process = processes.start(command, environment, folder, log)
         yield Disturbed(host, process, processes, log)
+
+
+@contextmanager
+def verl_on_a_full_disk(folder: Path) -> Iterator[Disturbed]:
+    """A run whose second checkpoint finds no room; the block's end leaves what the disk held."""
+    policy, latest = folder / "policy", folder / LATEST
+    policy.mkdir()
+    names = ["full-disk", str(policy), str(latest)]
+    with running(
+        "verl", folder, before=["unshare", "-Urm", "bash", "-c", FULL_DISK, *names]
+    ) as run:
+        yield run
+    shutil.rmtree(policy)
+    policy.with_suffix(".kept").rename(policy)
