@@ -1,164 +1,158 @@
-"""How much of an exact KL do the K most likely tokens hold, with all others as one category?
+"""How much of the exact KL do the reference's K most likely tokens hold, all others being one?
 
-    python -m benchmarks.top_k --model SmolLM2-135M-Instruct --train gsm8k_train.jsonl \\
-        --test gsm8k_test.jsonl [--out benchmarks/results]
+    python -m benchmarks.top_k --model SmolLM2-135M-Instruct [--out benchmarks/results]
 
-For teachers and references that cannot send hidden states. The reference is the model as it is;
-policies are the same at other temperatures, and with its upper layers fine-tuned on worked answers.
-Prefixes are worked answers that none of them has seen. K + 1 categories hold at most the KL of all.
+For ``vocab=topk:K``. The policies are those of the gradient study: SmolLM2-135M-Instruct fine-tuned
+on worked sums a little, more and much. The reference is the model as it was. Each policy answers
+sums, on which it is sharp, and open questions, on which it is flat. KL(pi||ref) of its own answers'
+tokens by ``exact_kl`` is compared with ``topk_kl``, and so are their gradients towards the policy's
+hidden states. The K tokens are the most likely ones of the reference (what it can send) or of the
+policy (what the reference could be asked for).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-SIZES = (1, 3, 10, 30, 100, 300, 1000)
-TEMPERATURES = (0.9, 0.7)
-STEPS = (3, 12)  # of fine-tuning
-TUNED = 4  # upper layers that it moves
-RATE = 1e-4
-ANSWERS = 4
-LONGEST = 220  # tokens of question and answer
+import klplug
+from recipes.reproduce.gradient_study import (
+    POLICIES,
+    TUNED,
+    fine_tuned,
+    prompt,
+    question,
+    sampled,
+    through,
+)
 
-HEADING = """# What the top K tokens hold of a KL
-
-`python -m benchmarks.top_k`: SmolLM2-135M-Instruct against itself, on {tokens} tokens of {answers}
-worked answers of GSM8K (test). KL is KL(pi||ref) in nats per token over all 49152 tokens; the
-columns are the share of it that K tokens and one category of all others hold, and in brackets the
-cosine of its gradient towards the logits with the exact one. The K tokens are the most likely ones
-of the reference (what a teacher can send) or of the policy (what it can ask for)."""
-
-
-def texts(path: Path, count: int) -> Iterator[tuple[str, str]]:
-    for line in path.read_text(encoding="utf-8").splitlines()[:count]:
-        problem = json.loads(line)
-        yield f"Question: {problem['question']}\nAnswer: ", problem["answer"]
-
-
-def batches(tokenizer: Any, path: Path, count: int) -> list[tuple[Tensor, int]]:
-    """Tokens of each problem, (1, T), and where its answer starts."""
-    found = []
-    for question, answer in texts(path, count):
-        start = len(tokenizer(question).input_ids)
-        tokens = tokenizer(question + answer, return_tensors="pt").input_ids[:, :LONGEST]
-        if tokens.shape[1] > start:
-            found.append((tokens, start))
-    return found
-
-
-def fine_tuned(model: nn.Module, data: list[tuple[Tensor, int]]) -> Iterator[tuple[int, nn.Module]]:
-    """The model after each number of steps, one answer a step; it is changed in place."""
-    model.requires_grad_(False)
-    layers = model.model.layers[-TUNED:]  # type: ignore[union-attr, index]
-    layers.requires_grad_(True)
-    optimizer = torch.optim.AdamW(layers.parameters(), lr=RATE, weight_decay=0.0)
-    for step, (tokens, start) in enumerate(data[: max(STEPS)], 1):
-        logits = model(tokens).logits[0, start - 1 : -1]
-        nn.functional.cross_entropy(logits, tokens[0, start:]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if step in STEPS:
-            yield step, model
+RESULTS = Path(__file__).parent / "results" / "exact-top-k.json"
+SIZES = (1, 4, 16, 64, 256)
+SUMS = [question(rng)[0] for rng in [Random(1)] for _ in range(8)]
+OPEN = [
+    "Tell me a story about a lighthouse.",
+    "Why do people travel?",
+    "Describe a city that does not exist.",
+    "What makes a good teacher?",
+    "Write a letter to an old friend.",
+    "What will the world be like in a hundred years?",
+    "Name some things that one could do on a rainy day.",
+    "What is the sea like at night?",
+]
+TEXTS = {"sums": (SUMS, 10), "open questions": (OPEN, 24)}  # and tokens of an answer, at most
+EACH = 4  # answers to a question
 
 
 @torch.no_grad()
-def logits(model: nn.Module, data: list[tuple[Tensor, int]]) -> list[Tensor]:
-    """(T, V) of the answers' tokens."""
-    return [model(tokens).logits[0, start - 1 : -1].float() for tokens, start in data]
+def states(
+    policy: Any, ref: Any, tokenizer: Any, questions: list[str], length: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states of policy and reference at the answers' tokens, (N, H), and these, (N,)."""
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    generator = torch.Generator().manual_seed(1)
+    parts: list[list[Tensor]] = [[], [], []]
+    for text in questions:
+        asked = torch.tensor([tokenizer(prompt(text)).input_ids])
+        answers, mask, lower = sampled(policy, asked, EACH, length, end, generator)
+        kept = mask.bool()
+        for part, model in zip(parts, (policy, ref), strict=False):
+            # The layers below are the reference's in both.
+            hidden = through(model, model.model.layers[-TUNED:], lower)[:, -length:]
+            part.append(model.model.norm(hidden)[kept])
+        parts[2].append(answers[kept])
+    policy_hidden, ref_hidden, tokens = (torch.cat(part) for part in parts)
+    return policy_hidden, ref_hidden, tokens
 
 
-def with_tail(log_probs: Tensor, index: Tensor) -> Tensor:
-    """Log-probs of some tokens and of all others together, (T, K + 1)."""
-    top = log_probs.gather(-1, index)
-    rest = log_probs.scatter(-1, index, -torch.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([top, rest], -1)
+def with_gradient(kl: Callable[[Tensor], klplug.ExactKL], hidden: Tensor) -> tuple[float, Tensor]:
+    """The mean over tokens, and its gradient towards the hidden states."""
+    leaf = hidden.detach().requires_grad_()
+    mean = kl(leaf).kl.mean()
+    (gradient,) = torch.autograd.grad(mean, leaf)
+    return float(mean.detach()), gradient
 
 
-def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum()
-
-
-def measured(policy: list[Tensor], reference: list[Tensor], top: list[str]) -> dict[str, Any]:
-    """KL per token, and share and cosine by K and by whose top tokens they are."""
-    exact, tokens = 0.0, 0
-    held = {(whose, size): [0.0, 0.0, 0.0] for whose in top for size in SIZES}
-    norm = 0.0
-    for z, r in zip(policy, reference, strict=True):
-        z = z.clone().requires_grad_()
-        log_p, log_q = z.log_softmax(-1), r.log_softmax(-1)
-        whole = kl(log_p, log_q)
-        (gradient,) = torch.autograd.grad(whole, z, retain_graph=True)
-        exact, tokens, norm = (
-            exact + whole.item(),
-            tokens + len(z),
-            norm + gradient.norm().item() ** 2,
-        )
-        for (whose, size), sums in held.items():
-            index = (log_q if whose == "ref" else log_p).topk(size).indices
-            part = kl(with_tail(log_p, index), with_tail(log_q, index))
-            (of_part,) = torch.autograd.grad(part, z, retain_graph=True)
-            sums[0] += part.item()
-            sums[1] += (of_part * gradient).sum().item()
-            sums[2] += of_part.norm().item() ** 2
+def measured(hidden: Tensor, ref_hidden: Tensor, weight: Tensor, tokens: Tensor) -> dict[str, Any]:
+    """KL per token; by whose top tokens and by K the share of it, and the gradients' cosine."""
+    whole, gradient = with_gradient(
+        lambda leaf: klplug.exact_kl(leaf, weight, ref_hidden, weight, tokens), hidden
+    )
+    ref_top = klplug.top_log_probs(ref_hidden, weight, max(SIZES))
+    mass = ref_top[1].exp().cumsum(-1).mean(0)
+    top: dict[str, dict[int, dict[str, float]]] = {"ref": {}, "policy": {}}
+    for whose in ("ref", "policy"):
+        ids, log_probs = ref_top if whose == "ref" else asked_for(hidden, ref_hidden, weight)
+        for k in SIZES:
+            part, of_part = with_gradient(
+                lambda leaf, ids=ids[:, :k], log_probs=log_probs[:, :k]: klplug.topk_kl(
+                    leaf, weight, tokens, ids, log_probs
+                ),
+                hidden,
+            )
+            cosine = torch.nn.functional.cosine_similarity(
+                of_part.flatten(), gradient.flatten(), dim=0
+            )
+            top[whose][k] = {"share": rounded(part / whole), "cosine": rounded(float(cosine))}
     return {
-        "kl": exact / tokens,
-        "tokens": tokens,
-        "share": {key: sums[0] / exact for key, sums in held.items()},
-        "cosine": {key: sums[1] / (sums[2] * norm) ** 0.5 for key, sums in held.items()},
+        "tokens": len(tokens),
+        "kl": rounded(whole),
+        "ref_mass": {k: rounded(float(mass[k - 1])) for k in SIZES},
+        "top": top,
     }
+
+
+def asked_for(hidden: Tensor, ref_hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The policy's most likely tokens, and their log-probs by the reference."""
+    ids, _ = klplug.top_log_probs(hidden, weight, max(SIZES))
+    parts = [
+        (rows @ weight.T).log_softmax(-1).gather(-1, index)
+        for rows, index in zip(ref_hidden.split(64), ids.split(64), strict=True)
+    ]
+    return ids, torch.cat(parts)
+
+
+def rounded(x: float) -> float:
+    return float(f"{x:.4g}")
+
+
+def results(model: Path) -> Iterator[dict[str, Any]]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ref = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    ref.requires_grad_(False).eval()
+    for name, policy in fine_tuned(ref, tokenizer, POLICIES):
+        for text, (questions, length) in TEXTS.items():
+            hidden, ref_hidden, tokens = states(policy, ref, tokenizer, questions, length)
+            found = measured(hidden, ref_hidden, ref.lm_head.weight, tokens)
+            yield {"policy": name, "steps": POLICIES[name], "text": text, **found}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--train", type=Path, required=True)
-    parser.add_argument("--test", type=Path, required=True)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=RESULTS.parent)
     given = parser.parse_args()
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
-    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
-    data = batches(tokenizer, given.test, ANSWERS)
-    reference = logits(model, data)
-
-    def policies() -> Iterator[tuple[str, list[Tensor]]]:
-        for temperature in TEMPERATURES:
-            yield f"temperature {temperature}", [x / temperature for x in reference]
-        for steps, tuned in fine_tuned(model, batches(tokenizer, given.train, max(STEPS) + 8)):
-            yield f"fine-tuned, {steps} steps", logits(tuned, data)
-
-    lines = [
-        "",
-        "| policy | KL | top of | " + " | ".join(f"K = {size}" for size in SIZES) + " |",
-        "| --- | --- | --- |" + " --- |" * len(SIZES),
-    ]
-    tokens = 0
-    for name, policy in policies():
-        # At another temperature the order of the tokens is the same.
-        top = ["ref"] if name.startswith("temperature") else ["ref", "policy"]
-        found = measured(policy, reference, top)
-        tokens = found["tokens"]
-        for whose in top:
-            cells = (
-                f"{found['share'][whose, size]:.2f} ({found['cosine'][whose, size]:.2f})"
-                for size in SIZES
-            )
-            lines.append(f"| {name} | {found['kl']:.4f} | {whose} | " + " | ".join(cells) + " |")
-            print(lines[-1], flush=True)
-    text = "\n".join([HEADING.format(tokens=tokens, answers=len(data)), *lines, ""])
-    if given.out is None:
-        print(text)
-    else:
-        (given.out / "exact-top-k.md").write_text(text, encoding="utf-8")
+    torch.set_num_threads(1)
+    lines = []
+    for line in results(given.model):
+        lines.append(line)
+        print(json.dumps(line), flush=True)
+    made = {
+        "model": given.model.name,
+        "torch": torch.__version__.partition("+")[0],
+        "klplug": klplug.__version__,
+        "results": lines,
+    }
+    text = json.dumps(made, indent=1)
+    (given.out / RESULTS.name).write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

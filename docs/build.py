@@ -10,6 +10,7 @@ says what comes next, and until where:
     <!-- made: refused -->              of the kl_types in the first column, parse's answer
     <!-- made: curves NAME kl_type ... -->    c against the log-ratio: docs/img/NAME.svg
     <!-- made: picture NAME -->         one of docs/pictures.py
+    <!-- made: top_k -->                what the top K tokens hold of a KL, as it was measured
     <!-- made: plant -->                controllers on a simulated run: a table and a picture
     <!-- made: papers -->               papers, and the kl_type of each
     <!-- made: quickstart -->           the summaries in benchmarks/results/quickstart.jsonl
@@ -238,6 +239,21 @@ def quickstart(page: Path, words: list[str], old: str) -> str:
     return table(headings, rows)
 
 
+def top_k(page: Path, words: list[str], old: str) -> str:
+    """What the top K tokens hold of a KL, from benchmarks/results."""
+    measured = json.loads((ROOT / "benchmarks" / "results" / "exact-top-k.json").read_text())
+    results = measured["results"]
+    sizes = list(results[0]["ref_mass"])
+    rows = []
+    for found in results:
+        named = (found["policy"], found["text"], f"{found['kl']:.2g}")
+        for whose, top in found["top"].items():
+            shares = (f"{top[k]['share']:.2f} ({top[k]['cosine']:.2f})" for k in sizes)
+            rows.append((*named, f"share, top of {whose}", *shares))
+        rows.append((*named, "mass of ref's", *(f"{x:.2f}" for x in found["ref_mass"].values())))
+    return table(("fine-tuned", "answers to", "KL", "", *(f"K = {k}" for k in sizes)), rows)
+
+
 def simulated(page: Path, words: list[str], old: str) -> str:
     """Every controller on every simulated run, and one of them drawn."""
     headings = (
@@ -258,6 +274,7 @@ MAKERS: dict[str, Callable[[Path, list[str], str], str]] = {
     "clone": clone,
     "papers": papers,
     "plant": simulated,
+    "top_k": top_k,
     "quickstart": quickstart,
     "findings": findings,
 }
