@@ -78,7 +78,7 @@ PATCH = Patch(
         Hook(
             _LAUNCHER,
             "RayActorGroup.async_run_method",
-            ("method_name", "kwargs"),
+            ("method_name",),
             moving.async_run_method,
         ),
         Hook(
