@@ -33,6 +33,7 @@ def test_make_alone_lists_every_target_that_a_user_has() -> None:
         "test-tools",
         "test-openrlhf",
         "test-verl",
+        "test-cluster",
         "$(1)",
     }
     assert set(listed) == set(named.split()) - inner
