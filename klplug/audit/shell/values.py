@@ -85,7 +85,7 @@ _MAX_PIECES = 64
 _MAX_TEXT = 20_000
 _MAX_ELEMENTS = 2_000
 _MAX_ARRAY_TEXT = 200_000
-_MAX_IN_CHOICES = 64
+_MAX_IN_CHOICES = 128
 _MAX_IN_ARRAY_CHOICES = 4_000
 _TOO_MUCH = ("it hangs on", "too much", "it is too long")
 
