@@ -132,7 +132,6 @@ def test_an_adaptive_run_is_saved_and_resumed(
     assert "trained with kl_type=k1_in_reward,baseline=group:" in log
 
 
-@pytest.mark.smoke
 def test_asynchronous_training(trained: Callable[..., tuple[list[Metrics], str]]) -> None:
     steps, log = trained(
         "k3_in_reward+k2_as_loss,head=combined",

@@ -178,7 +178,15 @@ def test_a_reference_cut_otherwise_is_refused_before_the_first_step(reference: P
         Run(*settings)
 
 
-@pytest.mark.parametrize("ref_update", ["reset:1", "ema:0.5"])
+@pytest.mark.parametrize(
+    ("strategy", "ref_update"),
+    [
+        ("fsdp2", "ema:0.5"),
+        ("fsdp", "reset:1"),
+        pytest.param("fsdp2", "reset:1", marks=pytest.mark.slow),
+        pytest.param("fsdp", "ema:0.5", marks=pytest.mark.slow),
+    ],
+)
 def test_two_ranks_hold_halves_and_send_nothing(
     strategy: str, reference: Path, ref_update: str, tmp_path: Path
 ) -> None:
