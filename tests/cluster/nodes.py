@@ -90,14 +90,19 @@ class Cluster:
             time.sleep(0.1)
         return process
 
+    def joined(self, variables: Mapping[str, str] | None = None) -> dict[str, str]:
+        """The environment of a command on the head, with klplug, connected to this cluster."""
+        own = {"RAY_ADDRESS": self.address}
+        return self.environment | WITH_KLPLUG | own | dict(variables or {})
+
     def run(
         self, words: list[str], variables: Mapping[str, str] | None = None, timeout: float = 300
     ) -> subprocess.CompletedProcess[str]:
-        """A command on the head, with klplug, connected to this cluster."""
+        """Such a command, to its end."""
         return subprocess.run(
             [sys.executable, "-W", "ignore", *words],
             cwd=self.scratch,  # Ray puts it on every worker's path
-            env=self.environment | WITH_KLPLUG | {"RAY_ADDRESS": self.address} | (variables or {}),
+            env=self.joined(variables),
             capture_output=True,
             text=True,
             timeout=timeout,

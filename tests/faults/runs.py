@@ -33,8 +33,11 @@ ADAPTIVE = {
     ],
 }
 RESUME = {"openrlhf": ["--ckpt.load_enable"], "verl": ["trainer.resume_mode=auto"]}
-LATEST = "policy/latest_checkpointed_iteration.txt"
-"""What verl writes last, once a checkpoint is whole."""
+# What each host writes last, once a checkpoint is whole.
+LATEST = {
+    "openrlhf": Path("policy/checkpoints/_actor/latest"),
+    "verl": Path("policy/latest_checkpointed_iteration.txt"),
+}
 FULL_DISK = r"""
 folder=$1 latest=$2; shift 2
 cp -a "$folder" "$folder.kept"
@@ -94,30 +97,29 @@ def running(
     *words: str,
     kl_type: str = "k1_in_reward",
     steps: int = 3,
+    log: str = "log.txt",
     before: Sequence[str] = (),
 ) -> Iterator[Disturbed]:
     """A run in ``folder``, whose checkpoints a later one there finds; ended with the block."""
     made = settings(host=host, kl_type=kl_type, steps=steps)
-    prompts, log = folder / "prompts.jsonl", folder / "log.txt"
+    prompts, output = folder / "prompts.jsonl", folder / log
     run.write_prompts(made, prompts)
-    log.write_text("")
+    output.write_text("")
     command = HOST[host].command(made, made.recipe, HERE / "policy", prompts, folder / "policy")
     command = [*before, *command, *ADAPTIVE[host], *words]
     with HostProcesses() as processes:
         environment = processes.environment(cpu_shim.environment(host))
-        process = processes.start(command, environment, folder, log)
-        yield Disturbed(host, process, processes, log)
+        process = processes.start(command, environment, folder, output)
+        yield Disturbed(host, process, processes, output)
 
 
 @contextmanager
-def verl_on_a_full_disk(folder: Path) -> Iterator[Disturbed]:
+def running_on_a_full_disk(host: str, folder: Path) -> Iterator[Disturbed]:
     """A run whose second checkpoint finds no room; the block's end leaves what the disk held."""
-    policy, latest = folder / "policy", folder / LATEST
+    policy, latest = folder / "policy", folder / LATEST[host]
     policy.mkdir()
     names = ["full-disk", str(policy), str(latest)]
-    with running(
-        "verl", folder, before=["unshare", "-Urm", "bash", "-c", FULL_DISK, *names]
-    ) as run:
+    with running(host, folder, before=["unshare", "-Urm", "bash", "-c", FULL_DISK, *names]) as run:
         yield run
     shutil.rmtree(policy)
     policy.with_suffix(".kept").rename(policy)

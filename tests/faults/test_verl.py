@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from recipes.quickstart.settings import TINY
-from tests.faults.runs import LATEST, RESUME, running, verl_on_a_full_disk
+from tests.faults.runs import RESUME, running
 
 pytestmark = pytest.mark.slow
 
@@ -52,19 +52,18 @@ def test_verl_ended_between_rollouts_goes_on_with_its_coefficient(tmp_path: Path
         assert "WARNING: resuming" not in run.text
 
 
-def test_verl_on_a_full_disk_names_the_file_and_goes_on_from_the_checkpoint_before(
-    tmp_path: Path,
-) -> None:
-    with verl_on_a_full_disk(tmp_path) as run:
-        assert run.wait() != 0
-        assert run.steps[0]["klplug/kl_coef"] == 0.01 and run.steps[-1]["step"] < 3
-        assert "klplug can't save the state of its controller: No space left" in run.text
-    assert (tmp_path / LATEST).read_text() == "1"
-    before, cut = (tmp_path / "policy" / f"global_step_{i}" / "klplug.json" for i in (1, 2))
-    assert json.loads(before.read_text())["reference"]["weights"] and not cut.exists()
-
-    with running("verl", tmp_path, *RESUME["verl"]) as run:
-        assert run.wait() == 0
-        assert [m["step"] for m in run.steps] == [2, 3]
-        assert run.steps[0]["klplug/kl_coef"] == pytest.approx(0.01 * math.exp(-FALL), rel=1e-6)
-        assert "WARNING: resuming" not in run.text
+def test_two_runs_of_verl_on_one_folder_leave_a_whole_state(tmp_path: Path) -> None:
+    """Nothing keeps a user from it: both go on, and what each checkpoint keeps is one of theirs."""
+    kl_types = ("k1_in_reward", "k2_as_loss")
+    with (
+        running("verl", tmp_path, kl_type=kl_types[0], steps=2) as one,
+        running("verl", tmp_path, kl_type=kl_types[1], steps=2, log="other.txt") as other,
+    ):
+        assert [one.wait(), other.wait()] == [0, 0]
+        assert [[m["step"] for m in run.steps] for run in (one, other)] == [[1, 2], [1, 2]]
+    for step in (1, 2):
+        folder = tmp_path / "policy" / f"global_step_{step}"
+        kept = json.loads((folder / "klplug.json").read_text())
+        assert kept["kl_type"] in kl_types and kept["reference"]["weights"]
+        assert kept["value"] == pytest.approx(0.01 * math.exp(-FALL), rel=0.06)
+        assert not list(folder.glob("klplug.json.*"))

@@ -1,0 +1,58 @@
+"""A node that leaves in the middle of a run over two."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipes.quickstart import run
+from recipes.quickstart.settings import HERE, settings
+from recipes.shared.processes import HostProcesses
+from tests.cluster.nodes import SECOND, WITH_KLPLUG, Cluster, on_cpu
+from tests.cluster.test_two_nodes import OVER_TWO
+from tests.conftest import NAMED
+from tests.faults.runs import ADAPTIVE, RESUME, Disturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", NAMED)
+def test_a_node_that_leaves_is_named_and_a_resume_goes_on(host: str, tmp_path: Path) -> None:
+    """Its raylet is killed, as a machine that loses its power; then it joins again."""
+    made = settings(host=host, steps=3, kl_type="k1_in_reward", ranks=2)
+    prompts, variables = tmp_path / "prompts.jsonl", on_cpu(host, WITH_KLPLUG)
+    run.write_prompts(made, prompts)
+    side = run.host_side(made)
+    words = side.command(made, made.recipe, HERE / "policy", prompts, tmp_path / "policy")
+    # Ray takes no resources from who joins a cluster.
+    words = [word for word in words if "ray_kwargs" not in word]
+    with HostProcesses() as processes:
+        cluster = Cluster(processes, variables, "--num-gpus=1")
+
+        def started(*more: str) -> Disturbed:
+            log = tmp_path / f"log-{len(more)}.txt"
+            log.write_text("")
+            command = [*words, *ADAPTIVE[host], *OVER_TWO[host], *more]
+            process = processes.start(command, cluster.joined(variables), cluster.scratch, log)
+            return Disturbed(host, process, processes, log)
+
+        with cluster.node(sys.executable, variables, "--num-gpus=1"):
+            first = started()
+            first.wait_for_step(2)
+            (raylet,) = [p for p in processes.alive() if is_raylet_of(SECOND, p.cmdline())]
+            raylet.kill()
+            assert first.wait() != 0
+        done = first.steps[-1]["step"]
+        assert first.steps[0]["klplug/kl_coef"] == 0.01 and done < 3
+        assert SECOND in first.text and "died" in first.text
+        with cluster.node(sys.executable, variables, "--num-gpus=1"):
+            second = started(*RESUME[host])
+            assert second.wait() == 0, run.last_lines(second.log)
+    assert second.steps[0]["step"] in (done, done + 1) and second.steps[-1]["step"] == 3
+    assert second.steps[0]["klplug/kl_coef"] < 0.01
+    assert "WARNING: resuming" not in second.text
+
+
+def is_raylet_of(ip: str, words: list[str]) -> bool:
+    return Path("".join(words[:1])).name == "raylet" and f"--node_ip_address={ip}" in words
