@@ -26,8 +26,9 @@ def test_a_full_disk_ends_the_run_and_a_resume_goes_on_from_the_checkpoint_befor
         assert run.steps[0]["klplug/kl_coef"] == 0.01 and run.steps[-1]["step"] < 3
         said = run.text
     assert (tmp_path / LATEST[host]).read_text().removeprefix("global_step") == "1"
-    assert "No space left on device" in said
-    if host == "verl":  # the file is klplug's own
+    if host == "openrlhf":  # torch says of a full disk that its stream failed
+        assert "PolicyModelActor.save_checkpoint" in said and "iostream error" in said
+    else:  # the file is klplug's own
         assert "klplug can't save the state of its controller: No space left" in said
         before, cut = (tmp_path / "policy" / f"global_step_{i}" / "klplug.json" for i in (1, 2))
         assert json.loads(before.read_text())["reference"]["weights"] and not cut.exists()

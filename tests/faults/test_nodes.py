@@ -17,7 +17,7 @@ from tests.faults.runs import ADAPTIVE, RESUME, Disturbed
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("host", NAMED)
+@pytest.mark.parametrize("host", [host for host in NAMED if host == "openrlhf"])
 def test_a_node_that_leaves_is_named_and_a_resume_goes_on(host: str, tmp_path: Path) -> None:
     """Its raylet is killed, as a machine that loses its power; then it joins again."""
     made = settings(host=host, steps=3, kl_type="k1_in_reward", ranks=2)
