@@ -447,6 +447,16 @@ def one_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def assert_halves(of_first: Any, of_second: Any, expected: Any, whole: list[Tensor]) -> None:
+    """Both ranks have all results and the gradient of ``hidden``; of the matrix a half each."""
+    hidden, *of_matrix = whole
+    for results, found in (of_first, of_second):
+        assert_equal(results, expected)
+        assert_equal(found[:1], [hidden])
+    halves = [torch.cat(pair) for pair in zip(of_first[1][1:], of_second[1][1:], strict=True)]
+    assert_equal(halves, of_matrix)
+
+
 def test_two_ranks_with_half_of_the_vocabulary_each(tmp_path: Path) -> None:
     torch.multiprocessing.start_processes(
         one_rank, args=(str(tmp_path),), nprocs=2, start_method="fork"
@@ -455,15 +465,12 @@ def test_two_ranks_with_half_of_the_vocabulary_each(tmp_path: Path) -> None:
     for (trained, only), of_first in ranks[0].items():
         inputs = whole_inputs(trained)
         expected = naive(**inputs, f=F["jeffreys"], softcap=3.0)
-        hidden, *of_matrix = gradients(weighted(expected, only), inputs)
         of_second = ranks[1][trained, only]
-        for results, found, in_forward, in_backward in (of_first, of_second):
-            assert_equal(results, expected)
-            assert_equal(found[:1], [hidden])
+        whole = gradients(weighted(expected, only), inputs)
+        assert_halves(of_first[:2], of_second[:2], expected, whole)
+        for *_, in_forward, in_backward in (of_first, of_second):
             # Five tokens of eleven local logits are a chunk of 55: three chunks.
             assert (in_forward, in_backward) == (3 * 3, 1)
-        halves = [torch.cat(pair) for pair in zip(of_first[1][1:], of_second[1][1:], strict=True)]
-        assert_equal(halves, of_matrix)
 
 
 # ── What is refused ─────────────────────────────────────────────────────────────────────────────

@@ -25,6 +25,7 @@ from tests.core.test_exact import (
     VOCABULARY_IN_SHARDS,
     Inputs,
     assert_equal,
+    assert_halves,
     biases,
     drawn,
     gradients,
@@ -343,13 +344,8 @@ def test_two_ranks_with_half_of_the_vocabulary_each(tmp_path: Path) -> None:
         # Sent tokens of either half.
         assert len((inputs["ref_ids"] < VOCABULARY_IN_SHARDS // 2).unique()) == 2
         expected = categories(**inputs, f=F["jeffreys"])
-        hidden, *of_matrix = gradients(weighted(expected), inputs)
-        of_second = ranks[1][trained]
-        for results, found in (of_first, of_second):
-            assert_equal(results, expected)
-            assert_equal(found[:1], [hidden])
-        halves = [torch.cat(pair) for pair in zip(of_first[1][1:], of_second[1][1:], strict=True)]
-        assert_equal(halves, of_matrix)
+        whole = gradients(weighted(expected), inputs)
+        assert_halves(of_first, ranks[1][trained], expected, whole)
 
 
 # ── What is refused ─────────────────────────────────────────────────────────────────────────────

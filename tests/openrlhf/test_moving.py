@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,12 +16,10 @@ from klplug.hosting.settings import SettingsError
 from klplug.hosting.state import StateError
 from tests.openrlhf.command_line import change
 from tests.openrlhf.moving import Pair
-from tests.openrlhf.test_training_step import free_port
 from tests.openrlhf.trainer import Bench, configure, tiny_model
+from tests.ranks import on_two_ranks
 
 pytestmark = pytest.mark.usefixtures("patched", "one_process")
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -268,20 +263,7 @@ def test_samples_meet_the_reference_that_they_are_held_to(
 @pytest.mark.parametrize("world", ["alike", "other"])
 def test_two_ranks_of_zero3(models: list[Path], tmp_path: Path, world: str) -> None:
     """Each holds half of every parameter; ``other``: as from a policy cut over more ranks."""
-    out, own = tmp_path / "out.pt", {k: v for k, v in os.environ.items() if k != "LOCAL_RANK"}
-    own |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "adapters")])}
-    own |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.openrlhf.moving", *map(str, models)]
-    ranks = [
-        subprocess.Popen(
-            [*command, world, str(out)],
-            cwd=tmp_path,
-            env=own | {"RANK": str(rank), "LOCAL_RANK": "0"},
-        )
-        for rank in range(2)
-    ]
-    assert [rank.wait(300) for rank in ranks] == [0, 0]
-    found = torch.load(out)
+    found = on_two_ranks("tests.openrlhf.moving", tmp_path, *map(str, models), world)
     for name, reference in found["reference"].items():
         expected = 0.5 * found["start"][name].double() + 0.5 * found["policy"][name].double()
         torch.testing.assert_close(reference.double(), expected, rtol=2**-8, atol=1e-6)

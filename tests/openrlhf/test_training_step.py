@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +14,7 @@ from klplug import aggregate, kl_term, policy_loss
 from tests.one_meaning import STEPS
 from tests.openrlhf.command_line import change
 from tests.openrlhf.trainer import BATCH, Bench, Recorded, carried, tiny_model
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.ranks import on_two_ranks
 
 pytestmark = pytest.mark.usefixtures("ops", "patched")
 
@@ -418,20 +413,7 @@ def test_a_ring_of_two_ranks_gives_the_gradient_of_one(
 ) -> None:
     """Ring attention: each rank has half of the packed row, and log-probs of the whole."""
     kl_types = ["none", "k2_as_loss,horizon=sequence", "k2_as_loss"]
-    out, own = tmp_path / "out.pt", {k: v for k, v in os.environ.items() if k != "LOCAL_RANK"}
-    own |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "adapters")])}
-    own |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.openrlhf.rank", str(model)]
-    ranks = [
-        subprocess.Popen(
-            [*command, *kl_types, str(out)],
-            cwd=tmp_path,
-            env=own | {"RANK": str(rank), "LOCAL_RANK": "0"},
-        )
-        for rank in range(2)
-    ]
-    assert [rank.wait(300) for rank in ranks] == [0, 0]
-    given, steps, status = torch.load(out, weights_only=False)
+    given, steps, status = on_two_ranks("tests.openrlhf.rank", tmp_path, str(model), *kl_types)
     experience = packed.experience()
     for name, value in given.items():
         setattr(experience, name, value)
@@ -457,9 +439,3 @@ def test_a_ring_of_two_ranks_gives_the_gradient_of_one(
     assert status["klplug/coef_max"] == pytest.approx(both.abs().max().item(), rel=1e-3)
     assert status["klplug/coef_mean"] == pytest.approx(both.abs().mean().item(), rel=1e-3)
     assert status["klplug/k1"] == pytest.approx(both.mean().item(), abs=1e-3)
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])

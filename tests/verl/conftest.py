@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -30,3 +31,23 @@ def unpatched() -> Iterator[None]:
     klplug_verl.restore()
     yield
     klplug_verl.apply()
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[None]:
+    """This one, as a worker of verl's that has no others."""
+    import torch
+
+    from tests.verl.engine import own_process
+
+    own_process()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The policy with other weights."""
+    from tests.references import moved
+
+    return moved(tmp_path_factory.mktemp("reference"))

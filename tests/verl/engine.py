@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,14 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.ranks import free_port
+
 POLICY = Path(__file__).resolve().parents[2] / "recipes" / "quickstart" / "policy"
 PROMPTS, ANSWERS = (5, 7, 6, 4, 5, 3, 8, 4), (4, 6, 5, 3, 7, 1, 6, 5)
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
 
 
 def own_process(rank: int = 0, world_size: int = 1, port: int | None = None) -> None:

@@ -1,12 +1,11 @@
 """verl's own worker of policy and reference in this process, and its trainers over it.
 
-``python -m tests.verl.exact CASES.json OUT.pt`` is one rank of several, RANK in its environment.
+``python -m tests.verl.exact SETTING... OUT.pt`` is one rank of several, RANK in its environment.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -257,14 +256,25 @@ def through_fit(run: Run, between: Between = lambda _: None) -> tuple[Tensor, di
     return run.gradient(), reduce_metrics(output.meta_info["metrics"])
 
 
-def main() -> None:
+THROUGH: dict[str, Callable[..., tuple[Tensor, dict[str, Any]]]] = {
+    "v1": through_v1,
+    "ray": through_fit,
+}
+
+
+def as_rank() -> tuple[Run, tuple[int, int], Path]:
+    """This process as one rank of several: its run, rank and world size, and where to save."""
     from recipes import cpu_shim
 
     cpu_shim.install("verl")
-    words, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    *words, out = sys.argv[1:]
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     own_process(rank, size, int(os.environ["MASTER_PORT"]))
-    run = Run(*words)
+    return Run(*words), (rank, size), Path(out)
+
+
+def main() -> None:
+    run, (rank, size), out = as_rank()
     gradient, metrics = through_v1(run, (rank, size))
     gradients: list[Any] = [None] * size
     torch.distributed.all_gather_object(gradients, gradient)

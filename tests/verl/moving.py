@@ -1,13 +1,10 @@
 """verl's worker of policy and reference in this process, whose reference follows.
 
-``python -m tests.verl.moving CASES.json OUT.pt`` is one rank of several, RANK in its environment.
+``python -m tests.verl.moving SETTING... OUT.pt`` is one rank of several, RANK in its environment.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tests.references import POLICY
-from tests.verl.engine import nested, own_process
-from tests.verl.exact import Run, overrides, rows
+from tests.verl.engine import nested
+from tests.verl.exact import Run, as_rank, overrides, rows
 
 Weights = dict[str, Tensor]
 
@@ -98,13 +95,7 @@ def log_probs(run: Run, which: str, world: tuple[int, int] = (0, 1)) -> Tensor:
 
 
 def main() -> None:
-    from recipes import cpu_shim
-
-    cpu_shim.install("verl")
-    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    own_process(rank, size, int(os.environ["MASTER_PORT"]))
-    run = Run(*cases)
+    run, (rank, size), out = as_rank()
     moving = run.worker.actor.klplug_moving
     start, before = whole(run, "reference"), log_probs(run, "reference", (rank, size))
     train(run, 0.01, 3)

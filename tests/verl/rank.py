@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from pathlib import Path
 
 import torch
 
@@ -19,9 +18,10 @@ def main() -> None:
     cpu_shim.install("verl")
     from tests.verl.engine import Bench
 
-    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    given, *words, out = sys.argv[1:]
+    cases = json.loads(given)
     rank = int(os.environ["RANK"])
-    ulysses = int(sys.argv[3]) if len(sys.argv) > 3 else 1
+    ulysses = int(words[0]) if words else 1
     bench = Bench(
         rank,
         int(os.environ["WORLD_SIZE"]),

@@ -5,11 +5,6 @@ What must come out is computed by a plain transformers model, with whole matrice
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +15,17 @@ from torch import Tensor
 
 from klplug.hosting import memory
 from klplug.hosting.hidden import Matrix, output_layer
-from tests.references import POLICY, moved
-from tests.verl.engine import ANSWERS, free_port, nested, own_process
-from tests.verl.exact import COEF, Run, overrides, rows, through_fit, through_v1
+from tests.ranks import on_two_ranks
+from tests.references import POLICY
+from tests.verl.engine import ANSWERS, nested
+from tests.verl.exact import COEF, THROUGH, Run, overrides, rows
 from tests.verl.tensors import IS_LEGACY
 from tests.verl.trainer import TRAINERS
 
-ROOT = Path(__file__).resolve().parents[2]
 TEMPERATURE = 0.8
-THROUGH: dict[str, Callable[..., tuple[Tensor, dict[str, Any]]]] = {
-    "v1": through_v1,
-    "ray": through_fit,
-}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process() -> Iterator[None]:
-    own_process()
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return moved(tmp_path_factory.mktemp("reference"))
+pytestmark = pytest.mark.usefixtures("process")
 
 
 def loaded(path: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -211,7 +193,9 @@ def test_two_ranks_give_the_gradient_of_one(
     reference: Path, expected: dict[str, tuple[Tensor, float]], strategy: str, tmp_path: Path
 ) -> None:
     words = overrides("exact_as_loss", reference, strategy=strategy, micro_batch=2)
-    (gradient, other), metrics = on_two_ranks([*words, "trainer.n_gpus_per_node=2"], tmp_path)
+    (gradient, other), metrics = on_two_ranks(
+        "tests.verl.exact", tmp_path, *words, "trainer.n_gpus_per_node=2"
+    )
     whole, mean = expected["k2"]
     assert metrics["klplug/exact_kl"] == pytest.approx(mean, rel=1e-4)
     if strategy == "fsdp2":
@@ -219,25 +203,6 @@ def test_two_ranks_give_the_gradient_of_one(
     else:  # each has a part of it
         norm = (gradient.norm().square() + other.norm().square()).sqrt()
         assert float(norm) == pytest.approx(float(whole.norm()), rel=1e-4)
-
-
-def on_two_ranks(words: list[str], folder: Path) -> tuple[list[Tensor], dict[str, Any]]:
-    (folder / "words.json").write_text(json.dumps(words))
-    out, port = folder / "out.pt", str(free_port())
-    command = [sys.executable, "-W", "ignore", "-m", "tests.verl.exact", "words.json", str(out)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "adapters")])
-    ranks = [
-        subprocess.Popen(
-            command,
-            cwd=folder,
-            env=os.environ
-            | {"PYTHONPATH": path, "RANK": str(i), "WORLD_SIZE": "2", "MASTER_PORT": port},
-        )
-        for i in range(2)
-    ]
-    assert [rank.wait(300) for rank in ranks] == [0, 0]
-    result: tuple[list[Tensor], dict[str, Any]] = torch.load(out, weights_only=False)
-    return result
 
 
 def test_the_states_pass_the_queue_as_they_are() -> None:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,29 +13,15 @@ from klplug_verl.moving import STEP_KEY
 
 from klplug.hosting.settings import SettingsError
 from klplug.hosting.state import StateError
-from tests.references import moved
-from tests.verl.engine import free_port, own_process
-from tests.verl.exact import Run, through_fit, through_v1
+from tests.ranks import on_two_ranks
+from tests.verl.exact import THROUGH, Run
 from tests.verl.moving import log_probs, train, whole, words
 from tests.verl.test_settings import own
 from tests.verl.test_trainer import saving
 from tests.verl.trainer import TRAINERS, derived
 from tests.verl.trainer import trainer as made_trainer
 
-ROOT = Path(__file__).resolve().parents[2]
-THROUGH: dict[str, Any] = {"v1": through_v1, "ray": through_fit}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process() -> Iterator[None]:
-    own_process()
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return moved(tmp_path_factory.mktemp("reference"))
+pytestmark = pytest.mark.usefixtures("process")
 
 
 @pytest.fixture(params=["fsdp", "fsdp2"])
@@ -160,7 +142,7 @@ def test_the_workers_checkpoint_has_it(reference: Path, tmp_path: Path) -> None:
 
 def test_the_hidden_states_meet_the_matrix_of_the_moved_reference(reference: Path) -> None:
     run = Run(*words("reset:1", reference, kl_type="exact_as_loss"))
-    through_v1(run) if "v1" in TRAINERS else through_fit(run)
+    THROUGH[TRAINERS[0]](run)
     shared = run.worker.actor.engine.klplug_exact
     assert shared.matrix is None  # it moved after that step, and is taken anew
     train(run, 0.01, 1)
@@ -192,21 +174,7 @@ def test_two_ranks_hold_halves_and_send_nothing(
 ) -> None:
     gpus = "trainer.n_gpus_per_node=2"
     settings = words(ref_update, reference, gpus, strategy=strategy, micro_batch=2)
-    (tmp_path / "words.json").write_text(json.dumps(settings))
-    out, port = tmp_path / "out.pt", str(free_port())
-    path = os.pathsep.join([str(ROOT), str(ROOT / "adapters")])
-    command = [sys.executable, "-W", "ignore", "-m", "tests.verl.moving", "words.json", str(out)]
-    ranks = [
-        subprocess.Popen(
-            command,
-            cwd=tmp_path,
-            env=os.environ
-            | {"PYTHONPATH": path, "RANK": str(i), "WORLD_SIZE": "2", "MASTER_PORT": port},
-        )
-        for i in range(2)
-    ]
-    assert [rank.wait(300) for rank in ranks] == [0, 0]
-    found = torch.load(out)
+    found = on_two_ranks("tests.verl.moving", tmp_path, *settings)
     half = 0.5 if ref_update == "ema:0.5" else 0.0
     for name, reference_now in found["reference"].items():
         start, policy = found["start"][name].double(), found["policy"][name].double()

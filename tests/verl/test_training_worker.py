@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +14,9 @@ from torch import Tensor
 
 from klplug import aggregate, kl_term, policy_loss
 from tests.one_meaning import STEPS
-from tests.verl.engine import ANSWERS, Bench, free_port, nested
+from tests.ranks import on_two_ranks
+from tests.verl.engine import ANSWERS, Bench, nested
 from tests.verl.tensors import MERGED
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +200,8 @@ def test_two_ranks_give_the_gradient_of_one(bench: Bench, data: Any, tmp_path: P
         {"kl_loss_type": form, "loss_agg_mode": mode} for form in FORMS for mode in AGGREGATIONS
     ]
     cases.append({"kl_loss_type": FORMS[0], "micro_batch": 2})
-    for case, (gradient, metrics) in zip(cases, on_two_ranks(cases, tmp_path), strict=True):
+    results = on_two_ranks("tests.verl.rank", tmp_path, json.dumps(cases))
+    for case, (gradient, metrics) in zip(cases, results, strict=True):
         whole, whole_metrics = bench.step(data, **case)
         same(whole, gradient, rtol=1e-4)
         approximately(whole_metrics, metrics)
@@ -216,37 +213,11 @@ def test_packed_rows_cut_between_two_ranks_give_the_gradient_of_padded_ones(
     """verl's sequence parallelism (Ulysses): each rank has half of every packed row."""
     cases = [{"kl_loss_type": form} for form in FORMS]
     cases.append({"kl_loss_type": FORMS[0], "micro_batch": 2})
-    results = on_two_ranks(cases, tmp_path, "2")
+    results = on_two_ranks("tests.verl.rank", tmp_path, json.dumps(cases), "2")
     for case, (gradient, metrics) in zip(cases, results, strict=True):
         whole, whole_metrics = bench.step(data, **case)
         same(whole, gradient, rtol=1e-4)
         approximately(whole_metrics, metrics)
-
-
-def on_two_ranks(
-    cases: list[dict[str, Any]], folder: Path, *words: str
-) -> list[tuple[Tensor, dict[str, Any]]]:
-    """Gradient and metrics of each case, by two processes."""
-    (folder / "cases.json").write_text(json.dumps(cases))
-    out, port = folder / "out.pt", str(free_port())
-    command = [sys.executable, "-W", "ignore", "-m", "tests.verl.rank", "cases.json", str(out)]
-    ranks = [
-        subprocess.Popen(
-            [*command, *words],
-            cwd=folder,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "adapters")]),
-                "RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_PORT": port,
-            },
-        )
-        for rank in range(2)
-    ]
-    assert [rank.wait(300) for rank in ranks] == [0, 0]
-    results: list[tuple[Tensor, dict[str, Any]]] = torch.load(out, weights_only=False)
-    return results
 
 
 # What reaches the worker.
