@@ -387,7 +387,7 @@ def _check_head(
         if tensor is not None and tensor.dim() != 2 and tensor is not bias:
             raise ValueError(f"{name} must have two dimensions, got shape {tuple(tensor.shape)}")
     _check_shape(f"{whose}hidden", hidden, (len(policy), weight.shape[1]), policy)
-    _check_shape(f"{whose}weight", weight, tuple(weight.shape), policy)
+    _check_device(f"{whose}weight", weight, policy)
     if bias is not None:
         _check_shape(f"{whose}bias", bias, (len(weight),), policy)
 
@@ -395,6 +395,10 @@ def _check_head(
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], policy: Tensor) -> None:
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, and must have {shape}")
+    _check_device(name, tensor, policy)
+
+
+def _check_device(name: str, tensor: Tensor, policy: Tensor) -> None:
     if tensor.device != policy.device:
         raise ValueError(f"{name} is on {tensor.device}, hidden is on {policy.device}")
 

@@ -76,6 +76,14 @@ class KLSpec:
         return any(term.reference == "posterior" for term in self.terms)
 
     @property
+    def needs_ppo(self) -> bool:
+        """Whether it is defined with PPO's policy loss alone: a head has that one's ratio and clip,
+        and ``reference=posterior`` makes it 0."""
+        return self.has_the_reward or any(
+            term.head in ("combined", "clipped") for term in self.terms
+        )
+
+    @property
     def measures(self) -> bool:
         """Whether there is a KL to measure: with every ``kl_type`` but ``none``."""
         return bool(self.requires)

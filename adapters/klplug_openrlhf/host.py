@@ -15,8 +15,7 @@ _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 def served(spec: KLSpec) -> str:
-    headed = any(term.head in ("combined", "clipped") for term in spec.terms)
-    if headed or spec.has_the_reward:
+    if spec.needs_ppo:
         return "with policy_loss_type=ppo"
     return "yes"
 

@@ -106,18 +106,13 @@ def follower(actor: Any) -> Follower:
     return found
 
 
-def place(folder: str) -> Place:
-    world = torch.distributed
-    return Place(Path(folder), world.get_rank(), world.get_world_size())
-
-
 def save(actor: Any, folder: str, step: int, policies: str) -> None:
     """Write this rank's part beside the policy's checkpoint.
 
     OpenRLHF deletes old checkpoints; what lies beside one that is gone goes too.
     """
     parts = {name: part(p) for name, p in parameters(actor).items()}
-    place(folder).save(step, follower(actor).kept(parts))
+    Place.of_this_rank(Path(folder)).save(step, follower(actor).kept(parts))
     if torch.distributed.get_rank() == 0:
         for other in Path(folder).parent.iterdir():
             if other != Path(folder) and not Path(policies, other.name).exists():
@@ -126,10 +121,11 @@ def save(actor: Any, folder: str, step: int, policies: str) -> None:
 
 def load(actor: Any, folder: str, step: int) -> None:
     """Put this rank's part of a checkpoint in its place."""
-    found, saved = place(folder).load()
+    place = Place.of_this_rank(Path(folder))
+    found, saved = place.load()
     if found != step:
         raise StateError(
-            f"{place(folder).path} is of step {found}, and the checkpoint's reference of {step}. "
+            f"{place.path} is of step {found}, and the checkpoint's reference of {step}. "
             f"{WHAT_TO_DO}"
         )
     for name, parameter in parameters(actor).items():

@@ -159,9 +159,9 @@ def carry(plan: Plan, experiences: list[Any], group_ids: list[int], beta: float)
     weights = weights_of(plan.spec)
     if not carries(plan.spec):
         return
-    whole = of_rollout(plan.spec, experiences, group_ids)
+    samples = of_step(plan.spec, experiences, group_ids)
+    whole = sample_weights(plan.spec, samples)
     if plan.spec.has_the_reward:
-        samples = of_step(plan.spec, experiences, group_ids)
         whole[POSTERIOR] = posterior_log_probs(samples, beta)
     made = by_experience(whole, experiences)
     for experience, own in zip(experiences, made, strict=True):

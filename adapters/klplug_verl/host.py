@@ -19,8 +19,7 @@ def before(version: str, release: tuple[int, int]) -> bool:
 
 
 def served(spec: KLSpec) -> str:
-    headed = any(term.head in ("combined", "clipped") for term in spec.terms)
-    if headed or spec.has_the_reward:
+    if spec.needs_ppo:
         return "with loss_mode=vanilla"
     over = any(term.over_vocabulary for term in spec.terms)
     return "with strategy=fsdp or fsdp2" if over else "yes"

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from klplug.hosting.moving import Follower, Place, check_alike
@@ -39,13 +38,13 @@ class Moving:
 
     def save(self, folder: Path) -> None:
         if self.step is not None:
-            _place(folder).save(self.step, self.follower.kept(parts(self.reference)))
+            Place.of_this_rank(folder).save(self.step, self.follower.kept(parts(self.reference)))
 
     def load(self, folder: Path) -> None:
         """Where the reference had not moved there is nothing of it in the folder."""
         if not any(folder.glob(Place.PATTERN)):
             return
-        step, saved = _place(folder).load()
+        step, saved = Place.of_this_rank(folder).load()
         for name, own in parts(self.reference).items():
             self.follower.restore(name, own, saved[name])
         self._moved(step)
@@ -75,11 +74,6 @@ def _cut_again(module: Any) -> None:
         # Of FSDP 1, which has none before its first forward, nor where nothing is cut.
         elif hasattr(getattr(handle, "flat_param", None), "_full_param_padded"):
             handle.reshard(True)
-
-
-def _place(folder: Path) -> Place:
-    world = torch.distributed
-    return Place(folder, world.get_rank(), world.get_world_size())
 
 
 def connect(worker: Any) -> None:

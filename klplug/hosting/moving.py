@@ -76,6 +76,11 @@ class Place:
 
     PATTERN: ClassVar[str] = "klplug_reference_*.pt"
 
+    @classmethod
+    def of_this_rank(cls, folder: Path) -> Place:
+        world = torch.distributed
+        return cls(folder, world.get_rank(), world.get_world_size())
+
     @property
     def path(self) -> Path:
         return self.folder / f"klplug_reference_world_size_{self.world}_rank_{self.rank}.pt"
