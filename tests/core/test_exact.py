@@ -17,7 +17,7 @@ from torch import Tensor
 
 import klplug
 from benchmarks.measure import peak_bytes
-from klplug import exact
+from klplug import divergences, vocabulary
 from klplug.estimators import ESTIMATORS
 from tests.core.enumeration import F
 
@@ -181,13 +181,13 @@ def test_the_reference_gets_no_gradient() -> None:
 def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """The shapes of all logits that are made."""
     made: list[tuple[int, int]] = []
-    original = exact._product
+    original = vocabulary._product
 
     def recorded(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
         made.append((a.shape[0], b.shape[1]))
         return original(a, b, *rest)
 
-    monkeypatch.setattr(exact, "_product", recorded)
+    monkeypatch.setattr(vocabulary, "_product", recorded)
     return made
 
 
@@ -360,14 +360,14 @@ def test_the_registry_has_the_same_coefficients() -> None:
     """On moderate tokens the slope is p times the estimator's coefficient as a loss."""
     log_ratio = torch.linspace(-3, 3, 61, dtype=torch.float64)
     log_p = torch.full_like(log_ratio, -2.0)
-    rows = exact.DIVERGENCES | {"alpha": exact.alpha_divergence(0.5)}
+    rows = divergences.DIVERGENCES | {"alpha": divergences.alpha_divergence(0.5)}
     for name, row in rows.items():
         expected = log_p.exp() * ESTIMATORS[name].as_loss.coefficient(log_ratio)
         torch.testing.assert_close(
             row.slope(log_p, log_ratio, log_p.exp()), expected, rtol=1e-13, atol=1e-15
         )
     # Those without a row have no divergence of their own, and a message that says what to use.
-    assert set(ESTIMATORS) - set(rows) == set(exact._INSTEAD)
+    assert set(ESTIMATORS) - set(rows) == set(divergences._INSTEAD)
 
 
 def test_a_token_without_weight_may_hold_anything() -> None:

@@ -1,0 +1,443 @@
+"""Sums over the vocabulary, for policy and reference at once, a tile of logits at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from klplug.divergences import Divergence
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What a model does to its logits before the softmax."""
+
+    temperature: float
+    softcap: float | None
+
+    def scaled_(self, logits: Tensor) -> Tensor:
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits if self.temperature == 1 else logits.div_(self.temperature)
+
+    def back_(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """The gradient towards the logits before scaling, given that towards them after it."""
+        if self.softcap is not None:
+            gradient -= gradient * (logits * (self.temperature / self.softcap)).square_()
+        return gradient if self.temperature == 1 else gradient.div_(self.temperature)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All but the tensors."""
+
+    divergence: Divergence
+    scaling: Scaling
+    held: int
+    tile: int
+    rows: int
+    group: Any
+    differentiated: bool
+    reference: type[Head] | type[Top]
+
+    def reduced_(self, x: Tensor, maximum: bool = False) -> Tensor:
+        """The sum over the shards of the vocabulary."""
+        if self.group is not None:
+            operation = dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM
+            dist.all_reduce(x, operation, group=self.group)
+        return x
+
+
+def widest(tensors: Sequence[Tensor | None]) -> torch.dtype:
+    """Of their dtypes and float32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        if tensor is not None and tensor.is_floating_point():
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _pair(plan: Plan, tensors: Sequence[Tensor | None]) -> tuple[Head, _Reference]:
+    """The policy and the reference; all work is in the widest of their dtypes."""
+    hidden, weight, bias, *of_reference = tensors
+    dtype = widest(tensors)
+    policy = Head(cast(Tensor, hidden), cast(Tensor, weight), bias, plan, dtype)
+    return policy, plan.reference.beside(policy, *of_reference)
+
+
+@dataclass(frozen=True)
+class Head:
+    """Hidden states, and the output matrix (or this rank's shard of it) that they meet."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    plan: Plan
+    dtype: torch.dtype
+
+    @classmethod
+    def beside(cls, policy: Head, *given: Tensor | None) -> Head:
+        hidden, weight, bias = given
+        return cls(cast(Tensor, hidden), cast(Tensor, weight), bias, policy.plan, policy.dtype)
+
+    def local(self, targets: Tensor) -> Tensor:
+        """Tokens, counted from the first one of this rank's shard."""
+        group = self.plan.group
+        return targets if group is None else targets - len(self.weight) * dist.get_rank(group)
+
+    def columns(self, rows: int) -> Iterator[slice]:
+        """The vocabulary in pieces: a tile of logits each, and no more of the matrix than held."""
+        vocabulary, width = self.weight.shape
+        return slices(vocabulary, min(self.plan.tile // rows, self.plan.held // max(1, width)))
+
+    def logits(self, rows: slice, columns: slice, out: Tensor | None = None) -> Tensor:
+        logits = _product(self.hidden[rows], self.weight[columns].T, self.dtype, out)
+        if self.bias is not None:
+            logits += self.bias[columns].to(self.dtype)
+        return self.plan.scaling.scaled_(logits)
+
+    def all_logits(self, rows: slice) -> Tensor:
+        size = rows.stop - rows.start, len(self.weight)
+        logits = self.hidden.new_empty(size, dtype=self.dtype)
+        for columns in self.columns(size[0]):
+            self.logits(rows, columns, out=logits[:, columns])
+        return logits
+
+    def without(self, rows: Tensor) -> Head:
+        """The same, with zeros for the hidden states of some tokens."""
+        return replace(self, hidden=self.hidden.masked_fill(rows[:, None], 0.0))
+
+    def scores(self, rows: slice, z: Tensor) -> Tensor:
+        """(n, V), whose normaliser ``log_ratio`` is given."""
+        return self.all_logits(rows)
+
+    def log_ratio(self, at: _At, log_p: Tensor, z: Tensor, r: Tensor | None) -> Tensor:
+        """``log pi - log ref`` in a tile; ``r`` is that tile of ``scores``, where it is kept."""
+        r = self.logits(at.rows, at.columns) if r is None else r
+        # Of the logits themselves: close ones are subtracted without a rounding.
+        return (z - r).sub_(at.policy.minus(at.reference))
+
+
+@dataclass(frozen=True)
+class Top:
+    """Some tokens' log-probs by the reference, and one category of all others.
+
+    Within that category pi/ref is one number. So a divergence of K + 1 categories is that of the
+    whole vocabulary to a reference that has the others in the policy's own proportions, and its
+    gradient is that one's.
+
+    Attributes:
+        ids: (N, K), counted from the first token of this rank's shard.
+        log_probs: (N, K).
+        log_rest: (N, 1), of all others.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    log_rest: Tensor
+
+    @classmethod
+    def beside(cls, policy: Head, *given: Tensor | None) -> Top:
+        ids, sent = cast(Tensor, given[0]), cast(Tensor, given[1])
+        log_probs = sent.to(policy.dtype)
+        rest = 1 - log_probs.exp().sum(-1, keepdim=True)
+        log_rest = rest.clamp(min=torch.finfo(sent.dtype).eps).log()
+        return cls(policy.local(ids), log_probs, log_rest)
+
+    def without(self, rows: Tensor) -> Top:
+        """The same, with log-probs of zero at some tokens."""
+        log_probs, log_rest = (
+            x.masked_fill(rows[:, None], 0.0) for x in (self.log_probs, self.log_rest)
+        )
+        return Top(self.ids, log_probs, log_rest)
+
+    def scores(self, rows: slice, z: Tensor) -> Tensor:
+        """The policy's logits of all other tokens: their normaliser has log pi_rest."""
+        return self._scattered(z, slice(0, z.shape[-1]), rows, -torch.inf)
+
+    def log_ratio(self, at: _At, log_p: Tensor, z: Tensor, r: Tensor | None) -> Tensor:
+        # Where K is V there are no others: this is no number, and stands nowhere.
+        of_rest = at.reference.minus(at.policy) - self.log_rest[at.rows]
+        index = self._index(at.rows, at.columns)
+        here = index.clamp(max=log_p.shape[-1] - 1)
+        own = log_p.gather(-1, here) - self.log_probs[at.rows]
+        return self._scattered(of_rest.expand_as(log_p), at.columns, at.rows, own)
+
+    def _index(self, rows: slice, columns: slice) -> Tensor:
+        """Of the tokens in a tile; of those elsewhere, the column after its last."""
+        index, width = self.ids[rows] - columns.start, columns.stop - columns.start
+        found: Tensor = index.where((index >= 0) & (index < width), width)
+        return found
+
+    def _scattered(self, x: Tensor, columns: slice, rows: slice, own: Tensor | float) -> Tensor:
+        """A copy of a tile with ``own`` at these tokens."""
+        wide = x.new_empty(x.shape[0], x.shape[1] + 1)
+        wide[:, :-1] = x
+        index = self._index(rows, columns)
+        filled = own if isinstance(own, Tensor) else x.new_full((1, 1), own).expand_as(index)
+        wide.scatter_(-1, index, filled)
+        return wide[:, :-1]
+
+
+_Reference: TypeAlias = Head | Top
+
+
+@dataclass(frozen=True)
+class _Normaliser:
+    """``log sum exp`` of each token's logits, (n, 1), in two parts: a sum would lose digits."""
+
+    maximum: Tensor
+    log_sum: Tensor
+
+    def of(self, rows: slice) -> _Normaliser:
+        return _Normaliser(self.maximum[rows], self.log_sum[rows])
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        return (logits - self.maximum).sub_(self.log_sum)
+
+    def minus(self, other: _Normaliser) -> Tensor:
+        return (self.maximum - other.maximum) + (self.log_sum - other.log_sum)
+
+
+class _At(NamedTuple):
+    """Some tokens and some of the vocabulary, with the normalisers of these tokens."""
+
+    rows: slice
+    columns: slice
+    policy: _Normaliser
+    reference: _Normaliser
+
+
+class _Tile(NamedTuple):
+    """Both distributions, for some tokens and some of the vocabulary."""
+
+    log_p: Tensor
+    log_ratio: Tensor
+    p: Tensor
+
+    @classmethod
+    def of(cls, reference: _Reference, at: _At, z: Tensor, r: Tensor | None = None) -> _Tile:
+        log_p = at.policy.log_softmax(z)
+        return cls(log_p, reference.log_ratio(at, log_p, z, r), log_p.exp())
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What the forward finds out about each token, (N,) each."""
+
+    kl: Tensor
+    entropy: Tensor
+    log_probs: Tensor
+    ref_log_probs: Tensor
+    mean_slope: Tensor
+    maximum: Tensor
+    log_sum: Tensor
+    ref_maximum: Tensor
+    ref_log_sum: Tensor
+
+    @property
+    def policy(self) -> _Normaliser:
+        return _Normaliser(self.maximum[:, None], self.log_sum[:, None])
+
+    @property
+    def reference(self) -> _Normaliser:
+        return _Normaliser(self.ref_maximum[:, None], self.ref_log_sum[:, None])
+
+
+class Pass(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, targets: Tensor, *tensors: Tensor | None) -> Any:
+        policy, reference = _pair(plan, tensors)
+        of_hidden, *of_matrix = ctx.needs_input_grad[2:5]
+        frozen = plan.differentiated and of_hidden and not any(of_matrix)
+        of_kl = torch.zeros_like(policy.hidden, dtype=policy.dtype) if frozen else None
+        kept = torch.empty((9, len(targets)), dtype=policy.dtype, device=targets.device)
+        for rows in slices(len(targets), plan.held // len(policy.weight)):
+            z = policy.all_logits(rows)
+            r = reference.scores(rows, z)
+            local = policy.local(targets[rows])
+            kept[:, rows] = _sums(plan, reference, rows, z, r, local, overwritten=frozen)
+            if of_kl is not None:
+                gradient = r.addcmul_(z, _Kept(*kept[:, rows, None]).mean_slope, value=-1)
+                for columns in policy.columns(len(gradient)):
+                    _add_product(of_kl[rows], gradient[:, columns], policy.weight[columns])
+            del z, r
+        ctx.plan = plan
+        ctx.save_for_backward(targets, *tensors, kept, of_kl)
+        ctx.set_materialize_grads(False)
+        kl, entropy, log_probs, ref_log_probs = kept[:4].clone().unbind()
+        ctx.mark_non_differentiable(ref_log_probs)
+        return kl, entropy, log_probs, ref_log_probs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
+        plan: Plan = ctx.plan
+        targets, *tensors, kept, of_kl = ctx.saved_tensors
+        policy, reference = _pair(plan, tensors)
+        gradients = _Gradients.zeros(policy, ctx.needs_input_grad[2:5])
+        of_each, hidden = list(weights[:3]), gradients.hidden
+        if of_kl is not None and of_each[0] is not None:
+            assert hidden is not None
+            scale = of_each[0][:, None]
+            torch.where(scale != 0, of_kl * scale, hidden, out=hidden)
+            of_each[0] = None
+        with torch.autocast(kept.device.type, enabled=False):
+            if any(weight is not None for weight in of_each):
+                local = policy.local(targets)
+                _differentiate(gradients, of_each, policy, reference, local, _Kept(*kept))
+            if hidden is not None:
+                hidden = plan.reduced_(hidden).to(policy.hidden.dtype)
+        return None, None, hidden, gradients.weight, gradients.bias, None, None, None
+
+
+def _sums(
+    plan: Plan,
+    other: _Reference,
+    rows: slice,
+    z: Tensor,
+    r: Tensor,
+    targets: Tensor,
+    *,
+    overwritten: bool,
+) -> Tensor:
+    """The fields of ``_Kept``, of all logits of n tokens: (9, n), by three sums over the shards.
+
+    ``overwritten`` leaves p in ``z`` and the slope in ``r``, towards logits before scaling.
+    """
+    tokens, vocabulary = z.shape
+    tiles = list(slices(vocabulary, plan.tile // tokens))
+    maxima = plan.reduced_(torch.stack([z.amax(-1), r.amax(-1)]), maximum=True)
+    # Sums of exponentials, and the logits of the targets: another shard's are zero here.
+    sums = torch.zeros((4, tokens), dtype=z.dtype, device=z.device)
+    here = (targets >= 0) & (targets < vocabulary)
+    index = targets.where(here, 0)[:, None]
+    for i, logits in enumerate((z, r)):
+        for columns in tiles:
+            sums[i] += (logits[:, columns] - maxima[i, :, None]).exp_().sum(-1)
+        sums[2 + i] = torch.where(here, logits.gather(-1, index)[:, 0] - maxima[i], 0.0)
+    plan.reduced_(sums)
+    log_sums, log_probs = sums[:2].log(), sums[2:] - sums[:2].log()
+    policy, reference = (
+        _Normaliser(*x) for x in zip(maxima[..., None], log_sums[..., None], strict=True)
+    )
+    value, entropy, mean_slope = expected = torch.zeros_like(sums[:3])
+    for columns in tiles:
+        at = _At(rows, columns, policy, reference)
+        tile = _Tile.of(other, at, z[:, columns], r[:, columns])
+        value += plan.divergence.value(*tile).sum(-1)
+        entropy -= (tile.p * tile.log_p).sum(-1)
+        if plan.differentiated:
+            slope = plan.divergence.slope(*tile)
+            mean_slope += slope.sum(-1)
+            if overwritten:
+                r[:, columns] = plan.scaling.back_(slope, z[:, columns])
+                z[:, columns] = plan.scaling.back_(tile.p, z[:, columns])
+    plan.reduced_(expected)
+    value.clamp_(max=torch.finfo(z.dtype).max)
+    parts = (value, entropy, *log_probs, mean_slope, maxima[0], log_sums[0], maxima[1], log_sums[1])
+    return torch.stack(parts)
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Of hidden states in the dtype of the work, of output matrix and bias in their own."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def zeros(cls, head: Head, needed: Sequence[bool]) -> _Gradients:
+        like = (head.hidden.to(head.dtype), head.weight, head.bias)
+        made = (
+            torch.zeros_like(x) if need and x is not None else None
+            for x, need in zip(like, needed, strict=True)
+        )
+        return cls(*made)
+
+
+def _differentiate(
+    gradients: _Gradients,
+    weights: Sequence[Tensor | None],
+    policy: Head,
+    reference: _Reference,
+    targets: Tensor,
+    kept: _Kept,
+) -> None:
+    """Add the gradient of ``sum_t w_t x_t``, x being kl, entropy and log_probs, by new logits.
+
+    Towards the logits it is ``w_kl (slope - p mean_slope) - w_entropy p (log p + entropy) +
+    w_log_probs (1[v = y] - p)``.
+    """
+    of_kl, of_entropy, of_log_probs = (
+        torch.zeros_like(kept.kl) if w is None else w.to(kept.kl.dtype) for w in weights
+    )
+    # A token without a weight: 0 times what it holds would be nan, were that no number.
+    unused = (of_kl == 0) & (of_entropy == 0) & (of_log_probs == 0)
+    policy, reference = policy.without(unused), reference.without(unused)
+    kept = _Kept(*(x.masked_fill(unused, 0.0) for x in vars(kept).values()))
+    common = of_kl * kept.mean_slope + of_entropy * kept.entropy + of_log_probs
+    step = max(1, min(len(targets), policy.plan.rows, policy.plan.tile))
+    for columns in policy.columns(step):
+        matrix = policy.weight[columns]
+        of_matrix = torch.zeros_like(matrix, dtype=policy.dtype)
+        for rows in slices(len(targets), step):
+            z = policy.logits(rows, columns)
+            if weights[0] is None:
+                log_p = kept.policy.of(rows).log_softmax(z)
+                p, slope = log_p.exp(), None
+            else:
+                at = _At(rows, columns, kept.policy.of(rows), kept.reference.of(rows))
+                tile = _Tile.of(reference, at, z)
+                (log_p, _, p), slope = tile, policy.plan.divergence.slope(*tile)
+            gradient = p.mul_(log_p.mul_(-of_entropy[rows, None]).sub_(common[rows, None]))
+            if slope is not None:
+                gradient.addcmul_(slope, of_kl[rows, None])
+            local = targets[rows] - columns.start
+            here = (local >= 0) & (local < gradient.shape[-1])
+            sampled = of_log_probs[rows].where(here, 0.0)
+            gradient.scatter_add_(-1, local.where(here, 0)[:, None], sampled[:, None])
+            policy.plan.scaling.back_(gradient, z)
+            if gradients.hidden is not None:
+                _add_product(gradients.hidden[rows], gradient, matrix)
+            if gradients.weight is not None:
+                _add_product(of_matrix, gradient.T, policy.hidden[rows])
+            if gradients.bias is not None:
+                gradients.bias[columns] += gradient.sum(0)
+        if gradients.weight is not None:
+            gradients.weight[columns] = of_matrix
+
+
+def slices(length: int, step: int) -> Iterator[slice]:
+    step = max(1, step)
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """``a b``, neither rounded to less than ``dtype`` nor summed up in less."""
+    if _on_tensor_cores(a, b):
+        return torch.mm(a, b, out_dtype=dtype, out=out)
+    return torch.mm(a.to(dtype), b.to(dtype), out=out)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if b.dtype == torch.bfloat16 and _on_tensor_cores(b, b):
+        # As autograd would hand it to the matrix product; float16 has too few exponents for it.
+        total += torch.mm(a.to(b.dtype), b, out_dtype=total.dtype)
+    else:
+        total.addmm_(a, b.to(total.dtype))
+
+
+def _on_tensor_cores(a: Tensor, b: Tensor) -> bool:
+    return a.is_cuda and a.dtype == b.dtype and a.dtype in _HALVES and _WIDE_PRODUCTS
+
+
+_HALVES = (torch.bfloat16, torch.float16)
+# Products of halves that are summed up and returned in float32: torch 2.8 has them, on CUDA.
+_WIDE_PRODUCTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
