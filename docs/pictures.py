@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 from docs import plant
 from klplug.report.plots import COLOURS, INK
 
 BLUE, ORANGE = COLOURS[:2]
+STUDY = Path(__file__).parents[1] / "recipes" / "reproduce" / "results" / "gradient_study.jsonl"
 
 
 def full_and_loc(axes: Any) -> None:
@@ -85,7 +88,26 @@ def kl_in_grpo(axes: Any) -> None:
         )
 
 
+def answers_needed(axes: Any) -> None:
+    """Answers for a cosine of 0.9 with the own token's gradient: KL sampled, and KL exact."""
+    lines = [json.loads(line) for line in STUDY.read_text().splitlines()]
+    for place, (form, words) in enumerate(
+        {"k2_as_loss": "k2_as_loss", "exact over the vocabulary": "exact_as_loss"}.items()
+    ):
+        found = {line["kl_per_answer"]: line["LOC"] for line in lines if line["form"] == form}
+        needed = [math.ceil(loc["limit"]["answers_for_0.9"]) for loc in found.values()]
+        at = [policy + 0.36 * (place - 0.5) for policy in range(len(needed))]
+        bars = axes.bar(at, needed, 0.34, color=(ORANGE, BLUE)[place], label=words)
+        axes.bar_label(bars, color=INK)
+    axes.set(yscale="log", ylim=(1, 600), ylabel="answers for a cosine of 0.9")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xticks(range(len(found)), [f"KL {kl:.2g}" for kl in found])
+    axes.set_xlabel("policy: nats per answer from SmolLM2-135M")
+    axes.legend(frameon=False, labelcolor=INK, loc="upper left")
+
+
 PICTURES = {
+    "answers-needed": answers_needed,
     "controllers": plant.picture,
     "dead-zone": dead_zone,
     "full-and-loc": full_and_loc,
