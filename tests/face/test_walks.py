@@ -59,6 +59,7 @@ def bash_words(script: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not NAMED, reason="no host was named")
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
 def test_from_a_clone_to_a_report(tmp_path: Path) -> None:
     """Clone, quickstart, report, README's own loop; with this checkout's environment."""
     done = subprocess.run(
