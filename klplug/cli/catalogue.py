@@ -19,7 +19,7 @@ from klplug.spec import EXACT, PLACEMENTS
 
 WORDS = "x = log pi - log ref of one token, nats; u = exp(x)"
 HEADINGS = ("coefficient c", "whose gradient, on-policy", "bias as one of KL(pi||ref)")
-NARROW = 100  # columns, below which a table of four would break inside words
+NARROW = 140  # columns, below which a table of four has no room for sentences
 
 _PLACES = {"as_loss": "as a loss", "in_reward": "in the reward"}
 
@@ -64,7 +64,7 @@ def list_kl_types(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME...]",
+            metavar="NAME",
             help="Only these: an estimator, a kl_type, or a host's name.",
             autocompletion=completed,
         ),

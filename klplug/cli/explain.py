@@ -197,7 +197,7 @@ def explain_command(
     kl_types: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KL_TYPE... | FINDING... | PAPER...",
+            metavar="KL_TYPE | FINDING | PAPER",
             help="One, or several side by side; a host's name too, as low_var_kl or stock:k3. Or "
             "findings of klplug audit, as dead-zone, or papers, as frpo.",
             autocompletion=_completed,

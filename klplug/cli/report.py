@@ -21,7 +21,7 @@ from klplug.report.runs import METRICS, Group, NoLogs
 def report_command(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Folders with logs of one or many runs, or logs."),
+        typer.Argument(metavar="RUN", help="Folders with logs of one or many runs, or logs."),
     ],
     out: Annotated[
         Path, typer.Option("--out", metavar="FOLDER", help="Where the page goes.")

@@ -232,7 +232,7 @@ def _mean(entries: Sequence[Entry], shares: Sequence[float]) -> memoryview:
 
 def soup_command(
     models: Annotated[
-        list[Path], typer.Argument(metavar="MODEL...", help="Folders of safetensors, two or more.")
+        list[Path], typer.Argument(metavar="MODEL", help="Folders of safetensors, two or more.")
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to make.")],
     weights: Annotated[
