@@ -112,10 +112,10 @@ test-cluster: $(TEST_HOSTS:%=.venv-%)
 	@$(foreach host,$(TEST_HOSTS),\
 		KLPLUG_TEST_HOSTS=$(host) $(call PYTEST,-$(host)) -m smoke tests/cluster && ) true
 
-RUNS = $(TEST_HOSTS:%=test-runs-%) test-runs-faults
-.PHONY: test-runs test-runs-openrlhf test-runs-verl test-runs-faults test-latest
-test-runs-openrlhf test-runs-verl test-runs-faults: export OMP_NUM_THREADS := 1
-# As in test: the hosts' side by side, what needs a cluster of its own in a third job.
+RUNS = $(TEST_HOSTS:%=test-runs-%) test-runs-cluster
+.PHONY: test-runs test-runs-openrlhf test-runs-verl test-runs-cluster test-latest
+test-runs-openrlhf test-runs-verl test-runs-cluster: export OMP_NUM_THREADS := 1
+# As in test: the hosts' side by side, what needs two nodes in a third job.
 test-runs: $(TEST_HOSTS:%=.venv-%)
 	$(call say,every whole run that make test leaves out; under an hour)
 	@$(MAKE) --no-print-directory --keep-going -j2 --output-sync=target $(RUNS)
@@ -123,11 +123,11 @@ test-runs: $(TEST_HOSTS:%=.venv-%)
 WHOLE_RUNS = KLPLUG_TEST_HOSTS=$(1) $(call PYTEST,-$(1)) --durations=0 -m 'slow and not smoke' $(2)
 
 test-runs-openrlhf test-runs-verl: test-runs-%: .venv-%
-	$(call WHOLE_RUNS,$*,$(RUN_TESTS_$*))
+	$(call WHOLE_RUNS,$*,$(RUN_TESTS_$*) tests/faults)
 
-test-runs-faults: $(TEST_HOSTS:%=.venv-%)
+test-runs-cluster: $(TEST_HOSTS:%=.venv-%)
 	@status=0; $(foreach host,$(TEST_HOSTS),\
-		$(call WHOLE_RUNS,$(host),tests/cluster tests/faults) || status=1; ) exit $$status
+		$(call WHOLE_RUNS,$(host),tests/cluster) || status=1; ) exit $$status
 
 test-latest: $(TEST_HOSTS:%=.venv-%)
 	@status=0; for host in $(TEST_HOSTS); do \
