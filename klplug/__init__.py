@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from klplug.exact import ExactKL, exact_kl, top_log_probs, topk_kl
     from klplug.posterior import posterior_log_probs
     from klplug.step import KLStep, policy_loss
+    from klplug.stored import StoredKL, stored_kl, stored_metrics
     from klplug.tally import Tally
     from klplug.term import KLTerm, kl_return_baseline, kl_term, reward_to_go
 
@@ -34,6 +35,7 @@ __all__ = [
     "KLType",
     "SampleWeight",
     "Samples",
+    "StoredKL",
     "Tally",
     "__version__",
     "aggregate",
@@ -48,6 +50,8 @@ __all__ = [
     "posterior_log_probs",
     "reward_to_go",
     "sample_weights",
+    "stored_kl",
+    "stored_metrics",
     "top_log_probs",
     "topk_kl",
 ]
@@ -58,6 +62,7 @@ _ON_TENSORS = {
     "ExactKL": "exact",
     "KLStep": "step",
     "KLTerm": "term",
+    "StoredKL": "stored",
     "Tally": "tally",
     "aggregate": "aggregation",
     "exact_kl": "exact",
@@ -66,6 +71,8 @@ _ON_TENSORS = {
     "policy_loss": "step",
     "posterior_log_probs": "posterior",
     "reward_to_go": "term",
+    "stored_kl": "stored",
+    "stored_metrics": "stored",
     "top_log_probs": "exact",
     "topk_kl": "exact",
 }

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from klplug import KLSpec, KLStep, KLTerm, Tally, kl_term
+from klplug import KLSpec, KLStep, KLTerm, Tally, kl_term, stored_metrics
 from klplug.hosting.host import announce
 from klplug.hosting.patching import Args, Call, Kwargs, bound
+from klplug.hosting.stored import Stored
 from klplug.spec import sum_of
-from klplug_openrlhf import hidden, samples
+from klplug_openrlhf import hidden, samples, stored
 from klplug_openrlhf.keys import STOCK_ESTIMATORS, write
 from klplug_openrlhf.plan import ACTIVE, RECORDERS, Plan
 
@@ -23,15 +24,20 @@ class Step:
     """The micro-batch being trained on, for the functions that OpenRLHF calls inside its step."""
 
     plan: Plan
+    trainer: Any
     experience: Any
     kl_coef: float
-    loss_fn: Any
     carried: dict[str, Tensor] = field(default_factory=dict)
     hidden: hidden.Micro | None = None
+    stored: stored.Micro | None = None
     kl: Tensor | None = None
     tally: Tally | None = None
     joined: bool = False
     aggregated: bool = False
+
+    @property
+    def loss_fn(self) -> Any:
+        return self.trainer.actor_loss_fn
 
     def term(self, spec: KLSpec, log_probs: Tensor) -> KLTerm:
         given = self.experience
@@ -63,6 +69,8 @@ def init(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> None:
     if plan is None:
         return
     announce("a policy actor", plan.spec, plan.kl_coef)
+    if plan.source is not None:
+        trainer.klplug_stored = Stored.read(plan.source)
     if plan.is_active and not plan.needs_reference:
         # It is 0 so that no reference model is loaded; here it is what turns the KL loss on.
         write(trainer.args, "algo.kl.init_coef", plan.kl_coef)
@@ -84,7 +92,7 @@ def training_step(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> A
             "process that made this one"
         )
     carried = samples.taken(plan, experience)
-    step = Step(plan, experience, given["kl_ctl"], trainer.actor_loss_fn, carried)
+    step = Step(plan, trainer, experience, given["kl_ctl"], carried)
     token = _STEP.set(step)
     try:
         with hidden.micro(plan, trainer, experience) as step.hidden:
@@ -92,13 +100,17 @@ def training_step(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> A
     finally:
         _STEP.reset(token)
     _check(step)
-    report = {ACTIVE: 1.0} if step.tally is None else step.tally.metrics()
+    report = {ACTIVE: 1.0} if step.tally is None else _metrics(plan, step.tally)
     status["metrics"].update(report)
     # Weight None: OpenRLHF takes no mean of them; ppo_train below puts the exact ones in place.
     status["weights"].update(dict.fromkeys(report))
     if step.tally is not None:
         trainer.klplug_tallies.append(step.tally)
     return status
+
+
+def _metrics(plan: Plan, tally: Tally) -> dict[str, Any]:
+    return dict(tally.metrics() if plan.source is None else stored_metrics(tally))
 
 
 def _check(step: Step) -> None:
@@ -146,6 +158,11 @@ def compute_approx_kl(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any
             f"kl_type {kl_type!r} was asked of OpenRLHF's compute_approx_kl outside of its "
             "ActorPPOTrainer.training_step, where klplug has no mask and no old log-probs"
         )
+    if step.plan.source is not None:
+        own = step.trainer.klplug_stored
+        step.stored = stored.micro(step.plan.spec, own, step.trainer, step.experience)
+        step.kl, step.tally = step.stored.kl.loss, step.stored.kl.tally
+        return step.kl
     # What is in the reward has acted through the advantages; here it is only reported.
     spec = sum_of((*step.plan.in_reward_plain.terms, *step.plan.as_loss.terms))
     kl = KLStep(step.term(spec, given["log_probs"]))
@@ -159,6 +176,8 @@ def aggregate_loss(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     if step is None or step.kl is None or given["loss"] is not step.kl:
         return original(*args, **kwargs)
     step.aggregated = True
+    if step.stored is not None:
+        return step.stored.aggregated(step.kl, step.loss_fn.token_level_loss, given)
     # OpenRLHF takes the token mean of its KL whatever the policy loss does.
     given["token_level_loss"] = step.loss_fn.token_level_loss
     return original(**given)
@@ -171,6 +190,8 @@ def masked_mean(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     if step is None or step.kl is None or given["tensor"] is not step.kl:
         return original(*args, **kwargs)
     step.aggregated = True
+    if step.stored is not None:
+        return step.stored.aggregated(step.kl, step.loss_fn.token_level_loss, {})
     if step.loss_fn.token_level_loss:
         return original(*args, **kwargs)
     return original(**given | {"dim": -1}).mean()
@@ -181,7 +202,9 @@ def ppo_train(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
     status = original(*args, **kwargs)
     if trainer.klplug_tallies:
         tally = _over_ranks(Tally.merged(trainer.klplug_tallies), trainer.strategy)
-        status.update({name: float(value) for name, value in tally.metrics().items()})
+        plan = Plan.of(trainer.args)
+        assert plan is not None
+        status.update({k: float(value) for k, value in _metrics(plan, tally).items()})
     trainer.klplug_tallies = []
     return status
 

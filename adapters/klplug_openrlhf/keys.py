@@ -12,6 +12,7 @@ from typing import Any
 from klplug.controllers import SETTINGS as CONTROLLER_SETTINGS
 from klplug.hosting.references import SETTINGS as REFERENCE_SETTINGS
 from klplug.hosting.settings import started
+from klplug.hosting.stored import SETTINGS as SOURCE_SETTINGS
 
 FLAT = {
     "actor.dual_clip": "dual_clip",
@@ -41,6 +42,7 @@ FLAT = {
     "rollout.batch_size": "rollout_batch_size",
     "rollout.max_new_tokens": "max_new_tokens",
     "rollout.n_samples_per_prompt": "n_samples_per_prompt",
+    "rollout.temperature": "temperature",
     "rollout.top_p": "top_p",
     "train.async_enable": "async_train",
     "train.batch_size": "train_batch_size",
@@ -59,7 +61,7 @@ DUAL_CLIP = "actor.dual_clip"
 ROLLOUT_BATCH, N = "rollout.batch_size", "rollout.n_samples_per_prompt"
 TRAIN_BATCH, EPOCHS = "train.batch_size", "train.max_epochs"
 ASYNC = "train.async_enable"
-TOP_P = "rollout.top_p"
+TOP_P, TEMPERATURE = "rollout.top_p", "rollout.temperature"
 ENGINES = "vllm.num_engines"
 PRETRAIN = "actor.model_name_or_path"
 CHAT = "data.apply_chat_template"
@@ -74,7 +76,8 @@ KL_CTRL, KL_TARGET, KL_HORIZON = "klplug.kl_ctrl", "klplug.kl_target", "klplug.k
 CONTROL = tuple(f"klplug.{name}" for name in CONTROLLER_SETTINGS)
 REFERENCE = tuple(f"klplug.{name}" for name in REFERENCE_SETTINGS)
 REF_MODEL, REF_UPDATE = REFERENCE
-OWN = (KL_TYPE, KL_COEF, KL_CTRL, *CONTROL, *REFERENCE)
+(SOURCE,) = (f"klplug.{name}" for name in SOURCE_SETTINGS)
+OWN = (KL_TYPE, KL_COEF, KL_CTRL, *CONTROL, *REFERENCE, SOURCE)
 
 DECIDED = (USE_LOSS, KIND, COEF, TARGET, HORIZON, UNBIASED)
 """What ``kl_type`` and klplug's other options decide, whatever OpenRLHF's own say."""

@@ -81,6 +81,7 @@ def parse_args(
 def add_options(parser: ArgumentParser) -> None:
     from klplug.controllers import SETTINGS
     from klplug.hosting.references import SETTINGS as REFERENCE
+    from klplug.hosting.stored import SETTINGS as SOURCE
 
     group = parser.add_argument_group(
         "klplug", "KL regularisation by the gradient it has; decides all of the host's KL options"
@@ -106,6 +107,8 @@ def add_options(parser: ArgumentParser) -> None:
     for name, meaning in REFERENCE.items():
         metavar = name.partition("_")[2].upper()
         group.add_argument(f"--klplug.{name}", metavar=metavar, help=meaning)
+    for name, meaning in SOURCE.items():
+        group.add_argument(f"--klplug.{name}", metavar="FILE", help=meaning)
 
 
 def written_options(parser: ArgumentParser) -> Namespace:

@@ -22,6 +22,7 @@ from klplug_openrlhf.keys import (
     PRETRAIN,
     REF_MODEL,
     REF_UPDATE,
+    SOURCE,
     STOCK_ESTIMATORS,
     Arguments,
     read,
@@ -110,6 +111,7 @@ class Plan(Asked):
             model=read(args, PRETRAIN),
             ref_model=read(args, REF_MODEL),
             ref_update=read(args, REF_UPDATE),
+            source=read(args, SOURCE),
         )
 
 
@@ -143,6 +145,7 @@ def asked(settings: Settings) -> Plan:
         **{name: settings.get(f"klplug.{name}") for name in CONTROLLER_SETTINGS},
         ref_model=settings.get(REF_MODEL),
         ref_update=settings.get(REF_UPDATE),
+        source=settings.get(SOURCE),
     )
     plan.controller()
     plan.moving()

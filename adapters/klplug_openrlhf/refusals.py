@@ -225,6 +225,7 @@ ROWS = (
     hosting.controller_of_nothing,
     hosting.reference_of_nothing,
     hosting.update_of_nothing,
+    hosting.source_of_another_kind,
     weights_of_another_kind,
     head_of_another_loss,
     length_tilts,

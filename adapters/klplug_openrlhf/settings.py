@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 
 import klplug
-from klplug.hosting import references
+from klplug.hosting import references, stored
 from klplug.hosting.settings import SettingsError, overridden
 from klplug_openrlhf.keys import (
     CHAT,
@@ -15,6 +16,9 @@ from klplug_openrlhf.keys import (
     KL_COEF,
     KL_TYPE,
     PRETRAIN,
+    SOURCE,
+    TEMPERATURE,
+    TRAIN_BATCH,
     USE_LOSS,
     Arguments,
     spelled,
@@ -48,6 +52,15 @@ def derive(args: Namespace, written: Namespace) -> str:
             trust_remote_code=True,  # as OpenRLHF itself loads every model
         )
 
+    if plan.source is not None:
+        stored.check(
+            plan.source,
+            own.get(PRETRAIN),
+            temperature=own.get(TEMPERATURE),
+            answers=own.get(TRAIN_BATCH),
+            trust_remote_code=True,
+        )
+
     active = plan.is_active
     records = recorder(own)
     records_for_kl = (
@@ -62,6 +75,8 @@ def derive(args: Namespace, written: Namespace) -> str:
         KL_TYPE: str(spec),
         KL_COEF: plan.kl_coef if spec.terms else None,
         "klplug.records_for_kl": records_for_kl,
+        # Each actor reads it, whatever folder it runs in.
+        SOURCE: None if plan.source is None else os.path.abspath(plan.source),
     }
     if active:
         # A process that klplug did not reach stops here: no stock estimator has such a name.

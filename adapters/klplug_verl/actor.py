@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from klplug import KLSpec, KLStep, KLTerm, Tally, kl_term, parse
+from klplug import KLSpec, KLStep, KLTerm, Tally, kl_term, parse, stored_metrics
 from klplug.hosting.host import announce
 from klplug.hosting.patching import Args, Call, Kwargs, bound
+from klplug.hosting.stored import Stored
 from klplug.samples import weights_of
 from klplug.watch import Watch
-from klplug_verl import hidden, moving, reference, samples
-from klplug_verl.keys import LOSS_TYPE, is_stock
+from klplug_verl import hidden, moving, reference, samples, stored
+from klplug_verl.keys import COEF_KEY, LOSS_TYPE, is_stock
 
-COEF_KEY = "klplug_kl_coef"  # the controller's value, in the batch's meta information
 BASELINE = "klplug_return_baseline"  # of the whole batch, one of its tensors
 POSTERIOR = "klplug_posterior_log_probs"  # likewise
 # klplug's word for a tensor, and verl's.
@@ -33,6 +33,7 @@ _TENSORS = {
     "advantages": "advantages",
 }
 SUMS, MAXIMA = "klplug/sum/", "klplug/max/"
+STORED_SUMS, STORED_MAXIMA = "klplug/stored_sum/", "klplug/stored_max/"
 
 
 @functools.lru_cache
@@ -50,6 +51,7 @@ def init_model(original: Call, worker: Any, args: Args, kwargs: Kwargs) -> Any:
     with reference.built(worker):
         result = original(*args, **kwargs)
     moving.connect(worker)
+    stored.connect(worker)
     actor = worker.config.actor
     if "actor" in worker.role and actor.use_kl_loss:
         spec = loss_spec(actor.kl_loss_type)
@@ -95,10 +97,10 @@ def clip_range(config: Any) -> tuple[float, float]:
     )
 
 
-def numbers(tally: Tally) -> dict[str, float]:
+def numbers(tally: Tally, sums: str = SUMS, maxima: str = MAXIMA) -> dict[str, float]:
     """A tally as entries of verl's metrics, with one transfer from the device for all of them."""
-    parts = {SUMS + name: value for name, value in tally.sums.items()}
-    parts |= {MAXIMA + name: value for name, value in tally.maxima.items()}
+    parts = {sums + name: value for name, value in tally.sums.items()}
+    parts |= {maxima + name: value for name, value in tally.maxima.items()}
     values = torch.stack([value.double() for value in parts.values()]).tolist()
     return dict(zip(parts, values, strict=True))
 
@@ -115,6 +117,16 @@ def ppo_loss(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     from verl.utils import tensordict_utils as tu
     from verl.workers.utils.padding import no_padding_2_padding
 
+    coef = tu.get_non_tensor_data(data=data, key=COEF_KEY, default=None)
+    coef = config.kl_loss_coef if coef is None else coef
+    own = stored.apart()
+    if own is not None and stored.LOG_PROBS in data:
+        return _of_stored(own, spec, given["model_output"], data, config, coef)
+    # verl's own loss without its KL; the config is frozen, and global_batch_info stays shared.
+    given["config"] = without_kl = copy.copy(config)
+    object.__setattr__(without_kl, "use_kl_loss", False)
+    if own is not None:
+        return original(**given)
     log_probs = no_padding_2_padding(given["model_output"]["log_probs"], data)
     # No others: to pad one costs more than the KL itself.
     acting = {"advantages"} if spec.has_the_reward else set()  # they are 0 beside it
@@ -123,16 +135,11 @@ def ppo_loss(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     named = (name for name in ("response_mask", *needed, BASELINE, *weights) if name in data)
     tensors = dict(data.select(*named).to_padded_tensor())
     tensors["response_mask"] = tensors["response_mask"].to(bool)
-    coef = tu.get_non_tensor_data(data=data, key=COEF_KEY, default=None)
-    coef = config.kl_loss_coef if coef is None else coef
     exact_kl = hidden.exact(spec, log_probs, tensors)
     step = KLStep(term_of(spec, log_probs, tensors, config, coef, exact_kl))
     if step.changes_advantages:
         advantages = step.advantages(tensors["advantages"], coef)
         given["data"] = _with_advantages(data, advantages)
-    # verl's own loss without its KL; the config is frozen, and global_batch_info stays shared.
-    given["config"] = without_kl = copy.copy(config)
-    object.__setattr__(without_kl, "use_kl_loss", False)
     policy_loss, metrics = original(**given)
     if step.beside:
         # verl evaluates the loss under no_grad too, where only its value is meant.
@@ -140,6 +147,24 @@ def ppo_loss(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
         policy_loss = policy_loss + coef * _aggregated(kl, tensors, config)
     _report(metrics, step.tally, _aggregated(step.term.value, tensors, config), coef)
     return policy_loss, metrics
+
+
+def _of_stored(
+    own: Stored, spec: KLSpec, model_output: Any, data: Any, config: Any, coef: float
+) -> tuple[Tensor, dict[str, Any]]:
+    """The KL of a micro-batch of stored answers, which have no policy loss."""
+    from verl.trainer.ppo.core_algos import agg_loss
+    from verl.utils.metric import AggregationType, Metric
+
+    kl, mask = stored.kl_of(spec, model_output, data)
+    info = stored.batch_info(own, data, config)
+    loss = agg_loss(loss_mat=kl.loss, loss_mask=mask, loss_agg_mode=config.loss_agg_mode, **info)
+    metrics: dict[str, Any] = {
+        "kl_loss": Metric(AggregationType.SUM, loss.detach()),
+        "kl_coef": coef,
+    }
+    _add(metrics, numbers(kl.tally, STORED_SUMS, STORED_MAXIMA))
+    return coef * loss, metrics
 
 
 def _with_advantages(data: Any, advantages: Tensor) -> Any:
@@ -166,16 +191,25 @@ def _aggregated(loss: Tensor, tensors: Mapping[str, Tensor], config: Any) -> Ten
 
 
 def _report(metrics: dict[str, Any], tally: Tally, kl_loss: Tensor, coef: float) -> None:
-    from verl.utils.metric import AggregationType, Metric
+    from verl.utils.metric import Metric
 
     # Added up as verl's own loss of the same micro-batch is.
     metrics["kl_loss"] = Metric(metrics["actor/pg_loss"].aggregation, kl_loss)
     metrics["kl_coef"] = coef
-    # verl adds up a SUM over micro-batches, then takes means over ranks and mini-batches: one
-    # common factor, which reduce_metrics below divides out again.
-    for name, number in numbers(tally).items():
-        kind = AggregationType.SUM if name.startswith(SUMS) else AggregationType.MAX
-        metrics[name] = Metric(kind, number)
+    _add(metrics, numbers(tally))
+
+
+def _add(metrics: dict[str, Any], parts: dict[str, float]) -> None:
+    """A tally's parts, where verl gathers metrics.
+
+    verl adds up a SUM over micro-batches, then takes means over ranks and mini-batches: one common
+    factor, which reduce_metrics below divides out again.
+    """
+    from verl.utils.metric import AggregationType, Metric
+
+    for name, number in parts.items():
+        is_sum = name.startswith((SUMS, STORED_SUMS))
+        metrics[name] = Metric(AggregationType.SUM if is_sum else AggregationType.MAX, number)
 
 
 _WATCH = Watch()
@@ -184,16 +218,19 @@ _WATCH = Watch()
 def reduce_metrics(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     """verl's reduction, then klplug's metrics from the reduced sums and maxima."""
     metrics = original(*args, **kwargs)
-    parts: dict[str, dict[str, Tensor]] = {SUMS: {}, MAXIMA: {}}
-    for key in [key for key in metrics if SUMS in key or MAXIMA in key]:
-        prefix = SUMS if SUMS in key else MAXIMA
-        name = key.partition(prefix)[2]
-        parts[prefix][name] = torch.tensor(float(metrics.pop(key)), dtype=torch.float64)
-    if parts[SUMS]:
-        tally = Tally(parts[SUMS], parts[MAXIMA])
-        own = {key: float(value) for key, value in tally.metrics().items()}
-        _WATCH.tell(own)
-        metrics.update(own)
+    for sums, maxima, named in (
+        (SUMS, MAXIMA, Tally.metrics),
+        (STORED_SUMS, STORED_MAXIMA, stored_metrics),
+    ):
+        parts: dict[str, dict[str, Tensor]] = {sums: {}, maxima: {}}
+        for key in [key for key in metrics if sums in key or maxima in key]:
+            prefix = sums if sums in key else maxima
+            name = key.partition(prefix)[2]
+            parts[prefix][name] = torch.tensor(float(metrics.pop(key)), dtype=torch.float64)
+        if parts[sums]:
+            own = {k: float(v) for k, v in named(Tally(parts[sums], parts[maxima])).items()}
+            _WATCH.tell(own)
+            metrics.update(own)
     return metrics
 
 

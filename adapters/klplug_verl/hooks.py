@@ -19,7 +19,7 @@ from klplug import parse
 from klplug.hosting.cluster import after_ray_init, check_nodes
 from klplug.hosting.patching import Args, Call, Hook, HookError, Kwargs, Patch, bound
 from klplug.hosting.settings import SettingsError
-from klplug_verl import actor, hidden, moving, reference, trainer
+from klplug_verl import actor, hidden, moving, reference, stored, trainer
 from klplug_verl.host import HOST
 from klplug_verl.plan import Plan
 from klplug_verl.settings import derive
@@ -97,6 +97,12 @@ def need_reference_policy(original: Call, _: Any, args: Args, kwargs: Kwargs) ->
 def init_trainer(original: Call, own: Any, args: Args, kwargs: Kwargs) -> None:
     resolve(bound(original, args, kwargs)["config"], {})  # others than main may have made it
     trainer.init(original, own, args, kwargs)
+
+
+def forward_step(original: Call, engine: Any, args: Args, kwargs: Kwargs) -> Any:
+    """One micro-batch of FSDP's engine, for what its loss alone can't do."""
+    room = stored if hasattr(engine, "klplug_stored") else hidden
+    return room.forward_step(original, engine, args, kwargs)
 
 
 # ── The table ───────────────────────────────────────────────────────────────────────────────────
@@ -185,16 +191,19 @@ _LEGACY_WORKER = (
     ),
 )
 
-# vocab=exact, by FSDP's engine.
+# vocab=exact and klplug.source, by FSDP's engine.
 _FSDP = "verl.workers.engine.fsdp.transformer_impl"
-_HIDDEN = (
+_FORWARD = (
     Hook(
         _FSDP,
         "FSDPEngineWithLMHead.forward_step",
         ("micro_batch", "loss_function", "forward_only"),
-        hidden.forward_step,
+        forward_step,
         supplies=("exact_kl",),
     ),
+)
+_HIDDEN = (
+    *_FORWARD,
     Hook(_FSDP, "FSDPEngine.disable_adapter", ("self",), hidden.disable_adapter),
 )
 
@@ -261,6 +270,7 @@ def of_run(config: Any) -> tuple[Hook, ...]:
         *(_LEGACY_WORKER if is_legacy else _ENGINE_WORKER),
         *(_V1_TRAINER if settings.get("use_v1", False) else _RAY_TRAINER),
         *(_HIDDEN if plan is not None and plan.over_vocabulary else ()),
+        *(_FORWARD if plan is not None and plan.source is not None else ()),
     )
 
 

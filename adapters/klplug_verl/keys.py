@@ -8,15 +8,17 @@ from typing import Any
 from klplug.controllers import SETTINGS as CONTROLLER_SETTINGS
 from klplug.hosting.references import SETTINGS as REFERENCE_SETTINGS
 from klplug.hosting.settings import started
+from klplug.hosting.stored import SETTINGS as SOURCE_SETTINGS
 
 STOCK = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "full")
 STOCK_NAMES = (*STOCK, *(f"{name}+" for name in STOCK))
 """What verl's ``kl_penalty`` knows."""
 
-OTHERS = (*CONTROLLER_SETTINGS, *REFERENCE_SETTINGS)
+OTHERS = (*CONTROLLER_SETTINGS, *REFERENCE_SETTINGS, *SOURCE_SETTINGS)
 KEYS = ("kl_type", "kl_coef", "kl_ctrl", *OTHERS)
 KL_TYPE, KL_COEF, KL_CTRL, KL_TARGET, KL_HORIZON, *_ = (f"klplug.{key}" for key in KEYS)
 REF_MODEL, REF_UPDATE = (f"klplug.{key}" for key in REFERENCE_SETTINGS)
+(SOURCE,) = (f"klplug.{key}" for key in SOURCE_SETTINGS)
 
 ACTOR = "actor_rollout_ref.actor."
 REF = "actor_rollout_ref.ref."
@@ -46,7 +48,10 @@ TOKENIZER = "actor_rollout_ref.model.tokenizer_path"
 TEMPLATE = "actor_rollout_ref.model.custom_chat_template"
 WORKERS_REFERENCE = "actor_rollout_ref.klplug_ref_model"
 WORKERS_UPDATE = "actor_rollout_ref.klplug_ref_update"
+WORKERS_SOURCE = "actor_rollout_ref.klplug_source"
 """Workers see this node only."""
+COEF_KEY = "klplug_kl_coef"
+"""The controller's value, in a batch's meta information."""
 N = "actor_rollout_ref.rollout.n"
 TEMPERATURE = "actor_rollout_ref.rollout.temperature"
 TOP_P, TOP_K = "actor_rollout_ref.rollout.top_p", "actor_rollout_ref.rollout.top_k"

@@ -29,6 +29,7 @@ from klplug_verl.keys import (
     PLACES,
     REF_MODEL,
     REF_UPDATE,
+    SOURCE,
     STOCK,
     Config,
     is_stock,
@@ -189,8 +190,8 @@ def _by_own_keys(own: Any, settings: Settings) -> dict[str, Any]:
         )
     if not isinstance(kl_type, str):
         raise SettingsError(f"klplug.kl_type={kl_type!r} is not a string")
-    reference = {key: settings.get(key) for key in (REF_MODEL, REF_UPDATE)}
-    for key, value in reference.items():
+    strings = {key: settings.get(key) for key in (REF_MODEL, REF_UPDATE, SOURCE)}
+    for key, value in strings.items():
         if value is not None and not isinstance(value, str):
             raise SettingsError(f"{key}={value!r} is not a string")
     return {
@@ -198,8 +199,7 @@ def _by_own_keys(own: Any, settings: Settings) -> dict[str, Any]:
         "kl_coef": KL_COEF,
         "kl_ctrl": settings.get(KL_CTRL),
         **{name: settings.get(f"klplug.{name}") for name in CONTROLLER_SETTINGS},
-        "ref_model": reference[REF_MODEL],
-        "ref_update": reference[REF_UPDATE],
+        **{key.removeprefix("klplug."): value for key, value in strings.items()},
     }
 
 

@@ -33,6 +33,7 @@ from klplug_verl.keys import (
     REF_MODEL,
     REF_UPDATE,
     SEQUENCE_PARALLEL,
+    SOURCE,
     STRATEGY,
     TRAIN_BATCH,
     TRAINER_MODE,
@@ -235,7 +236,11 @@ def legacy_worker(plan: Plan, settings: Settings) -> Said:
         *(["head=combined"] if any(t.head == "combined" for t in as_loss) else ()),
         *([f"baseline={t.baseline}" for t in as_loss if t.baseline != "none"]),
         *([f"weight={t.weight}" for t in as_loss if t.weight != "none"]),
-        *([f"reference={as_loss[0].reference}"] if not plan.needs_reference else ()),
+        *(
+            [f"reference={as_loss[0].reference}"]
+            if "ref_log_probs" not in plan.spec.requires
+            else ()
+        ),
         *(["reference=posterior"] if plan.spec.has_the_reward else ()),
     ]
     if unserved:
@@ -243,6 +248,28 @@ def legacy_worker(plan: Plan, settings: Settings) -> Said:
             LEGACY,
             f"kl_type {plan.spec} with {unserved[0]} is not served on verl 0.7's own workers. Set "
             f"{LEGACY}=disable",
+        )
+
+
+def stored_out_of_reach(plan: Plan, settings: Settings) -> Said:
+    """Stored answers go through FSDP's engine, as one more micro-batch of the policy's own loss."""
+    if plan.source is None:
+        return
+    said = f"{SOURCE}={plan.source}"
+    if settings.get(LEGACY, "disable") != "disable":
+        yield LEGACY, f"{said} is not served on verl 0.7's own workers. Set {LEGACY}=disable"
+    strategy = str(settings.get(STRATEGY))
+    if strategy not in ("fsdp", "fsdp2"):
+        yield (
+            STRATEGY,
+            f"{said} with {STRATEGY}={strategy}: stored answers go through verl's FSDP engine "
+            "alone. Use fsdp or fsdp2, or leave it out",
+        )
+    if settings.get(DISTILLS, False):
+        yield (
+            DISTILLS,
+            f"{said} with {DISTILLS}=True: verl's loss wants a teacher's log-probs of each answer, "
+            "and stored ones have none. Leave one out",
         )
 
 
@@ -362,6 +389,8 @@ def hidden_states_out_of_reach(plan: Plan, settings: Settings) -> Said:
 
 ROWS = (
     hidden_states_out_of_reach,
+    hosting.source_of_another_kind,
+    stored_out_of_reach,
     another_kl_type,
     two_coefficients,
     moving_controller,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import klplug
-from klplug.hosting import references
+from klplug.hosting import references, stored
 from klplug.hosting.settings import SettingsError, overridden
 from klplug_verl.keys import (
     CTRL_COEF,
@@ -17,18 +18,22 @@ from klplug_verl.keys import (
     DECIDED,
     LOSS_COEF,
     LOSS_TYPE,
+    MINI_BATCH,
     MODEL,
     OTHERS,
     PENALTY,
     RECORDS,
+    TEMPERATURE,
     TEMPLATE,
     TOKENIZER,
     TRUST,
     USE_LOSS,
     USE_REWARD,
     WORKERS_REFERENCE,
+    WORKERS_SOURCE,
     WORKERS_UPDATE,
     Config,
+    N,
 )
 from klplug_verl.notes import notes
 from klplug_verl.plan import Plan, asked, divides_by_length
@@ -61,6 +66,10 @@ def derive(config: Any, written: Mapping[str, Any]) -> str | None:
         raise SettingsError(refusal.words)
     if plan.ref_model is not None:
         _check_reference(plan, own)
+    if plan.source is not None:
+        # Each worker reads it, whatever folder it runs in.
+        plan = dataclasses.replace(plan, source=os.path.abspath(plan.source))
+        _check_source(plan, own)
 
     as_loss, in_reward = plan.as_loss, plan.in_reward
     settings: dict[str, Any] = {USE_LOSS: as_loss.measures, USE_REWARD: bool(in_reward.terms)}
@@ -83,6 +92,8 @@ def derive(config: Any, written: Mapping[str, Any]) -> str | None:
         _update(config, {WORKERS_REFERENCE: plan.ref_model})
     if plan.ref_update is not None:
         _update(config, {WORKERS_UPDATE: plan.ref_update})
+    if plan.source is not None:
+        _update(config, {WORKERS_SOURCE: plan.source})
     kept = {
         "kl_type": str(spec),
         "kl_coef": plan.kl_coef if spec.terms else None,
@@ -110,6 +121,21 @@ def _check_reference(plan: Plan, settings: Config) -> None:
         # One that is set for the policy is set for the reference too.
         in_chat=settings.get(TEMPLATE) is None,
         over_vocabulary=plan.over_vocabulary,
+        trust_remote_code=bool(settings.get(TRUST)),
+    )
+
+
+def _check_source(plan: Plan, settings: Config) -> None:
+    from verl.utils.fs import copy_to_local
+
+    assert plan.source is not None
+    tokenizer = settings.get(TOKENIZER)
+    stored.check(
+        plan.source,
+        copy_to_local(settings.get(MODEL)),
+        temperature=settings.get(TEMPERATURE),
+        answers=settings.get(MINI_BATCH) * settings.get(N),
+        tokenizer=None if tokenizer is None else copy_to_local(tokenizer),
         trust_remote_code=bool(settings.get(TRUST)),
     )
 

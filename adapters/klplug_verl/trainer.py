@@ -38,8 +38,8 @@ from klplug.samples import weights_of
 from klplug.spec import TermSpec
 from klplug.watch import Watch
 from klplug_verl import hidden, moving, samples
-from klplug_verl.actor import BASELINE, COEF_KEY, POSTERIOR, SUMS
-from klplug_verl.keys import is_stock
+from klplug_verl.actor import BASELINE, POSTERIOR, STORED_SUMS, SUMS
+from klplug_verl.keys import COEF_KEY, is_stock
 from klplug_verl.plan import Plan
 
 ACTIVE = "klplug/active"
@@ -375,7 +375,7 @@ def update_actor_in_fit(original: Call, trainer: Any, args: Args, kwargs: Kwargs
     output = original(*args, **kwargs)
     metrics = output.meta_info["metrics"]
     metrics.update(run.report())
-    _updated(run, any(SUMS in name for name in metrics), step)
+    _updated(run, any(SUMS in name or STORED_SUMS in name for name in metrics), step)
     return output
 
 

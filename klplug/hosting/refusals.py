@@ -9,6 +9,7 @@ from typing import Any
 from klplug.hosting.notes import Cut, truncated
 from klplug.hosting.settings import Asked, Said, Settings, Unknown
 from klplug.samples import weights_of
+from klplug.stored import reasons
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ def baseline_of_nothing(plan: Asked, settings: Settings) -> Said:
 
 
 def controller_of_nothing(plan: Asked, settings: Settings) -> Said:
+    if plan.source is not None:
+        return  # said of the source
     if plan.spec.terms and not plan.needs_reference and plan.is_driven:
         key = "klplug.kl_ctrl"
         yield (
@@ -76,7 +79,7 @@ def controller_of_nothing(plan: Asked, settings: Settings) -> Said:
 
 def reference_of_nothing(plan: Asked, settings: Settings) -> Said:
     """A model that nothing compares with would not even be loaded."""
-    if plan.ref_model is not None and not plan.needs_reference:
+    if plan.ref_model is not None and plan.source is None and not plan.needs_reference:
         key = "klplug.ref_model"
         yield (
             key,
@@ -87,13 +90,38 @@ def reference_of_nothing(plan: Asked, settings: Settings) -> Said:
 
 def update_of_nothing(plan: Asked, settings: Settings) -> Said:
     """What is not loaded can't follow."""
-    if plan.ref_update is not None and not plan.needs_reference:
+    if plan.ref_update is not None and plan.source is None and not plan.needs_reference:
         key = "klplug.ref_update"
         yield (
             key,
             f"{settings.named(key)} is {plan.ref_update}, and kl_type {plan.spec} has no KL to a "
             "reference model, so there is none to move. Leave it out, or use reference=ref",
         )
+
+
+def source_of_another_kind(plan: Asked, settings: Settings) -> Said:
+    """What acts on the reference's own answers, which no policy of the run gave."""
+    if plan.source is None:
+        return
+    key = "klplug.source"
+    said = f"{settings.named(key)} is {plan.source}"
+    for reason in reasons(plan.spec):
+        yield key, f"kl_type {plan.spec}: {said}, the reference's own answers, and {reason}"
+    if plan.is_driven:
+        yield (
+            "klplug.kl_ctrl",
+            f"{said}, and {settings.named('klplug.kl_ctrl')} is {plan.kl_ctrl}: it is fed the KL "
+            "of the policy's own answers, which nothing measures there. Use linear or cosine, or "
+            "leave it out",
+        )
+    for other, value in (("ref_model", plan.ref_model), ("ref_update", plan.ref_update)):
+        if value is not None:
+            name = settings.named(f"klplug.{other}")
+            yield (
+                f"klplug.{other}",
+                f"{said}, and {name} is {value}: no reference model is loaded beside its stored "
+                "answers. Leave one out",
+            )
 
 
 # Rows of every host, once it says which settings of its own they are about.

@@ -80,6 +80,7 @@ class Asked:
     model: str | None = None
     ref_model: str | None = None
     ref_update: str | None = None
+    source: str | None = None
 
     @property
     def is_active(self) -> bool:
@@ -97,8 +98,11 @@ class Asked:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether any term is to the reference model, and not to the sampler."""
-        return "ref_log_probs" in self.spec.requires
+        """Whether any term is to the reference model, and not to the sampler.
+
+        Of answers that the reference gave itself its log-probs are stored.
+        """
+        return self.source is None and "ref_log_probs" in self.spec.requires
 
     @property
     def in_reward(self) -> KLSpec:
@@ -114,7 +118,8 @@ class Asked:
         coef = f" kl_coef={self.kl_coef:g}" if self.spec.terms else ""
         reference = "" if self.ref_model is None else f" ref_model={self.ref_model}"
         update = "" if self.ref_update is None else f" ref_update={self.ref_update}"
-        return f"kl_type={self.spec}{coef}{reference}{update}"
+        source = "" if self.source is None else f" source={self.source}"
+        return f"kl_type={self.spec}{coef}{reference}{update}{source}"
 
     def reference(self) -> Reference | None:
         """The model that the KL is to; ``None`` where it is to none."""

@@ -120,6 +120,20 @@ def _log_probs(model: Any, rows: Tensor, mask: Tensor, tokens: int, temperature:
 
 
 @torch.no_grad()
+def log_probs_of(model: Any, batch: Answers, *, temperature: float = 1.0) -> Tensor:
+    """Of the answers' own tokens, (B, T), in nats, float64; anything where an answer has ended."""
+    tokens = batch.response_mask.shape[1]
+    size = max(1, BLOCK // (tokens * model.config.get_text_config().vocab_size))
+    found = []
+    for start in range(0, len(batch.sequences), size):
+        part = slice(start, start + size)
+        rows, mask = batch.sequences[part], batch.attention_mask[part]
+        whole = _log_probs(model, rows, mask, tokens, temperature)
+        found.append(whole.gather(-1, rows[:, -tokens:, None]).squeeze(-1))
+    return torch.cat(found)
+
+
+@torch.no_grad()
 def kl_and_entropy(
     policy: Any, reference: Any, batch: Answers, *, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:

@@ -320,6 +320,24 @@ MISTAKES: list[tuple[tuple[str, ...], list[str]]] = [
             (*KL, "--klplug.ref_update", "reset:2", "--ds.tensor_parallel_size", "2"),
             ["--ds.tensor_parallel_size 2 cuts its matrices over ranks"],
         ),
+        (
+            (*KL, "--klplug.source", "own.jsonl"),
+            ["--klplug.source is own.jsonl", "k2 is refused", "forward, js, hellinger, tv"],
+        ),
+        (
+            (*KL[:1], "k1_in_reward", *KL[2:], "--klplug.source", "own.jsonl"),
+            ["--klplug.source is own.jsonl", "a reward is of the policy's own answers"],
+        ),
+        (
+            (*KL[:1], "js_as_loss", *KL[2:], "--klplug.source", "own.jsonl",
+             "--klplug.ref_model", "teacher"),
+            ["--klplug.source is own.jsonl, and --klplug.ref_model is teacher", "Leave one out"],
+        ),
+        (
+            (*KL[:1], "js_as_loss", *KL[2:], "--klplug.source", "own.jsonl",
+             "--klplug.kl_ctrl", "adaptive", "--klplug.kl_target", "1"),
+            ["--klplug.source is own.jsonl", "--klplug.kl_ctrl is adaptive", "linear or cosine"],
+        ),
 ]  # fmt: skip
 
 

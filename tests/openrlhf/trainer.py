@@ -36,7 +36,7 @@ def arguments(zero_stage: int = 2, **changes: Any) -> Any:
     )
 
 
-def configure(args: Any, kl: str, coef: float = 0.1) -> None:
+def configure(args: Any, kl: str, coef: float = 0.1, source: Path | None = None) -> None:
     """The KL of the next step: ``stock:k2``, ``stock:unbiased``, or a kl_type."""
     if kl.startswith("stock:"):
         name = kl.removeprefix("stock:")
@@ -47,9 +47,11 @@ def configure(args: Any, kl: str, coef: float = 0.1) -> None:
         return
     without = not parse(kl).terms
     args.klplug = SimpleNamespace(kl_type=kl, kl_coef=None if without else coef)
+    if source is not None:
+        args.klplug.source = str(source)
     change(args, "algo.kl.estimator", kl)
     change(args, "algo.kl.unbiased_gradient", False)
-    reference = "ref_log_probs" in parse(kl).requires
+    reference = source is None and "ref_log_probs" in parse(kl).requires
     change(args, "algo.kl.init_coef", coef if reference else 0.0)
 
 
@@ -324,11 +326,11 @@ class Bench:
             vllm_engines=None,
         )
 
-    def step(self, experience: Any, kl: str, coef: float = 0.1) -> Recorded:
+    def step(
+        self, experience: Any, kl: str, coef: float = 0.1, source: Path | None = None
+    ) -> Recorded:
         """One training step with this KL: its gradients recorded, its update left out."""
-        from deepspeed.utils import safe_get_full_grad
-
-        configure(self.args, kl, coef)
+        configure(self.args, kl, coef, source)
         trainer = self.make()
         seen: dict[str, Any] = {}
         loss_fn = trainer.actor_loss_fn.forward
@@ -342,11 +344,7 @@ class Bench:
             type(self.strategy).backward(self.strategy, loss, model, *args, **kwargs)
 
         def optimizer_step(optim: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-            parameters = [p for p in model.model.parameters() if p.requires_grad]
-            gradients = [safe_get_full_grad(p) for p in parameters]
-            seen["of"] = torch.cat([g.flatten().float() for g in gradients if g is not None])
-            model.model.zero_grad()
-            model.model.optimizer.zero_grad()
+            seen["of"] = self._gradient()
 
         trainer.actor_loss_fn.forward = forward
         self.strategy.backward, self.strategy.optimizer_step = backward, optimizer_step
@@ -361,9 +359,27 @@ class Bench:
             log_probs=seen["log_probs"].detach(),
         )
 
-    def epoch(self, experiences: list[Any], kl: str, coef: float = 0.1) -> dict[str, Any]:
+    def gradient(self, loss: Tensor) -> Tensor:
+        """Of all parameters, through the engine, of any loss."""
+        self.strategy.backward(loss, self.actor, None)
+        return self._gradient()
+
+    def _gradient(self) -> Tensor:
+        from deepspeed.utils import safe_get_full_grad
+
+        model = self.actor.model
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        gradients = [safe_get_full_grad(p) for p in parameters]
+        whole = torch.cat([g.flatten().float() for g in gradients if g is not None])
+        model.zero_grad()
+        model.optimizer.zero_grad()
+        return whole
+
+    def epoch(
+        self, experiences: list[Any], kl: str, coef: float = 0.1, source: Path | None = None
+    ) -> dict[str, Any]:
         """What ``ppo_train`` reports of these micro-batches."""
-        configure(self.args, kl, coef)
+        configure(self.args, kl, coef, source)
         trainer = self.make()
         self.strategy.optimizer_step = lambda *args, **kwargs: None
         self.strategy.accumulated_gradient = 1

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from klplug_verl.actor import COEF_KEY, MAXIMA, SUMS
+from klplug_verl.actor import MAXIMA, SUMS
+from klplug_verl.keys import COEF_KEY
 from klplug_verl.settings import derive
 from torch import Tensor, nn
 

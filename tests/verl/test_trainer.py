@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from klplug_verl.actor import BASELINE, COEF_KEY, numbers
+from klplug_verl.actor import BASELINE, numbers
+from klplug_verl.keys import COEF_KEY
 from klplug_verl.refusals import REWARD_ESTIMATORS
 from klplug_verl.trainer import excess_over_group, to_go_over_answer
 from omegaconf import open_dict
