@@ -108,10 +108,10 @@ PAPERS = {
         ),
         Paper(
             "dph-rl", "DPH-RL: the choice of divergence", "2509.07430",
-            "forward_as_loss,horizon=sequence",
-            "A forward KL, or JS, on answers that the reference gave once, their log-probs stored. "
-            "klplug has the same forward KL on the policy's own answers; no host mixes stored ones "
-            "in. In a loop of your own: docs/options.md.",
+            "js_as_loss",
+            "JS, a forward KL or alpha on answers that the reference gave once, their log-probs "
+            "stored: the key klplug.source=FILE beside the kl_type, and no reference model. Its "
+            "public code keeps only answers that are right (docs/options.md).",
         ),
         Paper(
             "rapo", "RAPO: rewards-aware policy optimization", "2510.03865", "",

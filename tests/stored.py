@@ -49,6 +49,19 @@ def written(path: Path, made: Iterable[Any]) -> Path:
     return path
 
 
+def drawn(folder: Path) -> Path:
+    """Answers of the committed policy to the quickstart's problems, by the tool itself."""
+    from recipes.quickstart.data import load_problems
+    from recipes.reference_answers import main
+    from tests.references import POLICY
+
+    problems, path = folder / "questions.jsonl", folder / "own_answers.jsonl"
+    written(problems, load_problems("words", "train", count=96))
+    words = [str(POLICY), "--data", str(problems), "--out", str(path), "--samples", "4"]
+    assert main([*words, "--max-new-tokens", "48"]) == 0
+    return path
+
+
 def changed(**values: Any) -> Callable[[list[dict[str, Any]]], None]:
     def change(made: list[dict[str, Any]]) -> None:
         made[1].update(values)

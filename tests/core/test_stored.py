@@ -104,7 +104,7 @@ def test_at_the_reference_no_sample_has_a_gradient() -> None:
     ("kl_type", "published"),
     [
         # seamoke/DPH-RL: low_var_kl with the two policies swapped, js_low_var, and
-        # alpha_divergence_f, whose alpha is 1 less ours; differentiated as they stand.
+        # alpha_divergence_f, whose alpha is 1 - alpha here; differentiated as they stand.
         ("forward_as_loss", lambda x: x.exp() - x - 1),
         ("js_as_loss", lambda x: x.exp() * x - (x.exp() + 1) * ((x.exp() + 1) / 2).log()),
         (

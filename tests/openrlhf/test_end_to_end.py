@@ -22,6 +22,7 @@ from recipes.shared.processes import HostProcesses
 from tests.openrlhf.command_line import spelled
 from tests.references import moved
 from tests.releases import release
+from tests.stored import drawn
 
 pytestmark = pytest.mark.slow
 
@@ -235,6 +236,20 @@ def test_a_reference_of_the_users_own(
     steps, log = trained("k2_as_loss", "--klplug.ref_model", str(place))
     assert f"ref_model={place}" in log and log.count("active in a policy actor") == 1
     assert steps[0]["klplug/kl_before_update"] > 0.001  # it does not start at the reference
+
+
+def test_the_references_own_answers_stand_in_for_it(
+    trained: Callable[..., tuple[list[Metrics], str]], tmp_path: Path
+) -> None:
+    """Nothing but a whole run shows that no reference is loaded, and that its actors read them."""
+    path = drawn(tmp_path)
+    steps, log = trained("js_as_loss", "--klplug.source", str(path), steps=3)
+    assert f" source={path}; sets" in log and "ReferenceModelActor" not in log
+    assert all(m["klplug/active"] == 1 and "klplug/kl" not in m for m in steps)
+    # The policy starts at the reference, up to bfloat16, and its first step is warm-up.
+    first, *_, last = (m["klplug/source/forward_kl"] for m in steps)
+    assert abs(first) < 0.02 and last != first
+    assert 0.9 < steps[0]["klplug/source/weight_mean"] < 1.1
 
 
 def test_a_reference_that_moves_is_saved_and_resumed(

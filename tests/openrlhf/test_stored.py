@@ -1,4 +1,4 @@
-"""``klplug.source``: stored answers of the reference in OpenRLHF's real training step, and before."""
+"""``klplug.source``: stored answers of the reference in OpenRLHF's real training step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from klplug import stored_kl
 from klplug.hosting.stored import Answer, Stored
 from tests.openrlhf.command_line import change, settled
-from tests.openrlhf.trainer import BATCH, VOCABULARY, Bench, Recorded, tiny_model
+from tests.openrlhf.trainer import BATCH, VOCABULARY, Bench, tiny_model
 from tests.references import POLICY
 from tests.stored import policys_digest, rows, written
 
@@ -41,12 +41,18 @@ def drawn(source: Path, experience: Any) -> tuple[Stored, list[Answer]]:
     return stored, stored.drawn(experience.sequences, BATCH)
 
 
-def alone(bench: Bench, own: Answer, kl_type: str) -> Tensor:
-    """The KL of one stored answer, token by token, without padding."""
+def log_probs(bench: Bench, own: Answer) -> Tensor:
+    """Of one stored answer, without padding, (1, T)."""
     ids = torch.tensor([[*own.prompt, *own.answer]])
     mask = torch.ones(1, len(own.answer), dtype=torch.long)
-    log_probs = bench.actor(ids, mask, attention_mask=torch.ones_like(ids))
-    return stored_kl(kl_type, log_probs, torch.tensor([own.log_probs]), mask).loss[0]
+    found: Tensor = bench.actor(ids, mask, attention_mask=torch.ones_like(ids))
+    return found
+
+
+def alone(bench: Bench, own: Answer, kl_type: str) -> Tensor:
+    """The KL of one stored answer, token by token."""
+    found = log_probs(bench, own)
+    return stored_kl(kl_type, found, torch.tensor([own.log_probs]), torch.ones_like(found)).loss[0]
 
 
 def close(one: Tensor, other: Tensor) -> bool:
@@ -70,7 +76,9 @@ def test_the_kl_acts_on_the_stored_answers_and_on_nothing_else(
     kl = torch.stack([alone(bench, own, kl_type).sum() for own in answers]).sum()
     expected = bench.gradient(BETA * kl / (BATCH * tokens))
     assert close(ours.of_parameters - without.of_parameters, expected)
-    assert float(ours.metrics["kl"]) == pytest.approx(float(kl / (BATCH * tokens)), rel=1e-2)
+    assert float(ours.metrics["kl"]) == pytest.approx(
+        float(kl.detach() / (BATCH * tokens)), rel=1e-2
+    )
 
 
 @pytest.mark.usefixtures("patched")
@@ -93,18 +101,25 @@ def test_a_mean_over_answers_and_an_answer_without_tokens(bench: Bench, source: 
 
 
 @pytest.mark.usefixtures("patched")
-def test_the_metrics_are_of_all_stored_answers_and_named_so(bench: Bench, source: Path) -> None:
+def test_the_metrics_are_of_all_stored_answers_and_named_so(
+    bench: Bench, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Answer] = []
+    original = Stored.drawn
+
+    def recorded(own: Stored, beside: Tensor, count: int) -> list[Answer]:
+        seen.extend(answers := original(own, beside, count))
+        return answers
+
+    monkeypatch.setattr(Stored, "drawn", recorded)
     experiences = [bench.experience(seed=seed) for seed in (0, 1)]
     status = bench.epoch(experiences, "forward_as_loss", BETA, source)
+    assert len(seen) == 2 * BATCH
     assert status["klplug/active"] == 1 and status["klplug/source/forward_kl"] > 0
     assert not {"klplug/kl", "klplug/k1", "klplug/k3", "klplug/ess"} & set(status)
-
-    def metrics(recorded: Recorded) -> float:
-        return float(recorded.metrics["klplug/source/weight_mean"])
-
-    each = [metrics(bench.step(e, "forward_as_loss", BETA, source)) for e in experiences]
-    assert each[0] != each[1]
-    assert min(each) <= status["klplug/source/weight_mean"] <= max(each)
+    ratios = [log_probs(bench, own)[0].detach() - torch.tensor(own.log_probs) for own in seen]
+    weights = torch.cat(ratios).exp().clamp(max=10)  # the default cap
+    assert status["klplug/source/weight_mean"] == pytest.approx(float(weights.mean()), rel=1e-2)
 
 
 # ── Before the run ──────────────────────────────────────────────────────────────────────────────
@@ -115,7 +130,8 @@ def run(source: Path | str, kl_type: str = "js_as_loss", *words: str) -> Any:
         *("--actor.model_name_or_path", str(POLICY), "--data.prompt_dataset", "hub/data"),
         *("--reward.remote_url", "reward.py", "--vllm.num_engines", "1"),
         *("--klplug.kl_type", kl_type, "--klplug.kl_coef", "0.1", "--train.batch_size", "4"),
-        *("--rollout.batch_size", "4", "--klplug.source", str(source), *words),
+        *("--rollout.batch_size", "4", "--rollout.micro_batch_size", "1"),
+        *("--train.micro_batch_size", "1", "--klplug.source", str(source), *words),
     ]
     return settled(launcher.main, flags)[0]
 

@@ -17,6 +17,7 @@ from recipes.quickstart import run, verl
 from recipes.quickstart.settings import HERE, TINY, settings
 from recipes.shared.processes import HostProcesses
 from tests.references import moved
+from tests.stored import drawn
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -222,10 +223,10 @@ def test_a_stock_run_is_a_stock_run(tmp_path: Path) -> None:
     assert steps[1]["kl"] > 0
 
 
-def two_steps(folder: Path, *more: str) -> tuple[list[Any], str]:
+def two_steps(folder: Path, *more: str, kl_type: str = "k2_as_loss") -> tuple[list[Any], str]:
     """A run of verl's command with more words at its end: its steps, and its log."""
     own, log = folder / "run", folder / "log.txt"
-    made = settings(host="verl", steps=2, kl_type="k2_as_loss")
+    made = settings(host="verl", steps=2, kl_type=kl_type)
     prompts = folder / "prompts.jsonl"
     run.write_prompts(made, prompts)
     own.mkdir()
@@ -243,6 +244,19 @@ def test_a_reference_of_the_users_own(tmp_path: Path) -> None:
     steps, text = two_steps(tmp_path, f"+klplug.ref_model={place}")
     assert f"ref_model={place}" in text and text.count("active in a worker") == 1
     assert steps[0]["klplug/kl_before_update"] > 0.001  # it does not start at the reference
+
+
+@pytest.mark.slow
+def test_the_references_own_answers_stand_in_for_it(tmp_path: Path) -> None:
+    """Nothing but a whole run shows that no reference is loaded, and that its workers read them."""
+    path = drawn(tmp_path)
+    steps, text = two_steps(tmp_path, f"+klplug.source={path}", kl_type="js_as_loss")
+    assert f" source={path}; sets" in text
+    updates = [m for m in steps if "klplug/active" in m]
+    assert len(updates) == 2 and not any("klplug/kl" in m for m in steps)
+    # The policy starts at the reference, up to bfloat16.
+    assert abs(updates[0]["klplug/source/forward_kl"]) < 0.02
+    assert 0.9 < updates[0]["klplug/source/weight_mean"] < 1.1
 
 
 @pytest.mark.slow

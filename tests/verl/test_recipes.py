@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import pytest
 
-from klplug.hosting import references
+from klplug.hosting import references, stored
 from recipes import launch
 from recipes.recipe import Recipe, load, names
 from recipes.shared.settings import SettingsError
@@ -59,8 +59,9 @@ def test_verl_reads_a_recipe_as_it_is_meant(
     rank_check: None,
 ) -> None:
     """Dry runs: Hydra, klplug's plugin, validate_config; the same is asked of OpenRLHF."""
-    # A reference that a recipe names is on the hub.
-    monkeypatch.setattr(references, "check", lambda *_, **__: None)
+    # A reference that a recipe names is on the hub, and the file of its answers is not drawn yet.
+    for room in (references, stored):
+        monkeypatch.setattr(room, "check", lambda *_, **__: None)
     found, compose = [], host.compose
     monkeypatch.setattr(host, "compose", lambda words: found.append(compose(words)) or found[-1])
     out = data / "run"

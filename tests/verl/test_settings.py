@@ -418,6 +418,32 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
         own("k2_as_loss", "+klplug.ref_update=reset:2", "++trainer.v1.trainer_mode=separate_async"),
         ["klplug.ref_update=reset:2", "separate_async", "sync or colocate_async"],
     ),
+    # The reference's own answers.
+    (own("js_as_loss", "+klplug.source=7"), ["klplug.source=7 is not a string"]),
+    (
+        own("k2_as_loss", "+klplug.source=own.jsonl"),
+        ["klplug.source is own.jsonl", "k2 is refused", "forward, js, hellinger, tv"],
+    ),
+    (
+        own("k1_in_reward", "+klplug.source=own.jsonl"),
+        ["klplug.source is own.jsonl", "a reward is of the policy's own answers"],
+    ),
+    (
+        own("js_as_loss", "+klplug.source=own.jsonl", "+klplug.ref_update=reset:2"),
+        ["klplug.source is own.jsonl, and klplug.ref_update is reset:2", "Leave one out"],
+    ),
+    (
+        own("js_as_loss", "+klplug.source=own.jsonl", f"{ACTOR}.strategy=megatron"),
+        ["klplug.source=own.jsonl", "strategy=megatron", "Use fsdp or fsdp2"],
+    ),
+    (
+        own("js_as_loss", "+klplug.source=own.jsonl", "++trainer.use_legacy_worker_impl=auto"),
+        ["klplug.source=own.jsonl", "use_legacy_worker_impl=disable"],
+    ),
+    (
+        own("js_as_loss", "+klplug.source=own.jsonl", "distillation.enabled=True"),
+        ["klplug.source=own.jsonl", "distillation.enabled=True", "Leave one out"],
+    ),
 ]
 
 
