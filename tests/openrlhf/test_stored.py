@@ -129,16 +129,17 @@ def run(source: Path | str, kl_type: str = "js_as_loss", *words: str) -> Any:
     flags = [
         *("--actor.model_name_or_path", str(POLICY), "--data.prompt_dataset", "hub/data"),
         *("--reward.remote_url", "reward.py", "--vllm.num_engines", "1"),
-        *("--klplug.kl_type", kl_type, "--klplug.kl_coef", "0.1", "--train.batch_size", "4"),
-        *("--rollout.batch_size", "4", "--rollout.micro_batch_size", "1"),
-        *("--train.micro_batch_size", "1", "--klplug.source", str(source), *words),
+        *("--klplug.kl_type", kl_type, "--klplug.kl_coef", "0.1"),
+        *("--klplug.source", str(source), *words),
     ]
     return settled(launcher.main, flags)[0]
 
 
 @pytest.fixture(scope="module")
 def fitting(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written(tmp_path_factory.mktemp("fitting") / "own.jsonl", rows(policys_digest()))
+    return written(
+        tmp_path_factory.mktemp("fitting") / "own.jsonl", rows(policys_digest(), count=128)
+    )
 
 
 def test_a_run_loads_no_reference_and_says_whose_answers(
@@ -158,7 +159,7 @@ def test_a_run_loads_no_reference_and_says_whose_answers(
     [
         ({"digest": "other"}, (), ["the token ids of another tokenizer than the policy"]),
         ({}, ("--rollout.temperature", "0.7"), ["sampled at temperature 1", "samples at 0.7"]),
-        ({"count": 3}, (), ["has 3 answers, and an update draws 4"]),
+        ({"count": 3}, (), ["has 3 answers, and an update draws 128"]),
     ],
     ids=["tokenizer", "temperature", "too few"],
 )
@@ -169,7 +170,9 @@ def test_what_the_policy_cannot_be_compared_with_is_refused_before_the_run(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = written(tmp_path / "own.jsonl", rows(**{"digest": policys_digest(), **made}))
+    path = written(
+        tmp_path / "own.jsonl", rows(**{"digest": policys_digest(), "count": 128, **made})
+    )
     with pytest.raises(SystemExit):
         run(path, "js_as_loss", *words)
     error = capsys.readouterr().err
