@@ -77,7 +77,7 @@ def _tell(made: Report) -> None:
     # No name breaks within a word.
     longest = max(len(word) for group in made.groups for word in group.label.split())
     table.add_column("run", min_width=min(longest, 40), overflow="fold")
-    for heading in ("seeds", "steps", "reward", "KL", "tokens per answer"):
+    for heading in ("seeds", "steps", "reward", "KL, nats per token", "tokens per answer"):
         table.add_column(heading, justify="right")
 
     def ended(group: Group, metric: str) -> str:

@@ -191,6 +191,9 @@ def _run(place: Path, logs: Sequence[Path]) -> tuple[Run | None, list[str]]:
         tag = next((tag for tag in metric.tags if tag in scalars), None)
         if tag is not None:
             metrics[metric.name] = dict(sorted(scalars[tag].items()))
+    # A trainer that has no reference logs a KL of 0.
+    if not any(metrics.get("kl_host", {}).values()):
+        metrics.pop("kl_host", None)
     for tag in sorted(filter(VALIDATION.fullmatch, scalars)):
         metrics[tag] = dict(sorted(scalars[tag].items()))
     if not metrics:

@@ -317,6 +317,18 @@ def test_a_stock_run_has_its_own_kl_in_the_table(klplug_command: Klplug, tmp_pat
     assert "(k3)" in line
 
 
+def test_a_kl_that_the_trainer_logs_without_a_reference_is_none(
+    klplug_command: Klplug, tmp_path: Path
+) -> None:
+    """OpenRLHF logs kl 0 at every step of a run whose coefficient is 0."""
+    without = quickstart(tmp_path / "without", kl_type="none")
+    lines = [json.dumps({"step": s, "reward": 0.5, "kl": 0.0}) for s in range(1, STEPS + 1)]
+    (without / "metrics.jsonl").write_text("\n".join(lines))
+    _, document = reported(klplug_command, tmp_path / "out", tmp_path)
+    (run,) = document["runs"]
+    assert set(run["final"]) == {"reward"}
+
+
 def test_summaries_and_settings_stand_beside_the_curves(
     klplug_command: Klplug, tmp_path: Path
 ) -> None:
