@@ -1,5 +1,7 @@
 """One rank of a ring: ``python -m tests.openrlhf.rank MODEL KL_TYPE... OUT.pt``, RANK set.
 
+With KLPLUG_TEST_SOURCE a file of the reference's own answers, one step on those.
+
 OpenRLHF's ring attention by its own code, with stand-ins for the two packages that need a GPU:
 ring-flash-attn, and flash-attention's gather.
 """
@@ -34,6 +36,12 @@ def main() -> None:
     rank = int(os.environ["RANK"])
     bench = Bench(Path(model), zero_stage=2, packing=True, ring=int(os.environ["WORLD_SIZE"]))
     experience = bench.experience()
+    source = os.environ.get("KLPLUG_TEST_SOURCE")
+    if source is not None:
+        stored = bench.step(experience, kl_types[-1], source=Path(source))
+        if rank == 0:
+            torch.save((vars(experience), vars(stored)), out)
+        return
     steps = [vars(bench.step(experience, kl)) for kl in kl_types]
     # The ranks of a ring see the same tokens: for the metrics each has another reference.
     other = bench.experience()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +14,12 @@ from klplug_openrlhf.keys import flag, read
 from klplug_openrlhf.plan import RECORDERS, Plan
 
 import klplug
+from klplug import stored_kl
+from klplug.hosting.stored import Stored
 from tests import one_meaning
 from tests.openrlhf.command_line import change, settled, spelled
-from tests.openrlhf.trainer import Given, arguments
+from tests.openrlhf.trainer import VOCABULARY, Given, Unigram, arguments
+from tests.stored import rows, written
 
 KL = ("--klplug.kl_type", "k2_as_loss", "--klplug.kl_coef", "1e-3")
 
@@ -208,3 +212,24 @@ def test_one_token_far_below_the_reference_does_not_decide_the_step(
     torch.testing.assert_close(
         bounded[rest], kl_part("k3_as_loss")[rest].clamp(max=1), rtol=0.05, atol=1e-3
     )
+
+
+def test_the_references_own_answers_have_the_kl_alone(
+    given: Given, patched: None, tmp_path: Path
+) -> None:
+    """Each token by the file's mean length; of the rollouts the policy loss is as without a KL."""
+    source = written(tmp_path / "own.jsonl", rows(vocabulary=VOCABULARY))
+    batch = one_meaning.batch()
+    ours = given.gradient_of_unigram("js_as_loss", batch, source)
+    without = given.gradient_of_unigram("none", batch)
+    stored, policy = Stored.read(str(source)), Unigram()
+    count = len(batch.response_mask)
+    sequences = torch.ones(count, batch.response_mask.shape[1] + 1, dtype=torch.long)
+    total = torch.zeros(())
+    for own in stored.drawn(sequences, count):
+        log_probs = policy.logits.log_softmax(-1)[list(own.answer)][None]
+        ref = torch.tensor([own.log_probs])
+        total = total + stored_kl("js_as_loss", log_probs, ref, torch.ones_like(ref)).loss.sum()
+    (one_meaning.BETA * total / (count * stored.mean_length)).backward()
+    assert policy.logits.grad is not None and policy.logits.grad.norm() > 0
+    torch.testing.assert_close(ours - without, policy.logits.grad, rtol=1e-4, atol=1e-7)

@@ -15,6 +15,7 @@ from klplug import stored_kl
 from klplug.hosting.stored import Answer, Stored
 from tests.openrlhf.command_line import change, settled
 from tests.openrlhf.trainer import BATCH, VOCABULARY, Bench, tiny_model
+from tests.ranks import on_two_ranks
 from tests.references import POLICY
 from tests.stored import policys_digest, rows, written
 
@@ -120,6 +121,28 @@ def test_the_metrics_are_of_all_stored_answers_and_named_so(
     ratios = [log_probs(bench, own)[0].detach() - torch.tensor(own.log_probs) for own in seen]
     weights = torch.cat(ratios).exp().clamp(max=10)  # the default cap
     assert status["klplug/source/weight_mean"] == pytest.approx(float(weights.mean()), rel=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("patched", "ops")
+def test_a_ring_of_two_ranks_draws_alike_and_gives_the_gradient_of_one(
+    model: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes: each rank has half of a packed row, and both have the same answers."""
+    monkeypatch.setenv("KLPLUG_TEST_SOURCE", str(source))
+    given, found = on_two_ranks("tests.openrlhf.rank", tmp_path, str(model), "js_as_loss")
+    packed = Bench(model, zero_stage=2, packing=True)
+    experience = packed.experience()
+    for name, value in given.items():
+        setattr(experience, name, value)
+    one, without = (
+        packed.step(experience, kl, source=of)
+        for kl, of in (("js_as_loss", source), ("none", None))
+    )
+    assert (found["of_parameters"] - one.of_parameters).norm() < 0.05 * one.of_parameters.norm()
+    assert not close(without.of_parameters, one.of_parameters)
+    name = "klplug/source/forward_kl"
+    assert float(found["metrics"][name]) == pytest.approx(float(one.metrics[name]), rel=0.05)
 
 
 # ── Before the run ──────────────────────────────────────────────────────────────────────────────

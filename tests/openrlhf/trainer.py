@@ -121,6 +121,20 @@ class Policy:
         return self.log_probs, None
 
 
+class Unigram:
+    """An actor that draws each token from one distribution, whatever stands before it."""
+
+    def __init__(self) -> None:
+        self.logits = torch.linspace(-1, 1, VOCABULARY).requires_grad_()
+
+    def train(self) -> None:
+        pass
+
+    def __call__(self, sequences: Tensor, mask: Tensor, **_: Any) -> tuple[Tensor, None]:
+        log_probs = self.logits.log_softmax(-1)[sequences[:, 1:]]
+        return log_probs[:, -mask.shape[1] :] * mask, None
+
+
 class PolicyOfStates:
     """An actor whose hidden states are given, with an output layer that it calls."""
 
@@ -193,6 +207,15 @@ class Given:
         assert policy.hidden.grad is not None
         return policy.hidden.grad
 
+    def gradient_of_unigram(
+        self, kl_type: str, given: one_meaning.Batch, source: Path | None = None
+    ) -> Tensor:
+        """The same, towards the logits of a policy that draws each token alike."""
+        policy = Unigram()
+        self._step(kl_type, given, policy, source=source)
+        assert policy.logits.grad is not None
+        return policy.logits.grad
+
     def _step(
         self,
         kl_type: str,
@@ -200,10 +223,11 @@ class Given:
         policy: Any,
         sequences: Tensor | None = None,
         info: dict[str, Any] | None = None,
+        source: Path | None = None,
     ) -> None:
         from openrlhf.trainer.ppo_utils.experience import Experience
 
-        configure(self.args, kl_type, one_meaning.BETA)
+        configure(self.args, kl_type, one_meaning.BETA, source)
         if "posterior" in kl_type:
             info = carried(given.posterior_log_probs, given.response_mask)
         shape = (given.log_probs.shape[0], given.log_probs.shape[1] + 1)

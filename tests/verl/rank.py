@@ -1,6 +1,7 @@
 """One rank of several: ``python -m tests.verl.rank CASES.json OUT.pt``, RANK in its environment.
 
 ``python -m tests.verl.rank CASES.json OUT.pt 2``: of packed rows, cut between 2 ranks (Ulysses).
+With KLPLUG_TEST_SOURCE a file of the reference's own answers, the cases once more on those.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from recipes import cpu_shim
 
 def main() -> None:
     cpu_shim.install("verl")
+    from klplug.hosting.stored import Stored
     from tests.verl.engine import Bench
 
     given, *words, out = sys.argv[1:]
@@ -31,6 +33,9 @@ def main() -> None:
     )
     data = bench.batch()
     results = [bench.step(data, **case) for case in cases]
+    if (source := os.environ.get("KLPLUG_TEST_SOURCE")) is not None:
+        bench.worker.engine.klplug_stored = Stored.read(source)
+        results += [bench.step(data, **case) for case in cases]
     if rank == 0:
         torch.save(results, out)
 

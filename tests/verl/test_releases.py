@@ -39,6 +39,7 @@ ONLY = {
     "0.8.0": (
         "test_training_worker.py::test_the_gradient_is_stock_verls",
         "test_training_worker.py::test_distillation_keeps_its_own_kl",
+        "test_stored.py::test_the_controllers_coefficient_reaches_it",
         "test_exact.py::test_in_bfloat16_states_take_two_bytes_and_the_gradient_is_close",
         "test_exact.py::test_with_lora_the_reference_is_the_policy_without_its_adapter",
     ),

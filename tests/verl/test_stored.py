@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 from klplug import stored_kl
 from klplug.hosting.settings import SettingsError
 from klplug.hosting.stored import Answer, Stored
+from tests.ranks import on_two_ranks
 from tests.references import POLICY
 from tests.stored import policys_digest, rows, written
 from tests.verl.engine import ANSWERS, Bench, nested
@@ -143,6 +145,29 @@ def test_without_the_stored_answers_a_process_stops(bench: Bench, data: Any) -> 
     del alone["ref_log_prob"]
     with pytest.raises(ValueError, match="needs ref_log_probs, which is missing"):
         bench.step(alone, "js_as_loss", BETA)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ulysses", "micro_batch"), [((), 4), (("2",), 8)], ids=["data", "packed"])
+def test_two_ranks_give_the_gradient_of_one(
+    bench: Bench,
+    data: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ulysses: tuple[str, ...],
+    micro_batch: int,
+) -> None:
+    """Processes: each rank draws beside its own half, and those of one packed row draw alike."""
+    path = written(tmp_path / "own.jsonl", rows(vocabulary=280))
+    monkeypatch.setenv("KLPLUG_TEST_SOURCE", str(path))
+    case = {"kl_loss_type": "js_as_loss", "coef": BETA}
+    _, found = on_two_ranks("tests.verl.rank", tmp_path, json.dumps([case]), *ulysses)
+    with beside(bench, Stored.read(str(path))):
+        whole, metrics = bench.step(data, micro_batch=micro_batch, **case)
+    same(found[0], whole)
+    assert (whole - bench.step(data, None)[0]).norm() > 0.01 * whole.norm()
+    for name in ("klplug/source/forward_kl", "klplug/source/weight_mean", "kl_loss"):
+        assert found[1][name] == pytest.approx(metrics[name], rel=1e-3), name
 
 
 # ── Before the run ──────────────────────────────────────────────────────────────────────────────
