@@ -36,6 +36,12 @@ _NOT_SHOWN = ("kl", "k1", "k2", "k3", "abs", "gradient_cosine", "gradient_norm_r
 SERVED = "forward, js, hellinger, tv, and alpha below 1"
 
 
+# Estimators whose value is of the policy's own samples alone, and their gradient on these.
+_WITHOUT_A_DIVERGENCE = {
+    "k1": f"0 in the mean. Use one of {SERVED}",
+    "k3": "that of 'forward_as_loss'. Use that",
+    "abs": "twice that of 'tv_as_loss'. Use that",
+}
 # Options that have one value on the reference's own answers, and why.
 _ONE_VALUE = (
     ("reference", "ref", "the answers are the reference's"),
@@ -63,6 +69,9 @@ def _reason(term: TermSpec) -> str | None:
             "a reward is of the policy's own answers, and these have none. Use "
             f"'{finite_there}_as_loss'"
         )
+    if term.estimator in _WITHOUT_A_DIVERGENCE:
+        gradient = _WITHOUT_A_DIVERGENCE[term.estimator]
+        return f"{term.estimator} is refused: on these answers its gradient is {gradient}"
     if not term.definition.has_limit:
         return (
             f"{term.estimator} is refused: it is large where the policy goes and the reference "

@@ -67,6 +67,26 @@ def test_between_whole_answers(problem: Problem, name: str) -> None:
         assert differs(found, gradient(problem, SERVED[name]))
 
 
+@pytest.mark.parametrize("name", [name for name in SERVED if name != "forward"])
+def test_of_all_tokens_along_the_policys_answers(problem: Problem, name: str) -> None:
+    found = gradient(problem, f"{SERVED[name]},horizon=sequence")
+    assert same(found, problem.expected(name))
+
+
+def test_the_gradients_for_which_estimators_are_refused(problem: Problem) -> None:
+    """kl_term serves a loop of one's own, which may hand in the reference's as the old policy's."""
+    log_probs, ref = (problem.log_probs(p) for p in (problem.policy(), problem.ref()))
+    probability = problem.answer_probability(problem.ref())[:, None]
+
+    def of(kl_type: str) -> Tensor:
+        term = kl_term(f"{kl_type},cap=none", log_probs, ref, problem.mask, old_log_probs=ref)
+        return problem.gradient((probability * term.loss).sum())
+
+    assert of("k1_as_loss").norm() < 1e-12
+    assert same(of("k3_as_loss"), gradient(problem, "forward_as_loss"))
+    assert same(of("abs_as_loss"), 2 * gradient(problem, "tv_as_loss"))
+
+
 def test_a_sum_is_the_sum_of_its_terms() -> None:
     problem = PROBLEMS["three tokens"]()
     log_probs, ref = (problem.log_probs(p) for p in (problem.policy(), problem.ref()))
@@ -191,10 +211,10 @@ def test_behind_the_mask_there_may_be_anything() -> None:
 REFUSED = [
     ("none", "no term that could act"),
     ("monitor", "no term that could act"),
-    ("k1_as_loss", "k1 is refused"),
+    ("k1_as_loss", "k1 is refused: on these answers its gradient is 0 in the mean"),
     ("k2_as_loss", "k2 is refused: it is large where the policy goes and the reference does not"),
-    ("k3_as_loss", "k3 is refused"),
-    ("abs_as_loss", "abs is refused"),
+    ("k3_as_loss", "k3 is refused: on these answers its gradient is that of 'forward_as_loss'"),
+    ("abs_as_loss", "abs is refused: on these answers its gradient is twice that of 'tv_as_loss'"),
     ("jeffreys_as_loss", "jeffreys is refused"),
     ("chi2_as_loss", "chi2 is refused"),
     ("alpha_as_loss,alpha=2", "alpha below 1"),

@@ -291,6 +291,19 @@ POSTERIOR = of(
     tests=("posterior", "oracle"),
 )
 
+STORED = of(
+    "stored",
+    ("mask, old_log_probs=ref_log_probs)", "mask, old_log_probs=log_probs.detach())"),
+    (
+        'kl_term("monitor", ref_log_probs, log_probs.detach()',
+        'kl_term("monitor", log_probs, ref_log_probs',
+    ),
+    ("finite(part.weight * part.value)", "part.value"),
+    ("sums |= {name: forward.sums[name] for name in _OF_SAMPLES}", "sums |= forward.sums"),
+    ("elif own.rpartition", "if own.rpartition"),
+    tests=("stored",),
+)
+
 CORE = (
     *ESTIMATORS,
     *NUMERICS,
@@ -302,6 +315,7 @@ CORE = (
     *ANSWERS,
     *BASELINES,
     *POSTERIOR,
+    *STORED,
     *METRICS,
     *TOP,
     *AGGREGATION,

@@ -15,6 +15,14 @@ def of(host: str, file: str, tests: str, *rows: tuple[str, str]) -> list[Mutant]
 OPENRLHF = (
     *of(
         "openrlhf",
+        "stored",
+        "test_stored.py",
+        ("mask = mask * beside", "mask = mask"),
+        ("self.mean_length if by_token else", "lengths if by_token else"),
+        ("return sequences, attention, mask[:, 1:]", "return sequences, attention, mask[:, :-1]"),
+    ),
+    *of(
+        "openrlhf",
         "samples",
         "test_experience.py",
         # Answers of another width than the widest: the serious one.
@@ -83,6 +91,14 @@ OPENRLHF = (
 )
 
 VERL = (
+    *of(
+        "verl",
+        "stored",
+        "test_stored.py",
+        ("values[end - n - 1 : end - 1]", "values[end - n : end]"),
+        ("answers * stored.mean_length", "answers"),
+        ("(loss if scaler is None else scaler.scale(loss)).backward()", "pass"),
+    ),
     *of(
         "verl",
         "trainer",
