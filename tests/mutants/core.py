@@ -240,13 +240,18 @@ METRICS = (
     )
 )
 
-TOP = of(
+EXACT = of(
     "exact",
+    ("of_target.where(is_target.any(-1), torch.nan)", "of_target"),
+    tests=("exact_top",),
+)
+
+TOP = of(
+    "vocabulary",
     ("at.reference.minus(at.policy) - self.log_rest[at.rows]", "at.reference.minus(at.policy)"),
     ("own = log_p.gather(-1, here) - self.log_probs[at.rows]", "own = -self.log_probs[at.rows]"),
     ("rest.clamp(min=torch.finfo(sent.dtype).eps).log()", "rest.log()"),
     ("return cls(policy.local(ids), log_probs, log_rest)", "return cls(ids, log_probs, log_rest)"),
-    ("of_target.where(is_target.any(-1), torch.nan)", "of_target"),
     tests=("exact_top",),
 )
 
@@ -317,6 +322,7 @@ CORE = (
     *POSTERIOR,
     *STORED,
     *METRICS,
+    *EXACT,
     *TOP,
     *AGGREGATION,
     *CONTROLLERS,
