@@ -338,7 +338,8 @@ def table(package: Path) -> dict[str, Any]:
     """What a release knows: verl's own configs, flat; other engines' only add names."""
     folder = package / "trainer" / "config"
     main = folder / "_generated_ppo_trainer.yaml"
-    others = sorted(path for path in folder.glob("_generated_ppo_*_trainer.yaml") if path != main)
+    names = sorted(folder.glob("_generated_ppo_*_trainer.yaml"))
+    others = [path for path in names if path != main and path.is_file()]
     if main.is_file():
         contents = [load_yaml(path.read_text()) for path in [main, *others]]
     else:  # before 0.5

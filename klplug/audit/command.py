@@ -8,13 +8,13 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
 from klplug.audit.alternatives import bears, together
 from klplug.audit.errors import AuditError, NoCommand
-from klplug.audit.frameworks import Framework, configured_by, started_by
+from klplug.audit.frameworks import configured_by, started_by
 from klplug.audit.report import Report, report
 from klplug.audit.settings import Launch
 from klplug.audit.shell import Command, Script, Word
@@ -23,6 +23,8 @@ from klplug.hosting.host import Host, hosts
 
 # Larger than any script; a data file given by mistake is not read to its end.
 _MAX_BYTES = 10_000_000
+# Where a shell's <(...) lies.
+_OPENED = Path("/dev/fd")
 
 
 def _accepted() -> str:
@@ -101,8 +103,7 @@ def _read(
     if host is not None and host not in hosts():
         raise AuditError(f"host {host!r} is not known; there is {', '.join(hosts())}")
     found: list[_Found] = []
-    others: list[str] = []
-    elsewhere: list[Framework | None] = []
+    commands: list[tuple[Word, ...]] = []
     script: Script | None = None
     name = _name(source)
     if isinstance(source, (str, os.PathLike)):
@@ -111,32 +112,24 @@ def _read(
         if path.suffix in (".yaml", ".yml"):
             of_yaml = _of_yaml(path, text, host, host_version)
             return [lambda: of_yaml]
-        script = Script(text, path.parent)
+        script = _script(text, path)
         # Commands that somebody must ask for come last.
         for at in sorted(script.commands, key=lambda command: not command.reached):
             launched = _launch(at.words, at, script, path.parent, text)
             if launched is not None:
                 found.append(_Found(launched[0], _ways(*launched, at), at.reached))
-            others += _others(at.words)
-            elsewhere.append(started_by(word.text for word in at.words))
+            commands.append(at.words)
         if script.broken is not None and not found:
-            raise script.broken
+            raise AuditError(f"{name}: {script.broken}")
     else:
         words = tuple(Word(str(word)) for word in source)
         text = " ".join(word.text for word in words)
         one = _launch(words, None, None, Path("."), text)
         found = [_Found(one[0], [one[1]])] if one is not None else []
-        others = _others(words)
-        elsewhere.append(started_by(word.text for word in words))
+        commands.append(words)
     found = [f for f in found if host is None or f.host.name == host]
-    if not found and (named := next(filter(None, elsewhere), None)):
-        raise AuditError(f"{name}: {named}")
-    if not found and others:
-        raise AuditError(
-            f"{others[0]} is not audited: it has a trainer of its own; klplug audits {_accepted()}"
-        )
     if not found:
-        raise NoCommand(f"{name}: no training command; klplug audits {_accepted()}")
+        raise _why_none(name, commands)
 
     def report_on(number: int) -> Report:
         one = found[number]
@@ -151,6 +144,25 @@ def _read(
     return [functools.partial(report_on, number) for number in range(len(found))]
 
 
+def _script(text: str, path: Path) -> Script:
+    try:
+        return Script(text, path.parent)
+    except AuditError as error:
+        raise AuditError(f"{path}: {error}") from None
+
+
+def _why_none(name: str, commands: Sequence[Sequence[Word]]) -> AuditError:
+    """What a file has in the place of a command that is audited."""
+    frameworks = (started_by(word.text for word in words) for words in commands)
+    if (framework := next(filter(None, frameworks), None)) is not None:
+        return AuditError(f"{name}: {framework}")
+    if (other := next((word for words in commands for word in _others(words)), None)) is not None:
+        return AuditError(
+            f"{name}: {other} is not audited: it has a trainer of its own; klplug audits {_accepted()}"
+        )
+    return NoCommand(f"{name}: no training command; klplug audits {_accepted()}")
+
+
 def read(path: Path) -> str:
     """The text of a script or a config file.
 
@@ -158,13 +170,26 @@ def read(path: Path) -> str:
         AuditError: no file, or none with text.
     """
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise AuditError(f"{path}: {path.stat().st_size} bytes are no training script")
-        content = path.read_bytes()
+        # Nobody knows whether a pipe or a device ends; a shell's <(...) does.
+        if path.exists() and not (path.is_file() or path.is_dir() or path.parent == _OPENED):
+            raise AuditError(f"{path}: not a regular file; - reads standard input")
+        with path.open("rb") as file:
+            return read_from(file, str(path))
     except OSError as error:
         raise AuditError(f"{path}: {error.strerror or error}") from None
+
+
+def read_from(file: BinaryIO, name: str) -> str:
+    """The text of an open file.
+
+    Raises:
+        AuditError: it has no text, or more than any script.
+    """
+    content = file.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise AuditError(f"{name}: more than {_MAX_BYTES} bytes are no training script")
     if b"\0" in content:
-        raise AuditError(f"{path}: not a text file")
+        raise AuditError(f"{name}: not a text file")
     return content.decode("utf-8", errors="replace").replace("\r\n", "\n")
 
 
@@ -195,10 +220,13 @@ def _trainer(words: Sequence[Word]) -> tuple[Host, int, bool] | None:
         host = next((host for host in hosts().values() if host.starts(word.text)), None)
         if host is not None:
             return host, index, False
-    if started_by(word.text for word in words) is not None:
+    firsts = [
+        (host, next((n for n, word in enumerate(words) if host.marked(word.text)), 0))
+        for host in hosts().values()
+    ]
+    if not any(first for _, first in firsts) or started_by(word.text for word in words):
         return None
-    for host in hosts().values():
-        first = next((n for n, word in enumerate(words) if host.marked(word.text)), 0)
+    for host, first in firsts:
         for index in range(first - 1, -1, -1):
             if _STARTS.fullmatch(words[index].text) and (
                 words[index].text.endswith(".py") or words[index - 1].text == "-m"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import glob
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 import typer
 from rich.console import Console, Group
@@ -19,7 +21,7 @@ from rich.text import Text
 import klplug
 from klplug.audit import RULES, AuditError, Finding, Report
 from klplug.audit import audit as report_on
-from klplug.audit.command import audits, read
+from klplug.audit.command import audits, read, read_from
 from klplug.audit.edits import edited, kept, lines
 from klplug.audit.errors import NoCommand
 from klplug.audit.tables import given
@@ -105,7 +107,7 @@ def audit(
             raise Unreadable(str(error)) from None
     for path in files or ():
         try:
-            text = sys.stdin.read() if str(path) == "-" else read(path)
+            text = read_from(sys.stdin.buffer, "-") if str(path) == "-" else read(path)
             found = commands(path, text, command, options)
             if diff or fix:
                 status = max(status, changed(path, text, found, fix, options))
@@ -144,9 +146,14 @@ def sources(arguments: Sequence[str]) -> list[Path] | None:
     for name in arguments:
         path = Path(name)
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix in _SCRIPTS and p.is_file())
+            # os.path: Path.is_file raises where a folder may not be opened.
+            scripts = (p for p in path.rglob("*") if p.suffix in _SCRIPTS)
+            named = sorted(p for p in scripts if not os.path.isdir(p))
+            inside = [p for p in named if os.path.isfile(p)]
             if not inside:
                 raise Unreadable(f"{name}: a folder without shell scripts")
+            if odd := len(named) - len(inside):
+                print(f"{name}: {odd} of {len(named)} are not regular files", file=sys.stderr)
             found += inside
         elif not path.exists() and set(name) & set("*?["):
             matching = sorted(glob.glob(name, recursive=True))
@@ -319,10 +326,13 @@ _LEVELS = {"error": "error", "warning": "warning", "info": "notice"}
 def annotation(name: str, report: Report, finding: Finding) -> str:
     """A finding as GitHub's runners show it beside the line."""
     line = finding.line or report.line or 1
-    return (
-        f"::{_LEVELS[finding.severity]} file={name},line={line},title={finding.id}::"
-        f"{finding.message.replace('%', '%25')}"
-    )
+    file = _escaped(name, "%\r\n:,")
+    message = _escaped(finding.message, "%\r\n")
+    return f"::{_LEVELS[finding.severity]} file={file},line={line},title={finding.id}::{message}"
+
+
+def _escaped(text: str, special: str) -> str:
+    return "".join(f"%{ord(c):02X}" if c in special else c for c in text)
 
 
 def sarif(runs: Sequence[tuple[str, Report]]) -> dict[str, Any]:
@@ -335,7 +345,7 @@ def sarif(runs: Sequence[tuple[str, Report]]) -> dict[str, Any]:
             "locations": [
                 {
                     "physicalLocation": {
-                        "artifactLocation": {"uri": Path(name).as_posix()},
+                        "artifactLocation": {"uri": _uri(Path(name))},
                         "region": {"startLine": finding.line or report.line or 1},
                     }
                 }
@@ -355,6 +365,10 @@ def sarif(runs: Sequence[tuple[str, Report]]) -> dict[str, Any]:
         "version": "2.1.0",
         "runs": [{"tool": {"driver": driver}, "results": results}],
     }
+
+
+def _uri(path: Path) -> str:
+    return path.as_uri() if path.is_absolute() else quote(path.as_posix())
 
 
 def show(report: Report, out: Console, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -18,7 +19,7 @@ from klplug.audit import audit
 from klplug.audit.command import audits, read
 from klplug.cli.audit import changed
 from tests.audit.verdicts import SCRIPTS
-from tests.cli.conftest import Klplug
+from tests.cli.conftest import Done, Klplug
 
 COMMAND = ["python", "-m", "verl.trainer.main_ppo", "actor_rollout_ref.actor.use_kl_loss=True"]
 
@@ -156,9 +157,44 @@ def test_alone_what_cannot_be_read_is_an_error(
 def test_standard_input(
     klplug_command: Klplug, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{' '.join(COMMAND)}\n"))
-    done = klplug_command("audit", "-")
-    assert done.status == 1 and done.out.startswith("-:1  k3_as_loss")
+    def given(content: bytes) -> Done:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+        return klplug_command("audit", "-")
+
+    command = " ".join(COMMAND).encode()
+    # An author's name in Latin-1 is no reason to stop.
+    for content in (command, b"# Jos\xe9\n" + command):
+        done = given(content)
+        line = 1 + content.count(b"\n")
+        assert done.status == 1 and done.out.startswith(f"-:{line}  k3_as_loss")
+    binary = given(b"\x7fELF\0")
+    assert (binary.status, binary.err) == (2, "klplug: error: -: not a text file\n")
+
+
+def test_what_is_no_regular_file_is_not_waited_for(klplug_command: Klplug, folder: Path) -> None:
+    done = klplug_command("audit", "/dev/null")
+    assert (done.status, done.out) == (2, "")
+    assert done.err == "klplug: error: /dev/null: not a regular file; - reads standard input\n"
+    # A shell's <(...) ends.
+    assert "no training command" in klplug_command("audit", _opened(folder / "sub/none.sh")).err
+    os.mkfifo(folder / "pipe.sh")
+    (folder / "gone.sh").symlink_to("nowhere")
+    inside = klplug_command("audit", ".")
+    assert inside.err.splitlines()[0] == ".: 2 of 5 are not regular files"
+    assert (inside.status, len(inside.out.splitlines()) > 2) == (1, True)
+    both = klplug_command("audit", "good.sh", "pipe.sh")
+    assert (both.status, both.err) == (
+        2,
+        "klplug: error: pipe.sh: not a regular file; - reads standard input\n",
+    )
+
+
+def _opened(path: Path) -> str:
+    """A pipe that holds a file's content, named as bash names <(cat FILE)."""
+    reads, writes = os.pipe()
+    os.write(writes, path.read_bytes())
+    os.close(writes)
+    return f"/dev/fd/{reads}"
 
 
 def test_every_command_of_a_file_is_judged(klplug_command: Klplug, folder: Path) -> None:
@@ -176,6 +212,10 @@ def test_every_command_of_a_file_is_judged(klplug_command: Klplug, folder: Path)
 def test_annotations_for_github(klplug_command: Klplug, folder: Path) -> None:
     out = klplug_command("audit", "--format", "github", "sub/bad.sh").out
     assert out.startswith("::warning file=sub/bad.sh,line=2,title=forward-kl::k3 as a loss")
+    # The runner's own escapes: actions/toolkit, core/src/command.ts, escapeProperty.
+    (folder / "a, b:100%.sh").write_text((folder / "sub/bad.sh").read_text())
+    out = klplug_command("audit", "--format", "github", "a, b:100%.sh").out
+    assert out.startswith("::warning file=a%2C b%3A100%25.sh,line=2,title=forward-kl::")
 
 
 def test_sarif(klplug_command: Klplug, folder: Path) -> None:
@@ -186,6 +226,12 @@ def test_sarif(klplug_command: Klplug, folder: Path) -> None:
     assert first["level"] == "warning"
     place = first["locations"][0]["physicalLocation"]
     assert place["artifactLocation"]["uri"] == "sub/bad.sh" and place["region"]["startLine"] == 2
+    (folder / "a b").mkdir()
+    (folder / "a b" / "bad.sh").write_text((folder / "sub/bad.sh").read_text())
+    for asked, uri in (("a b", "a%20b/bad.sh"), (folder / "a b", (folder / "a b").as_uri())):
+        other = json.loads(klplug_command("audit", "--format", "sarif", asked).out)
+        location = other["runs"][0]["results"][0]["locations"][0]["physicalLocation"]
+        assert location["artifactLocation"]["uri"].startswith(uri)
     used = {result["ruleId"] for result in run["results"]}
     assert used == {rule["id"] for rule in run["tool"]["driver"]["rules"]}
 
