@@ -158,7 +158,8 @@ def _why_none(name: str, commands: Sequence[Sequence[Word]]) -> AuditError:
         return AuditError(f"{name}: {framework}")
     if (other := next((word for words in commands for word in _others(words)), None)) is not None:
         return AuditError(
-            f"{name}: {other} is not audited: it has a trainer of its own; klplug audits {_accepted()}"
+            f"{name}: {other} is not audited: it has a trainer of its own; "
+            f"klplug audits {_accepted()}"
         )
     return NoCommand(f"{name}: no training command; klplug audits {_accepted()}")
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from klplug.audit.shell import conditions, syntax
 from klplug.audit.shell.conditions import Holds
-from klplug.audit.shell.expansion import as_elements, reckoned, scalar, unsplit, value_of
+from klplug.audit.shell.expansion import as_elements, kept, reckoned, scalar, unsplit, value_of
 from klplug.audit.shell.state import Listed, Mapped, Scalar, Shell, Variable
 from klplug.audit.shell.values import (
     Flat,
@@ -59,7 +59,7 @@ def assign(shell: Shell, assignment: syntax.Assignment, value: Value | None = No
         _assign_elements(shell, assignment, before)
         return
     if value is None:
-        value = plain_value(scalar(shell, assignment.value))
+        value = kept(shell, assignment.value)
     if assignment.index is not None:
         _assign_element(shell, assignment, before, value)
         return
@@ -86,7 +86,7 @@ def _assign_elements(shell: Shell, assignment: syntax.Assignment, before: Variab
         for element in keyed:
             assert element.key is not None
             key = text(usual(scalar(shell, element.key)))
-            items[key] = plain_value(scalar(shell, element.value))
+            items[key] = kept(shell, element.value)
         shell.set(assignment.name, Mapped(tuple(items.items())))
         return
     listed = tuple(
@@ -95,7 +95,7 @@ def _assign_elements(shell: Shell, assignment: syntax.Assignment, before: Variab
         for piece in (
             as_elements(shell, [element])
             if isinstance(element, syntax.Text)
-            else array([plain_value(scalar(shell, element.value))])
+            else array([kept(shell, element.value)])
         )
     )
     old: Value = ()
@@ -149,7 +149,7 @@ def declare(shell: Shell, command: syntax.Simple) -> None:
     flags = ""
     for item in command.words[1:]:
         if isinstance(item, syntax.Assignment):
-            value = plain_value(scalar(shell, item.value))  # of the variable outside
+            value = kept(shell, item.value)  # of the variable outside
             _make_local(shell, builtin, item.name)
             if "A" in flags and not isinstance(shell.get(item.name), Mapped):
                 shell.set(item.name, Mapped(()))

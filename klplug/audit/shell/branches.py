@@ -126,7 +126,9 @@ def _decidable(status: Value, line: int) -> Value:
         )
     if piece.unknown:
         return _tree(Decision(piece.line or line, 2, usual=1))
-    return (replace(piece, text="0" if piece.text in ("0", "") else "1"),)
+    if piece.text in ("0", "1"):
+        return (piece,)
+    return (replace(piece, text="1" if piece.text else "0"),)
 
 
 def leaves_of(tree: Value) -> list[Piece]:

@@ -183,7 +183,7 @@ def _read(shell: Shell, values: list[Value], split: list[Flat], command: syntax.
         line = lifted(_without_backslashes, line)
     if is_array:
         split_line = lifted(
-            lambda p: as_array(fields(tuple(replace(q, splits=True) for q in p), ifs)), line
+            lambda p: as_array(fields(tuple(q.written(True, q.quoted) for q in p), ifs)), line
         )
         shell.set(names[0], Listed(split_line))
     else:

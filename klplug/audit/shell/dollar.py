@@ -20,6 +20,8 @@ from klplug.audit.shell.syntax import (
 _BRACES = re.compile(
     r"\$\{(?:(?P<length>\#)(?=[\w@*][\w]*[\[}]))?(?P<indirect>!)?(?P<name>[A-Za-z_]\w*|\d+|[@*#?$!-])"
 )
+# In an expression, up to what may mean something else; a semicolon stands alone.
+_RECKONED = re.compile(r"[\w \t.,:?!=<>+*/%&|^~#-]+")
 _ACTION = re.compile(r":?[-=+?]|:|\#\#?|%%?|//|/\#|/%|/|\^\^?|,,?|@")
 
 
@@ -201,6 +203,8 @@ class Expansions(Scanner):
             elif self._starts("\\\n"):
                 self.at += 2
             else:
-                parts.append(Literal(here, self.line_at(self.at), False))
-                self.at += 1
+                run = _RECKONED.match(source, self.at)
+                text = run[0] if run else here
+                parts.append(Literal(text, self.line_at(self.at), False))
+                self.at += len(text)
         return parts

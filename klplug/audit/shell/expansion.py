@@ -77,17 +77,19 @@ def _substitution(shell: Shell, part: syntax.Substitution) -> Value:
 
 def unsplit(shell: Shell, written: syntax.Text) -> list[Value]:
     """A word after brace expansion, not split yet."""
-    made = [value_of(shell, parts) for parts in brace_words(written.parts)]
-    listed = any(isinstance(p, syntax.Parameter) and p.is_list for p in written.parts[:1])
-    starts_here = isinstance(next(iter(written.parts), None), (syntax.Literal, syntax.Parameter))
-    if shell.spans and len(made) == 1 and starts_here and not listed:
-        made = [
-            tuple(
-                replace(p, span=written.span) if isinstance(p, Piece) and not p.end else p
-                for p in made[0]
-            )
-        ]
-    return made
+    words = brace_words(written.parts)
+    first = written.parts[0] if written.parts else None
+    stands = isinstance(first, syntax.Literal) or (
+        isinstance(first, syntax.Parameter) and not first.is_list
+    )
+    if not (shell.spans and len(words) == 1 and stands):
+        return [value_of(shell, parts) for parts in words]
+    return [
+        tuple(
+            p.written(p.splits, p.quoted, written.span) if isinstance(p, Piece) and not p.end else p
+            for p in value_of(shell, words[0], written.span)
+        )
+    ]
 
 
 def as_elements(shell: Shell, words: Sequence[syntax.Text]) -> Value:
@@ -108,22 +110,39 @@ def fields_of(shell: Shell, values: Sequence[Value], skip: int = 0) -> Value:
     return listed
 
 
-def scalar(shell: Shell, written: syntax.Text) -> Value:
+def kept(shell: Shell, written: syntax.Text) -> Value:
+    """What a variable keeps of a word."""
+    return plain_value(scalar(shell, written, keeps=True))
+
+
+def scalar(shell: Shell, written: syntax.Text, keeps: bool = False) -> Value:
     """A text that is not split: a value, a pattern, the subject of a case."""
-    value = value_of(shell, written.parts)
+    value = value_of(shell, written.parts, keeps=keeps)
     if any(isinstance(p, syntax.Parameter) and p.is_list for p in written.parts):
         value = lifted(lambda pieces: _with_blanks(pieces, written.line), value)
-    return tuple(replace(p, span=None, splits=False) if isinstance(p, Piece) else p for p in value)
+    return tuple(p.written(False, p.quoted) if isinstance(p, Piece) else p for p in value)
 
 
-def value_of(shell: Shell, parts: Sequence[syntax.Part]) -> Value:
+def value_of(
+    shell: Shell,
+    parts: Sequence[syntax.Part],
+    span: tuple[int, int] | None = None,
+    keeps: bool = False,
+) -> Value:
+    """What the parts of a word become.
+
+    Args:
+        span: where they stand, if it is one place.
+        keeps: a variable keeps them: whether they are quoted is of no account.
+    """
     pieces: list[Piece | Choice] = []
     for at, part in enumerate(parts):
         match part:
             case syntax.Literal():
-                pieces.append(Piece(part.text, shell.line(part.line), quoted=part.quoted))
+                quoted = part.quoted and not keeps
+                pieces.append(Piece(part.text, shell.line(part.line), quoted=quoted, span=span))
             case syntax.Parameter():
-                made = _parameter(shell, part)
+                made = _parameter(shell, part, keeps)
                 if part.is_list and at + 1 < len(parts):
                     # What follows belongs to the last element.
                     made = lifted(lambda p: p[:-1] if p and p[-1].end else p, made)
@@ -145,7 +164,7 @@ def _unset(shell: Shell, part: syntax.Parameter, soft: bool = False) -> Value:
     return (Piece(part.written, line, unknown=why, unset=True, soft=soft),)
 
 
-def _parameter(shell: Shell, part: syntax.Parameter) -> Value:
+def _parameter(shell: Shell, part: syntax.Parameter, keeps: bool = False) -> Value:
     if part.indirect and not (part.index is not None and part.index.plain() in ("@", "*")):
         return _indirect(shell, part)
     if part.is_list:
@@ -154,7 +173,7 @@ def _parameter(shell: Shell, part: syntax.Parameter) -> Value:
         return _expanded(
             lifted(lambda p: _length(shell, p, part), _looked_up(shell, part)), part.quoted
         )
-    return _expanded(_acted(shell, _looked_up(shell, part), part), part.quoted)
+    return _expanded(_acted(shell, _looked_up(shell, part), part), part.quoted, keeps)
 
 
 def _indirect(shell: Shell, part: syntax.Parameter) -> Value:
@@ -266,7 +285,7 @@ def _listing(shell: Shell, part: syntax.Parameter) -> Value:
 
         def one(pieces: Flat) -> Value:
             made = joined(elements(pieces), ifs[:1], part.line)
-            return tuple(replace(p, quoted=True, splits=False, span=None) for p in made)
+            return tuple(p.written(False, True) for p in made)
 
         return lifted(one, listed)
     return _listed(listed, part.quoted)
@@ -342,7 +361,7 @@ def _default(shell: Shell, part: syntax.Parameter) -> Value:
         return made
     # Unquoted, blanks in it part words.
     return tuple(
-        replace(p, splits=True)
+        p.written(True, False, p.span)
         if isinstance(p, Piece) and not p.quoted and not p.unknown and not p.end
         else p
         for p in made
@@ -409,7 +428,7 @@ def reckoned(
 ) -> Value:
     """The value of an expression, or what it assigns to a variable."""
     made = tuple(
-        replace(p, span=None) if isinstance(p, Piece) else p
+        p.written(p.splits, p.quoted) if isinstance(p, Piece) else p
         for p in value_of(shell, expression.parts)
     )
     names = dict.fromkeys(re.findall(r"(?<![\w$])[A-Za-z_]\w*", text(usual(made))))
@@ -457,28 +476,28 @@ def _listed(value: Value, quoted: bool) -> Value:
         if isinstance(p, Choice)
         else p
         if p.end
-        else replace(p, quoted=quoted, splits=not quoted)
+        else p.written(not quoted, quoted, p.span)
         for p in value
     )
 
 
-def _expanded(value: Value, quoted: bool) -> Value:
+def _expanded(value: Value, quoted: bool, keeps: bool = False) -> Value:
     """A value as a part of a word. What is known not to be set is nothing there, and set."""
     return tuple(
-        Choice(p.decision, tuple(_expanded(option, quoted) for option in p.options))
-        if isinstance(p, Choice)
-        else p
-        if p.end
-        else _part_of_a_word(p, quoted or p.quoted)
+        p
+        if keeps and p.is_plain
+        else _part_of_a_word(p, quoted or p.quoted, keeps)
+        if isinstance(p, Piece)
+        else Choice(p.decision, tuple(_expanded(option, quoted, keeps) for option in p.options))
         for p in value
     )
 
 
-def _part_of_a_word(p: Piece, quoted: bool) -> Piece:
-    unset = p.unset and p.unknown is not None
-    if (p.splits, p.quoted, p.unset, p.span) == (not quoted, quoted, unset, None):
+def _part_of_a_word(p: Piece, quoted: bool, keeps: bool) -> Piece:
+    if p.end:
         return p
-    return replace(p, splits=not quoted, quoted=quoted, unset=unset, span=None)
+    known = replace(p, unset=False) if p.unset and p.unknown is None else p
+    return known.written(not quoted and not keeps, quoted and not keeps)
 
 
 def _with_blanks(pieces: Flat, line: int) -> Value:

@@ -319,7 +319,7 @@ def _is_number(value: Value) -> bool:
 
 
 def _plain(pieces: Flat) -> Value:
-    return tuple(replace(p, splits=False, quoted=False, span=None) for p in pieces if not p.end)
+    return tuple(p.written(False, False) for p in pieces if not p.end)
 
 
 def _holds(status: Flat) -> Holds:

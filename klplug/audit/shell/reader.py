@@ -157,12 +157,15 @@ def _assigned(
     shell: Shell, name: str, values: list[Value], split: list[Flat], command: syntax.Simple
 ) -> None:
     """``A=1 COMMAND``: the assignments hold for the command."""
+    if not command.assignments:
+        _dispatch(shell, name, values, split, command)
+        return
     before = {a.name: shell.get(a.name) for a in command.assignments}
     for assignment in command.assignments:
         assign(shell, assignment)
     exported, shell.exported = shell.exported, shell.exported | before.keys()
     _dispatch(shell, name, values, split, command)
-    shell.exported = exported if before else shell.exported
+    shell.exported = exported
     for variable, old in before.items():
         shell.set(variable, old)
 

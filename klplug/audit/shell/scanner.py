@@ -17,6 +17,7 @@ _RESERVED = frozenset(
     )
 )
 _WORDLIKE = re.compile(r"[a-z]+(?=[\s;&|()<>]|$)|[{}!](?=[\s;&|()<>]|$)|\[\[(?=\s)")
+_BLANK = re.compile(r"(?:[ \t]+|\\\n|#[^\n]*)+")
 NAME = re.compile(r"[A-Za-z_]\w*")
 # "<your path>": no shell reads it, and whoever wrote it means to replace it.
 PLACEHOLDER = re.compile(r"<[A-Za-z][^<>\n|&;()]*(?<=\S)>(?=[\s\"'/\\.,:;|&)_-]|$)")
@@ -67,17 +68,8 @@ class Scanner(ABC):
         raise SyntaxProblem(self.line_at(min(at, len(self.source))), what)
 
     def _blank(self) -> None:
-        source = self.source
-        while self.at < len(source):
-            if source[self.at] in " \t":
-                self.at += 1
-            elif source.startswith("\\\n", self.at):
-                self.at += 2
-            elif source[self.at] == "#":
-                end = source.find("\n", self.at)
-                self.at = len(source) if end < 0 else end
-            else:
-                return
+        match = _BLANK.match(self.source, self.at)
+        self.at = match.end() if match else self.at
 
     def _newline(self) -> None:
         """Past a newline, and the here-documents that begin there."""

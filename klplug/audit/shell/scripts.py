@@ -40,6 +40,8 @@ _QUERIES = frozenset(
         *("ping", "lsof", "python", "python3", "uv"),
     )
 )
+# What no program is called: "python train.py" in quotes, say, which is not taken to succeed.
+_NO_NAME = re.compile(r"[\s{}=]")
 _SHELL = re.compile(r"(?:.*/)?(?:ba|z|da|k)?sh")
 
 
@@ -74,7 +76,8 @@ def program(shell: Shell, values: list[Value], split: list[Flat], command: synta
             )
         )
     shell.write((output(" ".join(texts)[:40]),))
-    shell.program_ends(asked=texts[0] in _QUERIES)
+    nameless = not words[0].unknown and _NO_NAME.search(texts[0]) is not None
+    shell.program_ends(asked=nameless or texts[0] in _QUERIES)
 
 
 def _nested_script(words: Sequence[Word]) -> int | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import TypeAlias
 
 
@@ -41,7 +41,8 @@ class Decision:
     usual: int = 0
 
 
-@dataclass(frozen=True)
+# Nothing changes one. Frozen it would take four times as long to make, and many are made.
+@dataclass(slots=True, unsafe_hash=True)
 class Piece:
     """A stretch of text on one line, on its way to become part of a word.
 
@@ -64,11 +65,46 @@ class Piece:
     end: bool = False
     span: tuple[int, int] | None = field(default=None, compare=False)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is as a variable keeps it: set, and not told how or where it was written."""
+        missing = self.unset and self.unknown is None
+        return not (self.splits or self.quoted or self.span or missing)
+
+    def written(self, splits: bool, quoted: bool, span: tuple[int, int] | None = None) -> Piece:
+        """The same text, as if it were written in another way, or elsewhere."""
+        if (self.splits, self.quoted, self.span) == (splits, quoted, span):
+            return self
+        facts = (self.unknown, self.unset, self.soft, self.end)
+        return Piece(self.text, self.line, splits, quoted, *facts, span)
+
 
 @dataclass(frozen=True)
 class Choice:
+    """One of several values, by a decision. What is told of it is worked out once."""
+
     decision: Decision
     options: tuple[Value, ...]
+
+    @cached_property
+    def decisions(self) -> dict[Decision, None]:
+        """Its own, and those within its options."""
+        return {self.decision: None} | decisions(*self.options)
+
+    @cached_property
+    def size(self) -> int:
+        """How many pieces and choices it holds."""
+        return sum(len(option) + _in_choices(option) for option in self.options)
+
+    @cached_property
+    def length(self) -> int:
+        """Of the text of all its options."""
+        return sum(map(_length, self.options))
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether it is as a variable keeps it."""
+        return all(p.is_plain for option in self.options for p in option)
 
 
 Value: TypeAlias = "tuple[Piece | Choice, ...]"
@@ -76,14 +112,16 @@ Flat: TypeAlias = "tuple[Piece, ...]"
 END = Piece("", end=True)
 # What is known not to be there.
 NOTHING: Value = (Piece("", unset=True),)
+_TOO_LONG = Piece("", unknown="it is too long to be read")
+_TOO_OPEN = Piece("", unknown="too much hangs on conditions")
 DEFAULT_IFS = " \t\n"
 
 # Bound on the runs that one value is worked out for.
 MOST_RUNS = 64
 # Bounds on what a variable keeps.
-_MAX_PIECES = 64
+_MAX_COMPACT = 64
+_MAX_PIECES = 2_000
 _MAX_TEXT = 20_000
-_MAX_ELEMENTS = 2_000
 _MAX_ARRAY_TEXT = 200_000
 _MAX_IN_CHOICES = 128
 _MAX_IN_ARRAY_CHOICES = 4_000
@@ -96,18 +134,17 @@ def decisions(*values: Value) -> dict[Decision, None]:
     for value in values:
         for piece in value:
             if isinstance(piece, Choice):
-                found[piece.decision] = None
-                found |= decisions(*piece.options)
+                found |= piece.decisions
     return found
 
 
 def decided(value: Value, taken: dict[Decision, int]) -> Value:
     """The value once some decisions are taken."""
-    if not any(isinstance(piece, Choice) for piece in value):
+    if Choice not in map(type, value):
         return value
     result: list[Piece | Choice] = []
     for piece in value:
-        if not isinstance(piece, Choice):
+        if not isinstance(piece, Choice) or piece.decisions.keys().isdisjoint(taken):
             result.append(piece)
         elif piece.decision in taken:
             result += decided(piece.options[taken[piece.decision]], taken)
@@ -181,15 +218,11 @@ def chosen(decision: Decision, options: Sequence[Value]) -> Value:
     first, *others = options
     if all(other == first for other in others):
         return first
-    start = 0
-    while all(start < len(o) for o in options) and all(o[start] == first[start] for o in others):
-        start += 1
-    stop = 0
+    start = min(_alike(first, other) for other in others)
     shortest = min(len(option) for option in options) - start
-    while stop < shortest and all(o[-1 - stop] == first[-1 - stop] for o in others):
-        stop += 1
+    stop = min(shortest, *(_alike(first[::-1], other[::-1]) for other in others))
     middle = tuple(option[start : len(option) - stop] for option in options)
-    if any(piece == END for option in middle for piece in option) or END in first:
+    if any(isinstance(p, Piece) and p.end for option in (first, *middle) for p in option):
         # Whole elements of an array only.
         while start and not _closes(first[start - 1]):
             start -= 1
@@ -198,6 +231,14 @@ def chosen(decision: Decision, options: Sequence[Value]) -> Value:
         middle = tuple(option[start : len(option) - stop] for option in options)
     tail = first[len(first) - stop :] if stop else ()
     return (*first[:start], Choice(decision, middle), *tail)
+
+
+def _alike(one: Value, other: Value) -> int:
+    """How many pieces two values begin with alike."""
+    for at, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a is not b and a != b:
+            return at
+    return min(len(one), len(other))
 
 
 def _closes(piece: Piece | Choice) -> bool:
@@ -264,7 +305,8 @@ def fields(pieces: Flat, ifs: str = DEFAULT_IFS) -> Iterator[Flat]:
                     current, exists = [], False
                 position = match.end()
             if position < len(piece.text):
-                current.append(replace(piece, text=piece.text[position:]))
+                rest = replace(piece, text=piece.text[position:]) if position else piece
+                current.append(rest)
                 exists = True
     if exists and not _nothing(current):
         yield tuple(current)
@@ -316,23 +358,24 @@ def output(program: str) -> Piece:
 
 def as_array(items: Sequence[Flat] | Iterator[Flat]) -> Value:
     return array(
-        [tuple(replace(p, splits=False, quoted=False) for p in item) or (Piece(""),)
-         for item in items]
-    )  # fmt: skip
+        [tuple(p.written(False, False, p.span) for p in item) or (Piece(""),) for item in items]
+    )
 
 
 def plain_value(value: Value) -> Value:
     """What a variable keeps: nothing of how it was written."""
-    if len(value) > _MAX_PIECES:
+    if len(value) > _MAX_COMPACT:
         value = _compact(value)
+    if value[:1] == (_TOO_LONG,) or len(value) > _MAX_PIECES:
+        return (_TOO_LONG,)
     if sum(len(piece.text) for piece in value if isinstance(piece, Piece)) > _MAX_TEXT:
-        return (Piece("", unknown="it is too long to be read"),)
+        return (_TOO_LONG,)
     return tuple(
-        Choice(p.decision, tuple(plain_value(option) for option in p.options))
-        if isinstance(p, Choice)
-        else replace(p, splits=False, quoted=False, span=None)
-        if p.splits or p.quoted or p.span
-        else p
+        p
+        if p.is_plain
+        else p.written(False, False)
+        if isinstance(p, Piece)
+        else Choice(p.decision, tuple(plain_value(option) for option in p.options))
         for p in value
         if not (isinstance(p, Piece) and not (p.text or p.unknown or p.soft or p.unset))
     )
@@ -340,10 +383,12 @@ def plain_value(value: Value) -> Value:
 
 def plain_array(value: Value) -> Value:
     """What an array keeps: a loop that doubles it would take all memory there is."""
-    if len(value) > _MAX_ELEMENTS or _length(value) > _MAX_ARRAY_TEXT:
-        return array([(Piece("", unknown="it is too long to be read"),)])
+    if value[:1] in ((_TOO_LONG,), (_TOO_OPEN,)):
+        return value[:2]  # what is added is not read either, or it would all be counted again
+    if len(value) > _MAX_PIECES or _length(value) > _MAX_ARRAY_TEXT:
+        return array([(_TOO_LONG,)])
     if _in_choices(value) > _MAX_IN_ARRAY_CHOICES:
-        return array([(Piece("", unknown="too much hangs on conditions"),)])
+        return array([(_TOO_OPEN,)])
     return value
 
 
@@ -352,23 +397,19 @@ def bounded(value: Value) -> Value:
 
     Each condition that sets a variable from others, which hang on conditions, may double it.
     """
+    if len(value) > _MAX_PIECES:
+        return (_TOO_LONG,)
     return _collapsed(value) if _in_choices(value) > _MAX_IN_CHOICES else value
 
 
 def _in_choices(value: Value) -> int:
-    return sum(
-        len(option) + _in_choices(option)
-        for piece in value
-        if isinstance(piece, Choice)
-        for option in piece.options
-    )
+    if Choice not in map(type, value):
+        return 0
+    return sum(piece.size for piece in value if isinstance(piece, Choice))
 
 
 def _length(value: Value) -> int:
-    return sum(
-        len(p.text) if isinstance(p, Piece) else sum(_length(option) for option in p.options)
-        for p in value
-    )
+    return sum(len(p.text) if isinstance(p, Piece) else p.length for p in value)
 
 
 def _compact(value: Value) -> Value:

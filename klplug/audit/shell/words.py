@@ -11,6 +11,8 @@ from klplug.audit.shell.syntax import Literal, Opaque, Parameter, Part, Text
 
 _META = " \t\n;&|()<>"
 _PLAIN = re.compile(r"[\w.=,:@%+*?^!#-]+")
+# In quotes, up to what may mean something or end them.
+_QUOTED = re.compile(r"[^$`\\\"}\n]+")
 _ANSI = re.compile(
     r"\\(?:(?P<octal>[0-7]{1,3})|x(?P<hex>[0-9a-fA-F]{1,2})|u(?P<u>[0-9a-fA-F]{1,4})"
     r"|U(?P<U>[0-9a-fA-F]{1,8})|c(?P<control>.)|(?P<other>.))",
@@ -38,6 +40,8 @@ class Words(Expansions):
         def ends() -> bool:
             nonlocal depth
             here = self._peek()
+            if here and here not in _META:
+                return False
             if not here or here in " \t\n":
                 return not (regex and depth and here and here != "\n")
             if here in "<>" and source[self.at + 1 : self.at + 2] == "(" and not regex:
@@ -214,8 +218,10 @@ class Words(Expansions):
                     flush()
                     parts.append(part)
             else:
-                plain.append(here)
-                self.at += 1
+                run = _QUOTED.match(source, self.at)
+                piece = run[0] if run else here
+                plain.append(piece)
+                self.at += len(piece)
                 if here == "\n":
                     flush()
         flush()
