@@ -53,7 +53,7 @@ METRICS = (
     Metric("ess", "effective sample size", ("klplug/ess",), _SHARE),
     Metric("capped_share", "share of weights at the cap", ("klplug/capped_share",), _SHARE),
     Metric("nonfinite_share", "tokens left out", ("klplug/nonfinite_share",), _SHARE),
-    Metric("cosine", "cosine to the reverse KL's", ("klplug/gradient_cosine",), (-1.0, 1.0)),
+    Metric("cosine", "cosine with KL(pi‖ref)'s gradient", ("klplug/gradient_cosine",), (-1.0, 1.0)),
     Metric("top_share", "gradient of the top 1 %", ("klplug/top_share",), _SHARE),
     Metric("seconds", "seconds per step", bounds=_POSITIVE),
     Metric("throughput", "tokens per second and GPU", bounds=_POSITIVE),
