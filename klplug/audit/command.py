@@ -157,7 +157,7 @@ def _why_none(name: str, commands: Sequence[Sequence[Word]]) -> AuditError:
     if (framework := next(filter(None, frameworks), None)) is not None:
         return AuditError(f"{name}: {framework}")
     if (other := next((word for words in commands for word in _others(words)), None)) is not None:
-        return AuditError(
+        return NoCommand(
             f"{name}: {other} is not audited: it has a trainer of its own; "
             f"klplug audits {_accepted()}"
         )

@@ -6,4 +6,4 @@ class AuditError(ValueError):
 
 
 class NoCommand(AuditError):
-    """A file in which nothing starts a trainer that klplug audits."""
+    """A file in which nothing starts a trainer that klplug audits: among others it is counted."""

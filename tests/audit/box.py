@@ -58,9 +58,9 @@ _LENIENT = r"""
 cd() { :; }; pushd() { :; }; popd() { :; }
 source() { _source "$@"; }
 .() { _source "$@"; }
-_source() { # from where the script is started, else from where it lies
+_source() { # from where the script is started, else from where it lies, which cd does not go to
   local _from
-  for _from in "$1" "${BASH_SOURCE[2]%/*}/$1"; do
+  for _from in "$1" "${BASH_SOURCE[2]%/*}/$1" "${BASH_SOURCE[2]%/*}/${1##*/}"; do
     if [ -f "$_from" ]; then
       builtin source "$_from" "${@:2}"
       return

@@ -43,7 +43,7 @@ READ = (
     *("OpenGVLab/ZeroGUI", "guanning03/efficient-reasoning", "satori-reasoning/Satori"),
     *("seamoke/DPH-RL", "complex-reasoning/RPG", "AnitaLeungxx/ReMix-Off-Policy-RFT"),
     *("AdaptVision/AdaptVision", "BaohaoLiao/SAGE", "RazvanDu/ConciseRL"),
-    "mickelliu/selfplay-redteaming",
+    *("mickelliu/selfplay-redteaming", "PRIME-RL/TTRL", "RLHFlow/Minimal-RL"),
 )
 # Of these, commands that set one of these have a loss that was not read.
 _OWN = {"seamoke/DPH-RL": r"data\.sft_files=|[\w.]*sft_loss_mode="}

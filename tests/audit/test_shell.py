@@ -46,10 +46,9 @@ SNIPPETS = {
 }
 
 
-def _bash(script: str) -> list[list[str]]:
-    done = subprocess.run(
-        ["bash", "-c", _STUBS + script], capture_output=True, timeout=20, check=False, env={}
-    )
+def _bash(script: str, folder: Path | None = None) -> list[list[str]]:
+    words = ["bash", "-c", _STUBS + script]
+    done = subprocess.run(words, capture_output=True, timeout=20, check=False, env={}, cwd=folder)
     commands, words = [], []
     for word in done.stdout.decode().split("\0")[:-1]:
         if word == "\1":
@@ -300,6 +299,13 @@ def test_a_sourced_file_is_read(tmp_path: Path) -> None:
     read = Script(script, tmp_path)
     assert [w.text for w in read.commands[-1].words] == ["run", "f", "4"]
     assert read.sourced == [4]
+
+
+def test_a_sourced_file_has_the_arguments_that_it_is_given(tmp_path: Path) -> None:
+    (tmp_path / "args.sh").write_text('if [[ $1 != slurm ]]; then run "$@"; fi; run $#\n')
+    script = "set -- x\n. ./args.sh slurm 'b c'\nrun \"$@\"\nsource ./args.sh\nrun end"
+    read = [[w.text for w in c.words] for c in Script(script, tmp_path).commands if c.reached]
+    assert read == _bash(script, tmp_path) and ["run", "2"] in read
 
 
 def test_a_script_that_sources_itself_ends(tmp_path: Path) -> None:

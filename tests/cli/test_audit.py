@@ -138,6 +138,24 @@ def test_many_files(
     assert ("nowhere.sh: No such file" in done.err) == (status == 2)
 
 
+def test_a_script_of_another_trainer_is_counted_and_a_framework_is_named(
+    klplug_command: Klplug, folder: Path
+) -> None:
+    (folder / "sft.sh").write_text("python -m verl.trainer.fsdp_sft_trainer data.x=1\n")
+    done = klplug_command("audit", "good.sh", "sft.sh")
+    assert (done.status, done.err) == (0, "1 of 2 files have no training command\n")
+    alone = klplug_command("audit", "sft.sh")
+    assert alone.status == 2
+    assert alone.err.startswith(
+        "klplug: error: sft.sh: verl.trainer.fsdp_sft_trainer is not audited"
+    )
+    (folder / "trl.sh").write_text("trl grpo --beta 0.1\n")
+    (folder / "open.sh").write_text("echo 'open\n")
+    for name, words in (("trl.sh", "a run of TRL"), ("open.sh", "a shell would not read")):
+        both = klplug_command("audit", "good.sh", name)
+        assert both.status == 2 and both.err.startswith(f"klplug: error: {name}: {words}")
+
+
 @pytest.mark.parametrize(
     ("argument", "words"),
     [

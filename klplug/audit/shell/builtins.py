@@ -262,7 +262,12 @@ def _source(shell: Shell, values: list[Value], split: list[Flat], command: synta
             shell.sourced.append(line)
         shell.program_ends()
         return
+    outer = shell.get("@")
+    if len(split) > 2:
+        shell.set("@", Listed(fields_of(shell, values, 2)))
     read_file(shell, path, line)
+    if len(split) > 2:
+        shell.set("@", outer)
     if shell.flow == "return":
         shell.flow = ""
 

@@ -27,6 +27,7 @@ from klplug.audit.shell.values import (
     elements,
     fields,
     flat,
+    is_counted,
     joined,
     lifted,
     output,
@@ -193,6 +194,13 @@ def _length(shell: Shell, pieces: Flat, part: syntax.Parameter) -> Value:
     return (Piece(str(len(found[0])), part.line),)
 
 
+def _number(pieces: Flat, part: syntax.Parameter, own: bool) -> Value:
+    """How many elements there are."""
+    if not is_counted(pieces):
+        return _not_computed(part, pieces)
+    return (Piece(str(len(elements(pieces))), part.line, soft=own),)
+
+
 def _looked_up(shell: Shell, part: syntax.Parameter) -> Value:
     name = part.name
     if name.isdigit() and name != "0":
@@ -200,13 +208,10 @@ def _looked_up(shell: Shell, part: syntax.Parameter) -> Value:
         if not isinstance(variable, Listed):
             return _unset(shell, part, soft=True)
         at = int(name) - 1
-        return lifted(lambda pieces: element_at(pieces, at) or NOTHING, variable.value)
+        return lifted(lambda pieces: _element(pieces, at, part), variable.value)
     if name == "#":
         own = not isinstance(shell.get("@"), Listed)
-        return lifted(
-            lambda pieces: (Piece(str(len(elements(pieces))), part.line, soft=own),),
-            shell.arguments(),
-        )
+        return lifted(lambda pieces: _number(pieces, part, own), shell.arguments())
     if name == "?":
         return tuple(
             replace(p, text=p.text or "0", unknown=None, soft=True)
@@ -232,9 +237,16 @@ def _looked_up(shell: Shell, part: syntax.Parameter) -> Value:
         found = conditions.known(number)
         if found is None:
             return _not_computed(part)
-        return element_at(pieces, int(found[0])) or NOTHING
+        return _element(pieces, int(found[0]), part)
 
     return lifted(element, variable.value, index)
+
+
+def _element(pieces: Flat, at: int, part: syntax.Parameter) -> Value:
+    before = elements(pieces)[: at if at >= 0 else None]
+    if not all(map(is_counted, before)):
+        return _not_computed(part, pieces)
+    return element_at(pieces, at) or NOTHING
 
 
 def _listing(shell: Shell, part: syntax.Parameter) -> Value:
@@ -262,7 +274,7 @@ def _listing(shell: Shell, part: syntax.Parameter) -> Value:
                 lambda p: array([(Piece(str(n)),) for n in range(len(elements(p)))]), listed
             )
     if part.length:
-        return lifted(lambda p: (Piece(str(len(elements(p))), part.line, soft=own),), listed)
+        return lifted(lambda p: _number(p, part, own), listed)
     if part.action in (":-", "-", ":+", "+", ":?", "?", ":=", "="):
         nothing = () if not own else (Piece("", unset=True, unknown="", soft=True),)
 
@@ -293,7 +305,7 @@ def _listing(shell: Shell, part: syntax.Parameter) -> Value:
 
 def _slice(shell: Shell, pieces: Flat, part: syntax.Parameter) -> Value:
     bounds = _bounds(shell, part)
-    if bounds is None:
+    if bounds is None or not is_counted(pieces):
         return array([_not_computed(part)])
     items = elements(pieces)
     start, count = bounds

@@ -287,7 +287,7 @@ def fields(pieces: Flat, ifs: str = DEFAULT_IFS) -> Iterator[Flat]:
     for piece in pieces:
         if piece.end:
             if exists:
-                yield tuple(current)
+                yield _unless_files(current)
             current, exists = [], False
         elif not piece.splits or piece.unknown or between is None:
             if piece.text or piece.quoted or piece.unknown:
@@ -301,7 +301,7 @@ def fields(pieces: Flat, ifs: str = DEFAULT_IFS) -> Iterator[Flat]:
                     exists = True
                 if exists or not match[0].isspace():
                     if not _nothing(current):
-                        yield tuple(current) or (replace(piece, text="", quoted=True),)
+                        yield _unless_files(current) or (replace(piece, text="", quoted=True),)
                     current, exists = [], False
                 position = match.end()
             if position < len(piece.text):
@@ -309,7 +309,21 @@ def fields(pieces: Flat, ifs: str = DEFAULT_IFS) -> Iterator[Flat]:
                 current.append(rest)
                 exists = True
     if exists and not _nothing(current):
-        yield tuple(current)
+        yield _unless_files(current)
+
+
+def _unless_files(pieces: list[Piece]) -> Flat:
+    """A field; from the root there are files, and which of them a pattern names is not known."""
+    head = next((piece.text for piece in pieces if piece.text), "")
+    if not head.startswith("/") or not any(
+        not (piece.quoted or piece.unknown) and _FILES.search(piece.text) for piece in pieces
+    ):
+        return tuple(pieces)
+    why = f"which files {text(tuple(pieces))} names is not known"
+    return tuple(replace(piece, unknown=piece.unknown or why, splits=True) for piece in pieces)
+
+
+_FILES = re.compile(r"[*?]|\[.+\]")
 
 
 def _nothing(pieces: list[Piece]) -> bool:
@@ -358,7 +372,12 @@ def output(program: str) -> Piece:
 
 def as_array(items: Sequence[Flat] | Iterator[Flat]) -> Value:
     return array(
-        [tuple(p.written(False, False, p.span) for p in item) or (Piece(""),) for item in items]
+        [
+            # Of what is not known, that it may be more than one element.
+            tuple(p.written(p.splits and bool(p.unknown), False, p.span) for p in item)
+            or (Piece(""),)
+            for item in items
+        ]
     )
 
 
@@ -427,6 +446,11 @@ def _compact(value: Value) -> Value:
         else:
             made.append(piece)
     return tuple(made)
+
+
+def is_counted(pieces: Flat) -> bool:
+    """Whether an array has as many elements as are told: none is an unquoted $(...), say."""
+    return not any(piece.unknown and piece.splits for piece in pieces)
 
 
 def element_at(pieces: Flat, at: int) -> Value | None:
