@@ -112,18 +112,19 @@ AXES: dict[str, Axis] = {
         ),
         Axis(
             "reference",
-            ("ref", "rollout", "old", "posterior"),
+            ("ref", "rollout", "old", "teacher", "posterior"),
             lambda term: "ref",
             "the policy that the KL is taken to. ref: the reference model. rollout: the sampler "
             "itself, with ratio=rollout or none. old: the policy at the start of the step. The "
-            "last two make a trust region and load no reference model. posterior: "
-            "ref exp(r/kl_coef)/Z over whole answers, through which the reward r acts, with no "
-            "policy loss beside it",
+            "last two make a trust region and load no reference model. teacher: a second frozen "
+            "model, beside the reference. posterior: ref exp(r/kl_coef)/Z over whole answers, "
+            "through which the reward r acts, with no policy loss beside it",
             needs={
                 "ref": ("ref_log_probs",),
                 "posterior": ("ref_log_probs", "posterior_log_probs"),
                 "rollout": ("rollout_log_probs",),
                 "old": ("old_log_probs",),
+                "teacher": ("teacher_log_probs",),
             },
         ),
         Axis(

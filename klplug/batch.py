@@ -27,6 +27,7 @@ class Given:
     ref_log_probs: Tensor | None = None
     old_log_probs: Tensor | None = None
     rollout_log_probs: Tensor | None = None
+    teacher_log_probs: Tensor | None = None
     posterior_log_probs: Tensor | None = None
     advantages: Tensor | None = None
     kl_coef: float | Tensor | None = None
@@ -129,8 +130,8 @@ class Given:
 
 
 _NUMBERS = (
-    *("ref_log_probs", "old_log_probs", "rollout_log_probs", "posterior_log_probs"),
-    *("advantages", "return_baseline", "exact_kl"),
+    *("ref_log_probs", "old_log_probs", "rollout_log_probs", "teacher_log_probs"),
+    *("posterior_log_probs", "advantages", "return_baseline", "exact_kl"),
 )
 
 

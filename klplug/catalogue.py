@@ -237,6 +237,28 @@ _MIXTURE = KLType(
     source="klplug; the references of DAR, arXiv 2602.11523, with any coefficients",
     test="test_a_sum_of_two_references_is_a_kl_to_their_geometric_mixture",
 )
+_TEACHER = _row(
+    "k2_as_loss,reference=teacher",
+    coefficient="log pi - log teacher",
+    target="LOC: grad KL(pi||teacher) of each token, the KL to a second frozen model",
+    gradient_bias="another reference: unbiased for LOC of KL(pi||teacher)",
+    off_policy="OLDPREF of KL(pi||teacher), exact below the cap",
+    source="on-policy distillation; KDRL, arXiv 2506.02208",
+    test="test_a_teacher_as_reference",
+)
+_TWO_MODELS = KLType(
+    name="1.25*k2_as_loss,reference=teacher+-0.25*k2_as_loss",
+    formula="1.25 (log pi - log teacher)^2 / 2 - 0.25 x^2 / 2",
+    coefficient="1.25 (log pi - log teacher) - 0.25 x",
+    target="LOC of 1.25 KL(pi||teacher) - 0.25 KL(pi||ref): of the KL to teacher^1.25 / ref^0.25, "
+    "unnormalised",
+    value_bias="for each KL that of k2",
+    gradient_bias="another reference: unbiased for LOC of that sum",
+    off_policy="OLDPREF of that sum, exact below the cap",
+    requires=parse("k2_as_loss+k2_as_loss,reference=teacher").requires,
+    source="G-OPD, arXiv 2602.12125, with lambda = 1.25",
+    test="test_a_sum_of_two_references_is_a_kl_to_their_geometric_mixture",
+)
 _SUM = KLType(
     name="k3_in_reward+k3_as_loss",
     formula=f"2 ({ESTIMATORS['k3'].formula})",
@@ -303,6 +325,8 @@ def kl_types() -> dict[str, KLType]:
         _SAMPLER_WITHOUT_RATIO,
         _OLD,
         _MIXTURE,
+        _TEACHER,
+        _TWO_MODELS,
         _SUM,
         _MONITOR,
         _NONE,

@@ -79,6 +79,20 @@ PAPERS = {
             "of two KLs with any coefficients; this one has a = 0.7.",
         ),
         Paper(
+            "kdrl", "KDRL: knowledge distillation and reinforcement learning", "2506.02208",
+            "0.5*k2_as_loss+0.5*k2_as_loss,reference=teacher",
+            "The rewards' policy loss with k2 to a teacher. That alone is k2_as_loss, the teacher "
+            "as ref_model. This one holds the policy to the base too, at any coefficients: the "
+            "teacher is a second frozen model, named by the key teacher.",
+        ),
+        Paper(
+            "g-opd", "G-OPD: generalized on-policy distillation", "2602.12125",
+            "1.25*k2_as_loss,reference=teacher+-0.25*k2_as_loss",
+            "The reward lambda log(teacher/ref) of each token, and KL(pi||ref): lambda "
+            "KL(pi||teacher) + (1 - lambda) KL(pi||ref). This one has lambda = 1.25, which goes "
+            "beyond the teacher. The key teacher names it.",
+        ),
+        Paper(
             "salsa", "SALSA", "2411.01798", "k1_in_reward",
             "The reference is the mean of two fine-tuned models: klplug soup makes it, and the key "
             "ref_model names it, beside any kl_type.",

@@ -253,6 +253,13 @@ REFUSALS: tuple[Refusal, ...] = (
         "'k2_as_loss,reference={reference}'",
     ),
     Refusal(
+        "exact-to-teacher",
+        lambda t: _over(t) and t.reference == "teacher",
+        "reference=teacher with vocab={vocab} is refused: the hosts bring the reference's hidden "
+        "states to the policy, and no second model's. Use 'k2_as_loss,reference=teacher', or the "
+        "teacher as the reference model",
+    ),
+    Refusal(
         "exact-bound",
         lambda t: _over(t) and t.bound < math.inf,
         "bound={bound} with vocab={vocab} is refused: it holds the coefficient of a sampled token, "

@@ -311,13 +311,18 @@ _ATTRIBUTES = ("estimator", "placement", *OPTIONS)
 def sum_of(terms: Iterable[TermSpec]) -> KLSpec:
     """The sum of ``terms``: ``none`` without any, and of one that term itself.
 
-    A sum has one order, whatever order it is given in: what is in the reward, then by name.
+    A sum has one order, whatever order it is given in: what has a negative coefficient comes last,
+    for no command line takes a value that begins with a minus; then what is in the reward, then by
+    name.
 
     Raises:
         ValueError: the same term twice.
     """
     terms = tuple(
-        sorted(terms, key=lambda term: (PLACEMENTS.index(term.placement), str(term.alone)))
+        sorted(
+            terms,
+            key=lambda term: (term.factor < 0, PLACEMENTS.index(term.placement), str(term.alone)),
+        )
     )
     return terms[0] if len(terms) == 1 else SumSpec(terms)
 

@@ -146,6 +146,7 @@ def kl_term(
     *,
     old_log_probs: Tensor | None = None,
     rollout_log_probs: Tensor | None = None,
+    teacher_log_probs: Tensor | None = None,
     posterior_log_probs: Tensor | None = None,
     advantages: Tensor | None = None,
     kl_coef: float | Tensor | None = None,
@@ -173,14 +174,15 @@ def kl_term(
     Args:
         spec: a ``kl_type`` string or its ``KLSpec``.
         log_probs: (B, T), log pi_theta of the sampled tokens, nats; carries the gradient.
-        ref_log_probs: (B, T), log pi_ref of the same tokens. May be ``None`` for ``none`` and
-            ``reference=rollout``; if given there, the metrics have the KL to it too.
+        ref_log_probs: (B, T), log pi_ref of the same tokens. May be ``None`` where
+            no term is to it; if given there, the metrics have the KL to it too.
         response_mask: (B, T), nonzero where a token counts. Elsewhere the other tensors may hold
             anything, nan and inf too. A mask of zeros gives a zero term, and a row of zeros is no
             answer.
         old_log_probs: (B, T), the trainer's recomputation at the start of the step; for ratio=old
             and the heads.
         rollout_log_probs: (B, T), the sampler's own; for ratio=rollout.
+        teacher_log_probs: (B, T), of a second frozen model; for reference=teacher.
         posterior_log_probs: (B, T), for reference=posterior: of ``klplug.posterior_log_probs``.
         advantages: (B, T), for head=combined: its clip looks at advantage and KL together.
         kl_coef: beta, for head=combined likewise.
@@ -212,6 +214,7 @@ def kl_term(
         ref_log_probs=ref_log_probs,
         old_log_probs=old_log_probs,
         rollout_log_probs=rollout_log_probs,
+        teacher_log_probs=teacher_log_probs,
         posterior_log_probs=posterior_log_probs,
         advantages=advantages,
         kl_coef=kl_coef,

@@ -179,6 +179,7 @@ def coefficient(spec: klplug.KLSpec, log_ratio: Sequence[float]) -> tuple[float,
             torch.ones_like(log_probs),
             old_log_probs=inputs.get("old_log_probs"),
             rollout_log_probs=inputs.get("rollout_log_probs"),
+            teacher_log_probs=inputs.get("teacher_log_probs"),
             posterior_log_probs=inputs.get("posterior_log_probs"),
         ).coefficient
     return tuple(total[:, 0].tolist())

@@ -32,11 +32,12 @@ STOP = 0  # with ``stops``, the token that ends an answer
 
 @dataclass
 class Problem:
-    """All answers over ``vocabulary`` tokens of up to ``length``, under three policies.
+    """All answers over ``vocabulary`` tokens of up to ``length``, under four policies.
 
     ``logits(theta)[prefix]`` is a fixed random linear map of theta. ``theta`` and ``old`` are two
-    parameter vectors; the reference is arbitrary per prefix. With ``top`` a token's divergence is
-    of that many categories, the reference's most likely tokens, and one of all others.
+    parameter vectors; reference and teacher are arbitrary per prefix. With ``top`` a token's
+    divergence is of that many categories, the reference's most likely tokens, and one of all
+    others.
     """
 
     vocabulary: int
@@ -76,6 +77,7 @@ class Problem:
         self.theta = (0.7 * normal(self.dimension)).requires_grad_()
         self.old_theta = self.theta.detach() + 0.4 * normal(self.dimension)
         self.ref_logits = 0.8 * normal(count, self.vocabulary)
+        self.teacher_logits = 0.9 * normal(count, self.vocabulary)
 
     def _complete(self, answer: tuple[int, ...]) -> bool:
         if not self.stops:
@@ -92,6 +94,9 @@ class Problem:
 
     def ref(self) -> Tensor:
         return self.ref_logits.log_softmax(-1)
+
+    def teacher(self) -> Tensor:
+        return self.teacher_logits.log_softmax(-1)
 
     # Of the sampled tokens, (answers, length), zero where masked.
     def log_probs(self, conditional: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ def tensors(dtype: torch.dtype, device: str) -> dict[str, Tensor]:
             "ref_log_probs",
             "old_log_probs",
             "rollout_log_probs",
+            "teacher_log_probs",
             "advantages",
             "posterior_log_probs",
         )

@@ -14,7 +14,10 @@ from klplug import parse
 from tests.core.test_term import BETA, CLIP, GRID, batch, force, kl_term
 
 NAN, INF = math.nan, math.inf
-LOG_PROBS = ("log_probs", "ref_log_probs", "old_log_probs", "rollout_log_probs")
+LOG_PROBS = (
+    *("log_probs", "ref_log_probs", "old_log_probs", "rollout_log_probs"),
+    "teacher_log_probs",
+)
 
 
 def used(kl_type: str) -> list[str]:
@@ -48,7 +51,7 @@ def test_a_counted_number_that_is_none_leaves_the_kl_with_its_ratio(
         share = 1 / tensors["response_mask"].sum()
         assert term.metrics["klplug/nonfinite_share"].item() == pytest.approx(share.item())
         assert term.metrics[f"klplug/nonfinite/{name}"] == 1
-        if number != number or name not in ("ref_log_probs", "rollout_log_probs"):
+        if number != number or name in ("log_probs", "old_log_probs", "advantages"):
             torch.testing.assert_close(gradient, expected.gradient)
     clean = kl_term(kl_type, **tensors).metrics
     assert not any(clean[f"klplug/nonfinite/{name}"] for name in used(kl_type))

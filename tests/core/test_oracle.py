@@ -64,11 +64,11 @@ def loss_gradient(
     return problem.gradient((probability[:, None] * term.loss).sum())
 
 
-def reward_gradient(problem: Problem, kl_type: str, behaviour: Tensor) -> Tensor:
+def reward_gradient(problem: Problem, kl_type: str, behaviour: Tensor, **given: Tensor) -> Tensor:
     """Expected gradient through a host: the coefficient at theta_old joins the reward, and its
     reward-to-go multiplies the host's token ratio."""
-    old = problem.log_probs(behaviour).detach()
-    coefficient = kl_term(kl_type, old, problem.log_probs(problem.ref()), problem.mask).coefficient
+    old, ref = problem.log_probs(behaviour).detach(), problem.log_probs(problem.ref())
+    coefficient = kl_term(kl_type, old, ref, problem.mask, **given).coefficient
     ratio = (problem.log_probs(problem.policy()) - old).exp()
     weight = problem.answer_probability(behaviour).detach()[:, None] * problem.mask
     return problem.gradient((weight * ratio * reward_to_go(coefficient)).sum())
@@ -496,10 +496,55 @@ def test_the_policy_at_the_start_of_the_step_as_reference(problem: Problem) -> N
     assert (term.gradient == 0).all()
 
 
-def of_a_mixture(problem: Problem, a: float, b: float, horizon: str) -> Tensor:
-    """grad of a KL(pi||ref) + b KL(pi||old), as one KL to the unnormalised ref^a old^b."""
+def test_a_teacher_as_reference(problem: Problem) -> None:
+    """KL(pi||teacher), the answers from old: no other policy is in the target."""
+    teacher = problem.log_probs(problem.teacher())
+    targets = {
+        "k2_as_loss": lambda p: p.oldpref(),
+        "k2_as_loss,level=prefix": lambda p: p.loc(),
+        "k2_as_loss,horizon=sequence": lambda p: p.full(),
+        "k3_as_loss": lambda p: p.oldpref("forward"),
+        "js_as_loss,horizon=answer": lambda p: p.between_answers("js"),
+    }
+    other = copy.copy(problem)
+    other.ref_logits = problem.teacher_logits
+    for kl_type, target in targets.items():
+        named = f"{kl_type},reference=teacher,cap=none"
+        gradient = loss_gradient(problem, named, problem.old(), teacher_log_probs=teacher)
+        assert_equal(gradient, target(other))
+        assert_different(gradient, target(problem))
+    on_policy = problem.policy().detach()
+    for kl_type in ("k1_in_reward", "k3_in_reward"):
+        named = f"{kl_type},reference=teacher"
+        gradient = reward_gradient(problem, named, on_policy, teacher_log_probs=teacher)
+        assert_equal(gradient, ON_POLICY_REWARD[kl_type](other))
+        assert_different(gradient, ON_POLICY_REWARD[kl_type](problem))
+
+
+def test_beside_a_teacher_the_metrics_of_the_kl_are_to_the_reference() -> None:
+    problem = PROBLEMS["varying length"]()
+    log_probs, ref = problem.log_probs(problem.policy()), problem.log_probs(problem.ref())
+    teacher, mask = problem.log_probs(problem.teacher()), problem.mask
+    term = kl_term(
+        "1.25*k2_as_loss,ratio=none,reference=teacher+-0.25*k2_as_loss,ratio=none",
+        log_probs,
+        ref,
+        mask,
+        teacher_log_probs=teacher,
+    )
+    own = "klplug/1.25xk2_as_loss.ratio-none.reference-teacher/"
+    other = "klplug/-0.25xk2_as_loss.ratio-none/"
+    to_ref, to_teacher = ((log_probs.detach() - x)[mask].mean() for x in (ref, teacher))
+    for name in ("klplug/", other):
+        assert_equal(term.metrics[f"{name}k1"], to_ref)
+    assert_equal(term.metrics[f"{own}k1"], to_teacher)
+    assert_different(to_ref, to_teacher)
+
+
+def of_a_mixture(problem: Problem, a: float, b: float, horizon: str, second: str) -> Tensor:
+    """grad of a KL(pi||ref) + b KL(pi||q), as one KL to the unnormalised ref^a q^b."""
     policy = problem.policy()
-    mixture = a * problem.ref() + b * problem.old()
+    mixture = a * problem.ref() + b * getattr(problem, second)()
     per_prefix = (policy.exp() * ((a + b) * policy - mixture)).sum(-1)
     reach = problem.reach(policy if horizon == "sequence" else problem.old().detach())
     return problem.gradient((reach * per_prefix).sum())
@@ -507,23 +552,27 @@ def of_a_mixture(problem: Problem, a: float, b: float, horizon: str) -> Tensor:
 
 @pytest.mark.parametrize(("a", "b"), [(0.7, 0.3), (1.5, -0.5), (-0.2, 2.0)])
 @pytest.mark.parametrize("horizon", ["token", "sequence"])
+@pytest.mark.parametrize("second", ["old", "teacher"])
 def test_a_sum_of_two_references_is_a_kl_to_their_geometric_mixture(
-    problem: Problem, horizon: str, a: float, b: float
+    problem: Problem, second: str, horizon: str, a: float, b: float
 ) -> None:
     options = f"horizon={horizon},cap=none"
-    kl_type = f"{a}*k2_as_loss,{options}+{b}*k2_as_loss,{options},reference=old"
+    kl_type = f"{a}*k2_as_loss,{options}+{b}*k2_as_loss,{options},reference={second}"
     term = kl_term(
         kl_type,
         problem.log_probs(problem.policy()),
         problem.log_probs(problem.ref()),
         problem.mask,
         old_log_probs=problem.log_probs(problem.old()),
+        teacher_log_probs=problem.log_probs(problem.teacher()),
     )
     probability = problem.answer_probability(problem.old())[:, None]
     gradient = problem.gradient((probability * term.loss).sum())
-    assert_equal(gradient, of_a_mixture(problem, a, b, horizon))
+    assert_equal(gradient, of_a_mixture(problem, a, b, horizon, second))
     for other in ((a, 0.0), (a + b, 0.0), (1.0, 1.0)):
-        assert_different(gradient, of_a_mixture(problem, *other, horizon))
+        assert_different(gradient, of_a_mixture(problem, *other, horizon, second))
+    another = {"old": "teacher", "teacher": "old"}[second]
+    assert_different(gradient, of_a_mixture(problem, a, b, horizon, another))
     assert_equal(term.gradient, sum(part.gradient for part in term.parts))
     assert_equal(term.value, sum(part.value for part in term.parts))
 
@@ -1093,6 +1142,8 @@ def test_every_catalogued_kl_type_is_in_an_oracle() -> None:
         "k2_as_loss,ratio=none,reference=rollout",
         "k2_as_loss,reference=old",
         "0.7*k2_as_loss+0.3*k2_as_loss,reference=old",
+        "k2_as_loss,reference=teacher",
+        "1.25*k2_as_loss,reference=teacher+-0.25*k2_as_loss",
         "k3_in_reward+k3_as_loss",
         *TO_POSTERIOR,
         "monitor",

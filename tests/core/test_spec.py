@@ -101,6 +101,11 @@ def test_terms_requires_and_placed() -> None:
         ("1*k2_as_loss", "k2_as_loss"),
         ("1e+20*k2_as_loss+-0.5*k3_as_loss", "1e+20*k2_as_loss+-0.5*k3_as_loss"),
         ("2*exact_as_loss", "2*k2_as_loss,vocab=exact"),
+        (
+            "-0.25*k2_as_loss+1.25*k2_as_loss,reference=teacher",
+            "1.25*k2_as_loss,reference=teacher+-0.25*k2_as_loss",
+        ),
+        ("-2*k1_in_reward+k3_as_loss", "k3_as_loss+-2*k1_in_reward"),
         ("0.5*k1_in_reward,head=combined", "0.5*k2_as_loss,head=combined,horizon=sequence"),
         ("9*k2_as_loss+0.1*k3_in_reward", "0.1*k3_in_reward+9*k2_as_loss"),
     ],
@@ -290,6 +295,7 @@ def test_a_spec_is_frozen_and_parses_to_itself() -> None:
         ("2*monitor", ["'monitor' takes no options, got a coefficient"]),
         ("k1_in_reward,reference=old", ["holds nothing back", "'k2_as_loss,reference=old'"]),
         ("exact_as_loss,reference=old", ["reference=old with vocab=exact", "not of the vocab"]),
+        ("k2_as_loss,vocab=topk:8,reference=teacher", ["reference=teacher with vocab=topk:8"]),
         ("k2_as_loss+", ["empty term"]),
     ],
 )

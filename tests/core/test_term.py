@@ -79,6 +79,7 @@ def batch(
         "rollout_log_probs": draw(4.0),
         "advantages": draw(2.0) + 1,
         "posterior_log_probs": draw(4.0),
+        "teacher_log_probs": draw(4.0),
         "group_ids": torch.arange(shape[0]) // 2,
     }
 
@@ -282,7 +283,9 @@ def test_the_order_of_answers_does_not_matter(kl_type: str, seed: int, data: st.
 @pytest.mark.parametrize("kl_type", [g for g in GRID if not g.startswith("k1_as_loss")])
 def test_at_the_reference_there_is_nothing(kl_type: str) -> None:
     tensors = batch()
-    others = [f"{name}_log_probs" for name in ("old", "posterior") if f"={name}" in kl_type]
+    others = [
+        f"{name}_log_probs" for name in ("old", "posterior", "teacher") if f"={name}" in kl_type
+    ]
     for name in ("ref_log_probs", "rollout_log_probs", *others):
         tensors[name] = tensors["log_probs"].detach().clone()
     term = kl_term(kl_type, **tensors)
