@@ -119,6 +119,12 @@ def held(recipe: Recipe, host: str) -> Held:
     )
 
 
+def references(recipe: Recipe) -> tuple[str, ...]:
+    """The frozen models that the KL is to, each of the policy's size."""
+    taught = any(key.endswith("klplug.teacher") for key in (*recipe.openrlhf, *recipe.verl))
+    return ("reference", "teacher") if taught else ("reference",)
+
+
 def memory(recipe: Recipe, host: str) -> list[Estimate]:
     """Of one GPU: the parts, then the peaks of its two phases."""
     shape, size = recipe.shape, parameters(recipe.shape)
@@ -133,7 +139,12 @@ def memory(recipe: Recipe, host: str) -> list[Estimate]:
         f"{held_here.training_formula}, P = {size / 1e9:.2f}e9",
         held_here.training * size,
     )
-    reference = gib("reference", held_here.reference_formula, held_here.reference * size)
+    frozen = references(recipe)
+    reference = gib(
+        " and ".join(frozen),
+        held_here.reference_formula if len(frozen) == 1 else f"2 x ({held_here.reference_formula})",
+        len(frozen) * held_here.reference * size,
+    )
     activations = gib(
         "activations, with checkpointing",
         f"T h (2 L + {LAYER_BYTES}), T = {recipe.micro_batch} answers of full length "
@@ -183,11 +194,13 @@ def time(recipe: Recipe) -> list[Estimate]:
         "s",
     )
     tokens = recipe.answers * (prompt + recipe.mean_new_tokens)
+    frozen = references(recipe)
     training = Estimate(
         "log-probs and updates",
-        f"(8 + 2 + 2) P x {tokens} tokens (update with recomputation, old policy, reference) / "
+        f"(8 + 2{' + 2' * len(frozen)}) P x {tokens} tokens (update with recomputation, old "
+        f"policy, {', '.join(frozen)}) / "
         f"({recipe.gpus} x {TRAINING_UTILISATION:g} of {PEAK_FLOPS / 1e12:g} TFLOP/s)",
-        12 * size * tokens / (recipe.gpus * PEAK_FLOPS * TRAINING_UTILISATION),
+        (10 + 2 * len(frozen)) * size * tokens / (recipe.gpus * PEAK_FLOPS * TRAINING_UTILISATION),
         "s",
     )
     step = generating.value + training.value

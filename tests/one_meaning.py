@@ -51,6 +51,8 @@ SUMS = (
     "0.7*k2_as_loss+0.3*k2_as_loss,reference=old",
     "1.5*k2_as_loss,horizon=sequence+-0.5*k2_as_loss,horizon=sequence,reference=old",
     "0.5*k3_in_reward+2*k3_as_loss",
+    "1.25*k2_as_loss,reference=teacher+-0.25*k2_as_loss",
+    "0.5*k1_in_reward+0.5*k1_in_reward,reference=teacher",
 )
 DIVERGENCES = (
     "forward_as_loss",
@@ -86,6 +88,8 @@ BASELINES = (
     "js_as_loss,ratio=rollout,horizon=sequence,baseline=group",
     "k1_in_reward,baseline=group",
     "k1_in_reward,baseline=batch",
+    "0.5*k2_as_loss+0.5*k2_as_loss,horizon=sequence,baseline=group,reference=teacher",
+    "k1_in_reward+k1_in_reward,baseline=group,reference=teacher",
 )
 SAMPLER = (
     "k2_as_loss,reference=rollout",
@@ -116,6 +120,7 @@ STEPS = (
     "k2_as_loss,horizon=sequence,baseline=batch",
     "k2_as_loss,reference=rollout",
     "0.7*k2_as_loss+0.3*k2_as_loss,reference=old",
+    "1.25*k2_as_loss,reference=teacher+-0.25*k2_as_loss",
     "k2_as_loss,reference=posterior",
 )
 """Every estimator and every value of every option of a KL in the loss, in few: what is trained on
@@ -142,6 +147,7 @@ class Batch:
     old_log_probs: Tensor
     rollout_log_probs: Tensor
     posterior_log_probs: Tensor
+    teacher_log_probs: Tensor
     response_mask: Tensor
     advantages: Tensor
     group_ids: tuple[int, ...] = (0, 0, 1, 1)
@@ -160,6 +166,7 @@ def batch() -> Batch:
         old_log_probs=old * mask,
         rollout_log_probs=(old + 0.05 * torch.sin(3.1 * b + 0.7 * t)) * mask,
         posterior_log_probs=(log_probs + 0.4 * torch.cos(1.3 * b - 0.6 * t)) * mask,
+        teacher_log_probs=(log_probs - 0.6 * torch.cos(0.7 * b + 1.9 * t)) * mask,
         response_mask=mask,
         advantages=torch.tensor([0.8, -0.4, 1.1, -1.5])[:, None] * mask,
     )
@@ -260,7 +267,7 @@ def return_baseline(kl_type: str, given: Batch | None = None) -> Tensor | None:
             return klplug.kl_return_baseline(
                 term,
                 given.old_log_probs,
-                given.ref_log_probs,
+                getattr(given, f"{term.reference}_log_probs"),
                 given.response_mask,
                 given.group_ids,
             )
@@ -282,6 +289,7 @@ def step_gradient(kl_type: str, given: Batch | None = None) -> Tensor:
         old_log_probs=given.old_log_probs,
         rollout_log_probs=given.rollout_log_probs,
         posterior_log_probs=given.posterior_log_probs,
+        teacher_log_probs=given.teacher_log_probs,
         advantages=given.advantages,
         kl_coef=BETA,
         clip_range=CLIP_RANGE,
@@ -313,5 +321,6 @@ def reward_advantages(kl_type: str, given: Batch | None = None) -> Tensor:
         given.ref_log_probs,
         given.response_mask,
         group_ids=given.group_ids,
+        teacher_log_probs=given.teacher_log_probs,
     )
     return -BETA * klplug.reward_to_go(term.coefficient) * given.response_mask

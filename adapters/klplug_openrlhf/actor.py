@@ -14,7 +14,7 @@ from klplug.hosting.host import announce
 from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.hosting.stored import Stored
 from klplug.spec import sum_of
-from klplug_openrlhf import hidden, samples, stored
+from klplug_openrlhf import hidden, samples, stored, teacher
 from klplug_openrlhf.keys import STOCK_ESTIMATORS, write
 from klplug_openrlhf.plan import ACTIVE, RECORDERS, Plan
 
@@ -56,6 +56,7 @@ class Step:
             exact_kl=None if self.hidden is None else self.hidden.kl(spec, log_probs),
             sample_weights=self.carried,
             posterior_log_probs=self.carried.get(samples.POSTERIOR),
+            teacher_log_probs=self.carried.get(teacher.LOG_PROBS),
         )
 
 

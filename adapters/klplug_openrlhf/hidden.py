@@ -24,7 +24,7 @@ from klplug.hosting.memory import check_room
 from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.samples import weights_of
 from klplug.spec import TermSpec
-from klplug_openrlhf import samples
+from klplug_openrlhf import samples, teacher
 from klplug_openrlhf.keys import (
     MAX_LEN,
     MAX_NEW_TOKENS,
@@ -171,6 +171,7 @@ def _by_answer(sent: Tensor, mask: Tensor, lent: Any) -> list[Reference]:
 def flatten_results(original: Call, maker: Any, args: Args, kwargs: Kwargs) -> Any:
     """What the models answered; the references are kept until the experience is made."""
     results = samples.flattened(maker, original(*args, **kwargs))
+    results = teacher.flattened(maker, results)
     if not any(isinstance(result, Answers) for result in results):
         return results
     maker.klplug_references = [answers.references for answers in results]

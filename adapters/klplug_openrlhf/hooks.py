@@ -59,7 +59,7 @@ PATCH = Patch(
             trainer.make_experience,
             supplies=(
                 *("log_probs", "ref_log_probs", "response_mask"),
-                *("group_ids", "sample_weights", "posterior_log_probs"),
+                *("group_ids", "sample_weights", "posterior_log_probs", "teacher_log_probs"),
             ),
         ),
         Hook(

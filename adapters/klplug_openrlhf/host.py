@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from klplug.hosting.host import Host
+from klplug.hosting.host import Host, of_teacher
 from klplug.spec import KLSpec
 
 SETUP_HOOK = "klplug_openrlhf.install.install"
@@ -17,7 +17,7 @@ _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 def served(spec: KLSpec) -> str:
     if spec.needs_ppo:
         return "with policy_loss_type=ppo"
-    return "yes"
+    return of_teacher(spec) or "yes"
 
 
 def problems(environment: Mapping[str, str], version: str | None) -> list[str]:

@@ -75,7 +75,7 @@ KL_TYPE, KL_COEF = "klplug.kl_type", "klplug.kl_coef"
 KL_CTRL, KL_TARGET, KL_HORIZON = "klplug.kl_ctrl", "klplug.kl_target", "klplug.kl_horizon"
 CONTROL = tuple(f"klplug.{name}" for name in CONTROLLER_SETTINGS)
 REFERENCE = tuple(f"klplug.{name}" for name in REFERENCE_SETTINGS)
-REF_MODEL, REF_UPDATE = REFERENCE
+REF_MODEL, REF_UPDATE, TEACHER = REFERENCE
 (SOURCE,) = (f"klplug.{name}" for name in SOURCE_SETTINGS)
 OWN = (KL_TYPE, KL_COEF, KL_CTRL, *CONTROL, *REFERENCE, SOURCE)
 

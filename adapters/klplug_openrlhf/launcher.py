@@ -105,7 +105,7 @@ def add_options(parser: ArgumentParser) -> None:
     for name, meaning in SETTINGS.items():
         group.add_argument(f"--klplug.{name}", type=float, help=meaning)
     for name, meaning in REFERENCE.items():
-        metavar = name.partition("_")[2].upper()
+        metavar = name.rpartition("_")[2].upper()
         group.add_argument(f"--klplug.{name}", metavar=metavar, help=meaning)
     for name, meaning in SOURCE.items():
         group.add_argument(f"--klplug.{name}", metavar="FILE", help=meaning)

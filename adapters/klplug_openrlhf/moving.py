@@ -20,7 +20,7 @@ from torch import Tensor
 from klplug.hosting.moving import WHAT_TO_DO, Follower, Place, check_alike
 from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.hosting.state import StateError
-from klplug_openrlhf import hidden
+from klplug_openrlhf import hidden, teacher
 from klplug_openrlhf.keys import CHECKPOINTS, NO_CHECKPOINTS, read
 from klplug_openrlhf.plan import Plan
 
@@ -32,7 +32,8 @@ def execute_batch(original: Call, actor: Any, args: Args, kwargs: Kwargs) -> Any
     given = bound(original, args, kwargs)
     own = OWN.get(given["method_name"])
     if own is None:
-        return hidden.execute_batch(original, actor, args, kwargs)
+        results = hidden.execute_batch(original, actor, args, kwargs)
+        return teacher.beside(results, original, actor, args, kwargs)
     return own(actor, **given["all_data"])
 
 
@@ -139,8 +140,9 @@ OWN: dict[str, Callable[..., Any]] = {
     "klplug_shapes": shapes,
     "klplug_save": save,
     "klplug_load": load,
+    "klplug_teach": teacher.load,
 }
-GIVE, TAKE, SHAPES, SAVE, LOAD = OWN
+GIVE, TAKE, SHAPES, SAVE, LOAD, TEACH = OWN
 
 # ── The trainer ─────────────────────────────────────────────────────────────────────────────────
 

@@ -24,6 +24,7 @@ from klplug_openrlhf.keys import (
     REF_UPDATE,
     SOURCE,
     STOCK_ESTIMATORS,
+    TEACHER,
     Arguments,
     read,
 )
@@ -81,7 +82,7 @@ class Plan(Asked):
         """Whether a part of it happens where experience is made, before any training step."""
         with_baseline = any(term.baseline != "none" for term in self.as_loss.terms)
         sampler = self.is_active and not self.needs_reference
-        carried = with_baseline or self.spec.has_the_reward
+        carried = with_baseline or self.spec.has_the_reward or self.needs_teacher
         carried = carried or any(term.weight != "none" for term in self.as_loss.terms)
         return bool(self.in_reward.terms) or carried or sampler
 
@@ -112,6 +113,7 @@ class Plan(Asked):
             ref_model=read(args, REF_MODEL),
             ref_update=read(args, REF_UPDATE),
             source=read(args, SOURCE),
+            teacher=read(args, TEACHER),
         )
 
 
@@ -146,6 +148,7 @@ def asked(settings: Settings) -> Plan:
         ref_model=settings.get(REF_MODEL),
         ref_update=settings.get(REF_UPDATE),
         source=settings.get(SOURCE),
+        teacher=settings.get(TEACHER),
     )
     plan.controller()
     plan.moving()

@@ -1,10 +1,11 @@
-"""Which model the reference's actors load: OpenRLHF gives them the policy's path."""
+"""Which models the reference's actors load: OpenRLHF gives them the policy's path."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from klplug.hosting.patching import Args, Call, Kwargs
+from klplug_openrlhf.moving import TEACH, told
 from klplug_openrlhf.plan import Plan
 
 
@@ -19,8 +20,11 @@ def async_init_model_from_pretrained(original: Call, group: Any, args: Args, kwa
     """In the command's own process: the path of the model goes to a group of actors."""
     if not is_reference(group.ray_actor_type):
         return original(*args, **kwargs)
-    strategy, _ = args
+    strategy, path = args
     plan = Plan.of(strategy.args)
-    if plan is None or plan.ref_model is None:
+    if plan is None:
         return original(*args, **kwargs)
-    return original(strategy, plan.ref_model, **kwargs)
+    loading = original(strategy, plan.ref_model or path, **kwargs)
+    if plan.teacher is None:
+        return loading
+    return [*loading, *told(group, TEACH, path=plan.teacher)]  # an actor does one after the other

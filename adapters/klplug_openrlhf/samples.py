@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from klplug import KLSpec, Samples, posterior_log_probs, sample_weights
 from klplug.hosting.patching import Args, Call, Kwargs
 from klplug.samples import weights_of
+from klplug_openrlhf import teacher
 from klplug_openrlhf.plan import Plan
 
 INFO = "klplug/sample_weights"
@@ -76,7 +77,7 @@ def flattened(maker: Any, results: list[Any]) -> list[Any]:
 
 def attach(plan: Plan, maker: Any, experiences: list[Any]) -> None:
     """What weights see and OpenRLHF drops, or changes, before there are advantages."""
-    if not carries(plan.spec):
+    if not makes(plan.spec):
         return
     entropies = vars(maker).pop("klplug_entropies", None)
     if weights_of(plan.spec, "entropy") and entropies is None:
@@ -101,9 +102,14 @@ def cut(whole: Tensor, experiences: list[Any]) -> list[Tensor]:
     return [x[:, : e.action_mask.shape[1]] for x, e in zip(parts, experiences, strict=True)]
 
 
-def carries(spec: KLSpec) -> bool:
+def makes(spec: KLSpec) -> bool:
     """Whether anything is made of a whole step's answers, to travel with them."""
     return bool(weights_of(spec)) or spec.has_the_reward
+
+
+def carries(spec: KLSpec) -> bool:
+    """Whether any number per token travels with the answers."""
+    return makes(spec) or teacher.LOG_PROBS in spec.requires
 
 
 def of_rollout(spec: KLSpec, experiences: list[Any], group_ids: list[int]) -> dict[str, Tensor]:
@@ -154,18 +160,22 @@ def by_experience(weights: dict[str, Tensor], experiences: list[Any]) -> list[di
 
 
 def carry(plan: Plan, experiences: list[Any], group_ids: list[int], beta: float) -> None:
-    """Each answer's weights, and its posterior's log-probs, into its experience; what they were
-    made of out of it."""
+    """Each answer's weights, its posterior's and its teacher's log-probs into its experience; what
+    they were made of out of it."""
     weights = weights_of(plan.spec)
     if not carries(plan.spec):
         return
-    samples = of_step(plan.spec, experiences, group_ids)
-    whole = sample_weights(plan.spec, samples)
-    if plan.spec.has_the_reward:
-        whole[POSTERIOR] = posterior_log_probs(samples, beta)
+    whole: dict[str, Tensor] = {}
+    if makes(plan.spec):
+        samples = of_step(plan.spec, experiences, group_ids)
+        whole = sample_weights(plan.spec, samples)
+        if plan.spec.has_the_reward:
+            whole[POSTERIOR] = posterior_log_probs(samples, beta)
     made = by_experience(whole, experiences)
     for experience, own in zip(experiences, made, strict=True):
         info, mask = experience.info, experience.action_mask != 0
+        if (taught := info.pop(teacher.INFO, None)) is not None:
+            own[teacher.LOG_PROBS] = taught
         info[INFO] = [
             Carried({name: numbers[i][row] for name, numbers in own.items()})
             for i, row in enumerate(mask)
@@ -185,8 +195,8 @@ def taken(plan: Plan, experience: Any) -> dict[str, Tensor]:
         return {}
     if INFO not in experience.info:
         raise RuntimeError(
-            f"kl_type {plan.spec}: this experience has no sample weights: klplug was not active in "
-            "the process that made it"
+            f"kl_type {plan.spec}: this experience carries nothing of klplug's: it was not active "
+            "in the process that made it"
         )
     experience.info = dict(experience.info)
     carried: list[Carried] = experience.info.pop(INFO)

@@ -16,7 +16,9 @@ from klplug_openrlhf.keys import (
     KL_COEF,
     KL_TYPE,
     PRETRAIN,
+    REF_MODEL,
     SOURCE,
+    TEACHER,
     TEMPERATURE,
     TRAIN_BATCH,
     USE_LOSS,
@@ -43,14 +45,17 @@ def derive(args: Namespace, written: Namespace) -> str:
     spec = plan.spec
     for refusal in refusals(plan, own):
         raise SettingsError(refusal.words)
-    if plan.ref_model is not None:
-        references.check(
-            own.get(PRETRAIN),
-            plan.ref_model,
-            in_chat=bool(own.get(CHAT)),
-            over_vocabulary=plan.over_vocabulary,
-            trust_remote_code=True,  # as OpenRLHF itself loads every model
-        )
+    named = ((REF_MODEL, plan.ref_model, plan.over_vocabulary), (TEACHER, plan.teacher, False))
+    for key, path, over_vocabulary in named:
+        if path is not None:
+            references.check(
+                own.get(PRETRAIN),
+                path,
+                key,
+                in_chat=bool(own.get(CHAT)),
+                over_vocabulary=over_vocabulary,
+                trust_remote_code=True,  # as OpenRLHF itself loads every model
+            )
 
     if plan.source is not None:
         stored.check(

@@ -17,7 +17,7 @@ from klplug.hosting.hidden import BYTES, exact_term
 from klplug.hosting.host import announce
 from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.watch import Watch
-from klplug_openrlhf import hidden, moving, samples
+from klplug_openrlhf import hidden, moving, samples, teacher
 from klplug_openrlhf.keys import read
 from klplug_openrlhf.plan import ACTIVE, Plan
 
@@ -30,7 +30,8 @@ def init(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> None:
     announce("the trainer", plan.spec, plan.kl_coef)
     if (term := exact_term(plan.spec)) is not None:
         print(hidden.foretell(term, trainer.args), flush=True)
-    trainer.klplug_watch, trainer.klplug_reference = Watch(), plan.reference()
+    trainer.klplug_watch = Watch()
+    trainer.klplug_reference, trainer.klplug_teacher = plan.reference(), plan.second()
     trainer.kl_ctl = MeasuredController(plan.controller())
     trainer.experience_maker.kl_ctl = trainer.kl_ctl
 
@@ -46,6 +47,7 @@ def make_experience(original: Call, maker: Any, args: Args, kwargs: Kwargs) -> A
     if term is not None:
         hidden.attach(term, maker, experiences)
     samples.attach(plan, maker, experiences)
+    teacher.attach(plan, maker, experiences)
     for experience in experiences:
         experience.info[ACTIVE] = torch.ones(experience.action_mask.shape[0])
         if plan.is_active and not plan.needs_reference:
@@ -68,10 +70,15 @@ def make_experience(original: Call, maker: Any, args: Args, kwargs: Kwargs) -> A
     groups = _groups(experiences, read(maker.args, "rollout.n_samples_per_prompt"))
     weights = samples.of_rollout(plan.in_reward, experiences, groups)
     if plan.in_reward != plan.in_reward_plain and not plan.divides_by_length:
+        taught = [own for e in experiences if (own := teacher.of(e)) is not None]
         coefficients = over_rollout(
             lambda *tensors, group_ids: (
                 kl_term(
-                    plan.in_reward, *tensors, group_ids=group_ids, sample_weights=weights
+                    plan.in_reward,
+                    *tensors,
+                    group_ids=group_ids,
+                    sample_weights=weights,
+                    teacher_log_probs=samples.joined(taught) if taught else None,
                 ).coefficient
             ),
             experiences,
@@ -79,7 +86,12 @@ def make_experience(original: Call, maker: Any, args: Args, kwargs: Kwargs) -> A
         )
     else:
         coefficients = [
-            kl_term(plan.in_reward_plain, *_tensors(e), sample_weights=own).coefficient
+            kl_term(
+                plan.in_reward_plain,
+                *_tensors(e),
+                sample_weights=own,
+                teacher_log_probs=teacher.of(e),
+            ).coefficient
             for e, own in zip(experiences, samples.by_experience(weights, experiences), strict=True)
         ]
     for experience, coefficient in zip(experiences, coefficients, strict=True):
@@ -87,22 +99,23 @@ def make_experience(original: Call, maker: Any, args: Args, kwargs: Kwargs) -> A
     return experiences
 
 
-def _tensors(experience: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _tensors(experience: Any, reference: str = "ref") -> tuple[Tensor, Tensor, Tensor]:
+    base = experience.base_action_log_probs
     return (
         experience.action_log_probs,
-        experience.base_action_log_probs,
+        experience.info[teacher.INFO] if reference == "teacher" else base,
         experience.action_mask,
     )
 
 
 def over_rollout(
-    function: Callable[..., Tensor], experiences: list[Any], args: Any
+    function: Callable[..., Tensor], experiences: list[Any], args: Any, reference: str = "ref"
 ) -> list[Tensor]:
     """A (B, T) function of policy, reference, mask and ``group_ids``, of all answers at once.
 
     The result by experience. Micro-batches differ in width, and cut groups.
     """
-    by_tensor = zip(*map(_tensors, experiences), strict=True)
+    by_tensor = zip(*(_tensors(e, reference) for e in experiences), strict=True)
     ids = _groups(experiences, read(args, "rollout.n_samples_per_prompt"))
     whole = function(*(samples.joined(list(tensors)) for tensors in by_tensor), group_ids=ids)
     return samples.cut(whole, experiences)
@@ -165,6 +178,7 @@ def carry_baseline(plan: Plan, experiences: list[Any], args: Any) -> None:
             functools.partial(kl_return_baseline, part),
             experiences,
             args,
+            part.reference,
         )
         for experience, baseline in zip(experiences, baselines, strict=True):
             experience.kl = baseline
@@ -193,7 +207,7 @@ def save(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
     call = inspect.signature(original).bind(*args, **kwargs)
     call.arguments["client_states"] = {
         **(call.arguments.get("client_states") or {}),
-        "klplug": trainer.kl_ctl.saved(plan.spec, trainer.klplug_reference),
+        "klplug": trainer.kl_ctl.saved(plan.spec, trainer.klplug_reference, trainer.klplug_teacher),
     }
     with moving.saving(trainer):
         return original(*call.args, **call.kwargs)
@@ -208,6 +222,13 @@ def init_checkpoint_states(original: Call, trainer: Any, args: Args, kwargs: Kwa
     if plan is None or not states.get("global_step"):
         return states
     saved = states.get("klplug")
-    trainer.kl_ctl.resume(saved, plan.spec, trainer.klplug_reference, plan.kl_ctrl, "OpenRLHF")
+    trainer.kl_ctl.resume(
+        saved,
+        plan.spec,
+        trainer.klplug_reference,
+        plan.kl_ctrl,
+        "OpenRLHF",
+        trainer.klplug_teacher,
+    )
     moving.resume(trainer, saved or {})
     return states

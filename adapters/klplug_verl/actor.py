@@ -19,7 +19,7 @@ from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.hosting.stored import Stored
 from klplug.samples import weights_of
 from klplug.watch import Watch
-from klplug_verl import hidden, moving, reference, samples, stored
+from klplug_verl import hidden, moving, reference, samples, stored, teacher
 from klplug_verl.keys import COEF_KEY, LOSS_TYPE, is_stock
 
 BASELINE = "klplug_return_baseline"  # of the whole batch, one of its tensors
@@ -30,6 +30,7 @@ _TENSORS = {
     "old_log_probs": "old_log_probs",
     "rollout_log_probs": "rollout_log_probs",
     "posterior_log_probs": POSTERIOR,
+    "teacher_log_probs": teacher.LOG_PROBS,
     "advantages": "advantages",
 }
 SUMS, MAXIMA = "klplug/sum/", "klplug/max/"

@@ -325,35 +325,42 @@ def compute_ref_log_prob_in_fit(original: Call, trainer: Any, args: Args, kwargs
     batch = bound(original, args, kwargs)["batch"].batch
     answers = batch["attention_mask"][:, batch["prompts"].shape[1] :]
     run.states = room_for(term, trainer.config, int(answers.sum()))
-    name = "actor_rollout_wg" if trainer.ref_in_actor else "ref_policy_wg"
-    workers = getattr(trainer, name)
-    listener = _Listener(workers)
-    setattr(trainer, name, listener)
-    try:
+    with listening(trainer) as listener:
         result = original(*args, **kwargs)
-    finally:
-        setattr(trainer, name, workers)
-    if listener.states is None:
+    states = listener.output.get(STATES, None)
+    if states is None:
         raise RuntimeError(
             f"vocab={term.vocab}: the reference sent no {hosting.kind(term)}: is klplug active in "
             "its process?"
         )
-    result.batch[STATES] = listener.states
+    result.batch[STATES] = states
     return result
 
 
-class _Listener:
-    """A group of workers, and the hidden states that it returned."""
+class Listener:
+    """A group of workers, with the batch that it was given last and what it returned."""
 
     def __init__(self, workers: Any) -> None:
-        self._workers, self.states = workers, None
+        self._workers, self.batch, self.output = workers, None, None
 
     def __getattr__(self, name: str) -> Any:
         call = getattr(self._workers, name)
 
-        def listening(*args: Any, **kwargs: Any) -> Any:
-            output = call(*args, **kwargs)
-            self.states = output.get(STATES, None)
-            return output
+        def heard(batch: Any) -> Any:
+            self.batch, self.output = batch, call(batch)
+            return self.output
 
-        return listening
+        return heard
+
+
+@contextmanager
+def listening(trainer: Any) -> Iterator[Any]:
+    """While ``RayPPOTrainer`` asks its reference."""
+    name = "actor_rollout_wg" if trainer.ref_in_actor else "ref_policy_wg"
+    workers = getattr(trainer, name)
+    listener = Listener(workers)
+    setattr(trainer, name, listener)
+    try:
+        yield listener
+    finally:
+        setattr(trainer, name, workers)

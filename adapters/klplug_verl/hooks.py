@@ -19,7 +19,7 @@ from klplug import parse
 from klplug.hosting.cluster import after_ray_init, check_nodes
 from klplug.hosting.patching import Args, Call, Hook, HookError, Kwargs, Patch, bound
 from klplug.hosting.settings import SettingsError
-from klplug_verl import actor, hidden, moving, reference, stored, trainer
+from klplug_verl import actor, hidden, moving, reference, stored, teacher, trainer
 from klplug_verl.host import HOST
 from klplug_verl.plan import Plan
 from klplug_verl.settings import derive
@@ -109,7 +109,7 @@ def forward_step(original: Call, engine: Any, args: Args, kwargs: Kwargs) -> Any
 
 _IN_TRAINER = (
     *("log_probs", "ref_log_probs", "response_mask"),
-    *("group_ids", "sample_weights", "posterior_log_probs"),
+    *("group_ids", "sample_weights", "posterior_log_probs", "teacher_log_probs"),
 )
 _IN_WORKER = (
     "log_probs",
@@ -162,6 +162,7 @@ _ENGINE_WORKER = (
         ("config",),
         reference.init_training_worker,
     ),
+    Hook(_WORKER, "TrainingWorker.infer_batch", ("data",), teacher.infer_batch),
     Hook(_WORKER, "TrainingWorker.train_mini_batch", ("data",), moving.train_mini_batch),
     Hook(_WORKER, "TrainingWorker.save_checkpoint", ("local_path",), moving.save_checkpoint),
     Hook(_WORKER, "TrainingWorker.load_checkpoint", ("local_path",), moving.load_checkpoint),
@@ -222,7 +223,7 @@ _V1_TRAINER = (
         _V1,
         "PPOTrainer._compute_ref_log_prob",
         ("batch", "metrics"),
-        hidden.compute_ref_log_prob,
+        teacher.compute_ref_log_prob,
     ),
     Hook(_V1, "PPOTrainer._compute_advantage", ("batch", "metrics"), trainer.compute_advantage),
     Hook(_V1, "PPOTrainer._update_actor", ("batch", "metrics"), trainer.update_actor),
@@ -245,7 +246,7 @@ _RAY_TRAINER = (
         _RAY,
         "RayPPOTrainer._compute_ref_log_prob",
         ("batch",),
-        hidden.compute_ref_log_prob_in_fit,
+        teacher.compute_ref_log_prob_in_fit,
     ),
     Hook(_RAY, "RayPPOTrainer._update_actor", ("batch",), trainer.update_actor_in_fit),
     Hook(_RAY, "RayPPOTrainer._save_checkpoint", ("self",), trainer.save_checkpoint),

@@ -6,7 +6,7 @@ import importlib.metadata
 import re
 from collections.abc import Mapping
 
-from klplug.hosting.host import Host
+from klplug.hosting.host import Host, of_teacher
 from klplug.spec import KLSpec
 
 WITHOUT_PLUGINS = ("0.7.", "0.8.")
@@ -22,7 +22,7 @@ def served(spec: KLSpec) -> str:
     if spec.needs_ppo:
         return "with loss_mode=vanilla"
     over = any(term.over_vocabulary for term in spec.terms)
-    return "with strategy=fsdp or fsdp2" if over else "yes"
+    return of_teacher(spec) or ("with strategy=fsdp or fsdp2" if over else "yes")
 
 
 def problems(environment: Mapping[str, str], version: str | None) -> list[str]:

@@ -17,7 +17,7 @@ STOCK_NAMES = (*STOCK, *(f"{name}+" for name in STOCK))
 OTHERS = (*CONTROLLER_SETTINGS, *REFERENCE_SETTINGS, *SOURCE_SETTINGS)
 KEYS = ("kl_type", "kl_coef", "kl_ctrl", *OTHERS)
 KL_TYPE, KL_COEF, KL_CTRL, KL_TARGET, KL_HORIZON, *_ = (f"klplug.{key}" for key in KEYS)
-REF_MODEL, REF_UPDATE = (f"klplug.{key}" for key in REFERENCE_SETTINGS)
+REF_MODEL, REF_UPDATE, TEACHER = (f"klplug.{key}" for key in REFERENCE_SETTINGS)
 (SOURCE,) = (f"klplug.{key}" for key in SOURCE_SETTINGS)
 
 ACTOR = "actor_rollout_ref.actor."
@@ -49,6 +49,7 @@ TEMPLATE = "actor_rollout_ref.model.custom_chat_template"
 WORKERS_REFERENCE = "actor_rollout_ref.klplug_ref_model"
 WORKERS_UPDATE = "actor_rollout_ref.klplug_ref_update"
 WORKERS_SOURCE = "actor_rollout_ref.klplug_source"
+WORKERS_TEACHER = "actor_rollout_ref.klplug_teacher"
 """Workers see this node only."""
 COEF_KEY = "klplug_kl_coef"
 """The controller's value, in a batch's meta information."""

@@ -10,7 +10,9 @@ from typing import Any
 import klplug
 from klplug import KLSpec, parse
 from klplug.controllers import SETTINGS as CONTROLLER_SETTINGS
+from klplug.hosting.references import SETTINGS as REFERENCE_SETTINGS
 from klplug.hosting.settings import Asked, Settings, SettingsError, Unknown
+from klplug.hosting.stored import SETTINGS as SOURCE_SETTINGS
 from klplug.spec import TermSpec
 from klplug_verl.keys import (
     CTRL_HORIZON,
@@ -27,9 +29,6 @@ from klplug_verl.keys import (
     MODEL,
     OTHERS,
     PLACES,
-    REF_MODEL,
-    REF_UPDATE,
-    SOURCE,
     STOCK,
     Config,
     is_stock,
@@ -190,16 +189,18 @@ def _by_own_keys(own: Any, settings: Settings) -> dict[str, Any]:
         )
     if not isinstance(kl_type, str):
         raise SettingsError(f"klplug.kl_type={kl_type!r} is not a string")
-    strings = {key: settings.get(key) for key in (REF_MODEL, REF_UPDATE, SOURCE)}
-    for key, value in strings.items():
+    strings = {
+        name: settings.get(f"klplug.{name}") for name in (*REFERENCE_SETTINGS, *SOURCE_SETTINGS)
+    }
+    for name, value in strings.items():
         if value is not None and not isinstance(value, str):
-            raise SettingsError(f"{key}={value!r} is not a string")
+            raise SettingsError(f"klplug.{name}={value!r} is not a string")
     return {
         "kl_type": kl_type,
         "kl_coef": KL_COEF,
         "kl_ctrl": settings.get(KL_CTRL),
         **{name: settings.get(f"klplug.{name}") for name in CONTROLLER_SETTINGS},
-        **{key.removeprefix("klplug."): value for key, value in strings.items()},
+        **strings,
     }
 
 

@@ -35,6 +35,7 @@ from klplug_verl.keys import (
     SEQUENCE_PARALLEL,
     SOURCE,
     STRATEGY,
+    TEACHER,
     TRAIN_BATCH,
     TRAINER_MODE,
     N,
@@ -308,6 +309,29 @@ def reference_of_the_adapter(plan: Plan, settings: Settings) -> Said:
             )
 
 
+def teacher_out_of_reach(plan: Plan, settings: Settings) -> Said:
+    """It is a second engine beside that of verl's reference worker."""
+    if plan.teacher is None:
+        return
+    said = f"{TEACHER}={plan.teacher}"
+    for key in (*LORA, *ADAPTERS):
+        if value := settings.get(key):
+            yield (
+                key,
+                f"{said} with {key}={value}: verl has no reference worker then, and klplug loads "
+                "a teacher beside its reference. Leave one out",
+            )
+    if settings.get(LEGACY, "disable") != "disable":
+        yield LEGACY, f"{said} is not served on verl 0.7's own workers. Set {LEGACY}=disable"
+    strategy = str(settings.get(STRATEGY))
+    if strategy not in ("fsdp", "fsdp2"):
+        yield (
+            STRATEGY,
+            f"{said} with {STRATEGY}={strategy}: klplug loads a teacher beside a reference of "
+            "verl's FSDP engine alone. Use fsdp or fsdp2",
+        )
+
+
 def reference_of_legacy_worker(plan: Plan, settings: Settings) -> Said:
     if plan.ref_model is not None and settings.get(LEGACY, "disable") != "disable":
         yield (
@@ -413,6 +437,10 @@ ROWS = (
     hosting.controller_of_nothing,
     hosting.reference_of_nothing,
     hosting.update_of_nothing,
+    hosting.teacher_without_a_name,
+    hosting.teacher_of_nothing,
+    hosting.teacher_alone,
+    teacher_out_of_reach,
     reference_out_of_reach,
     reference_of_the_adapter,
     reference_of_legacy_worker,

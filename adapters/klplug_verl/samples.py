@@ -15,11 +15,13 @@ from torch import Tensor
 
 from klplug import KLSpec, Samples, sample_weights
 from klplug.samples import weights_of
+from klplug_verl import teacher
 
 
 def tensors_named(spec: KLSpec) -> list[str]:
-    """The tensors of the batch that its weights read by name."""
-    return [own.tensor for own in weights_of(spec) if own.tensor is not None]
+    """The tensors of the batch that are read by name: by its weights, and a teacher's."""
+    taught = [teacher.LOG_PROBS] if "teacher_log_probs" in spec.requires else []
+    return [*taught, *(own.tensor for own in weights_of(spec) if own.tensor is not None)]
 
 
 def fields_of(spec: KLSpec, batch: Any) -> dict[str, Tensor]:

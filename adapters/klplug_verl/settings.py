@@ -23,6 +23,8 @@ from klplug_verl.keys import (
     OTHERS,
     PENALTY,
     RECORDS,
+    REF_MODEL,
+    TEACHER,
     TEMPERATURE,
     TEMPLATE,
     TOKENIZER,
@@ -31,6 +33,7 @@ from klplug_verl.keys import (
     USE_REWARD,
     WORKERS_REFERENCE,
     WORKERS_SOURCE,
+    WORKERS_TEACHER,
     WORKERS_UPDATE,
     Config,
     N,
@@ -65,7 +68,9 @@ def derive(config: Any, written: Mapping[str, Any]) -> str | None:
     for refusal in refusals(plan, own):
         raise SettingsError(refusal.words)
     if plan.ref_model is not None:
-        _check_reference(plan, own)
+        _check(plan.ref_model, REF_MODEL, plan.over_vocabulary, own)
+    if plan.teacher is not None:
+        _check(plan.teacher, TEACHER, False, own)
     if plan.source is not None:
         # Each worker reads it, whatever folder it runs in.
         plan = dataclasses.replace(plan, source=os.path.abspath(plan.source))
@@ -88,12 +93,13 @@ def derive(config: Any, written: Mapping[str, Any]) -> str | None:
     }
     before = [f"{k}={value}" for k, value in overridden(settings | controller, DECIDED, own)]
     _update(config, settings)
-    if plan.ref_model is not None:
-        _update(config, {WORKERS_REFERENCE: plan.ref_model})
-    if plan.ref_update is not None:
-        _update(config, {WORKERS_UPDATE: plan.ref_update})
-    if plan.source is not None:
-        _update(config, {WORKERS_SOURCE: plan.source})
+    for_workers = {
+        WORKERS_REFERENCE: plan.ref_model,
+        WORKERS_UPDATE: plan.ref_update,
+        WORKERS_TEACHER: plan.teacher,
+        WORKERS_SOURCE: plan.source,
+    }
+    _update(config, {key: value for key, value in for_workers.items() if value is not None})
     kept = {
         "kl_type": str(spec),
         "kl_coef": plan.kl_coef if spec.terms else None,
@@ -109,18 +115,19 @@ def derive(config: Any, written: Mapping[str, Any]) -> str | None:
     return "\nklplug: note: ".join([line, *said])
 
 
-def _check_reference(plan: Plan, settings: Config) -> None:
+def _check(path: str, key: str, over_vocabulary: bool, settings: Config) -> None:
+    """A model that the KL is to."""
     from verl.utils.fs import copy_to_local
 
-    assert plan.ref_model is not None
     tokenizer = settings.get(TOKENIZER)
     references.check(
         copy_to_local(settings.get(MODEL)),
-        copy_to_local(plan.ref_model),
+        copy_to_local(path),
+        key,
         tokenizer=None if tokenizer is None else copy_to_local(tokenizer),
         # One that is set for the policy is set for the reference too.
         in_chat=settings.get(TEMPLATE) is None,
-        over_vocabulary=plan.over_vocabulary,
+        over_vocabulary=over_vocabulary,
         trust_remote_code=bool(settings.get(TRUST)),
     )
 

@@ -37,7 +37,7 @@ from klplug.hosting.state import Reference, StateError
 from klplug.samples import weights_of
 from klplug.spec import TermSpec
 from klplug.watch import Watch
-from klplug_verl import hidden, moving, samples
+from klplug_verl import hidden, moving, samples, teacher
 from klplug_verl.actor import BASELINE, POSTERIOR, STORED_SUMS, SUMS
 from klplug_verl.keys import COEF_KEY, is_stock
 from klplug_verl.plan import Plan
@@ -57,6 +57,7 @@ class Run:
     plan: Plan
     controller: MeasuredController
     reference: Reference | None = None
+    teacher: Reference | None = None
     joined: bool = False
     n_answers: int = 0
     sampled: Tensor | None = None
@@ -98,7 +99,8 @@ def init(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> None:
     announce("the trainer", plan.spec, plan.kl_coef)
     if (term := exact_term(plan.spec)) is not None:
         print(hidden.foretell(term, config), flush=True)
-    trainer.klplug = Run(plan, MeasuredController(plan.controller()), plan.reference())
+    controller = MeasuredController(plan.controller())
+    trainer.klplug = Run(plan, controller, plan.reference(), plan.second())
     trainer.kl_ctrl_in_reward = trainer.klplug.controller
 
 
@@ -162,7 +164,7 @@ def apply_kl_penalty(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
             "klplug serves, so it can't join it to the advantages"
         )
     data, beta = given["data"], run.controller.value
-    tensors, groups = data.batch, data.non_tensor_batch["uid"]
+    tensors, groups = _tensors(run, data), data.non_tensor_batch["uid"]
     rewards = tensors["token_level_scores"]
     in_reward = run.plan.in_reward
     weights = _in_the_reward(run, data)
@@ -178,6 +180,13 @@ def apply_kl_penalty(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
         "actor/reward_kl_penalty_coeff": beta,
     }
     return data, metrics
+
+
+def _tensors(run: Run, data: Any) -> Any:
+    """Of the batch, with a teacher's log-probs among them: in the v1 trainer they are beside it."""
+    if teacher.LOG_PROBS in run.named:
+        data.batch[teacher.LOG_PROBS] = run.named[teacher.LOG_PROBS]
+    return data.batch
 
 
 def _in_the_reward(run: Run, data: Any, mask: Tensor | None = None) -> dict[str, Tensor]:
@@ -227,7 +236,7 @@ def _join(run: Run, data: Any, keys: Sequence[str]) -> None:
     its rejection sampling masks some out; the advantages of those then reach nothing.
     """
     run.joined = True
-    tensors, groups = data.batch, data.non_tensor_batch["uid"]
+    tensors, groups = _tensors(run, data), data.non_tensor_batch["uid"]
     mask = tensors["response_mask"]
     sampled, run.sampled = mask if run.sampled is None else run.sampled, None
     as_loss, in_reward = run.plan.as_loss, run.plan.in_reward
@@ -253,7 +262,8 @@ def _join(run: Run, data: Any, keys: Sequence[str]) -> None:
     run.n_answers = sum(bool(sampled[rows].any()) for rows in answers)
     for term in as_loss.terms:
         if term.baseline != "none":  # of the tokens that the workers train on
-            policy, reference = tensors["old_log_probs"], tensors["ref_log_prob"]
+            other = teacher.LOG_PROBS if term.reference == "teacher" else "ref_log_prob"
+            policy, reference = tensors["old_log_probs"], tensors[other]
             run.carried[BASELINE] = kl_return_baseline(term, policy, reference, mask, groups)
     beta = run.controller.value
     for part in itertools.filterfalse(run.plan.before_advantages, in_reward.terms):
@@ -298,6 +308,7 @@ def _term(
         tensors["response_mask"] if mask is None else mask,
         group_ids=groups,
         sample_weights=weights,
+        teacher_log_probs=tensors.get(teacher.LOG_PROBS, None),
     )
 
 
@@ -414,7 +425,8 @@ def save_checkpoint(original: Call, trainer: Any, args: Args, kwargs: Kwargs) ->
         folder = Path(trainer.config.trainer.default_local_dir)
         folder = folder / f"global_step_{trainer.global_steps}"
         folder.mkdir(parents=True, exist_ok=True)
-        state.write(folder / STATE_FILE, run.controller.saved(run.plan.spec, run.reference))
+        saved = run.controller.saved(run.plan.spec, run.reference, run.teacher)
+        state.write(folder / STATE_FILE, saved)
     return original(*args, **kwargs)
 
 
@@ -431,7 +443,9 @@ def load_checkpoint(original: Call, trainer: Any, args: Args, kwargs: Kwargs) ->
     file = folder / STATE_FILE
     saved = state.read(file)
     try:
-        run.controller.resume(saved, run.plan.spec, run.reference, run.plan.kl_ctrl, "verl")
+        run.controller.resume(
+            saved, run.plan.spec, run.reference, run.plan.kl_ctrl, "verl", run.teacher
+        )
     except ValueError as error:
         raise StateError(f"{file}: {error}. {state.WHAT_TO_DO}") from None
     _resume_reference(run, saved or {}, folder / "actor")

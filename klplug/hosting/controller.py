@@ -33,16 +33,25 @@ class MeasuredController:
             n_steps if self.answers is None else self.answers,
         )
 
-    def saved(self, spec: KLSpec, reference: Reference | None) -> dict[str, Any]:
-        """What a checkpoint keeps; no reference of a KL that has none."""
-        kept = {} if reference is None else {"reference": reference.kept}
+    def saved(
+        self, spec: KLSpec, reference: Reference | None, teacher: Reference | None = None
+    ) -> dict[str, Any]:
+        """What a checkpoint keeps; no reference or teacher of a KL that has none."""
+        models = {"reference": reference, "teacher": teacher}
+        kept = {name: model.kept for name, model in models.items() if model is not None}
         return {"kl_type": str(spec), **kept, **self.controller.state_dict()}
 
     def resume(
-        self, saved: Any, spec: KLSpec, reference: Reference | None, kl_ctrl: str, host: str
+        self,
+        saved: Any,
+        spec: KLSpec,
+        reference: Reference | None,
+        kl_ctrl: str,
+        host: str,
+        teacher: Reference | None = None,
     ) -> None:
-        """Go on from what a checkpoint kept, saying so if another KL, coefficient or reference was
-        trained with.
+        """Go on from what a checkpoint kept, saying so if another KL, coefficient, reference or
+        teacher was trained with.
 
         Args:
             saved: ``None`` where a checkpoint has nothing of klplug's.
@@ -67,11 +76,9 @@ class MeasuredController:
                 f"{other['step']}, and not from {reference.path}",
                 flush=True,
             )
-        elif reference is not None and other and reference.is_another_than(other):
-            _warn(
-                f"resuming with the reference {_named(reference.kept)} a run that was trained "
-                f"with {_named(other)}: the KL is to another model from here on"
-            )
+        else:
+            _compare("reference", reference, other)
+        _compare("teacher", teacher, saved.get("teacher"))
         here, there = self.value, saved.get("value")
         if saved["kl_ctrl"] != kl_ctrl:
             _warn(
@@ -95,8 +102,16 @@ def _is_state(saved: Any) -> bool:
     """Whether it has the shape of what ``saved`` gives; the controller reads its numbers."""
     if not (isinstance(saved, dict) and {"kl_type", "kl_ctrl"} <= {*saved}):
         return False
-    reference = saved.get("reference")
-    return reference is None or (isinstance(reference, dict) and "path" in reference)
+    models = (saved.get(name) for name in ("reference", "teacher"))
+    return all(m is None or (isinstance(m, dict) and "path" in m) for m in models)
+
+
+def _compare(name: str, model: Reference | None, saved: dict[str, Any] | None) -> None:
+    if model is not None and saved and model.is_another_than(saved):
+        _warn(
+            f"resuming with the {name} {_named(model.kept)} a run that was trained with "
+            f"{_named(saved)}: the KL is to another model from here on"
+        )
 
 
 def _warn(words: str) -> None:

@@ -32,6 +32,14 @@ def _everywhere(spec: KLSpec) -> str:
     return "yes"
 
 
+def of_teacher(spec: KLSpec) -> str:
+    """Under which setting a KL to a teacher is served; empty where there is none."""
+    if "teacher_log_probs" not in spec.requires:
+        return ""
+    alone = "ref_log_probs" not in spec.requires
+    return "with klplug.teacher" + (", beside a term to ref" if alone else "")
+
+
 def _no_problems(environment: Mapping[str, str], version: str | None) -> list[str]:
     return []
 

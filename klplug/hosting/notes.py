@@ -97,6 +97,7 @@ _REFERENCES = {
     "ref": "the reference model",
     "rollout": "the sampler",
     "old": "the policy at the start of the step",
+    "teacher": "the teacher",
     "posterior": "the posterior",
 }
 

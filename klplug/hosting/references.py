@@ -1,4 +1,4 @@
-"""Which model the KL is to, where the user names one: it must read what the policy writes."""
+"""Which models the KL is to, where the user names them: they must read what the policy writes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from klplug.hosting.settings import SettingsError
 SETTINGS = {
     "ref_model": "the model that the KL is to, a folder or a name on the hub (the policy's start)",
     "ref_update": "how it follows the policy: reset:N, or ema:DECAY,every=N (it stays as it is)",
+    "teacher": "a second frozen model, of the terms with reference=teacher (none)",
 }
-"""What a run may be told of its reference, in words, for command lines and documentation."""
+"""What a run may be told of its references, in words, for command lines and documentation."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Reader:
 def check(
     policy: str,
     reference: str,
+    key: str = "klplug.ref_model",
     *,
     in_chat: bool,
     tokenizer: str | None = None,
@@ -66,7 +68,8 @@ def check(
 
     Args:
         policy: its folder, or its name on the hub.
-        reference: the same of the reference.
+        reference: the same of the reference, or of the teacher.
+        key: by which it was named.
         in_chat: whether prompts go through each model's own chat template.
         tokenizer: the policy's, where it is not in its folder.
         over_vocabulary: whether distributions are compared, and not tokens: row by row.
@@ -75,8 +78,8 @@ def check(
         SettingsError: names the reference, what differs, and what is allowed.
     """
     own = Reader.of("the policy", policy, tokenizer or policy, trust_remote_code)
-    other = Reader.of("klplug.ref_model", reference, reference, trust_remote_code)
-    named = f"klplug.ref_model {reference}"
+    other = Reader.of(key, reference, reference, trust_remote_code)
+    named = f"{key} {reference}"
     if other.size < own.size or (over_vocabulary and other.size != own.size):
         needed = "the same number" if over_vocabulary else "at least as many"
         raise SettingsError(
@@ -89,13 +92,13 @@ def check(
         there = other.ids.get(differing)
         raise SettingsError(
             f"{named} has another tokenizer than the policy {policy}: the token {differing!r} is "
-            f"{own.ids[differing]} there and {'no token' if there is None else there} here. The "
-            "reference must read the policy's own token ids"
+            f"{own.ids[differing]} there and {'no token' if there is None else there} here. It "
+            "must read the policy's own token ids"
         )
     templates = (own.template, other.template)
     if in_chat and None not in templates and own.template != other.template:
         raise SettingsError(
             f"{named} has another chat template than the policy {policy}, so the prompts are not "
-            "what it was trained on. Save the policy's template with a copy of the reference, or "
-            "the other way round"
+            "what it was trained on. Save the policy's template with a copy of it, or the other "
+            "way round"
         )

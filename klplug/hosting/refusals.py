@@ -56,7 +56,7 @@ def two_baselines(plan: Asked, settings: Settings) -> Said:
 
 def baseline_of_nothing(plan: Asked, settings: Settings) -> Said:
     compared = (term.reference for term in plan.spec.terms if term.baseline != "none")
-    reference = next((name for name in compared if name != "ref"), None)
+    reference = next((name for name in compared if name not in ("ref", "teacher")), None)
     if reference is not None:
         yield (
             None,
@@ -122,6 +122,39 @@ def source_of_another_kind(plan: Asked, settings: Settings) -> Said:
                 f"{said}, and {name} is {value}: no reference model is loaded beside its stored "
                 "answers. Leave one out",
             )
+
+
+def teacher_without_a_name(plan: Asked, settings: Settings) -> Said:
+    if plan.needs_teacher and plan.teacher is None:
+        key = "klplug.teacher"
+        yield (
+            key,
+            f"kl_type {plan.spec}: reference=teacher needs {settings.named(key)}, the path of a "
+            "second frozen model",
+        )
+
+
+def teacher_of_nothing(plan: Asked, settings: Settings) -> Said:
+    """A model that nothing compares with would not even be loaded."""
+    if plan.teacher is not None and not plan.needs_teacher:
+        key = "klplug.teacher"
+        yield (
+            key,
+            f"{settings.named(key)} is {plan.teacher}, and kl_type {plan.spec} has no term with "
+            "reference=teacher, so none is loaded. Leave it out, or add such a term",
+        )
+
+
+def teacher_alone(plan: Asked, settings: Settings) -> Said:
+    """It is loaded beside the reference model, and one of them is enough."""
+    if plan.needs_teacher and not plan.needs_reference:
+        key = "klplug.teacher"
+        yield (
+            key,
+            f"kl_type {plan.spec} has no KL to the reference model beside that to the teacher: "
+            f"name the teacher as {settings.named('klplug.ref_model')} and leave reference=teacher "
+            "out, which is the same KL with one model less",
+        )
 
 
 # Rows of every host, once it says which settings of its own they are about.

@@ -81,6 +81,7 @@ class Asked:
     ref_model: str | None = None
     ref_update: str | None = None
     source: str | None = None
+    teacher: str | None = None
 
     @property
     def is_active(self) -> bool:
@@ -105,6 +106,11 @@ class Asked:
         return self.source is None and "ref_log_probs" in self.spec.requires
 
     @property
+    def needs_teacher(self) -> bool:
+        """Whether any term is to a second frozen model."""
+        return "teacher_log_probs" in self.spec.requires
+
+    @property
     def in_reward(self) -> KLSpec:
         return self.spec.placed("in_reward")
 
@@ -119,7 +125,8 @@ class Asked:
         reference = "" if self.ref_model is None else f" ref_model={self.ref_model}"
         update = "" if self.ref_update is None else f" ref_update={self.ref_update}"
         source = "" if self.source is None else f" source={self.source}"
-        return f"kl_type={self.spec}{coef}{reference}{update}{source}"
+        teacher = "" if self.teacher is None else f" teacher={self.teacher}"
+        return f"kl_type={self.spec}{coef}{reference}{update}{teacher}{source}"
 
     def reference(self) -> Reference | None:
         """The model that the KL is to; ``None`` where it is to none."""
@@ -127,6 +134,10 @@ class Asked:
         if not self.needs_reference or path is None:
             return None
         return Reference.of(path)
+
+    def second(self) -> Reference | None:
+        """The teacher; ``None`` where there is none."""
+        return None if self.teacher is None else Reference.of(self.teacher)
 
     def moving(self) -> RefUpdate | None:
         """How the reference follows the policy; ``None`` where it stays as it is.

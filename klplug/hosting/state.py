@@ -59,7 +59,7 @@ WHAT_TO_DO = (
 
 @dataclass(frozen=True)
 class Reference:
-    """The reference model of a run, as its checkpoints remember it.
+    """A model that a run's KL is to, as its checkpoints remember it.
 
     Attributes:
         path: as the host is given it, a folder or a name on the hub.

@@ -68,6 +68,7 @@ BARE = {"kl_type": "k2_as_loss", "kl_ctrl": "adaptive"}
     [
         [], 3, {}, {"kl_type": "k2_as_loss"}, "{",
         {**BARE, "reference": "hub/sft"}, {**BARE, "reference": {"weights": None}},
+        {**BARE, "teacher": "hub/sft"},
     ],
 )  # fmt: skip
 def test_a_state_of_another_shape_is_named(saved: Any) -> None:

@@ -252,6 +252,19 @@ def test_the_references_own_answers_stand_in_for_it(
     assert 0.9 < steps[0]["klplug/source/weight_mean"] < 1.1
 
 
+def test_a_teacher_beside_the_reference(
+    trained: Callable[..., tuple[list[Metrics], str]], tmp_path: Path
+) -> None:
+    """Its engine is built and asked in the reference's own process, which no other test starts."""
+    kl_type = "0.5*k2_as_loss+0.5*k2_as_loss,reference=teacher"
+    place = moved(tmp_path)
+    steps, log = trained(kl_type, "--klplug.teacher", str(place))
+    assert f"teacher={place}" in log and len(steps) == 2
+    assert abs(steps[0]["klplug/kl_before_update"]) < 1e-6  # to the reference, the policy's start
+    assert steps[0]["klplug/0.5xk2_as_loss.reference-teacher/k1"] > 0.001
+    assert steps[0]["klplug/coef_max"] > 0
+
+
 def test_a_reference_that_moves_is_saved_and_resumed(
     trained: Callable[..., tuple[list[Metrics], str]], tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from klplug_openrlhf.keys import read
+from klplug_openrlhf.teacher import Taught
 from klplug_openrlhf.trainer import over_groups, over_rollout
 from torch import Tensor
 
@@ -79,13 +80,16 @@ def maker(args: Any, samples: Samples, monkeypatch: pytest.MonkeyPatch) -> Any:
         SimpleNamespace(put=lambda x: x, get=lambda refs: refs),
     )
 
+    def cut(rows: Tensor, masks: list[Tensor]) -> list[Tensor]:
+        parts = torch.split(rows, [len(mask) for mask in masks])
+        return [part * mask for part, mask in zip(parts, masks, strict=True)]
+
     def forward(group: str, sync: bool, *, action_mask: list[Tensor], **_: Any) -> Any:
-        rows = samples.policy if group == "actor" else samples.reference
-        out, start = [], 0
-        for mask in action_mask:
-            out.append(rows[start : start + mask.shape[0]] * mask)
-            start += mask.shape[0]
-        return [out]
+        out = cut(samples.policy if group == "actor" else samples.reference, action_mask)
+        teacher = getattr(samples, "teacher", None)
+        if group == "actor" or teacher is None:
+            return [out]
+        return [[Taught(*pair) for pair in zip(out, cut(teacher, action_mask), strict=True)]]
 
     monkeypatch.setattr(made, "_dispatch_forward", forward)
     return made

@@ -338,6 +338,18 @@ MISTAKES: list[tuple[tuple[str, ...], list[str]]] = [
              "--klplug.kl_ctrl", "adaptive", "--klplug.kl_target", "1"),
             ["--klplug.source is own.jsonl", "--klplug.kl_ctrl is adaptive", "linear or cosine"],
         ),
+        (
+            (*KL[:1], "k2_as_loss+k2_as_loss,reference=teacher", *KL[2:]),
+            ["reference=teacher needs --klplug.teacher, the path of a second frozen model"],
+        ),
+        (
+            (*KL, "--klplug.teacher", "hub/teacher"),
+            ["--klplug.teacher is hub/teacher", "no term with reference=teacher"],
+        ),
+        (
+            (*KL[:1], "k2_as_loss,reference=teacher", *KL[2:], "--klplug.teacher", "hub/teacher"),
+            ["no KL to the reference model beside", "name the teacher as --klplug.ref_model"],
+        ),
 ]  # fmt: skip
 
 

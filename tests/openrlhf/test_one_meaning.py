@@ -79,7 +79,11 @@ def test_the_reward_means_what_the_core_means(
     configure(args, kl_type, one_meaning.BETA)
     change(args, "rollout.micro_batch_size", 3)  # cuts a group
     change(args, "rollout.n_samples_per_prompt", 2)
-    answers = SimpleNamespace(policy=given.old_log_probs, reference=given.ref_log_probs)
+    answers = SimpleNamespace(
+        policy=given.old_log_probs,
+        reference=given.ref_log_probs,
+        teacher=given.teacher_log_probs if "teacher" in kl_type else None,
+    )
     made = maker(args, answers, monkeypatch)  # type: ignore[arg-type]
     experiences = made.make_experience_batch(
         [

@@ -125,7 +125,7 @@ def test_the_engine_is_given_the_kl_to_the_posterior(bench: Bench, models: list[
     torch.testing.assert_close(step.at_log_probs.float(), by_hand.float(), rtol=1e-3, atol=1e-6)
     assert not {INFO, REWARDS} & set(step.metrics)
     del given.info[INFO]
-    with pytest.raises(RuntimeError, match="klplug was not active"):
+    with pytest.raises(RuntimeError, match="it was not active"):
         bench.step(given, kl_type, COEF)
 
 
@@ -151,5 +151,5 @@ def test_what_the_batch_does_not_carry_is_named(
         experience(bench, models[1], "k2_as_loss,weight=mask:code")
     given = experience(bench, models[1], "k2_as_loss,weight=positive")
     del given.info[INFO]
-    with pytest.raises(RuntimeError, match="this experience has no sample weights"):
+    with pytest.raises(RuntimeError, match="this experience carries nothing of klplug's"):
         bench.step(given, "k2_as_loss,weight=positive", COEF)

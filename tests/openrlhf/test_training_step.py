@@ -143,8 +143,9 @@ def test_the_whole_step_is_the_cores_policy_loss(bench: Bench, kl_type: str) -> 
         generator = torch.Generator().manual_seed(1)
         experience.kl = torch.randn(experience.action_mask.shape, generator=generator)
     posterior = experience.base_action_log_probs - 0.1 * experience.action_mask
-    if "posterior" in kl_type:
-        experience.info |= carried(posterior, experience.action_mask)
+    teacher = experience.base_action_log_probs + 0.2 * experience.action_mask
+    if "posterior" in kl_type or "teacher" in kl_type:
+        experience.info |= carried(posterior, teacher, experience.action_mask)
     recorded = bench.step(experience, kl_type)
     log_probs = recorded.log_probs.clone().requires_grad_()
     loss = policy_loss(
@@ -155,6 +156,7 @@ def test_the_whole_step_is_the_cores_policy_loss(bench: Bench, kl_type: str) -> 
         old_log_probs=experience.action_log_probs,
         rollout_log_probs=experience.rollout_log_probs,
         posterior_log_probs=posterior,
+        teacher_log_probs=teacher,
         advantages=experience.advantages,
         kl_coef=0.1,
         clip_range=(0.2, 0.2),

@@ -228,8 +228,9 @@ class Given:
         from openrlhf.trainer.ppo_utils.experience import Experience
 
         configure(self.args, kl_type, one_meaning.BETA, source)
-        if "posterior" in kl_type:
-            info = carried(given.posterior_log_probs, given.response_mask)
+        if "posterior" in kl_type or "teacher" in kl_type:
+            numbers = (given.posterior_log_probs, given.teacher_log_probs)
+            info = carried(*numbers, given.response_mask)
         shape = (given.log_probs.shape[0], given.log_probs.shape[1] + 1)
         spec = None if kl_type.startswith("stock:") else parse(kl_type)
         reference = given.ref_log_probs
@@ -251,12 +252,13 @@ class Given:
         self.trainer(policy).training_step(experience, one_meaning.BETA, 0)
 
 
-def carried(posterior_log_probs: Tensor, mask: Tensor) -> dict[str, Any]:
-    """As the experience maker sends it."""
+def carried(posterior: Tensor, teacher: Tensor, mask: Tensor) -> dict[str, Any]:
+    """As the experience maker sends them."""
     from klplug_openrlhf.samples import INFO, POSTERIOR, Carried
+    from klplug_openrlhf.teacher import LOG_PROBS
 
-    rows = zip(posterior_log_probs, mask.bool(), strict=True)
-    return {INFO: [Carried({POSTERIOR: numbers[own]}) for numbers, own in rows]}
+    rows = zip(posterior, teacher, mask.bool(), strict=True)
+    return {INFO: [Carried({POSTERIOR: p[own], LOG_PROBS: t[own]}) for p, t, own in rows]}
 
 
 PACKED = "packed"

@@ -38,6 +38,7 @@ SYSTEMS = {
     "dph-rl": "js_as_loss",
     "frpo": "k1_in_reward",
     "monitor": "monitor",
+    "g-opd": "1.25*k2_as_loss,reference=teacher+-0.25*k2_as_loss",
     "two-references": "0.7*k2_as_loss+0.3*k2_as_loss,reference=old",
 }
 GSM8K = "qwen2.5-math-1.5b-gsm8k"

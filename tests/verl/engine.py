@@ -164,6 +164,7 @@ class Bench:
         mine = tu.get_tensordict(tensors, meta)
         current = self._log_probs(mine)
         from klplug_verl.actor import POSTERIOR
+        from klplug_verl.teacher import LOG_PROBS
 
         old = [c + e for c, e in zip(current, noise(off_policy), strict=True)]
         tensors |= {
@@ -172,6 +173,7 @@ class Bench:
             "ref_log_prob": nested([c + e for c, e in zip(current, noise(drift), strict=True)]),
             "advantages": nested(advantages),
             POSTERIOR: nested([c + e for c, e in zip(current, noise(drift), strict=True)]),
+            LOG_PROBS: nested([c + e for c, e in zip(current, noise(drift), strict=True)]),
         }
         return tu.get_tensordict(tensors, {**meta, "compute_loss": True})
 

@@ -142,7 +142,7 @@ class Queue:
     def kv_batch_get(self, keys: Any, partition_id: str, select_fields: Any) -> Any:
         from verl.utils import tensordict_utils as tu
 
-        return tu.get_tensordict({name: self.fields[name] for name in select_fields})
+        return tu.get_tensordict({k: v for k, v in self.fields.items() if k in select_fields})
 
     def kv_batch_put(self, keys: Any, partition_id: str, fields: Any) -> Queue:
         self.fields |= dict(fields)

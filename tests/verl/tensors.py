@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from klplug_verl.actor import BASELINE, POSTERIOR
 from klplug_verl.hidden import STATES, Shared
+from klplug_verl.teacher import LOG_PROBS
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -61,6 +62,7 @@ def micro_batch(
         "ref_log_prob": given.ref_log_probs,
         "rollout_log_probs": given.rollout_log_probs,
         POSTERIOR: given.posterior_log_probs,
+        LOG_PROBS: given.teacher_log_probs,
         "advantages": advantages,
     }
     if given.posterior_log_probs is None:
@@ -210,6 +212,7 @@ def experience(given: Batch, scores: Tensor, groups: tuple[str, ...] = ("a", "a"
             "old_log_probs": given.old_log_probs.clone(),
             "ref_log_prob": given.ref_log_probs.clone(),
             "rollout_log_probs": given.rollout_log_probs.clone(),
+            LOG_PROBS: given.teacher_log_probs.clone(),
             "token_level_scores": token_scores,
         }
     )

@@ -260,6 +260,18 @@ def test_the_references_own_answers_stand_in_for_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_teacher_beside_the_reference(tmp_path: Path) -> None:
+    """Its log-probs go through verl's own queue, for which other tests have a stand-in."""
+    kl_type = "0.5*k2_as_loss+0.5*k2_as_loss,reference=teacher"
+    place = moved(tmp_path)
+    steps, text = two_steps(tmp_path, f"+klplug.teacher={place}", kl_type=kl_type)
+    assert f" teacher={place};" in text and len(steps) == 2
+    assert abs(steps[0]["klplug/kl_before_update"]) < 1e-4  # to the reference, the policy's start
+    assert steps[0]["klplug/0.5xk2_as_loss.reference-teacher/k1"] > 0.001
+    assert steps[0]["klplug/coef_max"] > 0
+
+
+@pytest.mark.slow
 def test_a_reference_that_moves(tmp_path: Path) -> None:
     """The second step starts where the first one ended: a KL of 0."""
     words = (f"+klplug.ref_model={moved(tmp_path)}", "+klplug.ref_update=reset:1")

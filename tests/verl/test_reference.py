@@ -29,34 +29,49 @@ IN_THIS_PROCESS = (
 )
 
 
-def run(reference: Path, *overrides: str) -> tuple[DictConfig, str | None]:
-    return derived(
-        *own("k2_as_loss", f"+klplug.ref_model={reference}", *overrides),
-        model=str(POLICY),
-    )
+KEYS = {
+    "ref_model": "k2_as_loss",
+    "teacher": "k2_as_loss+k2_as_loss,reference=teacher",
+}
+"""What names a model, and a kl_type with a KL to it."""
 
 
+def run(path: Path, *overrides: str, key: str = "ref_model") -> tuple[DictConfig, str | None]:
+    return derived(*own(KEYS[key], f"+klplug.{key}={path}", *overrides), model=str(POLICY))
+
+
+@pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("change", REFUSED)
 def test_what_reads_other_tokens_is_refused_before_the_run(
-    change: Callable[[Path], None], tmp_path: Path
+    change: Callable[[Path], None], key: str, tmp_path: Path
 ) -> None:
     place = made(change, tmp_path)
     with pytest.raises(SettingsError) as error:
-        run(place)
-    for word in (f"klplug.ref_model {place}", *REFUSED[change]):
+        run(place, key=key)
+    for word in (f"klplug.{key} {place}", *REFUSED[change]):
         assert word in str(error.value)
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("key", KEYS)
+def test_a_path_that_is_not_there_is_named(key: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=f"klplug.{key} .*nowhere: its configuration"):
+        run(tmp_path / "nowhere", key=key)
+
+
+@pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("change", SERVED)
 def test_what_reads_the_policys_tokens_is_served_and_said(
-    change: Callable[[Path], None], tmp_path: Path
+    change: Callable[[Path], None], key: str, tmp_path: Path
 ) -> None:
     place = made(change, tmp_path)
-    config, line = run(place)
-    assert line is not None and f"ref_model={place}" in line
+    config, line = run(place, key=key)
+    assert line is not None and f"{key}={place}" in line
+    assert config.actor_rollout_ref[f"klplug_{key}"] == str(place)  # all that a worker sees
     plan = Plan.of(config)
-    assert plan is not None and plan.reference() == Reference.of(str(place))
+    assert plan is not None
+    identity = {"ref_model": plan.reference, "teacher": plan.second}[key]()
+    assert identity == Reference.of(str(place))
 
 
 def test_the_worker_loads_it_and_the_policy_stays(tmp_path: Path) -> None:

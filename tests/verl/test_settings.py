@@ -15,6 +15,7 @@ OTHER_LOSSES = sorted(set(POLICY_LOSS_REGISTRY) - {"vanilla"})
 
 
 ROLLOUT = "actor_rollout_ref.rollout."
+TAUGHT = "k2_as_loss+k2_as_loss,reference=teacher"
 TOP_P, TOP_K = f"{ROLLOUT}top_p=0.9", f"{ROLLOUT}top_k=50"
 RAW = f"{ROLLOUT}logprobs_mode=raw_logprobs"
 
@@ -443,6 +444,32 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (
         own("js_as_loss", "+klplug.source=own.jsonl", "distillation.enabled=True"),
         ["klplug.source=own.jsonl", "distillation.enabled=True", "Leave one out"],
+    ),
+    # A second frozen model.
+    (
+        own(TAUGHT),
+        ["reference=teacher needs klplug.teacher, the path of a second frozen model"],
+    ),
+    (
+        own("k2_as_loss", "+klplug.teacher=hub/teacher"),
+        ["klplug.teacher is hub/teacher", "no term with reference=teacher", "none is loaded"],
+    ),
+    (
+        own("k2_as_loss,reference=teacher", "+klplug.teacher=hub/teacher"),
+        ["no KL to the reference model beside", "name the teacher as klplug.ref_model"],
+    ),
+    (own(TAUGHT, "+klplug.teacher=7"), ["klplug.teacher=7 is not a string"]),
+    (
+        own(TAUGHT, "+klplug.teacher=hub/teacher", f"{MODEL}.lora_rank=8"),
+        ["klplug.teacher=hub/teacher", "lora_rank=8", "no reference worker", "Leave one out"],
+    ),
+    (
+        own(TAUGHT, "+klplug.teacher=hub/teacher", f"{ACTOR}.strategy=megatron"),
+        ["klplug.teacher=hub/teacher", "strategy=megatron", "Use fsdp or fsdp2"],
+    ),
+    (
+        own(TAUGHT, "+klplug.teacher=hub/teacher", "++trainer.use_legacy_worker_impl=auto"),
+        ["klplug.teacher=hub/teacher", "use_legacy_worker_impl=disable"],
     ),
 ]
 

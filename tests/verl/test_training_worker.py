@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from klplug_verl.actor import BASELINE, POSTERIOR
+from klplug_verl.teacher import LOG_PROBS
 from torch import Tensor
 
 from klplug import aggregate, kl_term, policy_loss
@@ -143,7 +144,7 @@ def test_the_cut_into_micro_batches_changes_nothing(
 def of_the_core(bench: Bench, data: Any, kl_type: str, coef: float = 0.5) -> Tensor:
     """Gradient of all parameters, through the same engine, of the core's own policy loss."""
     names = ("ref_log_prob", "old_log_probs", "rollout_log_probs", "advantages", "response_mask")
-    names = (*names, POSTERIOR)
+    names = (*names, POSTERIOR, LOG_PROBS)
     padded = {name: data[name].to_padded_tensor(0.0) for name in (*names, BASELINE) if name in data}
 
     def loss(model_output: dict[str, Tensor], data: Any, dp_group: Any = None) -> Any:
@@ -157,6 +158,7 @@ def of_the_core(bench: Bench, data: Any, kl_type: str, coef: float = 0.5) -> Ten
             old_log_probs=padded["old_log_probs"],
             rollout_log_probs=padded["rollout_log_probs"],
             posterior_log_probs=padded[POSTERIOR],
+            teacher_log_probs=padded[LOG_PROBS],
             advantages=padded["advantages"],
             kl_coef=coef,
             return_baseline=padded.get(BASELINE),

@@ -51,7 +51,7 @@ def derived(*overrides: str, model: str = "hub/model") -> tuple[DictConfig, str 
     if IS_LEGACY and any(
         w in o
         for o in overrides
-        for w in ("combined", "baseline=", "=rollout", "exact", "=posterior")
+        for w in ("combined", "baseline=", "=rollout", "exact", "=posterior", "=teacher")
     ):
         overrides = (*overrides, engine)  # as the refusal says
     made = config("algorithm.adv_estimator=grpo", "actor_rollout_ref.rollout.n=2", *overrides)
