@@ -218,7 +218,7 @@ def _launch(
 def _trainer(words: Sequence[Word]) -> tuple[Host, int, bool] | None:
     """A host, which word starts the trainer, and whether that is a fork's."""
     for index, word in enumerate(words):
-        host = next((host for host in hosts().values() if host.starts(word.text)), None)
+        host = _started_by(word.text)
         if host is not None:
             return host, index, False
     firsts = [
@@ -234,6 +234,12 @@ def _trainer(words: Sequence[Word]) -> tuple[Host, int, bool] | None:
             ):
                 return None if _NO_TRAINER.search(words[index].text) else (host, index, True)
     return None
+
+
+@functools.lru_cache(maxsize=1000)
+def _started_by(word: str) -> Host | None:
+    """Whose trainer a word starts; the same few words stand in a thousand commands."""
+    return next((host for host in hosts().values() if host.starts(word)), None)
 
 
 _STARTS = re.compile(r"[\w./${}-]*[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*(?:\.py)?")

@@ -74,6 +74,8 @@ class Command:
                 others = here[:at] + here[at + 1 :]
                 if any(self._differs(value, taken, decision, bears) for taken in runs(others)):
                     found[decision] = None
+        if not found:
+            return [self.words]
         hanging = list(found)
         if number_of_runs(hanging) > _MAX_ALTERNATIVES:
             return [self._marked()]

@@ -63,7 +63,7 @@ class Parser(SimpleCommands, Brackets):
             else:
                 self._newlines()
             here = self._peek()
-            if not here or here == ")" or self._starts(";;") or self._starts(";&"):
+            if not here or here == ")" or self._two() in (";;", ";&"):
                 break
             if stops_at_newline and here == "\n":
                 break
@@ -71,11 +71,12 @@ class Parser(SimpleCommands, Brackets):
                 break
             items.append(self._and_or())
             self._blank()
-            if self._starts(";;") or self._starts(";&"):
+            after = self._two()
+            if after in (";;", ";&"):
                 break
-            if self._peek() in (";", "&") and self._peek():
+            if after[:1] in (";", "&"):
                 self.at += 1
-            elif self._peek() != "\n":
+            elif after[:1] != "\n":
                 break
         return items[0] if len(items) == 1 else Sequence(tuple(items))
 
@@ -84,9 +85,9 @@ class Parser(SimpleCommands, Brackets):
         rest: list[tuple[str, Statement]] = []
         while True:
             self._blank()
-            if not (self._starts("&&") or self._starts("||")):
+            operator = self._two()
+            if operator not in ("&&", "||"):
                 break
-            operator = self.source[self.at : self.at + 2]
             self.at += 2
             self._newlines()
             rest.append((operator, self._pipeline()))
@@ -106,9 +107,10 @@ class Parser(SimpleCommands, Brackets):
         items = [self._command()]
         while True:
             self._blank()
-            if self._peek() != "|" or self._starts("||"):
+            here = self._two()
+            if here[:1] != "|" or here == "||":
                 break
-            self.at += 2 if self._starts("|&") else 1
+            self.at += 2 if here == "|&" else 1
             self._newlines()
             items.append(self._command())
         return Pipeline(tuple(items), negated) if negated or len(items) > 1 else items[0]

@@ -57,6 +57,10 @@ class Scanner(ABC):
     def _peek(self, ahead: int = 0) -> str:
         return self.source[self.at + ahead : self.at + ahead + 1]
 
+    def _two(self) -> str:
+        """The next two characters, or what is left."""
+        return self.source[self.at : self.at + 2]
+
     def _starts(self, text: str) -> bool:
         return self.source.startswith(text, self.at)
 
@@ -68,8 +72,10 @@ class Scanner(ABC):
         raise SyntaxProblem(self.line_at(min(at, len(self.source))), what)
 
     def _blank(self) -> None:
-        match = _BLANK.match(self.source, self.at)
-        self.at = match.end() if match else self.at
+        if self.source[self.at : self.at + 1] in " \t\\#" and (
+            match := _BLANK.match(self.source, self.at)
+        ):
+            self.at = match.end()
 
     def _newline(self) -> None:
         """Past a newline, and the here-documents that begin there."""

@@ -21,6 +21,7 @@ from klplug.audit.shell.syntax import (
 from klplug.audit.shell.words import Words
 
 _REDIRECT = re.compile(r"(\d+|\{\w+\})?(<<<|<<-|<<|<&|<>|<|>>|>&|>\||>|&>>|&>)")
+_REDIRECTS = "<>&{0123456789"  # what it may begin with
 _ASSIGNS = re.compile(r"([A-Za-z_]\w*)(\[|\+?=)")
 
 
@@ -72,6 +73,8 @@ class SimpleCommands(Words):
 
     def _redirect(self) -> Redirect | None:
         self._blank()
+        if self._peek() not in _REDIRECTS:
+            return None
         match = _REDIRECT.match(self.source, self.at)
         if match is None or PLACEHOLDER.match(self.source, self.at):
             return None

@@ -9,7 +9,8 @@ from typing import TypeAlias
 DECLARING = ("export", "declare", "typeset", "local", "readonly")
 
 
-@dataclass(frozen=True)
+# Nothing changes a Literal or a Text either. They are not frozen because most of a script is them.
+@dataclass(slots=True, unsafe_hash=True)
 class Literal:
     text: str
     line: int
@@ -71,7 +72,7 @@ class Opaque:
 Part: TypeAlias = "Literal | Parameter | Substitution | Arithmetic | Opaque"
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Text:
     """A word as written."""
 

@@ -314,8 +314,10 @@ def fields(pieces: Flat, ifs: str = DEFAULT_IFS) -> Iterator[Flat]:
 
 def _unless_files(pieces: list[Piece]) -> Flat:
     """A field; from the root there are files, and which of them a pattern names is not known."""
-    head = next((piece.text for piece in pieces if piece.text), "")
-    if not head.startswith("/") or not any(
+    head = pieces[0].text if pieces else ""
+    if head and head[0] != "/":
+        return tuple(pieces)
+    if not text(tuple(pieces)).startswith("/") or not any(
         not (piece.quoted or piece.unknown) and _FILES.search(piece.text) for piece in pieces
     ):
         return tuple(pieces)
