@@ -104,6 +104,10 @@ def audit(
         try:
             runs = [("the command line", report_on(arguments, command=command or 1, **options))]
         except AuditError as error:
+            here = any(Path(word).exists() for word in arguments)
+            gone = next((word for word in arguments if not _names_a_file(word)), None)
+            if here and gone is not None and isinstance(error, NoCommand):
+                raise Unreadable(f"{gone}: No such file or directory") from None
             raise Unreadable(str(error)) from None
     for path in files or ():
         try:

@@ -172,6 +172,11 @@ def test_alone_what_cannot_be_read_is_an_error(
     assert (done.status, done.out) == (2, "") and words in done.err
 
 
+def test_a_folder_that_is_not_there_is_named(klplug_command: Klplug, folder: Path) -> None:
+    done = klplug_command("audit", "sub", "gone")
+    assert (done.status, done.err) == (2, "klplug: error: gone: No such file or directory\n")
+
+
 def test_standard_input(
     klplug_command: Klplug, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
