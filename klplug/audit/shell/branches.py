@@ -152,15 +152,16 @@ def _merged(tree: Value, options: Sequence[Variable | None]) -> Variable | None:
     first = options[0]
     if all(option == first for option in options[1:]):
         return first
-    if any(isinstance(option, syntax.Function) for option in options):
+    kinds = set(map(type, options))
+    if syntax.Function in kinds:
         return next(option for option in options if isinstance(option, syntax.Function))
-    if any(isinstance(option, Mapped) for option in options):
+    if Mapped in kinds:
         tables = [dict(o.items) if isinstance(o, Mapped) else {} for o in options]
         keys = dict.fromkeys(key for table in tables for key in table)
         return Mapped(
             tuple((key, _selected(tree, [t.get(key, ()) for t in tables])) for key in keys)
         )
-    if any(isinstance(option, Listed) for option in options):
+    if Listed in kinds:
         lists: list[Value] = [
             o.value if isinstance(o, Listed) else array([o.value]) if isinstance(o, Scalar) else ()
             for o in options

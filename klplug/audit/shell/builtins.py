@@ -24,6 +24,7 @@ from klplug.audit.shell.values import (
     Value,
     array,
     as_array,
+    decisions,
     elements,
     fields,
     joined,
@@ -46,17 +47,17 @@ def _false(shell: Shell, values: list[Value], split: list[Flat], command: syntax
 
 
 def _test(shell: Shell, values: list[Value], split: list[Flat], command: syntax.Simple) -> None:
-    listed = fields_of(shell, values, 1)
     line = shell.line(command.line)
-    bracket = text(split[0]) == "["
+    end = -1 if text(split[0]) == "[" else None
 
-    def tested(pieces: Flat) -> Value:
-        words = elements(pieces)
-        if bracket:
-            words = words[:-1]
-        return as_status(conditions.test(words, shell.is_set), line)
+    def tested(words: Sequence[Flat]) -> Value:
+        return as_status(conditions.test(words[:end], shell.is_set), line)
 
-    shell.set("?", Scalar(lifted(tested, listed)))
+    if decisions(*values):
+        listed = fields_of(shell, values, 1)
+        shell.set("?", Scalar(lifted(lambda pieces: tested(elements(pieces)), listed)))
+    else:
+        shell.set("?", Scalar(tested(split[1:])))
 
 
 def _echo(shell: Shell, values: list[Value], split: list[Flat], command: syntax.Simple) -> None:

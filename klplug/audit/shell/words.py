@@ -76,6 +76,12 @@ class Words(Expansions):
                 plain.clear()
 
         while not ends():
+            if run := _PLAIN.match(source, self.at):
+                if not plain:
+                    plain_at = self.at
+                plain.append(run[0])
+                self.at = run.end()
+                continue
             here = source[self.at]
             if here == "\\":
                 if self._starts("\\\n"):
@@ -95,10 +101,10 @@ class Words(Expansions):
                     Literal("", self.line_at(self.at), True)
                 ]
                 self.at = close + 1
-            elif here == '"' or self._starts('$"'):
+            elif here == '"' or (here == "$" and self._starts('$"')):
                 flush()
                 parts += self._double_quotes()
-            elif self._starts("$'"):
+            elif here == "$" and self._starts("$'"):
                 flush()
                 parts.append(self._ansi())
             elif here == "$" or here == "`":
@@ -132,10 +138,8 @@ class Words(Expansions):
                 if not plain or here == "\n":
                     flush()
                     plain_at = self.at
-                run = _PLAIN.match(source, self.at)
-                piece = run[0] if run else here
-                plain.append(piece)
-                self.at += len(piece)
+                plain.append(here)
+                self.at += 1
         flush()
 
     def _until(self, close: str) -> Text:
