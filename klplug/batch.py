@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from klplug.answers import Answers
-from klplug.numerics import masked
+from klplug.numerics import masked, masked_
 from klplug.spec import KLSpec, TermSpec
 
 ClipRange: TypeAlias = "float | Sequence[float]"
@@ -175,6 +175,7 @@ class Batch:
     others: dict[str, Tensor]
     answers: Answers
     clip: tuple[float, float] | None
+    _compared: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(cls, spec: KLSpec, given: Given) -> Batch:
@@ -218,6 +219,18 @@ class Batch:
     def log_ratio(self, policy: str) -> Tensor:
         """``log_probs`` less those of another policy; anything where masked."""
         return self.log_probs - self.others[f"{policy}_log_probs"]
+
+    def compared(self, reference: str) -> tuple[Tensor, Tensor]:
+        """The log-ratio to a reference where it is a number, else 0, and where it is one.
+
+        Made once, for all terms that have it: what is summed of it is summed once, too.
+        """
+        if reference not in self._compared:
+            # Of a wider dtype where only the metrics have the reference.
+            log_ratio = self.log_ratio(reference).to(self.log_probs.dtype)
+            numbers = self.mask & (log_ratio.abs() < math.inf)
+            self._compared[reference] = masked_(log_ratio, numbers), numbers
+        return self._compared[reference]
 
     def masked(self, name: str) -> Tensor:
         """One of the others, 0 where masked."""

@@ -246,18 +246,14 @@ def _estimate_of(spec: TermSpec, batch: Batch) -> Estimate:
 
 def _expected(spec: TermSpec, batch: Batch) -> Estimate:
     """D in place of an estimate; a sampled token has no c of its own."""
-    log_ratio = batch.log_ratio(spec.reference)
-    mask = batch.mask & (log_ratio.abs() < math.inf)
-    log_ratio = masked_(log_ratio, mask)
+    log_ratio, mask = batch.compared(spec.reference)
     value = masked(batch.others["exact_kl"].to(log_ratio.dtype), mask)
     return Estimate(mask, mask, log_ratio, log_ratio, value, torch.zeros_like(value), value)
 
 
 def _of_numbers(spec: TermSpec, batch: Batch) -> Estimate:
     row, coefficient = spec.definition, spec.definition.role(spec.placement).coefficient
-    log_ratio = batch.log_ratio(spec.reference)
-    mask = batch.mask & (log_ratio.abs() < math.inf)
-    log_ratio = masked_(log_ratio, mask)
+    log_ratio, mask = batch.compared(spec.reference)
     own = coefficient(log_ratio)
     if coefficient is row.value:
         value = own

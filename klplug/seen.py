@@ -68,12 +68,12 @@ class Part:
     acting: Acting
 
 
-def seen_of(parts: Sequence[Part], whole: Acting, batch: Batch) -> list[Seen]:
+def seen_of(parts: Sequence[Part], batch: Batch) -> list[Seen]:
     """The whole first, and then each term; a single term to ref is the whole."""
     terms = [_seen(part, batch) for part in parts]
     if len(parts) == 1 and parts[0].spec.reference == "ref":
         return [replace(terms[0], name="")]
-    return [_whole(terms, whole, batch), *terms]
+    return [_whole(terms, batch), *terms]
 
 
 _IN_A_KEY = str.maketrans({",": ".", "=": "-", "*": "x", ":": "-"})
@@ -153,17 +153,18 @@ def _principled(part: Part, batch: Batch, gradient: Tensor) -> Tensor:
     else:
         to_go = batch.answers.to_go(log_ratio)
         to_go = to_go if weight is None else weight * to_go
-    return masked_(finite_(to_go), estimate.mask)
+    return masked_(to_go, estimate.mask)
 
 
-def _whole(terms: Sequence[Seen], whole: Acting, batch: Batch) -> Seen:
+def _whole(terms: Sequence[Seen], batch: Batch) -> Seen:
     """What a sum does as a whole, and the KL to ref, where there is one."""
     numbers, log_ratio = batch.mask, None
     if "ref_log_probs" in batch.others:
-        log_ratio = batch.log_ratio("ref")
-        numbers = numbers & (log_ratio.abs() < math.inf)
-        log_ratio = masked_(log_ratio, numbers)
-    gradient = whole.gradient()
+        log_ratio, numbers = batch.compared("ref")
+    zero = torch.zeros_like(batch.log_probs)
+    gradient = principled = finite(sum((term.gradient for term in terms), zero))
+    if any(term.principled is not term.gradient for term in terms):
+        principled = finite(sum((term.principled for term in terms), zero))
     over = next((term for term in terms if term.expected is not None), None)
     inputs = {name: tensor for term in terms for name, tensor in term.inputs.items()}
     if not terms and log_ratio is not None:
@@ -177,7 +178,7 @@ def _whole(terms: Sequence[Seen], whole: Acting, batch: Batch) -> Seen:
         coefficient=gradient if over is None else None,
         saturating=(gradient,) if over is None else (),
         gradient=gradient,
-        principled=finite(sum((term.principled for term in terms), torch.zeros_like(gradient))),
+        principled=principled,
         expected=None if over is None else over.expected,
         is_bound=over is not None and over.is_bound,
         inputs=inputs,

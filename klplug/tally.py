@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -21,8 +20,6 @@ from klplug.numerics import finite_, largest, masked_
 from klplug.seen import Seen
 
 PREFIX = "klplug/"
-
-Rows: TypeAlias = dict[str, Tensor]
 
 TOP = 0.01
 """The share of tokens whose part in the gradient is reported."""
@@ -197,104 +194,143 @@ def _of_gradients(means: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def tally(seen: Sequence[Seen]) -> Tally:
-    """The sums of a term; or of a sum as a whole, and then of each of its terms."""
-    roots: Rows = {}
-    sums: Rows = {}
-    maxima: Rows = {}
-    for one in seen:
-        for all_of, of_one in zip((roots, sums, maxima), _rows(one), strict=True):
-            all_of |= {one.name + key: value for key, value in of_one.items()}
-    together = torch.stack([*roots.values(), *sums.values()])
-    together[: len(roots)].square_()
-    # The sum of a row may be inf, and of two such rows no number. float64 where there is.
-    wide = torch.float32 if together.device.type == "mps" else torch.float64
-    totals = together.nan_to_num_(0.0).sum(-1, dtype=wide)
-    if together.dtype == wide:
-        finite_(totals)
-    return Tally(dict(zip((*roots, *sums), totals, strict=True)), maxima | _nonfinite(seen[0]))
+    """The sums of a term; or of a sum as a whole, and then of each of its terms.
 
-
-def _rows(s: Seen) -> tuple[Rows, Rows, Rows]:
-    """Of each row the roots of its sums of squares and its other sums, (B,) each; and the maxima.
-
-    All in float64 would first copy what is (B, T). What is made for its sum alone lies side by side
-    and is summed at once: to a GPU a small operation costs what a large one does.
+    What is summed lies side by side, a tensor once whichever terms have it, and is summed at once:
+    to a GPU a small operation costs what a large one does.
     """
-    # Often one tensor has several of the parts: each norm is taken of it once.
-    norm = functools.cache(functools.partial(torch.linalg.vector_norm, dim=-1))
-    roots: Rows = {}
-    sums: Rows = {}
-    maxima: Rows = {}
-    counted = {"tokens": s.numbers, "counted": s.counted, "capped": s.capped, "bounded": s.bounded}
-    # Which numbers of a token might be at the dtype's largest.
-    held = [x for x in s.saturating if x is not s.coefficient]
-    if s.weight is not None:
-        roots["weight_square"], sums["weight"] = norm(s.weight), s.weight.sum(-1)
-    if s.expected is not None:
-        sums["topk" if s.is_bound else "exact"] = s.expected.sum(-1)
-    if s.sample_weight is not None:
-        sums["sample_weight"] = s.sample_weight.sum(-1)
-    if s.coefficient is not None:
-        c, force, principled = s.coefficient, s.gradient, s.principled
-        room, space = _room(
-            force,
-            "gradient_size",
-            "top_size",
-            *(["coef"] if c is not force else []),
-            *(["abs"] if s.log_ratio is not None and c is not s.log_ratio else []),
-            *(["gradient_principled"] if principled is not force else []),
-        )
-        size = torch.abs(force, out=space["gradient_size"])
-        of_c = size if c is force else torch.abs(c, out=space["coef"])
-        maxima["coef_max"] = of_c.amax() if of_c.numel() else of_c.sum()
-        if any(c is x for x in s.saturating):
-            held.append(of_c)
-        if "abs" in space:
-            torch.abs(cast(Tensor, s.log_ratio), out=space["abs"])
-        if "gradient_principled" in space:
-            torch.mul(force, principled, out=space["gradient_principled"])
-        tokens = s.numbers.sum()
-        threshold = _threshold(size, tokens)
-        torch.sub(size, threshold, out=space["top_size"]).clamp_(min=0)
-        made = dict(zip(space, room.sum(-1).unbind(), strict=True))
-        if len(size):
-            # Minus the number of the largest: the ceiling of a quotient is no operation.
-            k = torch.div(tokens, -round(1 / TOP), rounding_mode="floor")
-            made["top_size"] = torch.addcmul(made["top_size"], k, threshold, value=-1 / len(size))
-        if c is force:
-            made["coef"] = made["gradient_size"]
-        if c is s.log_ratio:
-            made["abs"] = made["coef"]
-        sums |= made
-        roots["gradient_square"], roots["principled_square"] = norm(force), norm(principled)
-        if principled is force:
-            roots["gradient_principled"] = roots["gradient_square"]
-        del room, space, size, of_c
+    maxima = _nonfinite(seen[0])
+    acting = [s for s in seen if s.coefficient is not None]
+    # Where the two are one, their product is a square.
+    apart = [s for s in acting if s.principled is not s.gradient]
+    acting = [*apart, *(s for s in acting if s.principled is s.gradient)]
+    given: list[Tensor] = []
+    _add(given, (s.log_ratio for s in seen))
+    n_ratios = len(given)
+    gradients = _adjacent(given, [s.gradient for s in acting])
+    _add(given, (s.coefficient for s in acting))
+    n_sizes = len(given)
+    principled = _adjacent(given, [s.principled for s in apart])
+    _add(given, (x for s in seen for x in (s.weight, s.expected, s.sample_weight)))
+
+    like = seen[0].gradient
+    lengths = [len(given), n_ratios, n_sizes, n_ratios, len(acting)]
+    room = like.new_empty((sum(lengths), *like.shape))
+    x, growth, size, k3, excess = room.split(lengths)
+    torch.stack(given, out=x)
+    torch.neg(x[:n_ratios], out=growth).expm1_()  # w - 1: ``estimate``
+    torch.abs(x[:n_sizes], out=size)
+    # All in float64 would first copy what is (B, T).
+    norms = torch.linalg.vector_norm(room[: len(given) + n_ratios], dim=-1)
+    most = _by(given, size.amax((-2, -1)) if size.numel() else size.sum((-2, -1)))
+    full = [_at_the_largest(s, _by(given, size), _by(given, growth)) for s in seen]
+    flags: list[Tensor] = []
+    tokens = _adjacent(flags, [s.numbers for s in acting])
+    _add(flags, (x for s in seen for x in (s.numbers, s.counted, s.capped, s.bounded)))
+    _add(flags, full)
+    bits = torch.stack(flags).view(torch.uint8)
+    at_hand = {id(s.log_ratio): s.k3 for s in seen if s.k3 is not None}
+    for log_ratio, less_one, row in zip(given, growth, k3, strict=False):
+        known = at_hand.get(id(log_ratio))
+        torch.add(less_one, log_ratio, out=row) if known is None else row.copy_(known)
+    # In the place of what has no sum of its own.
+    growth.mul_(k3)
+    x[gradients][: len(apart)].mul_(x[principled])
+    # The mask's count is on the device, so the rank is taken there too.
+    less, threshold = _largest(size[gradients], bits[tokens].sum((-2, -1)))
+    torch.sub(size[gradients], threshold[:, None, None], out=excess).clamp_(min=0)
+
+    counts = bits.sum(-1, dtype=like.dtype)
+    together = torch.cat([norms.square_(), room.sum(-1), counts])
+    # The sum of a row may be inf, and of two such rows no number. float64 where there is.
+    wide = torch.float32 if like.device.type == "mps" else torch.float64
+    totals = together.nan_to_num_(0.0).sum(-1, dtype=wide)
+    squares, growth_squares, xs, growths, sizes, k3s, tops, counted = totals.split(
+        [*lengths[:2], *lengths, len(flags)]
+    )
+    tops.addcmul_(less, threshold, value=-1)
+    if like.dtype == wide:
+        finite_(totals)
+    made = {
+        "square": _by(given, squares),
+        "growth_square": _by(given, growth_squares),
+        "sum": _by(given, xs),
+        "k3_growth": _by(given, growths),
+        "size": _by(given, sizes),
+        "k3": _by(given, k3s),
+        "product": _by(given, squares) | _by([s.gradient for s in apart], xs[gradients]),
+        "top": _by([s.gradient for s in acting], tops),
+        "count": _by(flags, counted),
+    }
+    found = {
+        s.name + key: made[what][id(tensor)]
+        for s, reached in zip(seen, full, strict=True)
+        for key, (what, tensor) in _asked(s, reached).items()
+        if id(tensor) in made[what]
+    }
+    maxima |= {s.name + "coef_max": most[id(s.coefficient)] for s in acting}
+    return Tally(found, maxima)
+
+
+def _asked(s: Seen, full: Tensor | None) -> dict[str, tuple[str, Tensor | None]]:
+    """By name, what is summed of which tensor; what is not at hand has no sum."""
+    x, c, force = s.log_ratio, s.coefficient, s.gradient
+    return {
+        "tokens": ("count", s.numbers),
+        "counted": ("count", s.counted),
+        "capped": ("count", s.capped),
+        "bounded": ("count", s.bounded),
+        "overflow": ("count", full),
+        "k1": ("sum", x),
+        "k1_square": ("square", x),
+        "abs": ("size", x),
+        "k3": ("k3", x),
+        "growth_square": ("growth_square", x),
+        "k3_growth": ("k3_growth", x),
+        "topk" if s.is_bound else "exact": ("sum", s.expected),
+        "weight": ("sum", s.weight),
+        "weight_square": ("square", s.weight),
+        "sample_weight": ("sum", s.sample_weight),
+        "coef": ("size", c),
+        "gradient_size": ("size", force),
+        "gradient_square": ("square", force),
+        "principled_square": ("square", s.principled),
+        "gradient_principled": ("product", force),
+        "top_size": ("top", force),
+    }
+
+
+def _at_the_largest(
+    s: Seen, size: Mapping[int, Tensor], growth: Mapping[int, Tensor]
+) -> Tensor | None:
+    """Where one of a token's numbers is the dtype's largest; ``None`` where none can be."""
+    held = [size[id(x)] if x is s.coefficient else x for x in s.saturating]
     if s.log_ratio is not None:
-        room, space = _room(s.log_ratio, "k3_growth", *(["k3"] if s.k3 is None else []))
-        growth = torch.neg(s.log_ratio, out=space["k3_growth"]).expm1_()  # w - 1: ``estimate``
-        counted["overflow"] = functools.reduce(torch.maximum, [*held, growth]) >= largest(growth)
-        roots["growth_square"], roots["k1_square"] = norm(growth), norm(s.log_ratio)
-        k3 = torch.add(growth, s.log_ratio, out=space["k3"]) if s.k3 is None else s.k3
-        growth.mul_(k3)
-        sums |= dict(zip(space, room.sum(-1).unbind(), strict=True))
-        sums["k1"] = s.log_ratio.sum(-1)
-        if s.k3 is not None:
-            sums["k3"] = k3.sum(-1)
-        if "abs" not in sums:
-            sums["abs"] = torch.linalg.vector_norm(s.log_ratio, 1, dim=-1)
-    elif held:
-        reached = functools.reduce(torch.maximum, held)
-        counted["overflow"] = reached >= largest(reached)
-    flags = {name: flag for name, flag in counted.items() if flag is not None}
-    counts = torch.stack(list(flags.values())).view(torch.uint8).sum(-1, dtype=s.gradient.dtype)
-    return roots, sums | dict(zip(flags, counts.unbind(), strict=True)), maxima
+        held.append(growth[id(s.log_ratio)])
+    return functools.reduce(torch.maximum, held) >= largest(held[0]) if held else None
 
 
-def _room(like: Tensor, *names: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """Empty tensors as ``like``, side by side, and each by its name."""
-    room = like.new_empty((len(names), *like.shape))
-    return room, dict(zip(names, room.unbind(), strict=True))
+def _add(rows: list[Tensor], tensors: Iterable[Tensor | None]) -> None:
+    """Each that is there, once."""
+    for tensor in tensors:
+        if tensor is not None:
+            _adjacent(rows, [tensor])
+
+
+def _adjacent(rows: list[Tensor], tensors: list[Tensor]) -> slice:
+    """Where they stand side by side, at the end if they did not."""
+    n = len(tensors)
+    for i in range(len(rows) - n + 1):
+        if all(a is b for a, b in zip(rows[i : i + n], tensors, strict=True)):
+            return slice(i, i + n)
+    rows += tensors
+    return slice(len(rows) - n, len(rows))
+
+
+def _by(tensors: Sequence[Tensor], values: Tensor) -> dict[int, Tensor]:
+    """``values`` by the id of the tensor that each is of, which may stand in several places."""
+    pairs = zip(tensors, values.unbind(), strict=False)
+    return {id(tensor): value for tensor, value in reversed([*pairs])}
 
 
 def _nonfinite(whole: Seen) -> dict[str, Tensor]:
@@ -308,8 +344,8 @@ def _nonfinite(whole: Seen) -> dict[str, Tensor]:
     return {f"nonfinite/{name}": found[i] for i, name in enumerate(whole.inputs)}
 
 
-def _threshold(size: Tensor, tokens: Tensor) -> Tensor:
-    """Where the largest ``TOP`` of ``tokens`` entries begin, (1,).
+def _largest(size: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Minus how many are the largest ``TOP`` of the counted entries, and where these begin.
 
     The sum of the k largest is the least of ``k t + sum(max(x - t, 0))`` over thresholds t, reached
     from the k-th largest to the next (Rockafellar and Uryasev 2000). Beyond ``SAMPLE`` entries t is
@@ -317,14 +353,18 @@ def _threshold(size: Tensor, tokens: Tensor) -> Tensor:
     that shifts the sum upwards by a second order.
 
     Args:
-        size: (B, T), not negative, zero where masked.
-        tokens: how many are counted, 0-d.
+        size: (n, B, T), not negative, zero where masked.
+        tokens: (n,), how many are counted.
+
+    Returns:
+        (n,) each. Minus, for the ceiling of a quotient is no operation.
     """
-    every = size.numel() // SAMPLE | 1
-    sample = size.reshape(-1)[::every]
-    if not len(sample):
-        return size.sum().view(1)
-    most = sample.topk(min(len(sample), int(TOP * len(sample)) + 2)).values
-    # The mask's count is on the device, so the rank is taken there too.
+    if not size.numel():
+        return size.new_zeros(len(size)), size.new_zeros(len(size))
+    every = size[0].numel() // SAMPLE | 1
+    sample = size.flatten(1)[:, ::every]
+    n = sample.shape[1]
+    most = sample.topk(min(n, int(TOP * n) + 2)).values
     rank = torch.div(tokens, every * round(1 / TOP), rounding_mode="floor")
-    return most.gather(0, rank.view(1))
+    minus = torch.div(tokens, -round(1 / TOP), rounding_mode="floor")
+    return minus, most.gather(1, rank[:, None])[:, 0]

@@ -236,7 +236,7 @@ def term_of(spec: KLSpec, given: Given) -> KLTerm:
     log_probs = given.log_probs if differentiable else given.log_probs.detach()
 
     def made(spec: KLSpec, whole: Acting, of: list[Part], terms: tuple[KLTerm, ...] = ()) -> KLTerm:
-        return KLTerm(spec, log_probs, whole, lambda: tally(seen_of(of, whole, batch)), terms)
+        return KLTerm(spec, log_probs, whole, lambda: tally(seen_of(of, batch)), terms)
 
     parts = []
     for term in spec.terms:

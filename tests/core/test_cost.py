@@ -34,17 +34,17 @@ def test_no_number_is_looked_at(kl_type: str) -> None:
 @pytest.mark.parametrize(
     ("kl_type", "without", "with_metrics"),
     [
-        ("k1_as_loss,ratio=none", 3.5, 6.5),
-        ("k2_as_loss,ratio=none", 3.5, 5.5),
-        ("k3_as_loss,ratio=none", 5.0, 7.5),
-        ("k2_as_loss", 6.8, 9.3),
+        ("k1_as_loss,ratio=none", 3.5, 10.6),
+        ("k2_as_loss,ratio=none", 3.5, 8.6),
+        ("k3_as_loss,ratio=none", 5.0, 11.6),
+        ("k2_as_loss", 6.8, 15.3),
     ],
 )
 def test_at_its_peak_a_step_holds_so_many_tensors(
     kl_type: str, without: float, with_metrics: float
 ) -> None:
     """Measured the same way, OpenRLHF's own functions hold 3.5, 5, 5.5 and, with its unbiased
-    gradient, 7; verl's 2, 5 and 5.5."""
+    gradient, 7; verl's 2, 5 and 5.5. The metrics hold side by side what is summed at once."""
     assert round(peak(kl_type, metrics=False), 1) <= without
     assert round(peak(kl_type, metrics=True), 1) <= with_metrics
 
@@ -65,6 +65,13 @@ def peak(kl_type: str, metrics: bool) -> float:
         return (term.loss * mask).sum() / mask.sum()
 
     return peak_bytes(lambda: loss().backward()) / UNIT
+
+
+SUMS = (
+    "k3_in_reward+k3_as_loss",
+    "0.7*k2_as_loss+0.3*k2_as_loss,reference=old",
+    "k1_in_reward+k2_as_loss+k3_as_loss",
+)
 
 
 class Operations(TorchDispatchMode):
@@ -89,29 +96,22 @@ def test_what_counts_as_an_operation() -> None:
     assert operations.count == 2
 
 
-@pytest.mark.parametrize("kl_type", [*kl_types(), "k3_in_reward+k3_as_loss"])
+@pytest.mark.parametrize("kl_type", [*kl_types(), *SUMS])
 def test_metrics_take_so_many_operations(kl_type: str) -> None:
     """Of a micro-batch, which is its tally. ``Tally.metrics`` belongs to the end of a batch, once.
 
-    40 for the gradient that metrics compare with own tokens' and for k1 and k2 over answers. Two
-    more where the coefficient itself may be the largest number, six where the yardstick is a sum to
-    go, in float32; one more where sums have no wider dtype. The same for a sum as a whole and for
-    each of its terms.
+    12 more at most for a sum of terms to ref, which has a whole and each of its terms, or for one
+    term to another policy: what is alike is done once for all. A bound has its share to count.
     """
     given = batch(dtype=torch.float32)
     if "vocab=" in kl_type:
         given["exact_kl"] = (given["log_probs"] - given["ref_log_probs"]).square()
     term = kl_term(kl_type, **given, kl_coef=BETA, clip_range=CLIP)
     spec = parse(kl_type)
-    alone = spec.terms and len(spec.terms) == 1 and spec.terms[0].reference == "ref"
-    own_token = alone and spec.terms[0].horizon == "token"
-    principled = alone and spec.terms[0].estimator in ("k1", "k2") and "k2_in" not in kl_type
-    least = 40 if principled or own_token else 46
-    if own_token and spec.terms[0].estimator in ("chi2", "alpha"):
-        least = 42
+    alone = len(spec.terms) <= 1 and all(t.reference == "ref" for t in spec.terms)
     with Operations() as operations:
         assert term.tally.sums
-    assert operations.count <= least * (1 if alone else 1 + len(spec.terms))
+    assert operations.count <= (40 if alone else 52)
     with Operations() as operations:
         assert term.metrics
     assert operations.count <= 55
