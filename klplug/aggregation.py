@@ -18,7 +18,8 @@ def aggregate(
     count: float | Tensor | None = None,
     divisor: float | None = None,
 ) -> Tensor:
-    """A 0-d mean of ``x`` over its counted tokens or answers; 0 where none is counted.
+    """A 0-d mean of ``x`` over its counted tokens or answers, in float32 at least; 0 where none is
+    counted.
 
     Only token sums over a number that does not depend on the sampled lengths
     (``seq-mean-token-sum``, and ``token-sum`` with its constant divisor) keep the gradients that
@@ -61,7 +62,8 @@ def aggregate(
             f"x has shape {tuple(x.shape)}, response_mask has {tuple(response_mask.shape)}"
         )
     mask = response_mask != 0
-    x = torch.where(mask, x, 0.0)
+    # A sum of many would lose digits in bfloat16, and the range of float16.
+    x = torch.where(mask, x.to(torch.promote_types(x.dtype, torch.float32)), 0.0)
     if divisor is not None:
         return x.sum() / divisor
     lengths = mask.sum(-1)

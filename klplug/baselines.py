@@ -50,7 +50,8 @@ def group_numbers(group_ids: Sequence[Hashable] | Tensor | None, like: Tensor) -
     if isinstance(group_ids, Tensor):
         if group_ids.dim() != 1:
             raise ValueError(f"group_ids has shape {tuple(group_ids.shape)}, and must have (B,)")
-        if len(group_ids) == size and size and group_ids.device == device:
+        alike = group_ids.device == device and not group_ids.is_floating_point()  # nan is not nan
+        if len(group_ids) == size and size and alike:
             # The first row with the same id.
             return (group_ids[:, None] == group_ids).to(torch.uint8).argmax(-1)
         group_ids = group_ids.tolist()

@@ -61,6 +61,8 @@ class Given:
             if getattr(self, name) is None and instead is None:
                 raise ValueError(f"kl_type {str(spec)!r} needs {name}, which is missing")
         self._check_tensors(self.weights(spec))
+        if isinstance(self.kl_coef, (int, float)) and not math.isfinite(self.kl_coef):
+            raise ValueError(f"kl_coef={self.kl_coef!r} must be finite")
         self._check_weights(spec)
         self._check_exact(spec)
         compared = [term for term in spec.terms if term.baseline in ("batch", "group")]

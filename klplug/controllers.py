@@ -61,8 +61,8 @@ class FixedKL:
 class ScheduledKL:
     """From ``kl_coef`` to ``end`` in ``steps`` updates of the policy, and ``end`` from then on.
 
-    With x the share of the steps that are done, ``linear`` is ``start + (end - start) x`` and
-    ``cosine`` is ``start + (end - start) (1 - cos(pi x)) / 2``. The KL moves neither.
+    With x the share of the steps that are done, ``linear`` is ``start (1 - x) + end x``, and
+    ``cosine`` the same with ``(1 - cos(pi x)) / 2`` for x. The KL moves neither.
 
     Args:
         kl_ctrl: linear or cosine.
@@ -78,10 +78,11 @@ class ScheduledKL:
 
     @property
     def value(self) -> float:
-        share = min(self.done / self.steps, 1.0)
+        share = 1.0 if self.done >= self.steps else self.done / self.steps
         if self.kl_ctrl == "cosine":
             share = (1 - math.cos(math.pi * share)) / 2
-        return self.start + (self.end - self.start) * share
+        # Not start + (end - start) share, which need not arrive at the end.
+        return self.start * (1 - share) + self.end * share
 
     def update(self, kl: float, n_samples: int) -> None:
         self.done += 1
@@ -150,8 +151,9 @@ class _Driven:
         Raises:
             ValueError: it is not a positive, finite number.
         """
-        value = state.get("value")
-        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        value: Any = state.get("value")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (is_number and 0 < value <= sys.float_info.max):
             raise ValueError(
                 f"the saved state of the KL controller has value={value!r}, which must be a "
                 "positive number"
@@ -327,7 +329,9 @@ def kl_controller(
             )
     if kl_band is not None and kl_band >= 1:
         raise ValueError(f"kl_band={kl_band!r} must be below 1: it is a share of kl_target")
-    if kl_ctrl != "fixed" and not 0 < kl_coef < math.inf:
+    if not math.isfinite(kl_coef):
+        raise ValueError(f"kl_coef={kl_coef!r} must be finite")
+    if kl_ctrl != "fixed" and not kl_coef > 0:
         raise ValueError(
             f"kl_ctrl={kl_ctrl} needs a positive kl_coef to start from, got {kl_coef!r}"
         )

@@ -37,13 +37,16 @@ def posterior_log_probs(samples: Samples, beta: float) -> Tensor:
         beta: the coefficient of the KL, above 0, in units of the reward per nat.
 
     Raises:
-        ValueError: ``samples`` lacks one of them.
+        ValueError: ``samples`` lacks one of them, one has another shape, or beta is not positive.
 
     Source: f-DPG, arXiv 2302.08215.
     """
     for name in ("log_probs", "ref_log_probs", "rewards", "group_ids"):
         if getattr(samples, name) is None:
             raise ValueError(f"reference=posterior needs {name}, which is missing")
+        samples.check(name)
+    if not 0 < beta < math.inf:
+        raise ValueError(f"reference=posterior with beta={beta!r}, which must be positive")
     log_probs, ref_log_probs, rewards = samples.log_probs, samples.ref_log_probs, samples.rewards
     assert log_probs is not None and ref_log_probs is not None and rewards is not None
     assert samples.group_ids is not None
@@ -53,7 +56,10 @@ def posterior_log_probs(samples: Samples, beta: float) -> Tensor:
     toward_ref = masked(toward_ref, mask & (toward_ref < math.inf)).sum(-1)
     tilt = rewards.double() / beta
     numbers = group_numbers(samples.group_ids, toward_ref).tolist()
-    log_z = _of_others(tilt + toward_ref, numbers, mask.any(-1).tolist())
+    log_weights = tilt + toward_ref
+    # An answer whose reward is no number leaves the KL, and the others' Z.
+    known = mask.any(-1) & (log_weights < math.inf)
+    log_z = _of_others(log_weights, numbers, known.tolist())
     share = ((tilt - log_z) / mask.sum(-1).clamp(min=1)).unsqueeze(-1)
     dtype = torch.promote_types(ref_log_probs.dtype, torch.float32)
     return masked((ref_log_probs + share).to(dtype), mask)

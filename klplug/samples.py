@@ -57,6 +57,15 @@ class Samples:
     entropy: Tensor | None = None
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def check(self, name: str) -> None:
+        """Refuse a tensor that would be spread over tokens or answers that it is not of."""
+        if str(self.mask.dtype) != "torch.bool":
+            raise ValueError(f"mask must be of dtype bool, got {self.mask.dtype}")
+        found, shape = getattr(getattr(self, name), "shape", None), self.mask.shape
+        wanted = shape[:1] if name == "rewards" else shape
+        if found is not None and name != "group_ids" and found != wanted:
+            raise ValueError(f"{name} has shape {tuple(found)}, and must have {tuple(wanted)}")
+
 
 @dataclass(frozen=True)
 class SampleWeight:
@@ -120,6 +129,7 @@ def _entropy_floor(samples: Samples, floor: str) -> Tensor:
     """max(1/2, floor / (H + 0.1)), H the mean entropy of all counted tokens."""
     assert samples.entropy is not None
     counted = samples.entropy[samples.mask].double()
+    counted = counted[counted.abs() < math.inf]
     mean = counted.sum() / max(len(counted), 1)
     factor = (float(floor) / (mean + 0.1)).clamp(min=0.5)
     return factor.to(samples.entropy.dtype).expand(len(samples.mask))
@@ -128,7 +138,8 @@ def _entropy_floor(samples: Samples, floor: str) -> Tensor:
 def _root(samples: Samples, _: str) -> Tensor:
     """d sqrt(D) / dD = 1 / (2 sqrt(D)), D the mean of U + 1/U - 2; 0 where D is."""
     assert samples.log_probs is not None and samples.ref_log_probs is not None
-    log_ratio = (samples.log_probs - samples.ref_log_probs).where(samples.mask, 0.0)
+    log_ratio = samples.log_probs - samples.ref_log_probs
+    log_ratio = log_ratio.where(samples.mask & (log_ratio.abs() < math.inf), 0.0)
     answers = samples.mask.any(-1)
     of_answer = chi2(finite(log_ratio.sum(-1)))[answers]
     divergence = of_answer.double().sum() / max(len(of_answer), 1)
@@ -335,8 +346,8 @@ def sample_weights(spec: str | KLSpec, samples: Samples) -> dict[str, Tensor]:
         samples: with all that its weights need.
 
     Raises:
-        ValueError: ``samples`` lacks what a weight needs; or a weight has another shape, is
-            negative or no number at a counted token, or has a gradient.
+        ValueError: ``samples`` lacks what a weight needs, or has it in another shape; or a weight
+            has another shape, is negative or no number at a counted token, or has a gradient.
     """
     from klplug.spec import parse
 
@@ -353,6 +364,7 @@ def _checked(own: Named, samples: Samples) -> Tensor:
             )
         if getattr(samples, name) is None:
             raise ValueError(f"weight={own.written} needs {name}, which is missing")
+        samples.check(name)
     weight, mask = own.row.function(samples, own.argument), samples.mask
     says = f"weight={own.written} ({own.package})"
     shape = tuple(getattr(weight, "shape", ()))

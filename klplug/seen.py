@@ -88,7 +88,7 @@ def _seen(part: Part, batch: Batch) -> Seen:
         if spec.horizon == "answer":
             at = masked(answer_log_ratio(batch, estimate), estimate.mask)
         unbounded = spec.definition.role(spec.placement).coefficient(at)
-        bounded = unbounded.abs() > spec.bound
+        bounded = (unbounded.abs() > spec.bound) & estimate.mask  # k1's is 1 where masked, too
     own_token = spec.placement == "as_loss" and spec.horizon == "token"
     # Over whole answers the weights are inside the sum: what competes with an advantage is it.
     coefficient = part.acting.coefficient if own_token else gradient

@@ -142,6 +142,7 @@ def policy_loss(
         exact_kl=exact_kl,
         sample_weights=sample_weights,
     )
+    given.check(spec, ("old_log_probs", "advantages"))
     term = term_of(spec, given)
     step = KLStep(term)
     clip = low, high = low_and_high(clip_range)

@@ -216,7 +216,7 @@ def tally(seen: Sequence[Seen]) -> Tally:
     like = seen[0].gradient
     lengths = [len(given), n_ratios, n_sizes, n_ratios, len(acting)]
     room = like.new_empty((sum(lengths), *like.shape))
-    x, growth, size, k3, excess = room.split(lengths)
+    x, growth, size, k3, excess = torch.split(room, lengths)
     torch.stack(given, out=x)
     torch.neg(x[:n_ratios], out=growth).expm1_()  # w - 1: ``estimate``
     torch.abs(x[:n_sizes], out=size)
@@ -245,8 +245,8 @@ def tally(seen: Sequence[Seen]) -> Tally:
     # The sum of a row may be inf, and of two such rows no number. float64 where there is.
     wide = torch.float32 if like.device.type == "mps" else torch.float64
     totals = together.nan_to_num_(0.0).sum(-1, dtype=wide)
-    squares, growth_squares, xs, growths, sizes, k3s, tops, counted = totals.split(
-        [*lengths[:2], *lengths, len(flags)]
+    squares, growth_squares, xs, growths, sizes, k3s, tops, counted = torch.split(
+        totals, [*lengths[:2], *lengths, len(flags)]
     )
     tops.addcmul_(less, threshold, value=-1)
     if like.dtype == wide:

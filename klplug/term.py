@@ -279,7 +279,9 @@ def kl_return_baseline(
 
 
 def reward_to_go(x: Tensor, segment_ids: Tensor | None = None) -> Tensor:
-    """``sum_{s>=t} x_s`` along the last dimension, of packed rows within each answer."""
+    """``sum_{s>=t} x_s`` along the last dimension, of packed rows within each answer; in float32 at
+    least."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     mask = torch.ones_like(x, dtype=torch.bool)
     return Answers.of(segment_ids, mask).to_go(x)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from klplug import aggregate
+from klplug import aggregate, reward_to_go
 from klplug.baselines import others_mean
 
 X = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, torch.nan], [torch.inf, 0.0, 0.0]])
@@ -81,3 +81,12 @@ def test_an_answer_alone_and_a_row_without_tokens_have_no_others() -> None:
     assert others_mean(returns, ids, present).tolist() == expected
     numbers = torch.tensor([7, 7, 7, -2, 7])
     assert others_mean(returns, numbers, present).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_sum_of_many_has_the_range_and_the_digits_of_float32(dtype: torch.dtype) -> None:
+    """float16 ends at 65504; bfloat16 has no 257."""
+    x = torch.ones(1, 70_001, dtype=dtype)
+    assert aggregate(x, x, "seq-mean-token-sum").item() == 70_001
+    assert aggregate(x, x).item() == 1
+    assert reward_to_go(x)[0, 0].item() == 70_001

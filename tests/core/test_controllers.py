@@ -73,7 +73,7 @@ def test_no_start_and_no_input_ends_it(kl_ctrl: str, start: float, kl: float, n:
         assert controller.value == start
 
 
-@pytest.mark.parametrize("value", [-0.2, 0.0, math.nan, math.inf, None, "x"])
+@pytest.mark.parametrize("value", [-0.2, 0.0, math.nan, math.inf, None, "x", True, 10**400])
 def test_a_saved_coefficient_that_is_none_is_named(value: object) -> None:
     with pytest.raises(ValueError, match="saved state of the KL controller has value="):
         AdaptiveKL(0.1, 0.05, 1000).load_state_dict({"kl_ctrl": "adaptive", "value": value})
@@ -97,6 +97,8 @@ def test_state_survives() -> None:
         (("adaptive", 0.1, math.nan), "kl_target"),
         (("adaptive", 0.1, 0.1, -5), "kl_horizon"),
         (("fixed", 0.1, 0.1), "no meaning"),
+        (("fixed", math.nan), "kl_coef=nan must be finite"),
+        (("linear", math.inf), "kl_coef=inf must be finite"),
     ],
 )
 def test_mistakes_are_named(arguments: tuple, word: str) -> None:
@@ -133,6 +135,17 @@ def test_a_setting_that_is_missing_or_of_another_controller_is_named(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         kl_controller(kl_ctrl, 0.1, **settings)
+
+
+@pytest.mark.parametrize("kl_ctrl", ["linear", "cosine"])
+@pytest.mark.parametrize(("start", "end"), [(1.0, 1e-20), (0.3, 0.1), (1e308, 1e-308), (0.7, 0.0)])
+def test_a_schedule_arrives_at_its_end(kl_ctrl: str, start: float, end: float) -> None:
+    """However small it is beside the start: 1 + (1e-20 - 1) is 0."""
+    controller = kl_controller(kl_ctrl, start, kl_end=end, kl_steps=3)
+    assert controller.value == start
+    for _ in range(5):
+        controller.update(0.0, 1)
+    assert controller.value == end
 
 
 @pytest.mark.parametrize("end", [0.0, 0.1, 0.5])

@@ -390,3 +390,46 @@ def test_the_work_is_done_in_the_widest_dtype_of_what_it_needs(name: str) -> Non
     expected = {"ref_log_probs": apart, "old_log_probs": math.exp(apart)}[name]
     found = {"ref_log_probs": term.coefficient, "old_log_probs": term.weight}[name]
     assert found.dtype == torch.float64 and found.item() == expected
+
+
+@pytest.mark.parametrize(
+    ("kl_type", "share"),
+    [
+        ("k1_as_loss,ratio=none,bound=0.5", 1.0),  # whose c is 1 everywhere
+        ("k1_as_loss,ratio=none,bound=1", 0.0),
+        ("k2_as_loss,ratio=none,bound=0.7", 0.5),
+        ("k1_in_reward,bound=0.7", 0.5),
+    ],
+)
+def test_the_bound_is_met_by_counted_tokens_alone(kl_type: str, share: float) -> None:
+    log_probs = torch.tensor([[0.5, 1.0, 0.0, 9.0]], requires_grad=True)
+    mask = torch.tensor([[1, 1, 0, 0]])
+    term = kl_term(kl_type, log_probs, torch.zeros(1, 4), mask)
+    assert term.metrics["klplug/bounded_share"] == share
+
+
+@pytest.mark.parametrize("kl_coef", [NAN, INF, -INF])
+@pytest.mark.parametrize("kl_type", ["k2_as_loss", "k2_as_loss,head=combined"])
+def test_a_coefficient_that_is_no_number_is_refused(kl_type: str, kl_coef: float) -> None:
+    tensors = batch()
+    del tensors["rollout_log_probs"], tensors["group_ids"]
+    with pytest.raises(ValueError, match=r"kl_coef=-?(nan|inf) must be finite"):
+        klplug.policy_loss(kl_type, **tensors, kl_coef=kl_coef)
+
+
+@pytest.mark.parametrize("name", ["old_log_probs", "advantages"])
+def test_a_policy_loss_without_what_it_is_made_of_is_refused(name: str) -> None:
+    tensors = batch()
+    del tensors["rollout_log_probs"], tensors["group_ids"]
+    with pytest.raises(ValueError, match=f"needs {name}, which is missing"):
+        klplug.policy_loss("none", **tensors | {name: None}, kl_coef=0.1)
+
+
+def test_answers_whose_group_is_no_number_are_of_no_group() -> None:
+    """nan is not nan: neither the first row's group nor one of their own."""
+    tensors = batch() | {"group_ids": torch.tensor([0.0, NAN, NAN, 0.0])}
+    plain = kl_term("k1_in_reward", **tensors).coefficient
+    term = kl_term("k1_in_reward,baseline=group", **tensors)
+    assert torch.equal(term.coefficient[1:3], plain[1:3])
+    others = kl_term("k1_in_reward,baseline=group", **tensors | {"group_ids": [0, 1, 2, 0]})
+    assert torch.equal(term.coefficient, others.coefficient)

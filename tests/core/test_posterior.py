@@ -108,3 +108,29 @@ def test_a_term_without_it_is_told() -> None:
             given.ref_log_probs,
             given.mask,
         )
+
+
+@pytest.mark.parametrize("reward", [NAN, math.inf])
+def test_a_reward_that_is_no_number_leaves_the_other_answers_as_they_are(reward: float) -> None:
+    """As if that answer had no tokens."""
+    given = samples()
+    assert given.rewards is not None
+    rewards, mask = given.rewards.clone(), given.mask.clone()
+    rewards[1], mask[1] = reward, False
+    found = posterior_log_probs(replace(given, rewards=rewards), BETA)
+    expected = posterior_log_probs(replace(given, mask=mask), BETA)
+    torch.testing.assert_close(found[[0, 2, 4]], expected[[0, 2, 4]], rtol=1e-12, atol=0)
+    assert not found[1][given.mask[1]].isfinite().any()
+
+
+@pytest.mark.parametrize("beta", [0.0, -1.0, NAN, math.inf])
+def test_a_coefficient_that_is_none_is_told(beta: float) -> None:
+    with pytest.raises(ValueError, match="which must be positive"):
+        posterior_log_probs(samples(), beta)
+
+
+def test_a_reward_is_of_an_answer() -> None:
+    given = samples()
+    assert given.rewards is not None
+    with pytest.raises(ValueError, match=r"rewards has shape \(5, 1\), and must have \(5,\)"):
+        posterior_log_probs(replace(given, rewards=given.rewards[:, None]), BETA)

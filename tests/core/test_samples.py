@@ -192,6 +192,49 @@ def test_entropy_floor_is_safes_factor_of_the_whole_batch(floor: str, factor: fl
     torch.testing.assert_close(found, factor * mask)
 
 
+def test_a_token_without_a_number_leaves_the_other_tokens_weights_as_they_are() -> None:
+    """As if it were masked: neither 0 for all, by which the KL would be gone, nor the run's end."""
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    less = mask.clone()
+    less[0, 1] = False
+    draw = torch.Generator().manual_seed(0)
+    entropy, log_probs, ref = torch.rand(3, 2, 3, generator=draw, dtype=torch.float64)
+    for bad in (math.nan, math.inf, -math.inf):
+        holes = [x.masked_fill(~less, bad) for x in (entropy, ref)]
+        for kl_type in (
+            "k2_as_loss,weight=entropy_floor",
+            "chi2_as_loss,horizon=answer,weight=root",
+        ):
+            found, expected = (
+                next(iter(sample_weights(kl_type, s).values()))
+                for s in (
+                    Samples(mask, entropy=holes[0], log_probs=log_probs, ref_log_probs=holes[1]),
+                    Samples(less, entropy=entropy, log_probs=log_probs, ref_log_probs=ref),
+                )
+            )
+            assert_equal(found[less], expected[less])
+            assert expected.any()
+
+
+@pytest.mark.parametrize(
+    ("kl_type", "given", "words"),
+    [
+        ("chi2_as_loss,horizon=answer,weight=root", {"ref_log_probs": torch.zeros(1, 3)},
+         r"ref_log_probs has shape \(1, 3\), and must have \(4, 3\)"),
+        ("k2_as_loss,weight=difficulty", {"rewards": torch.zeros(4, 1)},
+         r"rewards has shape \(4, 1\), and must have \(4,\)"),
+        ("k2_as_loss,weight=positive", {"mask": torch.ones(4, 3)}, "mask must be of dtype bool"),
+    ],
+)  # fmt: skip
+def test_nothing_is_spread_over_tokens_that_it_is_not_of(
+    kl_type: str, given: dict[str, Tensor], words: str
+) -> None:
+    zero, mask = torch.zeros(4, 3), torch.ones(4, 3, dtype=torch.bool)
+    whole = {"log_probs": zero, "ref_log_probs": zero, "advantages": zero, "group_ids": [0] * 4}
+    with pytest.raises(ValueError, match=words):
+        sample_weights(kl_type, Samples(**{"mask": mask, "rewards": zero[:, 0], **whole, **given}))
+
+
 # ── Names ────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -259,7 +259,7 @@ TOP = of(
 
 AGGREGATION = of(
     "aggregation",
-    ("x = torch.where(mask, x, 0.0)", "x = x * mask"),
+    ("torch.where(mask, x.to(torch.promote_types(x.dtype, torch.float32)), 0.0)", "x * mask"),
     ("(lengths > 0).sum().clamp(min=1)", "len(lengths)"),
     ("per_answer / lengths.clamp(min=1)", "per_answer / x.shape[-1]"),
     ("lengths.sum().clamp(min=1) if count is None else count", "lengths.sum().clamp(min=1)"),
@@ -274,7 +274,7 @@ CONTROLLERS = of(
     ("(lowest, log_value <= math.log(lowest)),", "(lowest, False),"),
     ("max(0, n_samples)", "n_samples"),
     ("if not abs(by) > 0:", "if not by:"),
-    ("or not 0 < value < math.inf:", "or not value < math.inf:"),
+    ("is_number and 0 < value <=", "is_number and value <="),
     ('{"kl_horizon": 10_000}', '{"kl_horizon": 1_000}'),
     tests=("controllers",),
 )
