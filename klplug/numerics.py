@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 _LARGEST = {4: (2 - 2**-23) * 2.0**127, 8: sys.float_info.max}
 """The largest finite number of float32 and of float64, by their size in bytes."""
 
+LEAST, MOST = 2.0**-126, _LARGEST[4]
+"""Between which float32 has a positive number with all its digits: an option of less would be 0."""
+
 HUGE = 1e15
 """What no log-ratio reaches, and whose square is finite in float32."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from klplug.axes import AXES
+from klplug.numerics import LEAST
 
 if TYPE_CHECKING:
     from klplug.spec import TermSpec
@@ -123,7 +124,7 @@ def _of_tokens(term: TermSpec) -> bool:
 
 
 def _positive(value: float) -> bool:
-    return value > 0  # nan is not
+    return value >= LEAST  # nan is not
 
 
 REFUSALS: tuple[Refusal, ...] = (
@@ -390,7 +391,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "cap-not-positive",
         lambda t: t.cap is not None and not _positive(t.cap),
-        "cap={cap} must be a positive number, or none",
+        "cap={cap} must be a positive number of float32, or none",
     ),
     Refusal(
         "cap-drops-all",
@@ -407,7 +408,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "bound-not-positive",
         lambda t: not _positive(t.bound),
-        "bound={bound} must be a positive number, or none",
+        "bound={bound} must be a positive number of float32, or none",
     ),
     Refusal(
         "bound-on-answers",

@@ -13,6 +13,7 @@ from typing import Any
 
 from klplug.axes import AXES, CHOICES, OPTIONS, PLACEMENTS, Axis, size_of
 from klplug.estimators import ALIASES, ESTIMATORS, Estimator, alpha_divergence
+from klplug.numerics import LEAST, MOST
 from klplug.refusals import Refused, refuse
 from klplug.samples import Named, named
 
@@ -231,10 +232,10 @@ class TermSpec(KLSpec):
             raise Refused(
                 f"kl_type {self.name}: the coefficient {factor!r} is no number", "no-factor"
             )
-        if factor == 0 or not math.isfinite(factor):
+        if not LEAST <= abs(factor) <= MOST:
             raise Refused(
-                f"kl_type {self.name}: the coefficient {factor:g} must be finite and not 0. Leave "
-                "the term out, or write another number",
+                f"kl_type {self.name}: the coefficient {factor:g} must be finite and not 0 "
+                "in float32. Leave the term out, or write another number",
                 "no-factor",
             )
         self._fill("factor", float(factor))

@@ -287,7 +287,12 @@ def test_a_spec_is_frozen_and_parses_to_itself() -> None:
         ("k2_as_loss+k2_as_loss", ["twice", "sum of the coefficients"]),
         ("0.5*k2_as_loss+-2*mse_as_loss", ["twice", "sum of the coefficients"]),
         ("0*k2_as_loss", ["coefficient 0", "Leave the term out"]),
-        ("nan*k2_as_loss+k3_as_loss", ["coefficient nan", "finite"]),
+        ("nan*k2_as_loss+k3_as_loss", ["coefficient nan", "finite and not 0 in float32"]),
+        # In float32 these are inf, and 0 or a number of fewer digits: no KL, in silence.
+        ("1e39*k2_as_loss+k3_as_loss", ["coefficient 1e+39", "finite and not 0 in float32"]),
+        ("-1e-40*k2_as_loss+k3_as_loss", ["coefficient -1e-40", "finite and not 0 in float32"]),
+        ("k2_as_loss,bound=1e-50", ["bound=1e-50", "positive number of float32"]),
+        ("k2_as_loss,cap=1e-50", ["cap=1e-50", "positive number of float32"]),
         ("1e999*k2_as_loss", ["coefficient inf", "finite"]),
         ("half*k2_as_loss", ["'half' before '*' is no number", "0.5*k2_as_loss"]),
         ("*k2_as_loss", ["'' before '*' is no number"]),
