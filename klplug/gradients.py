@@ -48,6 +48,7 @@ class Estimate:
         own: each token's own c.
         later: v, what it adds to the coefficients of the tokens before it, in its answer.
         scale: the factor times the sample weight, which c and v have; ``None`` where it is 1.
+        unbounded: c before its bound, anything where masked; ``None`` where it has none.
     """
 
     mask: Tensor
@@ -58,6 +59,7 @@ class Estimate:
     own: Tensor
     later: Tensor
     scale: float | Tensor | None = None
+    unbounded: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,16 +276,18 @@ def _with_limits(spec: TermSpec, batch: Batch) -> Estimate:
     of_policy = batch.mask & (batch.log_probs.abs() < math.inf) & ~log_ratio.isnan()
     log_ratio = masked_(finite(log_ratio), of_policy)
     own, value = coefficient(log_ratio), row.value(log_ratio)
+    unbounded = None
     if math.isinf(spec.bound):
         held = torch.maximum(own.abs(), value.abs())
     else:
-        own = own.clamp(-spec.bound, spec.bound)
+        unbounded, own = own, own.clamp(-spec.bound, spec.bound)
         held = own.abs()
     mask = of_policy & (numbers | (held < HUGE))
     own = masked(own, mask)
     value = masked(value, mask & (numbers | (value.abs() < HUGE)))
     reach = masked(log_ratio, mask)
-    return Estimate(mask, numbers, masked(log_ratio, numbers), reach, value, own, own)
+    log_ratio = masked(log_ratio, numbers)
+    return Estimate(mask, numbers, log_ratio, reach, value, own, own, unbounded=unbounded)
 
 
 def _over_answers(spec: TermSpec, batch: Batch, estimate: Estimate) -> Estimate:
@@ -304,10 +308,12 @@ def _of_answers(spec: TermSpec, batch: Batch, estimate: Estimate) -> Estimate:
     value. ``D_f(pi, ref)`` of answers has the gradient ``E_pi[(f'(U) - f'(1)) sum_t s_t]``."""
     row, mask = spec.definition, estimate.mask
     log_ratio = answer_log_ratio(batch, estimate)
-    own = row.as_loss.coefficient(log_ratio).clamp(-spec.bound, spec.bound)
+    unbounded = row.as_loss.coefficient(log_ratio)
+    own = unbounded.clamp(-spec.bound, spec.bound)
     value = row.value(log_ratio) / batch.answers.whole(mask.to(log_ratio.dtype))
     own, value = masked(own, mask), masked(value, mask)
-    return replace(estimate, value=value, own=own, later=torch.zeros_like(own))
+    bounded = replace(estimate, value=value, own=own, later=torch.zeros_like(own))
+    return bounded if math.isinf(spec.bound) else replace(bounded, unbounded=unbounded)
 
 
 def answer_log_ratio(batch: Batch, estimate: Estimate) -> Tensor:

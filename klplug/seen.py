@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -83,12 +82,8 @@ def _seen(part: Part, batch: Batch) -> Seen:
     spec, estimate, importance = part.spec, part.estimate, part.acting.importance
     gradient, over = part.acting.gradient(), spec.over_vocabulary
     bounded = None
-    if not math.isinf(spec.bound):
-        at = estimate.log_ratio
-        if spec.horizon == "answer":
-            at = masked(answer_log_ratio(batch, estimate), estimate.mask)
-        unbounded = spec.definition.role(spec.placement).coefficient(at)
-        bounded = (unbounded.abs() > spec.bound) & estimate.mask  # k1's is 1 where masked, too
+    if estimate.unbounded is not None:
+        bounded = (estimate.unbounded.abs() > spec.bound) & estimate.numbers
     own_token = spec.placement == "as_loss" and spec.horizon == "token"
     # Over whole answers the weights are inside the sum: what competes with an advantage is it.
     coefficient = part.acting.coefficient if own_token else gradient

@@ -81,7 +81,7 @@ GRADIENTS = of(
         "(own - own.detach()) * (1.0 if before is None else before)",
         "own - own.detach()",
     ),
-    ("own = own.clamp(-spec.bound, spec.bound)", "own = own.clamp(max=spec.bound)"),
+    ("own = own, own.clamp(-spec.bound, spec.bound)", "own = own, own.clamp(max=spec.bound)"),
     ("numbers | (held < HUGE)", "numbers"),
     ("own = masked_(own, mask)  # the one", "own = own  # the one"),
     ("if own is not later:", "if False:"),
@@ -185,7 +185,7 @@ METRICS = (
             "coefficient = part.acting.coefficient if own_token else gradient",
             "coefficient = part.acting.coefficient",
         ),
-        ("unbounded.abs() > spec.bound", "unbounded > spec.bound"),
+        ("estimate.unbounded.abs() > spec", "estimate.unbounded > spec"),
         (
             "finite(sum((term.principled for term in terms), zero))",
             "terms[0].principled",
