@@ -282,7 +282,7 @@ CONTROLLERS = of(
 STRINGS = of(
     "spec",
     ("if len({part.alone for part in self.parts}) < len(self.parts):", "if False:"),
-    ("key=lambda term: (PLACEMENTS.index(term.placement), str(term.alone))", "key=lambda term: 0"),
+    ("(term.factor < 0, PLACEMENTS.index(term.placement), str(term.alone))", "0"),
     ("if term.placement == placement)", "if True)"),
     ('and self.horizon in (None, "sequence")', "and True"),
     tests=("spec", "numbers"),
