@@ -228,6 +228,7 @@ def test_everything_stays_finite(
         old_log_probs=old,
         rollout_log_probs=rollout,
         posterior_log_probs=rollout,
+        teacher_log_probs=old,
         advantages=torch.ones_like(ref),
         group_ids=[0, 0],
     )
