@@ -94,4 +94,5 @@ def picture(axes: Any) -> None:
         axes.plot(plant.run(settings, 0), color=colour, label=name, linewidth=1.2)
     axes.axhspan(1 - NEAR, 1 + NEAR, color="#808080", alpha=0.2)
     axes.set(yscale="log", ylim=(0.05, 30), xlabel="step", ylabel="KL over its target")
-    axes.legend(frameon=False, labelcolor=INK, fontsize="small", loc="upper left")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.figure.legend(frameon=False, labelcolor=INK, loc="outside lower center", ncols=2)

@@ -66,6 +66,14 @@ def test_every_curve_is_on_its_page(site: Path) -> None:
             assert f'src="../../img/{picture}.svg"' in page
 
 
+def test_no_picture_has_tex_left() -> None:
+    """Pictures are drawn without TeX, so a tick that is written in it would stand as it is."""
+    pictures = list((DOCS / "img").glob("*.svg"))
+    assert pictures
+    for picture in pictures:
+        assert "$" not in picture.read_text(encoding="utf-8"), picture.name
+
+
 def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
     loaded = re.compile(
         r"""<(?:script|img|iframe)[^>]*\bsrc="?https?:|<link rel="?stylesheet[^>]*https?:"""
