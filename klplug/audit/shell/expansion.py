@@ -121,6 +121,8 @@ def scalar(shell: Shell, written: syntax.Text, keeps: bool = False) -> Value:
     value = value_of(shell, written.parts, keeps=keeps)
     if any(isinstance(p, syntax.Parameter) and p.is_list for p in written.parts):
         value = lifted(lambda pieces: _with_blanks(pieces, written.line), value)
+    if keeps:
+        return value
     return tuple(p.written(False, p.quoted) if isinstance(p, Piece) else p for p in value)
 
 

@@ -120,7 +120,7 @@ DEFAULT_IFS = " \t\n"
 MOST_RUNS = 64
 # Bounds on what a variable keeps.
 _MAX_COMPACT = 64
-_MAX_PIECES = 2_000
+_MAX_PIECES = 1_000
 _MAX_TEXT = 20_000
 _MAX_ARRAY_TEXT = 200_000
 _MAX_IN_CHOICES = 128
@@ -387,7 +387,7 @@ def plain_value(value: Value) -> Value:
     """What a variable keeps: nothing of how it was written."""
     if len(value) > _MAX_COMPACT:
         value = _compact(value)
-    if value[:1] == (_TOO_LONG,) or len(value) > _MAX_PIECES:
+    if _TOO_LONG in value[:2] or len(value) > _MAX_PIECES:  # the first is an opening quote
         return (_TOO_LONG,)
     if sum(len(piece.text) for piece in value if isinstance(piece, Piece)) > _MAX_TEXT:
         return (_TOO_LONG,)
