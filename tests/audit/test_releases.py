@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from klplug_verl import sources
@@ -339,6 +340,18 @@ def test_a_package_that_is_no_package_is_said(
     # Whoever names a release does not ask for the package.
     named = _audit(tmp_path, "python3 -m verl.trainer.main_ppo", "0.9.1")
     assert "package-not-read" not in _ids(named)
+
+
+def test_a_pipe_beside_a_script_is_not_waited_for(tmp_path: Path) -> None:
+    configs = tmp_path / "verl" / "trainer" / "config"
+    _package(tmp_path, {"trainer/config/_generated_ppo_trainer.yaml": _CONFIG})
+    for pipe in (tmp_path / "common.sh", configs / "_generated_ppo_x_trainer.yaml"):
+        os.mkfifo(pipe)
+        # Whoever opens it reads this, and does not hang.
+        Thread(target=pipe.write_text, args=("a: [\n",), daemon=True).start()
+    report = _audit(tmp_path, "source common.sh\npython3 -m verl.trainer.main_ppo data.x=$N")
+    assert report.version_from == "beside"
+    assert {"sourced-script", "package-beside"} <= _ids(report)
 
 
 @pytest.mark.parametrize("closed", ["verl", "verl/trainer/config/ppo_trainer.yaml"])
