@@ -165,7 +165,7 @@ def test_two_ranks_give_the_gradient_of_one(
     with beside(bench, Stored.read(str(path))):
         whole, metrics = bench.step(data, micro_batch=micro_batch, **case)
     same(found[0], whole)
-    assert (whole - bench.step(data, None)[0]).norm() > 0.01 * whole.norm()
+    assert (whole - bench.step(data, None)[0]).norm() > 1e-3 * whole.norm()  # ten tolerances
     for name in ("klplug/source/forward_kl", "klplug/source/weight_mean", "kl_loss"):
         assert found[1][name] == pytest.approx(metrics[name], rel=1e-3), name
 
