@@ -34,6 +34,9 @@ def test_make_alone_lists_every_target_that_a_user_has() -> None:
         "test-openrlhf",
         "test-verl",
         "test-cluster",
+        "test-runs-openrlhf",
+        "test-runs-verl",
+        "test-runs-cluster",
         "$(1)",
     }
     assert set(listed) == set(named.split()) - inner
