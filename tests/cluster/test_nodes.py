@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def test_a_node_that_leaves_is_named_and_a_resume_goes_on(host: str, tmp_path: P
             assert first.wait() != 0
         done = first.steps[-1]["step"]
         assert first.steps[0]["klplug/kl_coef"] == 0.01 and done < 3
-        assert SECOND in first.text and "died" in first.text
+        # Ray's word, or that of the ranks' own connection, which may notice first.
+        assert SECOND in first.text and re.search(r"died|closed by peer", first.text)
         with cluster.node(sys.executable, variables, "--num-gpus=1"):
             second = started(*RESUME[host])
             assert second.wait() == 0, run.last_lines(second.log)

@@ -18,7 +18,7 @@ from recipes.quickstart.progress import Metrics
 from recipes.quickstart.settings import HERE, settings
 from recipes.shared.processes import HostProcesses
 
-PATIENCE = 900  # seconds
+PATIENCE = 1800  # seconds: a busy machine takes several times as long as an idle one
 HOST = {"openrlhf": openrlhf, "verl": verl}
 ADAPTIVE = {
     "openrlhf": [
