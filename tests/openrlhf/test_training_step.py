@@ -332,8 +332,8 @@ def test_a_kl_type_as_the_hosts_estimator_is_enough(bench: Bench) -> None:
     with_key = bench.step(experience, "k3_as_loss")
     configure = trainer.configure
 
-    def without_key(args: Any, kl: str, coef: float = 0.1) -> None:
-        configure(args, kl, coef)
+    def without_key(args: Any, kl: str, *others: Any) -> None:
+        configure(args, kl, *others)
         del args.klplug
 
     trainer.configure = without_key
