@@ -103,7 +103,7 @@ def group() -> Any:
 
 SERVED = [
     *AS_LOSS,
-    *SUMS_OF_TERMS,
+    *(k for k in SUMS_OF_TERMS if "teacher" not in k),
     *(k for k in DIVERGENCES if "as_loss" in k and "posterior" not in k),
     *(kl_type for kl_type in HEADS if "clipped" in kl_type),
 ]
