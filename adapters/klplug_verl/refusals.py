@@ -252,20 +252,32 @@ def legacy_worker(plan: Plan, settings: Settings) -> Said:
         )
 
 
+def _with_an_adapter(said: str, settings: Settings, why: str) -> Said:
+    for key in (*LORA, *ADAPTERS):
+        if value := settings.get(key):
+            yield key, f"{said} with {key}={value}: {why}. Leave one out"
+
+
+def _on_own_workers(said: str, settings: Settings) -> Said:
+    """Those of verl 0.7, which it has beside the engines."""
+    if settings.get(LEGACY, "disable") != "disable":
+        yield LEGACY, f"{said} is not served on verl 0.7's own workers. Set {LEGACY}=disable"
+
+
+def _on_another_engine(said: str, settings: Settings, why: str) -> Said:
+    strategy = str(settings.get(STRATEGY))
+    if strategy not in ("fsdp", "fsdp2"):
+        yield STRATEGY, f"{said} with {STRATEGY}={strategy}: {why}"
+
+
 def stored_out_of_reach(plan: Plan, settings: Settings) -> Said:
     """Stored answers go through FSDP's engine, as one more micro-batch of the policy's own loss."""
     if plan.source is None:
         return
     said = f"{SOURCE}={plan.source}"
-    if settings.get(LEGACY, "disable") != "disable":
-        yield LEGACY, f"{said} is not served on verl 0.7's own workers. Set {LEGACY}=disable"
-    strategy = str(settings.get(STRATEGY))
-    if strategy not in ("fsdp", "fsdp2"):
-        yield (
-            STRATEGY,
-            f"{said} with {STRATEGY}={strategy}: stored answers go through verl's FSDP engine "
-            "alone. Use fsdp or fsdp2, or leave it out",
-        )
+    yield from _on_own_workers(said, settings)
+    why = "stored answers go through verl's FSDP engine alone. Use fsdp or fsdp2, or leave it out"
+    yield from _on_another_engine(said, settings, why)
     if settings.get(DISTILLS, False):
         yield (
             DISTILLS,
@@ -300,13 +312,10 @@ def reference_of_the_adapter(plan: Plan, settings: Settings) -> Said:
     """With LoRA verl has no reference worker: its reference is the policy without the adapter."""
     if plan.ref_model is None:
         return
-    for key in (*LORA, *ADAPTERS):
-        if value := settings.get(key):
-            yield (
-                key,
-                f"{REF_MODEL}={plan.ref_model} with {key}={value}: verl's reference is then the "
-                "policy's own base without the adapter, and it loads no other. Leave one out",
-            )
+    why = (
+        "verl's reference is then the policy's own base without the adapter, and it loads no other"
+    )
+    yield from _with_an_adapter(f"{REF_MODEL}={plan.ref_model}", settings, why)
 
 
 def teacher_out_of_reach(plan: Plan, settings: Settings) -> Said:
@@ -314,31 +323,16 @@ def teacher_out_of_reach(plan: Plan, settings: Settings) -> Said:
     if plan.teacher is None:
         return
     said = f"{TEACHER}={plan.teacher}"
-    for key in (*LORA, *ADAPTERS):
-        if value := settings.get(key):
-            yield (
-                key,
-                f"{said} with {key}={value}: verl has no reference worker then, and klplug loads "
-                "a teacher beside its reference. Leave one out",
-            )
-    if settings.get(LEGACY, "disable") != "disable":
-        yield LEGACY, f"{said} is not served on verl 0.7's own workers. Set {LEGACY}=disable"
-    strategy = str(settings.get(STRATEGY))
-    if strategy not in ("fsdp", "fsdp2"):
-        yield (
-            STRATEGY,
-            f"{said} with {STRATEGY}={strategy}: klplug loads a teacher beside a reference of "
-            "verl's FSDP engine alone. Use fsdp or fsdp2",
-        )
+    why = "verl has no reference worker then, and klplug loads a teacher beside its reference"
+    yield from _with_an_adapter(said, settings, why)
+    yield from _on_own_workers(said, settings)
+    why = "klplug loads a teacher beside a reference of verl's FSDP engine alone. Use fsdp or fsdp2"
+    yield from _on_another_engine(said, settings, why)
 
 
 def reference_of_legacy_worker(plan: Plan, settings: Settings) -> Said:
-    if plan.ref_model is not None and settings.get(LEGACY, "disable") != "disable":
-        yield (
-            LEGACY,
-            f"{REF_MODEL}={plan.ref_model} is not served on verl 0.7's own workers. Set "
-            f"{LEGACY}=disable",
-        )
+    if plan.ref_model is not None:
+        yield from _on_own_workers(f"{REF_MODEL}={plan.ref_model}", settings)
 
 
 def reference_out_of_reach(plan: Plan, settings: Settings) -> Said:
@@ -346,22 +340,14 @@ def reference_out_of_reach(plan: Plan, settings: Settings) -> Said:
     if plan.ref_update is None:
         return
     said = f"{REF_UPDATE}={plan.ref_update}"
-    for key in (*LORA, *ADAPTERS):
-        if value := settings.get(key):
-            yield (
-                key,
-                f"{said} with {key}={value}: verl's reference is then the policy's own base "
-                "without the adapter, and there is no other that could follow. Leave one out",
-            )
-    if settings.get(LEGACY, "disable") != "disable":
-        yield LEGACY, f"{said} is not served on verl 0.7's own workers. Set {LEGACY}=disable"
-    strategy = str(settings.get(STRATEGY))
-    if strategy not in ("fsdp", "fsdp2"):
-        yield (
-            STRATEGY,
-            f"{said} with {STRATEGY}={strategy}: klplug moves a reference of verl's FSDP engine "
-            "alone. Use fsdp or fsdp2, or leave it out",
-        )
+    why = (
+        "verl's reference is then the policy's own base without the adapter, and there is no other "
+        "that could follow"
+    )
+    yield from _with_an_adapter(said, settings, why)
+    yield from _on_own_workers(said, settings)
+    why = "klplug moves a reference of verl's FSDP engine alone. Use fsdp or fsdp2, or leave it out"
+    yield from _on_another_engine(said, settings, why)
     if settings.get(TRAINER_MODE) == "separate_async":
         yield (
             TRAINER_MODE,
@@ -378,14 +364,11 @@ def hidden_states_out_of_reach(plan: Plan, settings: Settings) -> Said:
     """Where the output layer is not called, or not with whole answers and its whole matrix."""
     if not plan.over_vocabulary:
         return
-    strategy = str(settings.get(STRATEGY))
-    if strategy not in ("fsdp", "fsdp2"):
-        yield (
-            STRATEGY,
-            f"kl_type {plan.spec} with {STRATEGY}={strategy}: vocab={plan.vocab} is refused: "
-            "klplug gets the hidden states of verl's FSDP engine alone. Use fsdp or fsdp2, or "
-            "leave vocab out",
-        )
+    why = (
+        f"vocab={plan.vocab} is refused: klplug gets the hidden states of verl's FSDP engine "
+        "alone. Use fsdp or fsdp2, or leave vocab out"
+    )
+    yield from _on_another_engine(f"kl_type {plan.spec}", settings, why)
     if settings.get(FUSED, False):
         yield (
             FUSED,

@@ -9,10 +9,14 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from recipes import cpu_shim
+
+if TYPE_CHECKING:
+    from tests.verl.engine import Bench
 
 os.environ.update(
     {k: v for k, v in cpu_shim.environment("verl").items() if k not in ("PYTHONPATH", "PATH")}
@@ -45,6 +49,22 @@ def process() -> Iterator[None]:
     # Where only tests with ranks of their own were chosen, nobody made a group here.
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Bench]:
+    """verl's worker of a policy, alone in its group."""
+    import torch
+
+    from tests.verl.engine import Bench
+
+    yield Bench()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def data(bench: Bench) -> Any:
+    return bench.batch()
 
 
 @pytest.fixture(scope="module")

@@ -31,18 +31,6 @@ BETA = 0.5
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
-    made = Bench()
-    yield made
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def data(bench: Bench) -> Any:
-    return bench.batch()
-
-
-@pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
     path = written(tmp_path_factory.mktemp("source") / "own.jsonl", rows(vocabulary=280))
     return Stored.read(str(path))

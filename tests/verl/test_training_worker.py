@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,6 @@ from tests.one_meaning import STEPS
 from tests.ranks import on_two_ranks
 from tests.verl.engine import ANSWERS, Bench, nested
 from tests.verl.tensors import MERGED
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
-    made = Bench()
-    yield made
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def data(bench: Bench) -> Any:
-    return bench.batch()
 
 
 def same(one: Tensor, other: Tensor, rtol: float = 1e-5) -> None:
