@@ -52,7 +52,7 @@ def command(
         "rollout.max_new_tokens": str(recipe.max_new_tokens),
         "rollout.temperature": "1.0",
         "train.batch_size": str(answers // settings.updates),
-        "train.micro_batch_size": str(recipe.micro_batch),
+        "train.micro_batch_size": str(settings.train_micro_batch),
         "train.seed": str(settings.seed),
         "actor.num_nodes": "1",
         "actor.num_gpus_per_node": ranks,

@@ -111,6 +111,14 @@ class Settings:
         return recipe_for(self.model, self.data)
 
     @property
+    def train_micro_batch(self) -> int:
+        """Answers of a backward pass on one rank; an update of fewer is one pass."""
+        recipe = self.recipe
+        return min(
+            recipe.micro_batch, recipe.prompts * recipe.samples // (self.ranks * self.updates)
+        )
+
+    @property
     def default_out(self) -> Path:
         host = "" if self.host == "openrlhf" else f"-{self.host}"
         model = "" if self.model == "tiny" else f"-{Path(self.model).name}"
@@ -155,10 +163,12 @@ def settings(
             f"RANKS={ranks}: a step's {answers} answers go to the ranks in batches of "
             f"{recipe.micro_batch}, so RANKS must be a divisor of {most}"
         )
-    if updates < 1 or most % (ranks * updates):
+    # verl cuts a step between questions, OpenRLHF between answers.
+    parts, what = (recipe.prompts, "questions") if host == "verl" else (answers // ranks, "answers")
+    if updates < 1 or parts % updates:
         raise SettingsError(
-            f"UPDATES={updates}: a step's {answers} answers are cut into updates of whole batches "
-            f"of {recipe.micro_batch} per rank, so UPDATES must be a divisor of {most // ranks}"
+            f"UPDATES={updates}: a step's {parts} {what} are cut into equal updates, "
+            f"so UPDATES must be a divisor of {parts}"
         )
     if save_every < 0:
         raise SettingsError(f"SAVE_EVERY={save_every}: 0 for the end alone, or steps, at least 1")

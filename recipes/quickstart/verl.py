@@ -112,7 +112,7 @@ def command(
         f"{worker}.actor.strategy": "fsdp2",
         f"{worker}.actor.optim.lr": recipe.learning_rate,
         f"{worker}.actor.ppo_mini_batch_size": recipe.prompts // settings.updates,
-        f"{worker}.actor.ppo_micro_batch_size_per_gpu": micro_batch,
+        f"{worker}.actor.ppo_micro_batch_size_per_gpu": settings.train_micro_batch,
         f"{worker}.actor.checkpoint.save_contents": "[hf_model]",
         f"{worker}.rollout.name": "transformers_cpu",
         f"{worker}.rollout.n": recipe.samples,

@@ -61,7 +61,8 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--ranks", "0"], "RANKS=0"),
         (["--ranks", "3"], "RANKS=3"),
         (["--updates", "3"], "UPDATES=3"),
-        (["--updates", "8", "--ranks", "2"], "UPDATES=8"),
+        (["--updates", "256", "--ranks", "2"], "UPDATES must be a divisor of 128"),
+        (["--updates", "64", "--host", "verl"], "a step's 32 questions"),
         (["--host", "vrl"], "HOST=vrl"),
         (["--model", "./no/such/model"], "no such folder"),
         (["--model", "empty"], "config.json"),
@@ -95,6 +96,15 @@ def test_what_is_left_out_comes_from_the_recipe() -> None:
     assert (made.kl_type, made.kl_coef, made.steps) == ("k2_as_loss", TINY.kl_coef, TINY.steps)
     assert settings(kl_type="mse_as_loss,ratio=old").kl_type == "k2_as_loss"
     assert settings(kl_type="none").kl_coef is None
+
+
+@pytest.mark.parametrize(("updates", "ranks", "passes"), [(4, 1, 2), (16, 1, 1), (32, 2, 1)])
+def test_an_update_of_few_answers_is_one_backward_pass(
+    updates: int, ranks: int, passes: int
+) -> None:
+    made = settings(updates=updates, ranks=ranks)
+    assert made.train_micro_batch * passes * updates * ranks == TINY.prompts * TINY.samples
+    assert made.train_micro_batch <= TINY.micro_batch
 
 
 def test_klplugs_launcher_gets_the_kl_type_and_the_host_its_own() -> None:

@@ -18,7 +18,7 @@ from recipes.quickstart.settings import Settings, settings
 from recipes.reproduce import measure
 from recipes.reproduce.__main__ import main, part
 from recipes.reproduce.drive import FORM, DriveError, append, drive, is_of, read_rows
-from recipes.reproduce.grid import Grid, GridError, load
+from recipes.reproduce.grid import GRIDS, Grid, GridError, load
 from recipes.shared.settings import REPOSITORY
 
 SMALL = """
@@ -74,6 +74,12 @@ def test_a_block_is_made_seed_by_seed_and_without_a_kl_once(tmp_path: Path) -> N
     runs = [(run.seed, run.kl_type, run.kl_coef) for run in small(tmp_path).runs]
     of_a_seed = [("none", None), ("k2_as_loss", 0.1), ("k2_as_loss", 0.5)]
     assert runs == [(seed, *run) for seed in (1, 2) for run in of_a_seed]
+
+
+@pytest.mark.parametrize("path", sorted(GRIDS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_each_grid_here_can_be_run(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([path.stem, "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("\n") > len(load(path.stem).runs)
 
 
 def test_tier_1_is_what_the_hypotheses_say() -> None:
