@@ -1,7 +1,7 @@
 """docs/evidence.md, its figures and README's table: `python -m recipes.reproduce.page`.
 
-Nothing in the page is written by hand but its sentences: each number is of `results/tier1*.jsonl`,
-each verdict follows HYPOTHESES.md's rule. What is missing is said to be missing.
+Nothing in the page is written by hand but its sentences: each number is of `results/tier1*.jsonl`
+or `exact*.jsonl`, each verdict follows HYPOTHESES.md's rule. What is missing is said to be missing.
 """
 
 import argparse
@@ -78,6 +78,18 @@ def gradient_norm(row: Row) -> float:
     return float(np.median(norms)) if norms else math.nan
 
 
+def swing(row: Row) -> float:
+    """Standard deviation of the logged KL, nats per token, over the last third of the rollouts."""
+    kl = [value for value in row["training"].get("kl", []) if value is not None]
+    last = kl[-(row["settings"]["steps"] // 3) :]
+    return float(np.std(last, ddof=1)) if len(last) > 1 else math.nan
+
+
+def cpu_seconds(row: Row) -> float:
+    """Of the whole run, its evaluations included, for each rollout."""
+    return float(row["cpu_seconds"] / row["settings"]["steps"])
+
+
 @dataclass(frozen=True)
 class Measure:
     """A column of the table."""
@@ -99,6 +111,8 @@ MEASURES = (
     Measure("gradient norm", gradient_norm, "{:.2g}"),
     Measure("rollouts lost", lost, "{:.0%}"),
 )
+SWING = Measure("swing", swing, "{:.2g}")
+CPU_SECONDS = Measure("CPU-seconds a rollout", cpu_seconds, "{:.1f}")
 
 
 def mean_and_range(values: Sequence[float], form: str) -> str:
@@ -264,6 +278,7 @@ class Finding:
 POINT = 0.01
 DOUBLE = math.log(2)
 K1, WHOLE = "k1_as_loss,ratio=none", "k2_as_loss,horizon=sequence"
+SAMPLED, EXACT = "k2_as_loss", "k2_as_loss,vocab=exact"  # the second is exact_as_loss
 
 
 def findings(runs: Runs) -> list[Finding]:
@@ -364,20 +379,80 @@ def at_equal_kl(runs: Runs) -> Finding:
     )
 
 
+def exact_findings(runs: Runs) -> list[Finding]:
+    """(x) of HYPOTHESES.md: the KL over the vocabulary less the sampled one."""
+
+    def log(of: Callable[[Row], float]) -> Callable[[Row], float]:
+        return lambda row: math.log(of(row)) if of(row) > 0 else math.nan
+
+    def smaller(part: str, what: str, of: Callable[[Row], float], updates: int) -> Finding:
+        found = runs.effect(log(of), EXACT, SAMPLED, updates)
+        return Finding(
+            part,
+            f"{updates} updates: a smaller {what}",
+            f"{what} {factor(found)}",
+            verdict([found], below(found, 0), above(found, 0)),
+        )
+
+    like = runs.effect(accuracy, EXACT, SAMPLED)
+    kl_like = runs.effect(runs.log_kl, EXACT, SAMPLED)
+    return [
+        Finding(
+            "x1",
+            "4 updates: alike (5 points, factor 2)",
+            f"accuracy {points(like)}; KL {factor(kl_like)}",
+            verdict(
+                [like, kl_like],
+                within(like, 5 * POINT) and within(kl_like, DOUBLE),
+                beyond(like, 5 * POINT) or beyond(kl_like, DOUBLE),
+            ),
+        ),
+        smaller("x2", "gradient norm", gradient_norm, 4),
+        smaller("x3", "swing of the KL", swing, 16),
+        smaller("x4", "swing of the KL", swing, 64),
+    ]
+
+
 # The page
 
 
-def table(runs: Runs, kl_types: Sequence[str], updates: int, kl_coef: float) -> list[str]:
+def table(
+    runs: Runs,
+    kl_types: Sequence[str],
+    updates: int,
+    kl_coef: float,
+    measures: Sequence[Measure] = MEASURES,
+) -> list[str]:
     """A line a formulation: seeds, then each measure's mean with its lowest and highest seed."""
-    headings = ["kl_type", "seeds", *(measure.heading for measure in MEASURES)]
+    headings = ["kl_type", "seeds", *(measure.heading for measure in measures)]
     lines = ["| " + " | ".join(headings) + " |", "| --- |" + " --- |" * (len(headings) - 1)]
     for kl_type in kl_types:
         rows = list(runs.of(kl_type, updates, kl_coef).values())
         diverged = sum(row["status"] == "diverged" for row in rows)
         seeds = f"{len(rows)}" + (f", {diverged} diverged" if diverged else "")
-        values = (mean_and_range([m.of(row) for row in rows], m.form) for m in MEASURES)
+        values = (mean_and_range([m.of(row) for row in rows], m.form) for m in measures)
         lines.append(f"| `{kl_type}` | {seeds} | " + " | ".join(values) + " |")
     return lines
+
+
+def exact_lines(rows: Sequence[Row], beside: Runs) -> list[str]:
+    """The section on `grids/exact.yaml`; k2 with 4 updates is tier 1's."""
+    runs = Runs([*rows, *beside.of(SAMPLED).values()])
+    measures = [m for m in MEASURES if m.heading not in ("greedy", "pass@8", "tokens")]
+    lines = ["## The exact KL beside the sampled one", "", *ON_EXACT.splitlines(), ""]
+    lines += verdict_table(exact_findings(runs))
+    for updates in sorted({row["settings"]["updates"] for row in rows}):
+        lines += ["", f"With {updates} updates per rollout:", ""]
+        lines += table(runs, (SAMPLED, EXACT), updates, 0.5, [*measures, SWING, CPU_SECONDS])
+    return [*lines, "", *provenance(rows), ""]
+
+
+def verdict_table(found: Sequence[Finding]) -> list[str]:
+    return [
+        "| | hypothesis | measured | verdict |",
+        "| --- | --- | --- | --- |",
+        *(f"| {f.part} | {f.asked} | {f.measured} | **{f.verdict}** |" for f in found),
+    ]
 
 
 def short_table(runs: Runs) -> str:
@@ -493,6 +568,12 @@ are in nats per answer, summed over the vocabulary. A rollout is lost if its mea
 half of the first one's. The gradient norm is the median over the rollouts. `stock:k3` is OpenRLHF's
 own, without klplug.
 """
+ON_EXACT = """\
+[The exact KL](exact.md) has one target with `k2_as_loss`, and no noise from its own token. These
+runs are of the same host, policy and task, with kl_coef 0.5. The swing is the standard deviation of
+the KL that the host logs, nats per token, over the last ten rollouts. CPU-seconds are those of the
+whole run, its evaluations included.
+"""
 HOW = """\
 ## How it is made
 
@@ -508,14 +589,14 @@ copied to `recipes/reproduce/results/tier1.jsonl`.
 """
 
 
-def page(rows: Sequence[Row]) -> str:
+def page(rows: Sequence[Row], exact: Sequence[Row] = ()) -> str:
     """The page's text.
 
     Args:
         rows: Of tier 1, any number.
+        exact: Of the grid `exact`, any number; without one there is no section on it.
     """
     runs = Runs(rows)
-    found = findings(runs)
     lines = [
         "<!-- Made by `python -m recipes.reproduce.page` from recipes/reproduce/results. -->",
         "",
@@ -525,9 +606,7 @@ def page(rows: Sequence[Row]) -> str:
         "",
         "## Verdicts on the host",
         "",
-        "| | hypothesis | measured | verdict |",
-        "| --- | --- | --- | --- |",
-        *(f"| {f.part} | {f.asked} | {f.measured} | **{f.verdict}** |" for f in found),
+        *verdict_table(findings(runs)),
         "",
         *RULE.splitlines(),
         "",
@@ -556,6 +635,8 @@ def page(rows: Sequence[Row]) -> str:
     for coef in coefs:
         lines += [f"## kl_coef {coef:g}, 4 updates per rollout", ""]
         lines += [*table(runs, ("stock:k3", "k2_as_loss"), 4, coef), ""]
+    if exact:
+        lines += exact_lines(exact, runs)
     if absent := missing_lines(rows):
         lines += ["## Missing", "", "Runs of tier 1 that were not made yet:", "", *absent, ""]
     lines += ["## Made with", "", *provenance(rows), "", *HOW.splitlines(), ""]
@@ -678,15 +759,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=README)
     arguments = parser.parse_args(argv)
     try:
-        rows = [
-            row
-            for path in sorted(arguments.results.glob("tier1*.jsonl"))
-            for row in read_rows(path)
-        ]
+        rows, exact = (
+            [row for path in sorted(arguments.results.glob(name)) for row in read_rows(path)]
+            for name in ("tier1*.jsonl", "exact*.jsonl")
+        )
     except DriveError as error:
         print(f"page: error: {error}", file=sys.stderr)
         return 2
-    arguments.page.write_text(page(rows), "utf-8")
+    arguments.page.write_text(page(rows, exact), "utf-8")
     if rows:
         figures(rows, arguments.images)
         text = arguments.readme.read_text("utf-8")

@@ -19,11 +19,13 @@ from recipes.reproduce.page import (
     accuracy,
     below,
     effect,
+    exact_findings,
     figures,
     findings,
     lost,
     main,
     page,
+    swing,
     within,
 )
 
@@ -162,6 +164,34 @@ def test_accuracy_at_equal_kl_is_read_off_each_formulations_line() -> None:
     assert found.measured == "accuracy +5.0 points, +5.0 to +5.0 (3 seeds)"
     assert found.verdict == "not reproduced"
     assert of_part(rows[:12], "g").verdict == "not decided yet"
+
+
+def swinging(kl_type: str, seed: int, width: float, updates: int) -> dict[str, Any]:
+    """A run whose logged KL goes `width` up and down at its end."""
+    made = row(kl_type, seed, 0.7, 1.0, updates=updates)
+    made["training"]["kl"] = [9.0] * 20 + [0.1 - width, 0.1 + width] * 5
+    return made
+
+
+def test_the_swing_is_that_of_the_last_third() -> None:
+    # Ten values, each `width` off their mean: the sample's variance is 10 width^2 / 9.
+    assert swing(swinging("k2_as_loss", 1, 0.03, 16)) == pytest.approx(0.03 * (10 / 9) ** 0.5)
+    assert math.isnan(swing(row("k2_as_loss", 1, 0.7, 1.0)))  # none was logged
+
+
+def test_the_exact_kl_is_compared_with_the_sampled_one() -> None:
+    tier1 = [row("k2_as_loss", seed, 0.7, 1.0) for seed in (1, 2, 3)]
+    exact = [row("exact_as_loss", seed, 0.71, 1.5) for seed in (1, 2, 3)]
+    for seed in (1, 2, 3):
+        exact += [swinging("k2_as_loss", seed, 0.02, 16), swinging("exact_as_loss", seed, 0.01, 16)]
+    verdicts = {f.part: (f.measured, f.verdict) for f in exact_findings(Runs([*tier1, *exact]))}
+    assert verdicts["x1"][1] == "reproduced"
+    assert verdicts["x2"][1] == "not decided"  # the same norm in each
+    assert verdicts["x3"] == ("swing of the KL a factor 0.5, 0.5 to 0.5 (3 seeds)", "reproduced")
+    assert verdicts["x4"] == ("swing of the KL no pair of runs yet", "not decided yet")
+    text = page(tier1, exact)
+    assert "With 16 updates per rollout:" in text and "With 64 updates" not in text
+    assert "The exact KL" not in page(tier1)
 
 
 def test_what_is_missing_shows_as_missing() -> None:
