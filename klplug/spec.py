@@ -527,7 +527,7 @@ def check_kl_coef(spec: KLSpec, kl_coef: float | None) -> float:
     if kl_coef == 0:
         raise ValueError(
             f"kl_coef is 0, so kl_type {str(spec)!r} would do nothing: "
-            "write kl_type 'none', or a positive kl_coef"
+            "write kl_type 'none', or 'monitor' for its metrics alone, or a positive kl_coef"
         )
     if not (math.isfinite(kl_coef) and kl_coef > 0):
         raise ValueError(f"kl_coef must be finite and positive, got {kl_coef!r}")

@@ -15,7 +15,7 @@ from klplug.cli.output import AsJson, console, print_json
 from klplug.cli.status import Unreadable
 from klplug.estimators import ALIASES, ESTIMATORS
 from klplug.hosting.host import hosts
-from klplug.spec import EXACT, PLACEMENTS
+from klplug.spec import EXACT, MONITOR, PLACEMENTS
 
 WORDS = "x = log pi - log ref of one token, nats; u = exp(x)"
 HEADINGS = ("coefficient c", "whose gradient, on-policy", "bias as one of KL(pi||ref)")
@@ -52,7 +52,7 @@ def _stock_names() -> list[str]:
 def names() -> list[str]:
     """Every name that ``explain`` takes: klplug's own, then the hosts'."""
     own = [f"{name}_{place}" for name in (*ESTIMATORS, *ALIASES) for place in PLACEMENTS]
-    return list(dict.fromkeys([*own, EXACT, "none", *_stock_names()]))
+    return list(dict.fromkeys([*own, EXACT, "none", MONITOR, *_stock_names()]))
 
 
 def completed(incomplete: str) -> list[str]:

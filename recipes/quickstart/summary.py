@@ -90,7 +90,7 @@ def next_steps(own: Summary, folder: Path, stock: Sequence[Path]) -> str:
     folders = shlex.join(os.path.relpath(path) for path in (folder, *stock))
     lines += [
         f"  .venv-{own['host']}/bin/klplug report {folders}    the runs as one page",
-        "  klplug audit YOUR_SCRIPT    what gradient your own run follows, and what to write",
+        f"  .venv-{own['host']}/bin/klplug audit YOUR_SCRIPT    what gradient your own run follows",
     ]
     return "\n".join(lines)
 
