@@ -189,6 +189,13 @@ def test_an_inactive_hook_and_an_unknown_version_are_named(
     assert "INACTIVE verl.b" in text(found) and "1 of 2 hooks active" in text(found)
 
 
+def test_a_version_that_begins_as_a_tested_one_does_is_none_of_them() -> None:
+    tested = hosts()["openrlhf"].tested_text
+    assert "0.9.10" in tested
+    (problem,) = module._host_problems("openrlhf", HostReport("0.9.1", tested, {}))
+    assert problem == f"openrlhf 0.9.1 is not one that was tested ({tested})"
+
+
 @pytest.mark.parametrize(("modules", "problems"), [("", 1), ("klplug_verl", 0)])
 def test_a_verl_that_knows_no_plugins(
     monkeypatch: pytest.MonkeyPatch, modules: str, problems: int

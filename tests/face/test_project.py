@@ -76,6 +76,13 @@ def test_on_pypi_every_link_of_the_readme_is_whole(metadata: Message) -> None:
         assert (ROOT / path.partition("#")[0]).exists(), path
 
 
+def test_contributing_names_every_file_of_the_core() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    files = [p.name for p in (ROOT / "klplug").glob("*.py") if not p.name.startswith("__")]
+    assert len(files) > 20
+    assert not [name for name in files if f"`{name}`" not in text]
+
+
 def test_the_classifiers_are_what_ci_runs() -> None:
     ci = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
     runs = set(ci["jobs"]["core"]["strategy"]["matrix"]["python"])

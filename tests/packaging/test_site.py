@@ -160,7 +160,17 @@ def test_every_option_is_in_the_glossary() -> None:
 def test_every_metric_is_explained() -> None:
     log_probs = torch.zeros(1, 2)
     mask = torch.ones(1, 2)
-    term = klplug.kl_term("k2_as_loss,ratio=none", log_probs, log_probs, mask)
     page = (DOCS / "metrics.md").read_text(encoding="utf-8")
-    for metric in term.metrics:
-        assert f"`{metric}`" in page, metric
+    for kl_type in (
+        *("k2_as_loss", "k2_as_loss,bound=1,weight=positive", "k2_as_loss,head=combined"),
+        *("exact_as_loss", "k2_as_loss,vocab=topk:1"),
+    ):
+        term = klplug.kl_term(
+            *(kl_type, log_probs, log_probs, mask),
+            **dict.fromkeys(set(klplug.parse(kl_type).requires) - {"ref_log_probs"}, log_probs),
+            sample_weights={"positive": mask},
+            kl_coef=1.0,
+            clip_range=0.2,
+        )
+        for metric in term.metrics:
+            assert f"`{metric}`" in page, f"{kl_type}: {metric}"
