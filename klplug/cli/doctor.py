@@ -186,7 +186,7 @@ def _waited(
 
 def _host_problems(host: str, report: HostReport) -> list[str]:
     problems = []
-    if report.version is not None and report.version not in hosts()[host].tested:
+    if report.version is not None and report.version not in report.tested.replace(",", " ").split():
         problems.append(f"{host} {report.version} is not one that was tested ({report.tested})")
     for kind, probe in report.probes.items():
         where = f"{host}, {kind.replace('_', ' ')}"

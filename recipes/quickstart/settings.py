@@ -171,7 +171,7 @@ def settings(
             f"so UPDATES must be a divisor of {parts}"
         )
     if save_every < 0:
-        raise SettingsError(f"--save-every {save_every}: 0 for the end alone, or a positive number of steps")
+        raise SettingsError(f"--save-every {save_every}: 0, the end alone, or steps above 0")
     if gsm8k is not None and data != "gsm8k":
         raise SettingsError(f"GSM8K={gsm8k} is read with DATA=gsm8k only, not with DATA={data}")
     coef = checked_kl_coef(canonical, kl_coef, recipe.kl_coef)

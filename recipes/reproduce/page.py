@@ -99,17 +99,21 @@ class Measure:
     form: str
 
 
-MEASURES = (
-    Measure("accuracy", accuracy, "{:.1%}"),
+ACCURACY = Measure("accuracy", accuracy, "{:.1%}")
+KL = Measure("KL(pi‖ref)", end("kl_nats_per_answer"), "{:.3g}")
+ABLE = (
+    ACCURACY,
     Measure("greedy", end("accuracy"), "{:.1%}"),
     Measure("pass@8", end("pass_at/8"), "{:.1%}"),
     Measure("pass@16", end("pass_at/16"), "{:.1%}"),
-    Measure("KL(pi‖ref)", end("kl_nats_per_answer"), "{:.3g}"),
+    Measure("rollouts lost", lost, "{:.0%}"),
+)
+MOVED = (
+    KL,
     Measure("KL(ref‖pi)", end("forward_kl_nats_per_answer"), "{:.3g}"),
     Measure("entropy", end("entropy_nats_per_answer"), "{:.3g}"),
     Measure("tokens", end("response_tokens"), "{:.1f}"),
     Measure("gradient norm", gradient_norm, "{:.2g}"),
-    Measure("rollouts lost", lost, "{:.0%}"),
 )
 SWING = Measure("swing", swing, "{:.2g}")
 CPU_SECONDS = Measure("CPU-seconds a rollout", cpu_seconds, "{:.1f}")
@@ -416,12 +420,24 @@ def exact_findings(runs: Runs) -> list[Finding]:
 # The page
 
 
+def tables(
+    runs: Runs,
+    kl_types: Sequence[str],
+    updates: int,
+    kl_coef: float,
+    moved: Sequence[Measure] = MOVED,
+) -> list[str]:
+    """What each formulation's policy is able to do, and below how far it has moved."""
+    first, second = (table(runs, kl_types, updates, kl_coef, of) for of in (ABLE, moved))
+    return [*first, "", *second]
+
+
 def table(
     runs: Runs,
     kl_types: Sequence[str],
     updates: int,
     kl_coef: float,
-    measures: Sequence[Measure] = MEASURES,
+    measures: Sequence[Measure],
 ) -> list[str]:
     """A line a formulation: seeds, then each measure's mean with its lowest and highest seed."""
     headings = ["kl_type", "seeds", *(measure.heading for measure in measures)]
@@ -438,12 +454,12 @@ def table(
 def exact_lines(rows: Sequence[Row], beside: Runs) -> list[str]:
     """The section on `grids/exact.yaml`; k2 with 4 updates is tier 1's."""
     runs = Runs([*rows, *beside.of(SAMPLED).values()])
-    measures = [m for m in MEASURES if m.heading not in ("greedy", "pass@8", "tokens")]
+    moved = [*(m for m in MOVED if m.heading != "tokens"), SWING, CPU_SECONDS]
     lines = ["## The exact KL beside the sampled one", "", *ON_EXACT.splitlines(), ""]
     lines += verdict_table(exact_findings(runs))
     for updates in sorted({row["settings"]["updates"] for row in rows}):
         lines += ["", f"With {updates} updates per rollout:", ""]
-        lines += table(runs, (SAMPLED, EXACT), updates, 0.5, [*measures, SWING, CPU_SECONDS])
+        lines += tables(runs, (SAMPLED, EXACT), updates, 0.5, moved)
     return [*lines, "", *provenance(rows), ""]
 
 
@@ -457,14 +473,13 @@ def verdict_table(found: Sequence[Finding]) -> list[str]:
 
 def short_table(runs: Runs) -> str:
     """README's: accuracy and KL of each formulation, with the lowest and the highest seed."""
-    measures = [MEASURES[0], MEASURES[4]]
     lines = [
         "| `kl_type` | seeds | accuracy | KL(pi‖ref), nats per answer |",
         "| --- | --- | --- | --- |",
     ]
     for kl_type in ORDER:
         rows = list(runs.of(kl_type).values())
-        values = (mean_and_range([m.of(row) for row in rows], m.form) for m in measures)
+        values = (mean_and_range([m.of(row) for row in rows], m.form) for m in (ACCURACY, KL))
         lines.append(f"| `{kl_type}` | {len(rows)} | {' | '.join(values)} |")
     return "\n".join(["", *lines, "", ""])
 
@@ -620,7 +635,7 @@ def page(rows: Sequence[Row], exact: Sequence[Row] = ()) -> str:
     lines += [
         start_line(rows),
         "",
-        *table(runs, ORDER, 4, 0.5),
+        *tables(runs, ORDER, 4, 0.5),
         "",
         *COLUMNS.splitlines(),
         "",
@@ -630,11 +645,11 @@ def page(rows: Sequence[Row], exact: Sequence[Row] = ()) -> str:
         "",
     ]
     if any(row["settings"]["updates"] == 1 for row in rows):
-        lines += ["## One update per rollout", "", *table(runs, ("none", K1), 1, 0.5), ""]
+        lines += ["## One update per rollout", "", *tables(runs, ("none", K1), 1, 0.5), ""]
     coefs = [c for c in COEFFICIENTS if c != 0.5 and runs.of("k2_as_loss", 4, c)]
     for coef in coefs:
         lines += [f"## kl_coef {coef:g}, 4 updates per rollout", ""]
-        lines += [*table(runs, ("stock:k3", "k2_as_loss"), 4, coef), ""]
+        lines += [*tables(runs, ("stock:k3", "k2_as_loss"), 4, coef), ""]
     if exact:
         lines += exact_lines(exact, runs)
     if absent := missing_lines(rows):

@@ -165,12 +165,9 @@ def test_every_metric_is_explained() -> None:
         *("k2_as_loss", "k2_as_loss,bound=1,weight=positive", "k2_as_loss,head=combined"),
         *("exact_as_loss", "k2_as_loss,vocab=topk:1"),
     ):
-        term = klplug.kl_term(
-            *(kl_type, log_probs, log_probs, mask),
-            **dict.fromkeys(set(klplug.parse(kl_type).requires) - {"ref_log_probs"}, log_probs),
-            sample_weights={"positive": mask},
-            kl_coef=1.0,
-            clip_range=0.2,
-        )
+        given = dict.fromkeys(klplug.parse(kl_type).requires, log_probs)
+        given |= {"ref_log_probs": log_probs, "sample_weights": {"positive": mask}}
+        given |= {"kl_coef": 1.0, "clip_range": 0.2}
+        term = klplug.kl_term(kl_type, log_probs=log_probs, response_mask=mask, **given)
         for metric in term.metrics:
             assert f"`{metric}`" in page, f"{kl_type}: {metric}"
