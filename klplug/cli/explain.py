@@ -234,7 +234,9 @@ def explain_command(
     written += [found.kl_type for found in of_paper if found.kl_type]
     kl_types = list(dict.fromkeys(written))
     if not kl_types and not of_paper:
-        raise Unreadable("name a kl_type, as in klplug explain k2_as_loss, or a --paper")
+        raise Unreadable(
+            "name a kl_type, a finding of klplug audit or a paper, as in klplug explain k2_as_loss"
+        )
     for found in of_paper if not as_json else ():
         console().print(f"{found.name}, arXiv {found.arxiv}\n{found.about}")
     if not kl_types:
