@@ -116,11 +116,19 @@ class Host:
 
     def starts(self, word: str) -> bool:
         """Whether a word of a command starts a trainer that klplug serves."""
-        return word == self.launcher or any(re.fullmatch(p, word) for p in self.trainers)
+        return word == self.launcher or self._starting.fullmatch(word) is not None
 
     def marked(self, word: str) -> bool:
         """Whether an argument is one that only its training commands have."""
-        return self.marks is not None and re.match(self.marks, word) is not None
+        return self._marking.match(word) is not None
+
+    @functools.cached_property
+    def _starting(self) -> re.Pattern[str]:
+        return re.compile("|".join(self.trainers))
+
+    @functools.cached_property
+    def _marking(self) -> re.Pattern[str]:
+        return re.compile(self.marks or "(?!)")
 
     def has_another(self, word: str) -> bool:
         """Whether a word of a command starts a trainer that klplug does not serve."""

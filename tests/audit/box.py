@@ -41,11 +41,16 @@ _USUAL = ("/usr/bin", "/usr/local/bin", "/opt/conda/bin")
 _RECORD = r"""
 command_not_found_handle() {
   local i
-  for ((i = 1; i < $#; i++)); do
+  for ((i = 1; i <= $#; i++)); do
     if [[ ${!i} =~ ^(.*/)?(ba|z|da)?sh$ && ${@:i+1:1} =~ ^-[a-z]*c$ && $i -gt 1 ]]; then
       /bin/bash "${@:i+1}"
       return
     fi
+    # Slurm makes a script of that text.
+    case "$1 ${!i}" in
+      "sbatch --wrap="*) /bin/bash -c "${!i#--wrap=}"; return ;;
+      "sbatch --wrap") ((i++)); /bin/bash -c "${!i}"; return ;;
+    esac
   done
   # A file each: two programs of one pipe write at once.
   { printf '%s\0' "$@"; printf '\1\0'; } > "/box/records/$BOX/$EPOCHREALTIME-$BASHPID"

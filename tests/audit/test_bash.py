@@ -106,6 +106,31 @@ def test_a_name_that_no_program_has_is_not_taken_to_succeed(text: str) -> None:
     assert disagreement(Script(text).commands, real.commands) is None
 
 
+NAMES = [
+    'N=5; N\u4e2a=7; run "\u5171$N\u4e2a" $N\u3001b "\u00a5$\u5143" ${N}\u4e2a',
+    'set --; N=5; run $((N+1))\u4e2a "${N:-x}\u4e2a" $1\u4e2a "$#\u4e2a"; \u00e9=1; run "$\u00e9"',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NAMES)
+def test_a_name_ends_where_its_letters_are_no_more_ascii(text: str) -> None:
+    (real,) = bash([text], quick=True) if namespaces() else bash_without_a_box([text])
+    assert disagreement(Script(text).commands, real.commands) is None
+
+
+def test_the_script_that_slurm_is_to_wrap_is_read() -> None:
+    text = (
+        'A=(run "b c"); export B=x; C=y\n'
+        "JOB=(sbatch --job-name=j --wrap=\"srun bash -c 'run ${A[1]} $B; run \\${B}$C'\")\n"
+        '"${JOB[@]}"; sbatch --wrap "run \\$B \\$C" -n 1; sbatch job.sh --wrap'
+    )
+    wanted = [("run", "b", "c", "x"), ("run", "xy"), ("run", "x")]
+    if namespaces():
+        assert [c for c in bash([text])[0].commands if c[0] == "run"] == wanted
+    read = [tuple(w.text for w in c.words if w.text) for c in Script(text).commands]
+    assert [c for c in read if c[0] == "run"] == wanted
+
+
 # What bash gives for $(echo a b) the reader knows, and for $(printf %s "$(cat file)") it does not.
 @pytest.mark.parametrize("command", ["cat list", "sed s/x/x/ list"])
 def test_how_many_elements_there_are_is_not_known_of_what_is_not(command: str) -> None:

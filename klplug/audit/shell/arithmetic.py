@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 _TOKEN = re.compile(
-    r"\s*(?:(?P<number>0[xX][0-9a-fA-F]+|\d+\#\w+|\d+)|(?P<name>[A-Za-z_]\w*)"
+    r"\s*(?:(?P<number>0[xX][0-9a-fA-F]+|\d+\#\w+|\d+)|(?P<name>(?a:[A-Za-z_]\w*))"
     r"|(?P<sign>\*\*|<<=|>>=|<<|>>|<=|>=|==|!=|&&|\|\||\+\+|--|[-+*/%&|^]=|[-+*/%<>=!~&|^?:(),]))"
 )
 _LEVELS = (
@@ -52,7 +52,7 @@ class Reckoning:
 
     def _assignment(self) -> int:
         name, sign = self._peek(), "".join(self._tokens[self._at + 1 : self._at + 2])
-        if re.fullmatch(r"[A-Za-z_]\w*", name) and re.fullmatch(r"([-+*/%&|^]|<<|>>)?=", sign):
+        if re.fullmatch(r"(?a:[A-Za-z_]\w*)", name) and re.fullmatch(r"([-+*/%&|^]|<<|>>)?=", sign):
             self._at += 2
             number = self._assignment()
             if sign != "=":
@@ -107,7 +107,7 @@ class Reckoning:
             return number
         token = self._peek()
         self._at += 1
-        if re.fullmatch(r"[A-Za-z_]\w*", token):
+        if re.fullmatch(r"(?a:[A-Za-z_]\w*)", token):
             number = self._variable(token)
             if step := self._take("++", "--"):
                 self.assigned[token] = number + (1 if step == "++" else -1)

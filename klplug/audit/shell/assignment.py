@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 from klplug.audit.shell import conditions, syntax
 from klplug.audit.shell.conditions import Holds
@@ -13,6 +12,7 @@ from klplug.audit.shell.values import (
     Flat,
     Piece,
     Value,
+    after_equals,
     array,
     as_array,
     element_at,
@@ -34,8 +34,8 @@ def arithmetic_command(shell: Shell, expression: syntax.Text, empty: int = 0) ->
     targets = dict.fromkeys(
         next(filter(None, match))
         for match in re.findall(
-            r"([A-Za-z_]\w*)\s*(?:[-+*/%&|^]|<<|>>)?=(?!=)|([A-Za-z_]\w*)\s*(?:\+\+|--)"
-            r"|(?:\+\+|--)\s*([A-Za-z_]\w*)",
+            r"((?a:[A-Za-z_]\w*))\s*(?:[-+*/%&|^]|<<|>>)?=(?!=)|((?a:[A-Za-z_]\w*))\s*(?:\+\+|--)"
+            r"|(?:\+\+|--)\s*((?a:[A-Za-z_]\w*))",
             written,
         )
     )
@@ -82,12 +82,12 @@ def _assign_elements(shell: Shell, assignment: syntax.Assignment, before: Variab
     if isinstance(before, Mapped) or any(
         e.key is not None and not re.fullmatch(r"\d+", e.key.plain() or "") for e in keyed
     ):
-        items = dict(before.items) if isinstance(before, Mapped) and assignment.appends else {}
+        items = {**before.items} if isinstance(before, Mapped) and assignment.appends else {}
         for element in keyed:
             assert element.key is not None
             key = text(usual(scalar(shell, element.key)))
             items[key] = kept(shell, element.value)
-        shell.set(assignment.name, Mapped(tuple(items.items())))
+        shell.set(assignment.name, Mapped(items))
         return
     listed = tuple(
         piece
@@ -114,10 +114,8 @@ def _assign_element(
     name = assignment.name
     if isinstance(before, Mapped):
         key = text(usual(scalar(shell, assignment.index)))
-        items = dict(before.items)
-        old = items.get(key, ()) if assignment.appends else ()
-        items[key] = (*old, *value)
-        shell.set(name, Mapped(tuple(items.items())))
+        old = before.items.get(key, ()) if assignment.appends else ()
+        shell.set(name, Mapped({**before.items, key: (*old, *value)}))
         return
     index = reckoned(shell, assignment.index, name)
     listed: Value = ()
@@ -152,7 +150,7 @@ def declare(shell: Shell, command: syntax.Simple) -> None:
             value = kept(shell, item.value)  # of the variable outside
             _make_local(shell, builtin, item.name)
             if "A" in flags and not isinstance(shell.get(item.name), Mapped):
-                shell.set(item.name, Mapped(()))
+                shell.set(item.name, Mapped({}))
             assign(shell, item, value)
             _export(shell, builtin, flags, item.name)
             continue
@@ -163,14 +161,14 @@ def declare(shell: Shell, command: syntax.Simple) -> None:
                     flags += made[1:]
                     continue
                 name, equals, _ = made.partition("=")
-                if not re.fullmatch(r"[A-Za-z_]\w*", name):
+                if not re.fullmatch(r"(?a:[A-Za-z_]\w*)", name):
                     continue
                 _make_local(shell, builtin, name)
                 if equals:
-                    rest = _after_equals(pieces)
+                    rest = after_equals(pieces)
                     shell.set(name, Scalar(plain_value(rest)))
                 elif "A" in flags and shell.get(name) is None:
-                    shell.set(name, Mapped(()))
+                    shell.set(name, Mapped({}))
                 elif "a" in flags and shell.get(name) is None:
                     shell.set(name, Listed(()))
                 elif builtin == "local":
@@ -189,15 +187,3 @@ def _make_local(shell: Shell, builtin: str, name: str) -> None:
 def _export(shell: Shell, builtin: str, flags: str, name: str) -> None:
     if builtin == "export" or "x" in flags:
         shell.exported.add(name)
-
-
-def _after_equals(pieces: Flat) -> Flat:
-    rest: list[Piece] = []
-    passed = False
-    for piece in pieces:
-        if passed:
-            rest.append(piece)
-        elif "=" in piece.text and not piece.unknown:
-            passed = True
-            rest.append(replace(piece, text=piece.text.partition("=")[2]))
-    return tuple(rest)

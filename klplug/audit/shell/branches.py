@@ -7,7 +7,6 @@ holds a choice of the tree's shape.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from klplug.audit.shell import syntax
 from klplug.audit.shell.state import Changes, Early, Listed, Mapped, Scalar, Shell, Variable
@@ -128,7 +127,7 @@ def _decidable(status: Value, line: int) -> Value:
         return _tree(Decision(piece.line or line, 2, usual=1))
     if piece.text in ("0", "1"):
         return (piece,)
-    return (replace(piece, text="1" if piece.text else "0"),)
+    return (piece.with_text("1" if piece.text else "0"),)
 
 
 def leaves_of(tree: Value) -> list[Piece]:
@@ -156,11 +155,9 @@ def _merged(tree: Value, options: Sequence[Variable | None]) -> Variable | None:
     if syntax.Function in kinds:
         return next(option for option in options if isinstance(option, syntax.Function))
     if Mapped in kinds:
-        tables = [dict(o.items) if isinstance(o, Mapped) else {} for o in options]
+        tables = [o.items if isinstance(o, Mapped) else {} for o in options]
         keys = dict.fromkeys(key for table in tables for key in table)
-        return Mapped(
-            tuple((key, _selected(tree, [t.get(key, ()) for t in tables])) for key in keys)
-        )
+        return Mapped({key: _selected(tree, [t.get(key, ()) for t in tables]) for key in keys})
     if Listed in kinds:
         lists: list[Value] = [
             o.value if isinstance(o, Listed) else array([o.value]) if isinstance(o, Scalar) else ()

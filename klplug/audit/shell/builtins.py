@@ -74,7 +74,7 @@ def _echo(shell: Shell, values: list[Value], split: list[Flat], command: syntax.
             words = words[1:]
         if escapes:
             words = [
-                tuple(p if p.unknown else replace(p, text=_unescaped(p.text)) for p in element)
+                tuple(p if p.unknown else p.with_text(_unescaped(p.text)) for p in element)
                 for element in words
             ]
         made = joined(words, " ", command.line)
@@ -169,7 +169,7 @@ def _read(shell: Shell, values: list[Value], split: list[Flat], command: syntax.
         elif texts[at] or names:
             names.append(texts[at])
         at += 1
-    names = [n for n in names if re.fullmatch(r"[A-Za-z_]\w*", n)] or ["REPLY"]
+    names = [n for n in names if re.fullmatch(r"(?a:[A-Za-z_]\w*)", n)] or ["REPLY"]
     given = shell.inputs[-1]
     ifs = shell.ifs()
     if given is None or any(p.unknown and not p.unset for p in usual(given)):
@@ -197,7 +197,7 @@ def _read(shell: Shell, values: list[Value], split: list[Flat], command: syntax.
 
 def _mapfile(shell: Shell, values: list[Value], split: list[Flat], command: syntax.Simple) -> None:
     texts = _texts(split)[1:]
-    name = next((t for t in reversed(texts) if re.fullmatch(r"[A-Za-z_]\w*", t)), "MAPFILE")
+    name = next((t for t in reversed(texts) if re.fullmatch(r"(?a:[A-Za-z_]\w*)", t)), "MAPFILE")
     given = shell.inputs[-1]
     trims = any(re.fullmatch(r"-\w*t\w*", t) for t in texts)
     if given is None or any(p.unknown and not p.unset for p in usual(given)) or not trims:
@@ -235,7 +235,7 @@ def _set(shell: Shell, values: list[Value], split: list[Flat], command: syntax.S
 
 def _unset(shell: Shell, values: list[Value], split: list[Flat], command: syntax.Simple) -> None:
     for name in _texts(split)[1:]:
-        if re.fullmatch(r"[A-Za-z_]\w*", name):
+        if re.fullmatch(r"(?a:[A-Za-z_]\w*)", name):
             shell.set(name, Scalar(NOTHING))
     shell.ends(Holds(True))
 
@@ -394,7 +394,7 @@ def _first_line(pieces: Flat) -> Value:
     kept: list[Piece] = []
     for piece in pieces:
         if "\n" in piece.text and not piece.unknown:
-            kept.append(replace(piece, text=piece.text.partition("\n")[0]))
+            kept.append(piece.with_text(piece.text.partition("\n")[0]))
             break
         kept.append(piece)
     return tuple(kept)
@@ -402,7 +402,7 @@ def _first_line(pieces: Flat) -> Value:
 
 def _without_backslashes(pieces: Flat) -> Value:
     return tuple(
-        p if p.unknown else replace(p, text=re.sub(r"\\(.|\n)", r"\1", p.text).replace("\\\n", ""))
+        p if p.unknown else p.with_text(re.sub(r"\\(.|\n)", r"\1", p.text).replace("\\\n", ""))
         for p in pieces
     )
 
@@ -414,8 +414,8 @@ def _lines(pieces: Flat) -> Value:
             items[-1].append(piece)
             continue
         first, *rest = piece.text.split("\n")
-        items[-1].append(replace(piece, text=first))
-        items += [[replace(piece, text=line)] for line in rest]
+        items[-1].append(piece.with_text(first))
+        items += [[piece.with_text(line)] for line in rest]
     if items and not any(p.text for p in items[-1]):
         items.pop()
     return as_array([tuple(item) for item in items])
@@ -448,7 +448,7 @@ def _stripped(pieces: Flat, ifs: str) -> Value:
             break
         kept.pop(0)
     while kept and not kept[-1].unknown:
-        kept[-1] = replace(kept[-1], text=kept[-1].text.rstrip(blanks))
+        kept[-1] = kept[-1].with_text(kept[-1].text.rstrip(blanks))
         if kept[-1].text:
             break
         kept.pop()

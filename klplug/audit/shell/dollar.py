@@ -6,7 +6,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Callable
 
-from klplug.audit.shell.scanner import NAME, Scanner, SyntaxProblem
+from klplug.audit.shell.scanner import Scanner, SyntaxProblem
 from klplug.audit.shell.syntax import (
     Arithmetic,
     Literal,
@@ -17,8 +17,10 @@ from klplug.audit.shell.syntax import (
     Text,
 )
 
+_VARIABLE = re.compile(r"\$((?a:[A-Za-z_]\w*)|[0-9@*#?$!-])")
+_BACKQUOTED = re.compile(r"`((?:[^`\\]|\\.)*)`", re.DOTALL)
 _BRACES = re.compile(
-    r"\$\{(?:(?P<length>\#)(?=[\w@*][\w]*[\[}]))?(?P<indirect>!)?(?P<name>[A-Za-z_]\w*|\d+|[@*#?$!-])"
+    r"\$\{(?:(?P<length>\#)(?=[\w@*][\w]*[\[}]))?(?P<indirect>!)?(?P<name>(?a:[A-Za-z_]\w*)|\d+|[@*#?$!-])"
 )
 # In an expression, up to what may mean something else; a semicolon stands alone.
 _RECKONED = re.compile(r"[\w \t.,:?!=<>+*/%&|^~#-]+")
@@ -48,8 +50,11 @@ class Expansions(Scanner):
         """What a $ or a ` begins; the character itself where it begins nothing."""
         source, start = self.source, self.at
         line = self.line_at(start)
+        if (match := _VARIABLE.match(source, start)) is not None:
+            self.at = match.end()
+            return Parameter(match[0], line, quoted, match[1])
         if source[start] == "`":
-            close = re.compile(r"`((?:[^`\\]|\\.)*)`", re.DOTALL).match(source, start)
+            close = _BACKQUOTED.match(source, start)
             if close is None:
                 self._fail(start, "a ` that is never closed")
             inner = re.sub(r"\\([`\\$])", r"\1", close[1])
@@ -77,17 +82,8 @@ class Expansions(Scanner):
             return Substitution(source[start : self.at], line, quoted, body)
         if self._starts("${"):
             return self._braces(quoted, quotes)
-        match = re.compile(r"\$(\w|[@*#?$!-])").match(source, start)
-        if match is None:
-            self.at += 1
-            return "$"
-        name = match[1]
-        if name.isalpha() or name == "_":
-            whole = NAME.match(source, start + 1)
-            assert whole is not None
-            name = whole[0]
-        self.at = start + 1 + len(name)
-        return Parameter(f"${name}", line, quoted, name)
+        self.at += 1
+        return "$"
 
     def _braces(self, quoted: bool, quotes: bool = True) -> Part:
         source, start = self.source, self.at

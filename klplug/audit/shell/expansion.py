@@ -15,7 +15,9 @@ from klplug.audit.shell.braces import brace_words
 from klplug.audit.shell.patterns import regex, without
 from klplug.audit.shell.state import MAX_DEPTH, Listed, Mapped, Scalar, Shell
 from klplug.audit.shell.values import (
+    MAX_TEXT,
     NOTHING,
+    TOO_LONG,
     Choice,
     Flat,
     Piece,
@@ -36,6 +38,8 @@ from klplug.audit.shell.values import (
     text,
     usual,
 )
+
+_NAME = re.compile(r"(?a:[A-Za-z_]\w*)")
 
 
 def _substitution(shell: Shell, part: syntax.Substitution) -> Value:
@@ -70,7 +74,7 @@ def _substitution(shell: Shell, part: syntax.Substitution) -> Value:
         while kept and not kept[-1].unknown and not kept[-1].text.rstrip("\n"):
             kept.pop()
         if kept and not kept[-1].unknown:
-            kept[-1] = replace(kept[-1], text=kept[-1].text.rstrip("\n"))
+            kept[-1] = kept[-1].with_text(kept[-1].text.rstrip("\n"))
         return tuple(kept)
 
     return _expanded(lifted(trimmed, written[0]), part.quoted)
@@ -78,8 +82,11 @@ def _substitution(shell: Shell, part: syntax.Substitution) -> Value:
 
 def unsplit(shell: Shell, written: syntax.Text) -> list[Value]:
     """A word after brace expansion, not split yet."""
-    words = brace_words(written.parts)
     first = written.parts[0] if written.parts else None
+    if len(written.parts) == 1 and isinstance(first, syntax.Literal) and "{" not in first.text:
+        span = written.span if shell.spans else None
+        return [(Piece(first.text, shell.line(first.line), quoted=first.quoted, span=span),)]
+    words = brace_words(written.parts)
     stands = isinstance(first, syntax.Literal) or (
         isinstance(first, syntax.Parameter) and not first.is_list
     )
@@ -113,6 +120,8 @@ def fields_of(shell: Shell, values: Sequence[Value], skip: int = 0) -> Value:
 
 def kept(shell: Shell, written: syntax.Text) -> Value:
     """What a variable keeps of a word."""
+    if len(written.parts) > MAX_TEXT:
+        return (TOO_LONG,)
     return plain_value(scalar(shell, written, keeps=True))
 
 
@@ -221,7 +230,7 @@ def _looked_up(shell: Shell, part: syntax.Parameter) -> Value:
             else p
             for p in shell.last_status()
         )
-    if not re.fullmatch(r"[A-Za-z_]\w*", name):
+    if not _NAME.fullmatch(name):
         why = f"{part.written} is known to a shell alone"
         return (Piece(part.written, shell.line(part.line), unknown=why),)
     variable = shell.get(name)
@@ -231,7 +240,7 @@ def _looked_up(shell: Shell, part: syntax.Parameter) -> Value:
         return variable.value if part.index is None or part.index.plain() == "0" else ()
     if isinstance(variable, Mapped):
         key = "0" if part.index is None else text(usual(scalar(shell, part.index)))
-        found = dict(variable.items).get(key)
+        found = variable.items.get(key)
         return NOTHING if found is None else found
     index = (Piece("0"),) if part.index is None else reckoned(shell, part.index, part.written)
 
@@ -266,9 +275,9 @@ def _listing(shell: Shell, part: syntax.Parameter) -> Value:
             case Scalar():
                 listed = array([variable.value])
             case Mapped():
-                listed = array([value for _, value in variable.items])
+                listed = array([*variable.items.values()])
                 if part.indirect:
-                    listed = array([(Piece(key, part.line),) for key, _ in variable.items])
+                    listed = array([(Piece(key, part.line),) for key in variable.items])
             case _:
                 listed, own = (), True
         if part.indirect and isinstance(variable, Listed):
@@ -445,7 +454,7 @@ def reckoned(
         p.written(p.splits, p.quoted) if isinstance(p, Piece) else p
         for p in value_of(shell, expression.parts)
     )
-    names = dict.fromkeys(re.findall(r"(?<![\w$])[A-Za-z_]\w*", text(usual(made))))
+    names = dict.fromkeys(re.findall(r"(?<![\w$])(?a:[A-Za-z_]\w*)", text(usual(made))))
     values = {
         name: variable.value for name in names if isinstance(variable := shell.get(name), Scalar)
     }

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from klplug.audit.shell import conditions, syntax
 from klplug.audit.shell.branches import branch, fork, leaves_of, rejoin, split_on
@@ -330,5 +329,5 @@ def _holds(status: Flat) -> Holds:
 def _negated(status: Flat) -> Value:
     piece = status[0]
     if piece.unknown:
-        return (replace(piece, text=""),)
-    return (replace(piece, text="1" if piece.text == "0" else "0"),)
+        return (piece.with_text(""),)
+    return (piece.with_text("1" if piece.text == "0" else "0"),)

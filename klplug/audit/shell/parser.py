@@ -67,7 +67,7 @@ class Parser(SimpleCommands, Brackets):
                 break
             if stops_at_newline and here == "\n":
                 break
-            if (word := self._reserved()) is not None and word in ends:
+            if ends and self._reserved() in ends:
                 break
             items.append(self._and_or())
             self._blank()

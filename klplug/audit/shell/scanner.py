@@ -18,7 +18,6 @@ _RESERVED = frozenset(
 )
 _WORDLIKE = re.compile(r"[a-z]+(?=[\s;&|()<>]|$)|[{}!](?=[\s;&|()<>]|$)|\[\[(?=\s)")
 _BLANK = re.compile(r"(?:[ \t]+|\\\n|#[^\n]*)+")
-NAME = re.compile(r"[A-Za-z_]\w*")
 # "<your path>": no shell reads it, and whoever wrote it means to replace it.
 PLACEHOLDER = re.compile(r"<[A-Za-z][^<>\n|&;()]*(?<=\S)>(?=[\s\"'/\\.,:;|&)_-]|$)")
 

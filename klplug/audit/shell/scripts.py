@@ -21,6 +21,7 @@ from klplug.audit.shell.values import (
     Piece,
     Value,
     Word,
+    after_equals,
     array,
     decided,
     decisions,
@@ -43,17 +44,18 @@ _QUERIES = frozenset(
 # What no program is called: "python train.py" in quotes, say, which is not taken to succeed.
 _NO_NAME = re.compile(r"[\s{}=]")
 _SHELL = re.compile(r"(?:.*/)?(?:ba|z|da|k)?sh")
+_COMMAND = re.compile(r"-\w*c")
 
 
 def program(shell: Shell, values: list[Value], split: list[Flat], command: syntax.Simple) -> None:
     words = tuple(word(pieces) for pieces in split)
     texts = [w.text for w in words]
     line = shell.line(command.line)
-    nested = _nested_script(words)
+    nested = _nested_script(shell, values, words)
     at_shell = next((at for at, t in enumerate(texts) if _SHELL.fullmatch(t)), None)
     given = shell.inputs[-1]
     if nested is not None and shell.depth < MAX_DEPTH:
-        _another_shell(shell, lambda: _read_value(shell, _pieces_at(shell, values, nested)), ())
+        _another_shell(shell, lambda: _read_value(shell, nested), ())
     elif shell.depth < MAX_DEPTH and _ran_a_file(shell, words, at_shell):
         pass
     elif (
@@ -80,11 +82,17 @@ def program(shell: Shell, values: list[Value], split: list[Flat], command: synta
     shell.program_ends(asked=nameless or texts[0] in _QUERIES)
 
 
-def _nested_script(words: Sequence[Word]) -> int | None:
-    """Which word is the script of ``bash -c SCRIPT``, also behind a launcher."""
-    for at in range(len(words) - 2):
-        if _SHELL.fullmatch(words[at].text) and re.fullmatch(r"-\w*c", words[at + 1].text):
-            return at + 2
+def _nested_script(shell: Shell, values: Sequence[Value], words: Sequence[Word]) -> Flat | None:
+    """The script of ``bash -c SCRIPT``, also behind a launcher, and of ``sbatch --wrap SCRIPT``."""
+    for at in range(2, len(words)):
+        if _COMMAND.fullmatch(words[at - 1].text) and _SHELL.fullmatch(words[at - 2].text):
+            return _pieces_at(shell, values, at)
+    if words[0].text == "sbatch":
+        for at in range(1, len(words)):
+            if words[at].text.startswith("--wrap="):
+                return after_equals(_pieces_at(shell, values, at))
+            if words[at - 1].text == "--wrap":
+                return _pieces_at(shell, values, at)
     return None
 
 

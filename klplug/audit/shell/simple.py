@@ -22,7 +22,9 @@ from klplug.audit.shell.words import Words
 
 _REDIRECT = re.compile(r"(\d+|\{\w+\})?(<<<|<<-|<<|<&|<>|<|>>|>&|>\||>|&>>|&>)")
 _REDIRECTS = "<>&{0123456789"  # what it may begin with
-_ASSIGNS = re.compile(r"([A-Za-z_]\w*)(\[|\+?=)")
+_EQUALS = re.compile(r"\+?=")
+_CALLED = re.compile(r"\(\s*\)")
+_ASSIGNS = re.compile(r"((?a:[A-Za-z_]\w*))(\[|\+?=)")
 
 
 class SimpleCommands(Words):
@@ -39,13 +41,13 @@ class SimpleCommands(Words):
         words: list[Text | Assignment] = []
         redirects: list[Redirect] = []
         end = self.at
+        declares = False
         while True:
             self._blank()
             here = self._peek()
             if not here or here in "\n;|)":
                 break
-            redirect = self._redirect()
-            if redirect is not None:
+            if here in _REDIRECTS and (redirect := self._redirect()) is not None:
                 redirects.append(redirect)
                 end = self.at
                 continue
@@ -53,19 +55,18 @@ class SimpleCommands(Words):
                 break
             if here == "(":
                 name = words[0].plain() if len(words) == 1 and isinstance(words[0], Text) else None
-                match = re.compile(r"\(\s*\)").match(self.source, self.at)
+                match = _CALLED.match(self.source, self.at)
                 if name is None or match is None or assignments:
                     self._fail(self.at, "an unexpected (")
                 self.at = match.end()
                 self._newlines()
                 return Function(name, self._command())
-            declares = (
-                bool(words) and isinstance(words[0], Text) and (words[0].literal() in DECLARING)
-            )
             if (not words or declares) and (assignment := self._assignment()) is not None:
                 (words if words else assignments).append(assignment)
             else:
-                words.append(self._word())
+                word = self._word()
+                declares = declares or (not words and word.literal() in DECLARING)
+                words.append(word)
             end = self.at
         if end == start:
             self._fail(self.at, f"an unexpected {self._here()}")
@@ -136,11 +137,11 @@ class SimpleCommands(Words):
         index: Text | None = None
         if match[2] == "[":
             close = self._closing_bracket(match.end())
-            if close is None or not re.compile(r"\+?=").match(self.source, close + 1):
+            if close is None or not _EQUALS.match(self.source, close + 1):
                 return None
             self.at = match.end()
             index = self._until("]")
-            operator = re.compile(r"\+?=").match(self.source, self.at)
+            operator = _EQUALS.match(self.source, self.at)
             assert operator is not None
             self.at = operator.end()
             appends = operator[0] == "+="
@@ -174,7 +175,7 @@ class SimpleCommands(Words):
             if self.at >= len(self.source):
                 self._fail(start, "( has no closing )")
             if self._peek() == "[" and (close := self._closing_bracket(self.at + 1)) is not None:
-                operator = re.compile(r"\+?=").match(self.source, close + 1)
+                operator = _EQUALS.match(self.source, close + 1)
                 if operator is not None:
                     line = self.line_at(self.at)
                     self.at += 1

@@ -38,7 +38,9 @@ class Listed:
 
 @dataclass(frozen=True)
 class Mapped:
-    items: tuple[tuple[str, Value], ...]
+    """An associative array. Nothing changes its items: a copy with one more takes their place."""
+
+    items: dict[str, Value]
 
 
 Variable: TypeAlias = "Scalar | Listed | Mapped | syntax.Function"

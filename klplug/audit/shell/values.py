@@ -71,6 +71,11 @@ class Piece:
         missing = self.unset and self.unknown is None
         return not (self.splits or self.quoted or self.span or missing)
 
+    def with_text(self, text: str) -> Piece:
+        """The same of another text."""
+        facts = (self.unknown, self.unset, self.soft, self.end)
+        return Piece(text, self.line, self.splits, self.quoted, *facts, self.span)
+
     def written(self, splits: bool, quoted: bool, span: tuple[int, int] | None = None) -> Piece:
         """The same text, as if it were written in another way, or elsewhere."""
         if (self.splits, self.quoted, self.span) == (splits, quoted, span):
@@ -112,7 +117,7 @@ Flat: TypeAlias = "tuple[Piece, ...]"
 END = Piece("", end=True)
 # What is known not to be there.
 NOTHING: Value = (Piece("", unset=True),)
-_TOO_LONG = Piece("", unknown="it is too long to be read")
+TOO_LONG = Piece("", unknown="it is too long to be read")
 _TOO_OPEN = Piece("", unknown="too much hangs on conditions")
 DEFAULT_IFS = " \t\n"
 
@@ -121,7 +126,7 @@ MOST_RUNS = 64
 # Bounds on what a variable keeps.
 _MAX_COMPACT = 64
 _MAX_PIECES = 1_000
-_MAX_TEXT = 20_000
+MAX_TEXT = 20_000
 _MAX_ARRAY_TEXT = 200_000
 _MAX_IN_CHOICES = 128
 _MAX_IN_ARRAY_CHOICES = 4_000
@@ -157,6 +162,8 @@ def decided(value: Value, taken: dict[Decision, int]) -> Value:
 
 def usual(value: Value) -> Flat:
     """The value if every decision goes its usual way."""
+    if Choice not in map(type, value):
+        return flat(value)
     return flat(decided(value, {decision: decision.usual for decision in decisions(value)}))
 
 
@@ -281,6 +288,9 @@ def array(items: Sequence[Value]) -> Value:
 
 def fields(pieces: Flat, ifs: str = DEFAULT_IFS) -> Iterator[Flat]:
     """Field splitting: what one written word becomes."""
+    if len(pieces) == 1 and not pieces[0].splits and pieces[0].text and not pieces[0].end:
+        yield _unless_files(pieces)
+        return
     current: list[Piece] = []
     exists = False
     between = separator(ifs)
@@ -297,7 +307,7 @@ def fields(pieces: Flat, ifs: str = DEFAULT_IFS) -> Iterator[Flat]:
             position = 0
             for match in between.finditer(piece.text):
                 if match.start() > position:
-                    current.append(replace(piece, text=piece.text[position : match.start()]))
+                    current.append(piece.with_text(piece.text[position : match.start()]))
                     exists = True
                 if exists or not match[0].isspace():
                     if not _nothing(current):
@@ -305,14 +315,14 @@ def fields(pieces: Flat, ifs: str = DEFAULT_IFS) -> Iterator[Flat]:
                     current, exists = [], False
                 position = match.end()
             if position < len(piece.text):
-                rest = replace(piece, text=piece.text[position:]) if position else piece
+                rest = piece.with_text(piece.text[position:]) if position else piece
                 current.append(rest)
                 exists = True
     if exists and not _nothing(current):
         yield _unless_files(current)
 
 
-def _unless_files(pieces: list[Piece]) -> Flat:
+def _unless_files(pieces: Sequence[Piece]) -> Flat:
     """A field; from the root there are files, and which of them a pattern names is not known."""
     head = pieces[0].text if pieces else ""
     if head and head[0] != "/":
@@ -348,6 +358,9 @@ def separator(ifs: str) -> re.Pattern[str] | None:
 
 
 def word(pieces: Flat) -> Word:
+    if len(pieces) == 1:
+        (piece,) = pieces
+        return Word(piece.text, piece.line, why_unknown(pieces), piece.span)
     spans = {piece.span for piece in pieces}
     return Word(
         text(pieces),
@@ -355,6 +368,19 @@ def word(pieces: Flat) -> Word:
         why_unknown(pieces),
         spans.pop() if len(spans) == 1 else None,
     )
+
+
+def after_equals(pieces: Flat) -> Flat:
+    """Of ``NAME=value`` the value."""
+    rest: list[Piece] = []
+    passed = False
+    for piece in pieces:
+        if passed:
+            rest.append(piece)
+        elif "=" in piece.text and not piece.unknown:
+            passed = True
+            rest.append(piece.with_text(piece.text.partition("=")[2]))
+    return tuple(rest)
 
 
 def joined(items: Sequence[Flat], between: str, line: int) -> Flat:
@@ -387,10 +413,10 @@ def plain_value(value: Value) -> Value:
     """What a variable keeps: nothing of how it was written."""
     if len(value) > _MAX_COMPACT:
         value = _compact(value)
-    if _TOO_LONG in value[:2] or len(value) > _MAX_PIECES:  # the first is an opening quote
-        return (_TOO_LONG,)
-    if sum(len(piece.text) for piece in value if isinstance(piece, Piece)) > _MAX_TEXT:
-        return (_TOO_LONG,)
+    if TOO_LONG in value[:2] or len(value) > _MAX_PIECES:  # the first is an opening quote
+        return (TOO_LONG,)
+    if sum(len(piece.text) for piece in value if isinstance(piece, Piece)) > MAX_TEXT:
+        return (TOO_LONG,)
     return tuple(
         p
         if p.is_plain
@@ -404,10 +430,10 @@ def plain_value(value: Value) -> Value:
 
 def plain_array(value: Value) -> Value:
     """What an array keeps: a loop that doubles it would take all memory there is."""
-    if value[:1] in ((_TOO_LONG,), (_TOO_OPEN,)):
+    if value[:1] in ((TOO_LONG,), (_TOO_OPEN,)):
         return value[:2]  # what is added is not read either, or it would all be counted again
     if len(value) > _MAX_PIECES or _length(value) > _MAX_ARRAY_TEXT:
-        return array([(_TOO_LONG,)])
+        return array([(TOO_LONG,)])
     if _in_choices(value) > _MAX_IN_ARRAY_CHOICES:
         return array([(_TOO_OPEN,)])
     return value
@@ -419,7 +445,7 @@ def bounded(value: Value) -> Value:
     Each condition that sets a variable from others, which hang on conditions, may double it.
     """
     if len(value) > _MAX_PIECES:
-        return (_TOO_LONG,)
+        return (TOO_LONG,)
     return _collapsed(value) if _in_choices(value) > _MAX_IN_CHOICES else value
 
 
@@ -444,7 +470,7 @@ def _compact(value: Value) -> Value:
             and not (piece.unknown or last.unknown or piece.end or last.end)
             and (piece.line, piece.soft, piece.unset) == (last.line, last.soft, last.unset)
         ):
-            made[-1] = replace(last, text=last.text + piece.text)
+            made[-1] = last.with_text(last.text + piece.text)
         else:
             made.append(piece)
     return tuple(made)

@@ -10,9 +10,12 @@ from klplug.audit.shell.scanner import PLACEHOLDER
 from klplug.audit.shell.syntax import Literal, Opaque, Parameter, Part, Text
 
 _META = " \t\n;&|()<>"
+_BLANK = ("", " ", "\t", "\n")
 _PLAIN = re.compile(r"[\w.=,:@%+*?^!#-]+")
 # In quotes, up to what may mean something or end them.
 _QUOTED = re.compile(r"[^$`\\\"}\n]+")
+_HOME = re.compile(r"~[\w.+-]*")
+_IN_ANSI = re.compile(r"\$'((?:[^'\\]|\\.)*)'", re.DOTALL)
 _ANSI = re.compile(
     r"\\(?:(?P<octal>[0-7]{1,3})|x(?P<hex>[0-9a-fA-F]{1,2})|u(?P<u>[0-9a-fA-F]{1,4})"
     r"|U(?P<U>[0-9a-fA-F]{1,8})|c(?P<control>.)|(?P<other>.))",
@@ -34,6 +37,11 @@ class Words(Expansions):
     def _word(self, pattern: bool = False, assigned: bool = False, regex: bool = False) -> Text:
         """A word; with ``assigned`` there may be none, with ``regex`` brackets are part of it."""
         start, source = self.at, self.source
+        run = _PLAIN.match(source, start)
+        if run is not None and source[run.end() : run.end() + 1] in _BLANK:  # as most words are
+            self.at = run.end()
+            line = self.line_at(start)
+            return Text((Literal(run[0], line, False),), line, (start, self.at))
         parts: list[Part] = []
         depth = 0
 
@@ -126,7 +134,7 @@ class Words(Expansions):
                 self.at = match.end()
             elif here == "~" and self.at == start:
                 flush()
-                match = re.compile(r"~[\w.+-]*").match(source, self.at)
+                match = _HOME.match(source, self.at)
                 assert match is not None
                 self.at = match.end()
                 reason = f"{match[0]} is the home folder of whoever runs it"
@@ -233,7 +241,7 @@ class Words(Expansions):
 
     def _ansi(self) -> Literal:
         start = self.at
-        match = re.compile(r"\$'((?:[^'\\]|\\.)*)'", re.DOTALL).match(self.source, start)
+        match = _IN_ANSI.match(self.source, start)
         if match is None:
             self._fail(start, "a quote ' that is never closed")
         self.at = match.end()
