@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -99,6 +100,17 @@ def _without(text: str, start: int, end: int) -> str:
 def lines(text: str) -> list[str]:
     """The lines of a script, as a shell counts them: each with its end."""
     return re.findall(r"[^\n]*\n|[^\n]+", text)
+
+
+def difference(path: str, before: bytes, after: bytes) -> bytes:
+    """An edit as ``git diff --no-index`` has it, which ``git apply`` and ``patch -p1`` take."""
+    # git marks where a name with a blank ends, and takes no slash twice.
+    name = path.lstrip("/") + ("\t" if " " in path else "")
+    old, new = (re.findall(rb"[^\n]*\n|[^\n]+", whole) for whole in (before, after))
+    was, now = (os.fsencode(f"{side}/{name}") for side in "ab")
+    made = difflib.diff_bytes(difflib.unified_diff, old, new, was, now)
+    open_end = b"\n\\ No newline at end of file\n"
+    return b"".join(line if line.endswith(b"\n") else line + open_end for line in made)
 
 
 def kept(content: bytes, before: str, after: str) -> bytes:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ import klplug
 from klplug.audit import RULES, AuditError, Finding, Report
 from klplug.audit import audit as report_on
 from klplug.audit.command import audits, read, read_from
-from klplug.audit.edits import edited, kept, lines
+from klplug.audit.edits import Change, difference, edited, kept
 from klplug.audit.errors import NoCommand
 from klplug.audit.tables import given
 from klplug.cli.output import AsJson, console, print_json
@@ -208,15 +208,15 @@ def changed(
         except AuditError as error:
             print(f"{path}:{asked.line}: not edited: {error}", file=sys.stderr)
             status = Status.FINDINGS
-    if fix and after != text:
-        if str(path) == "-":
-            sys.stdout.write(after)
-        else:
-            path.write_bytes(kept(path.read_bytes(), text, after))
-    elif not fix:
-        names = (f"a/{path}", f"b/{path}")
-        before, now = lines(text), lines(after)
-        sys.stdout.writelines(difflib.unified_diff(before, now, *names))
+    if after == text:
+        return status
+    before = text.encode() if str(path) == "-" else path.read_bytes()
+    now = kept(before, text, after)
+    if fix and str(path) != "-":
+        path.write_bytes(now)
+    else:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(now if fix else difference(str(path), before, now))
     return status
 
 
@@ -316,12 +316,18 @@ def _edit(report: Report) -> Iterator[str]:
         lines = {change.line for change in gone if change.line is not None}
         word = "Line" if len(lines) == 1 else "Lines"
         where = f"{word} {', '.join(map(str, sorted(lines)))}: delete" if lines else "Delete"
-        yield f"{where} {' '.join(str(change.delete) for change in gone)}; add {' '.join(come)}"
+        yield f"{where} {' '.join(map(_named, gone))}; add {' '.join(come)}"
     elif come:
         yield f"Add {' '.join(come)}"
     elif report.instead:
         how, write = report.instead[0]
         yield f"{how[0].upper()}{how[1:]}: {write}"
+
+
+def _named(change: Change) -> str:
+    """A word that goes: on a line that is named its last name is enough to find it."""
+    word = change.delete or ""
+    return word if change.line is None else re.sub(r"^[\w.@/+~]*\.(?=\w+=)", "", word)
 
 
 _LEVELS = {"error": "error", "warning": "warning", "info": "notice"}

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import subprocess
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -110,7 +111,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_first_line_is_verdict_and_edit(klplug_command: Klplug, folder: Path) -> None:
     lines = klplug_command("audit", "sub/bad.sh").out.splitlines()
     assert lines[0].startswith("sub/bad.sh:2  k3_as_loss,ratio=none: gradient of the forward KL, ")
-    assert f"Line 2: delete {_A}.use_kl_loss=True; add +klplug.kl_type=k2_as_loss" in lines[0]
+    assert "Line 2: delete use_kl_loss=True; add +klplug.kl_type=k2_as_loss" in lines[0]
     assert lines[1].startswith("sub/bad.sh:2: forward-kl k3 as a loss follows")
     assert any(line.startswith("sub/bad.sh:3: off-policy-uncorrected") for line in lines)
     assert len(lines) == len({line.split(" ", 2)[1] for line in lines[1:]}) + 1  # said once each
@@ -293,8 +294,8 @@ def test_fix_edits_those_words_and_no_others(
     script.write_bytes(ARRAY.replace("\n", ending).encode())
     shown = klplug_command("audit", "--diff", script)
     assert script.read_bytes() == ARRAY.replace("\n", ending).encode()
-    assert shown.status == 0 and shown.out.startswith(f"--- a/{script}\n+++ b/{script}\n")
-    assert f"\n-  {_A}.kl_loss_coef=0.01\n" in shown.out
+    assert shown.status == 0 and shown.out.startswith(f"--- a{script}\n+++ b{script}\n")
+    assert f"\n-  {_A}.kl_loss_coef=0.01{ending}" in shown.out
     assert klplug_command("audit", "--fix", script).status == 0
     kept = script.read_bytes().decode().replace(ending, "\n")
     assert [line.split() for line in kept.splitlines()] == [
@@ -303,6 +304,25 @@ def test_fix_edits_those_words_and_no_others(
     assert klplug_command("audit", script).status == 0
     # Nothing is left to do.
     assert klplug_command("audit", "--diff", script).out == ""
+
+
+@pytest.mark.parametrize("last", ["\n", "\r\n", ""])
+@pytest.mark.parametrize("name", ["train.sh", "my runs/caf\u00e9 1.sh"])
+def test_git_applies_the_diff(
+    klplug_command: Klplug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, last: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path(name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(f"set -x{last or chr(10)}{_TRAIN} {_ON}=0.01{last}".encode())
+    shown = klplug_command("audit", "--diff", path).out.encode()
+    Path("given.diff").write_bytes(shown)
+    before = path.read_bytes()
+    subprocess.run(["git", "apply", "given.diff"], check=True)
+    applied = path.read_bytes()
+    path.write_bytes(before)
+    klplug_command("audit", "--fix", path)
+    assert applied == path.read_bytes() != before
 
 
 @pytest.mark.parametrize("name", ["openrlhf-gspo", "verl-dr-grpo", "verl-rloo-both-k3"])
@@ -401,11 +421,12 @@ def test_lines_that_the_diff_does_not_name_stay_byte_for_byte(
         path = Path(folder) / "train.sh"
         path.write_bytes(content)
         text = read(path)
-        with redirect_stdout(io.StringIO()) as shown, redirect_stderr(io.StringIO()):
+        shown = io.TextIOWrapper(io.BytesIO(), newline="")
+        with redirect_stdout(shown), redirect_stderr(io.StringIO()):
             changed(path, text, audits(path), False, {})
             changed(path, text, audits(path), True, {})
         after = path.read_bytes()
-    gone, come = _named(shown.getvalue())
+    gone, come = _named(shown.buffer.getvalue().decode(errors="replace"))
     before, now = (re.findall(rb"[^\n]*\n|[^\n]+", whole) for whole in (content, after))
     assert [line for at, line in enumerate(before) if at not in gone] == [
         line for at, line in enumerate(now) if at not in come
@@ -425,7 +446,7 @@ def _named(diff: str) -> tuple[set[int], set[int]]:
         elif line.startswith("+"):
             come.add(new)
             new += 1
-        else:
+        elif not line.startswith("\\"):  # "No newline at end of file"
             old, new = old + 1, new + 1
     return gone, come
 
