@@ -318,6 +318,8 @@ def _advice(run: Run, verdicts: Sequence[Verdict], settings: Settings) -> _Advic
         ways = (with_klplug, *own.without_klplug(kl_type, coef, settings))
         after = settings.after(edits)
         return _Advice(kl_type, ways, after, tuple(_changes(edits, settings, coef, amount)))
+    if all(term.from_klplug for term in run.active):
+        return _Advice(choices[0])  # what klplug refuses it for says what to write
     return _Advice(kl_type, tuple(own.without_klplug(kl_type, coef, settings)))
 
 

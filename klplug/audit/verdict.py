@@ -144,8 +144,13 @@ def recommended(run: Run, verdicts: Sequence[Verdict]) -> tuple[str, ...]:
     terms = run.active
     # Somebody who names js or forward to klplug means it; k1, k3 and abs have findings.
     chosen = all(t.as_loss and t.estimator not in ("k1", "k3", "abs") for t in terms)
-    if all(t.from_klplug for t in terms) and (chosen or together(verdicts) == REVERSE):
-        return ("+".join(v.kl_type for v in verdicts), "k2_as_loss")
+    if all(t.from_klplug for t in terms):
+        own = "+".join(v.kl_type for v in verdicts)
+        # Of a KL to another model there is none that comes near.
+        if any(t.spec is not None and t.spec.reference == "teacher" for t in terms):
+            return (own,)
+        if chosen or together(verdicts) == REVERSE:
+            return (own, "k2_as_loss")
     if any(term.as_loss for term in terms):
         return ("k2_as_loss",)
     return ("k1_in_reward", "k1_in_reward,reward_norm=group", "k2_as_loss")

@@ -385,6 +385,24 @@ def test_advice_is_what_the_host_serves() -> None:
     assert audit([*_VERL[:3], "algorithm.adv_estimator=gdpo", reward]).recommended == "k2_as_loss"
 
 
+_TO_TEACHER = "k2_as_loss,reference=teacher"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [*_VERL, f"+klplug.kl_type='{_TO_TEACHER}'", "+klplug.kl_coef=1"],  # none is named
+        [*_VERL, f"+klplug.kl_type='{_TO_TEACHER}'", "+klplug.kl_coef=1", "+klplug.teacher=a/b"],
+        f"python -m klplug_openrlhf --klplug.kl_type {_TO_TEACHER} --klplug.kl_coef 1 "
+        "--klplug.teacher a/b".split(),
+    ],
+)
+def test_where_nothing_near_it_would_start_the_refusal_is_the_advice(words: list[str]) -> None:
+    report = audit(words)
+    assert report.findings[0].id == "klplug-refuses"
+    assert (report.instead, report.edits, report.after) == ((), (), None)
+
+
 def test_a_sum_of_klplugs_own_is_named_whole_and_nothing_better_is_known() -> None:
     """beta is beside the string, and each factor in it."""
     kl_type = "1.5*k2_as_loss+-0.5*k2_as_loss,reference=old"
