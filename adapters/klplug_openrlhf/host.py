@@ -42,6 +42,10 @@ HOST = Host(
     packages=("klplug_openrlhf",),
     trainers=(r"openrlhf\.cli\.train_ppo(?:_ray)?", r".*openrlhf/cli/train_ppo(?:_ray)?\.py"),
     other_trainers=(r"openrlhf\.cli\.\w+",),
+    marks=(
+        r"--(?:micro_rollout_batch_size|(?:actor|ref)_num_gpus_per_node|rollout\.micro_batch_size"
+        r"|(?:actor|ref)\.num_gpus_per_node|algo\.(?:kl|advantage)\.\w+)(?:=|$)"
+    ),
     launcher="klplug_openrlhf",
     command="python -m openrlhf.cli.train_ppo_ray",
     config="OpenRLHF's flags (algo.kl.init_coef, ...)",

@@ -138,7 +138,7 @@ def is_config(content: Mapping[str, Any]) -> bool:
     return bool("algo" in heads or ours or set(content) & {*FLAT, *FLAT.values()})
 
 
-def parsed_yaml(content: Mapping[str, Any], lines: Mapping[str, int]) -> Parsed:
+def parsed_yaml(content: Mapping[str, Any], lines: Mapping[str, int], path: Path) -> Parsed:
     """Flags kept in a file, nested or flat."""
     flags: list[tuple[str, tuple[Word, ...], Word]] = []
     for key, value in flattened(dict(content)).items():
@@ -200,7 +200,8 @@ def settings(table: Table, launched: Parsed, version_from: str = "installed") ->
     dotted = {flat: name for name, flat in FLAT.items()}
     written: dict[str, Setting] = {}
     spelled: dict[str, tuple[Word, ...]] = {}
-    missing = lacking(table, launched)
+    foreign = launched.launch is not None and launched.launch.foreign
+    missing = [] if foreign else lacking(table, launched)
     # A script that lies beside a package may be for another release of it.
     guessed = version_from in ("guessed", "beside")
     rejected = [] if guessed else unknown_settings("OpenRLHF", table, missing)
@@ -251,7 +252,7 @@ def settings(table: Table, launched: Parsed, version_from: str = "installed") ->
         launched.launch,
         names={dotted[name]: name for name in table.defaults if name in dotted},
         prefix="--",
-        rejected=tuple(rejected),
+        rejected=() if foreign else tuple(rejected),
         nobodys=nobodys("OpenRLHF", missing, version_from),
         holes=launched.holes,
     )
@@ -296,7 +297,9 @@ def run(settings: Settings) -> Run:
     corrects = settings.text(IS_LEVEL) not in ("", "off") or settings.on(IS_ENABLE)
     rejected += settings.not_numbers((COEF, GAMMA), (N, ROLLOUT_BATCH, TRAIN_BATCH, EPOCHS))
     estimator = settings[ESTIMATOR]
-    if not (estimator.unknown or settings[N].unknown) and estimator.value in _NEED_GROUP and n == 1:
+    foreign = _is_foreign(settings)
+    alone = n == 1 and not (estimator.unknown or settings[N].unknown or foreign)
+    if alone and estimator.value in _NEED_GROUP:
         reason = f"{estimator.value} needs more than one answer per prompt"
         rejected.append(Rejected(settings[N], reason))
     refused = list(HOST.refused(settings)) if through_klplug else []
@@ -326,6 +329,7 @@ def run(settings: Settings) -> Run:
         idle=(),
         beside=_beside(settings),
         unread_package=settings.table.unread,
+        notes=tuple(_notes(settings)),
         served=_served(settings),
         nearest=tuple(_nearest(settings, terms)),
         not_loaded=_not_loaded(settings, terms),
@@ -342,11 +346,26 @@ def run(settings: Settings) -> Run:
     )
 
 
+def _is_foreign(settings: Settings) -> bool:
+    """Whether a trainer of a fork runs it, of whose code this file does not speak."""
+    return settings.launch is not None and settings.launch.foreign
+
+
+def _notes(settings: Settings) -> Iterable[tuple[str, Setting]]:
+    launch = settings.launch
+    if launch is not None and launch.foreign:
+        yield (
+            f"{launch.trainer} is a trainer of its own: its settings are read as OpenRLHF's, and "
+            "what its code changes is not seen.",
+            Setting("", None, launch.words[launch.main].line),
+        )
+
+
 def _served(settings: Settings) -> bool:
-    """Whether klplug has hooks for this release."""
+    """Whether klplug has hooks for this trainer and release."""
     source = settings.table.source
     changed = source is not None and bool(source.changed)
-    return not changed and not _before(settings.table.version, (0, 9))
+    return not (changed or _is_foreign(settings) or _before(settings.table.version, (0, 9)))
 
 
 def _nearest(settings: Settings, terms: list[Term]) -> Iterable[tuple[str, str]]:
@@ -433,7 +452,8 @@ def _terms(settings: Settings, through_klplug: bool, rejected: list[Rejected]) -
         return _klplug_terms(settings, own)
     name = str(kind.value)
     if name not in STOCK_ESTIMATORS:
-        if not kind.unknown and not any(r.setting.key == kind.key for r in rejected):
+        said = kind.unknown or any(r.setting.key == kind.key for r in rejected)
+        if not (said or _is_foreign(settings)):
             rejected.append(Rejected(kind, "the estimator is one of k1, k2, k3"))
         return []
     coef = settings.coefficient(COEF)
@@ -454,14 +474,20 @@ def _terms(settings: Settings, through_klplug: bool, rejected: list[Rejected]) -
             straight_through=as_loss and unbiased and name != "k2",
             clamped=not (as_loss and unbiased) and not _before(settings.table.like, (0, 8)),
             without_baseline=not as_loss,
-            dropped=_dropped(settings) if as_loss else "",
+            dropped=_dropped(settings, as_loss),
         )
     ]
 
 
-def _dropped(settings: Settings) -> str:
-    """OpenRLHF 0.6 makes a new tensor of the packed answers' means, ``torch.tensor([...])``."""
+def _dropped(settings: Settings, as_loss: bool) -> str:
+    """Why the KL never reaches the gradient; empty where it does.
+
+    OpenRLHF 0.6 makes a new tensor of the packed answers' means, ``torch.tensor([...])``.
+    """
     source = settings.table.source
+    if not as_loss:
+        never = source is not None and sources.NEVER in source.facts
+        return "compute_reward of the package beside the script does not read it" if never else ""
     detached = (
         not _before(settings.table.version, (0, 6)) and _before(settings.table.version, (0, 7))
         if source is None
@@ -536,10 +562,20 @@ def _unknown(settings: Settings) -> dict[str, tuple[tuple[Setting, str], ...]]:
             unknown.setdefault(aspect, []).append((setting, reason))
             if key == N:  # answers fill the batches
                 unknown.setdefault(aspects.UPDATES, []).append((setting, reason))
+    for key, known, aspect in (
+        (KIND, STOCK_ESTIMATORS, aspects.KL),
+        (ESTIMATOR, (*_NEED_GROUP, "gae", "reinforce"), aspects.ADVANTAGE),
+    ):
+        setting = settings[key]
+        if _is_foreign(settings) and not setting.unknown and setting.value not in known:
+            reason = f"{setting} is not one of OpenRLHF's own"
+            unknown.setdefault(aspect, []).append((setting, reason))
     source = settings.table.source
     if source is not None and settings.coefficient(COEF) > 0:
-        for name, _ in source.changed:
-            reason = f"openrlhf/{name} is no release's"
+        for name, bears in source.changed:
+            if bears == sources.OF_REWARD and settings.on(USE_LOSS):
+                continue  # it is given zeros
+            reason = f"{source.folder.name}/{name} is no release's"
             unknown.setdefault(aspects.KL, []).append((Setting("", None), reason))
     for setting, reason in settings.holes:
         for aspect in set(ASPECTS.values()):
@@ -547,8 +583,8 @@ def _unknown(settings: Settings) -> dict[str, tuple[tuple[Setting, str], ...]]:
     return {aspect: tuple(reasons) for aspect, reasons in unknown.items()}
 
 
-MARK = "cli/train_ppo_ray.py"
-"""What a folder has that is OpenRLHF's package."""
+MARKS = ("cli/train_ppo_ray.py", sources.MODELS)
+"""What a folder has that is OpenRLHF's package, and what a copy of another name has too."""
 
 
 def version(package: Path) -> str:
@@ -566,7 +602,7 @@ def table(package: Path) -> dict[str, Any]:
     defaults: dict[str, Any] = {}
     choices: dict[str, list[Any]] = {}
     switches: dict[str, bool] = {}
-    module = ast.parse((package / MARK).read_text())
+    module = ast.parse((package / MARKS[0]).read_text())
     for call, names in _calls(module, {}):
         if not ast.unparse(call.func).endswith(".add_argument"):
             continue

@@ -6,17 +6,19 @@ The code of a release, and of a few copies that were read beside it, is known by
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 from klplug.audit.source import calls, digest, function, tree
 from klplug.audit.tables import Source
 
-_MODELS = "models/utils.py"
+MODELS = "models/utils.py"
 _ACTOR, _EXPERIENCE = "trainer/ray/ppo_actor.py", "trainer/ppo_utils/experience_maker.py"
 _TRAINER = "trainer/ppo_trainer.py"
 
 # compute_approx_kl: the newest release with this code.
 _ESTIMATORS = {
+    "de176c144fdf": "0.4.6",  # haozheji/OpenRLHF: that of 0.4.0, which has k1 alone
     "40c54a3b0ab8": "0.4.6",
     "aec528a0ac2d": "0.5.9.post1",
     "ddbd6bdf9bb3": "0.5.9.post1",  # R1-Searcher: over the tokens that the policy wrote
@@ -30,6 +32,7 @@ _ESTIMATORS = {
 _REWARDS = (
     *("46f9c30aa613", "7ceddb610968"),  # up to 0.6; from 0.7 on
     "65a9276b74ba",  # R1-Searcher: 0.6's, which prints its coefficient
+    "c6900a479e46",  # haozheji/OpenRLHF: that of 0.4.0
 )
 # What is made of it where it is called.
 _CALLS = {
@@ -46,9 +49,12 @@ _CALLS = {
         *("d06d2910c32f", "2f6d4ae7484c", "39136b7713d2", "bbb28802847f"),  # from 0.6 on
         *("c2aa154842a2", "e4ecd3953f19"),  # OpenRLHF-M, between 0.5 and 0.6
         *("b520a90da2eb", "0d48c611d4ab"),  # R1-Searcher: the same, with its mask
+        "be5b10c6cf58",  # haozheji/OpenRLHF: a KL that is reported
     ),
 }
-ALWAYS = "always"
+ALWAYS, OF_REWARD = "always", "a KL in the reward"
+NEVER = "never in the reward"
+"""Its ``compute_reward`` takes a KL and does not read it."""
 DETACHED = "a number of packed samples"
 """The KL loss of packed samples is a tensor made anew of numbers, and has no gradient."""
 _DETACHED = ("6e98c9257e7c",)  # 0.6's
@@ -61,15 +67,17 @@ def source(package: Path) -> Source:
         SyntaxError: a file of it is no Python.
     """
     like, changed, facts = "", [], []
-    models = tree(package / _MODELS)
+    models = tree(package / MODELS)
     if models is not None:
         estimator = function(models, "compute_approx_kl")
         like = "" if estimator is None else _ESTIMATORS.get(digest(estimator), "")
         if not like:
-            changed.append((f"{_MODELS}: compute_approx_kl", ALWAYS))
+            changed.append((f"{MODELS}: compute_approx_kl", ALWAYS))
         reward = function(models, "compute_reward")
-        if reward is None or digest(reward) not in _REWARDS:
-            changed.append((f"{_MODELS}: compute_reward", ALWAYS))
+        if reward is not None and not _reads_a_kl(reward):
+            facts.append(NEVER)
+        elif reward is None or digest(reward) not in _REWARDS:
+            changed.append((f"{MODELS}: compute_reward", OF_REWARD))
     for name, known in _CALLS.items():
         module = tree(package / name)
         places = [] if module is None else calls(module, "compute_approx_kl")
@@ -79,3 +87,9 @@ def source(package: Path) -> Source:
         if any(place in _DETACHED for place in found):
             facts.append(DETACHED)
     return Source(package, like, tuple(changed), tuple(dict.fromkeys(facts)))
+
+
+def _reads_a_kl(function: ast.AST) -> bool:
+    """Whether a function reads a KL, or the log-probs of one, in what it is given."""
+    names = (n for n in ast.walk(function) if isinstance(n, ast.Name))
+    return any(n.id in ("kl", "log_probs") and isinstance(n.ctx, ast.Load) for n in names)

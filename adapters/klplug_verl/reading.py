@@ -216,10 +216,17 @@ def is_config(content: Mapping[str, Any]) -> bool:
     return bool(heads & {"actor_rollout_ref", "algorithm"})
 
 
-def parsed_yaml(content: Mapping[str, Any], lines: Mapping[str, int]) -> Parsed:
-    """What a config file on its own sets."""
+def parsed_yaml(content: Mapping[str, Any], lines: Mapping[str, int], path: Path) -> Parsed:
+    """What a config file on its own sets, over those that its defaults name."""
     written = _from_yaml(content, lines)
-    return Parsed(written, {}, frozenset(written), (), (), ())
+    unread: tuple[Setting, ...] = ()
+    if "defaults" in content:
+        config = configs.read(path, path.parent)
+        below = _values_of(config.settings, True)
+        # What stands in the file itself has a line.
+        own = {k: s for k, s in written.items() if k in below and s.value == below[k].value}
+        written, unread = below | own, _unread_defaults(path, config)
+    return Parsed(written, {}, frozenset(written), (), unread, (), own_config=True)
 
 
 def _from_yaml(content: Mapping[str, Any], lines: Mapping[str, int]) -> dict[str, Setting]:
@@ -256,7 +263,7 @@ def _over_config(given: Parsed, launch: Launch) -> Parsed:
     return replace(
         given,
         written=_values_of(config.settings, asked) | given.written,
-        unread=tuple(Setting(f"{path.name}'s default", name) for name in config.missing),
+        unread=_unread_defaults(path, config),
         own_config=True,
     )
 
@@ -267,6 +274,10 @@ def _values_of(config: Mapping[str, Any], asked: bool) -> dict[str, Setting]:
         key: Setting(key, scalar(value) if isinstance(value, str) else value, None, asked)
         for key, value in config.items()
     }
+
+
+def _unread_defaults(path: Path, config: configs.Config) -> tuple[Setting, ...]:
+    return tuple(Setting(f"{path.name}'s default", name) for name in config.missing)
 
 
 def _unread(flags: Mapping[str, Word], own: configs.Main | None, trainer: Word) -> Setting:
@@ -320,8 +331,8 @@ def _inside_open(table: Table, key: str) -> bool:
     return any(isinstance(table.defaults.get(head), dict) for head in heads)
 
 
-MARK = "trainer/config/ppo_trainer.yaml"
-"""What a folder has that is verl's package."""
+MARKS = ("trainer/config/ppo_trainer.yaml", sources.CORE)
+"""What a folder has that is verl's package, and what a copy of another name has too."""
 
 
 def version(package: Path) -> str:
@@ -677,6 +688,8 @@ def _facts(settings: Settings) -> tuple[str, ...]:
 def _reward_switch(settings: Settings) -> tuple[str, bool]:
     """What turns the KL in the reward on, and whether it does."""
     facts = _facts(settings)
+    if sources.ALWAYS_REWARD in facts:
+        return CTRL_COEF, True
     if sources.NEVER in facts:
         return USE_REWARD, settings.on(USE_REWARD)
     if sources.SWITCHED in facts or (
@@ -1004,23 +1017,23 @@ def _changed(settings: Settings) -> Iterable[tuple[Setting, str]]:
     source = settings.table.source
     if source is None:
         return
-    reward, loss = _reward_switch(settings)[1], settings.on(USE_LOSS)
+    own, reward, loss = source.folder.name, _reward_switch(settings)[1], settings.on(USE_LOSS)
     asked = [settings.text(kind) for on, kind in ((reward, PENALTY), (loss, LOSS_TYPE)) if on]
     for name, bears in source.changed:
         if bears == sources.ANY_KL:
             other = [kind for kind in asked if kind.removesuffix("+") not in source.kept]
             if other and not source.like:
-                yield Setting("", None), f"verl/{name} is no release's, for {', '.join(other)}"
+                yield Setting("", None), f"{own}/{name} is no release's, for {', '.join(other)}"
         elif (
             bears == sources.ALWAYS
             or (bears == sources.OF_REWARD and reward)
             or (bears == sources.OF_LOSS and loss)
         ):
-            yield Setting("", None), f"verl/{name} is no release's"
+            yield Setting("", None), f"{own}/{name} is no release's"
     for key, name in source.unless:
         setting = settings[key]
         if setting.written and setting.value != settings.table.defaults.get(key):
-            yield setting, f"verl/{name} is no release's where {setting}"
+            yield setting, f"{own}/{name} is no release's where {setting}"
 
 
 def _left_to_config(settings: Settings) -> Iterable[str]:

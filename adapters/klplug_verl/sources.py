@@ -13,13 +13,14 @@ from klplug.audit.source import calls, digest, function, taken, tree
 from klplug.audit.tables import Source
 
 UNLESS_LOSS = "in the reward unless use_kl_loss"
+ALWAYS_REWARD = "in the reward always"
 SWITCHED = "in the reward by use_kl_in_reward"
 NEVER = "never in the reward"
 ADDED = "as a loss"
 SUBTRACTED = "as a loss, subtracted"
 NO_LOSS = "never as a loss"
 
-_CORE, _TRAINER = "trainer/ppo/core_algos.py", "trainer/ppo/ray_trainer.py"
+CORE, _TRAINER = "trainer/ppo/core_algos.py", "trainer/ppo/ray_trainer.py"
 _LOSSES = ("workers/actor/dp_actor.py", "workers/utils/losses.py")
 
 # kl_penalty, and kl_penalty_forward where there is one: the newest release with this code.
@@ -48,6 +49,8 @@ _APPLY = (
     *("d3227d86efe6", "1d741eac1360", "d2a30495abc9"),  # 0.2 and 0.3; 0.4; from 0.5 on
     "d1f11c85ea46",  # 0.3.1.dev: 0.3's, with a reference always
     "476986316036",  # DeepEyes: 0.3.1's, over the tokens that the policy wrote
+    "9a6a7c4cf636",  # SimpleVLA-RL: 0.1's, over the actions that the policy took
+    "f1933b046f27",  # SSRL: 0.4's, over the tokens that the policy wrote
     "5c4b08e09e8c",  # Search-R1: 0.3's, over the tokens that the policy wrote
 )
 # Where fit calls it.
@@ -55,6 +58,7 @@ _REWARD = {
     "81d66b6e1c91": UNLESS_LOSS,  # 0.2 and 0.3
     "ee3245d6dd9d": UNLESS_LOSS,  # 0.1: the same, without a default for the key
     "fafa02cb30fc": UNLESS_LOSS,  # QwenLong-L1: 0.3's, of each batch before it is filtered
+    "66967df74c78": ALWAYS_REWARD,  # SimpleVLA-RL, whose actor knows no KL loss
     "5c16eb648fdf": SWITCHED,  # from 0.4 on
 }
 # The block of use_kl_loss, in update_policy and in ppo_loss.
@@ -89,12 +93,12 @@ def source(package: Path) -> Source:
     like, changed, facts = "", [], []
     kept: list[str] = []
     unless: list[tuple[str, str]] = []
-    core, trainer = tree(package / _CORE), tree(package / _TRAINER)
+    core, trainer = tree(package / CORE), tree(package / _TRAINER)
     if core is not None:
         found = [function(core, name) for name in ("kl_penalty", "kl_penalty_forward")]
         like = _ESTIMATORS.get(_of([node for node in found if node is not None]), "")
         if not like:
-            changed.append((f"{_CORE}: kl_penalty", ANY_KL))
+            changed.append((f"{CORE}: kl_penalty", ANY_KL))
             kept = _branches(found)
     if trainer is not None:
         applied = function(trainer, "apply_kl_penalty")

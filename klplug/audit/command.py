@@ -137,7 +137,10 @@ def _read(
         if script is not None and number == 0:
             lost = _unreached(script, ways, {key.partition(".")[0] for key in reading.ASPECTS})
             ways = [replace(way, unreached=lost) for way in ways]
-        reports = [_report(one.host, reading.parsed(way), host_version, way.folder) for way in ways]
+        reports = [
+            _report(one.host, reading.parsed(way), host_version, way.folder, way.package)
+            for way in ways
+        ]
         done = together(reports, ways[0].conditions) if len(ways) > 1 else reports[0]
         return replace(done, command=number + 1, commands=len(found), reached=one.reached)
 
@@ -221,19 +224,26 @@ def _trainer(words: Sequence[Word]) -> tuple[Host, int, bool] | None:
         host = _started_by(word.text)
         if host is not None:
             return host, index, False
-    firsts = [
-        (host, next((n for n, word in enumerate(words) if host.marked(word.text)), 0))
-        for host in hosts().values()
+    starts = [
+        at
+        for at, word in enumerate(words)
+        if word.text.endswith(".py") or (at > 0 and words[at - 1].text in _MODULE)
     ]
-    if not any(first for _, first in firsts) or started_by(word.text for word in words):
-        return None
-    for host, first in firsts:
-        for index in range(first - 1, -1, -1):
-            if _STARTS.fullmatch(words[index].text) and (
-                words[index].text.endswith(".py") or words[index - 1].text == "-m"
-            ):
-                return None if _NO_TRAINER.search(words[index].text) else (host, index, True)
+    for host in hosts().values() if starts else ():
+        first = next((at for at, word in enumerate(words) if host.marked(word.text)), 0)
+        before = [at for at in starts if at < first and _STARTS.fullmatch(words[at].text)]
+        # A file behind a flag is the flag's, unless there is no other.
+        sure = [at for at in before if at == 0 or not _TAKES.fullmatch(words[at - 1].text)]
+        if before:
+            index = sure[-1] if sure else before[0]
+            framework = started_by(word.text for word in words)
+            no_trainer = framework or _NO_TRAINER.search(words[index].text)
+            return None if no_trainer else (host, index, True)
     return None
+
+
+_MODULE = ("-m", "--module")
+_TAKES = re.compile(r"--(?!module$)[^=]+")  # what may take the next word
 
 
 @functools.lru_cache(maxsize=1000)
@@ -280,22 +290,27 @@ def _unreached(
     )
 
 
-def _report(host: Host, parsed: Any, version: str | None, folder: Path | None = None) -> Report:
-    """The report on what a host's ``reading`` took from a command or a file."""
+def _report(
+    host: Host, parsed: Any, version: str | None, folder: Path, package: str = ""
+) -> Report:
+    """The report on what a host's ``reading`` took from a command or a file in a folder."""
     reading = host.room("reading")
-    table, origin = _table(host.name, version, folder, lambda t: len(reading.misses(t, parsed)))
+    misses = lambda table: len(reading.misses(table, parsed))  # noqa: E731
+    table, origin = _table(host.name, version, folder, package, misses)
     settings = reading.settings(table, parsed, origin)
     return report(reading.run(settings), settings)
 
 
-def _table(host: str, version: str | None, folder: Path | None, misses: Any) -> tuple[Table, str]:
+def _table(
+    host: str, version: str | None, folder: Path, package: str, misses: Any
+) -> tuple[Table, str]:
     """The release to read a command by: asked for, beside it, or the first that fits it best."""
     if version is not None:
         table = given(host, version)
         return replace(table, version=version), "given"
     unread = ""
     try:
-        own = None if folder is None else beside(host, folder)
+        own = beside(host, folder, package)
     except AuditError as error:
         own, unread = None, str(error)
     if own is not None:
@@ -328,7 +343,8 @@ def _of_yaml(path: Path, text: str, name: str | None, version: str | None) -> Re
         raise AuditError(
             f"{path}: neither {' nor '.join(configs)}; its keys are {', '.join(heads[:8])}"
         )
-    return _report(host, host.room("reading").parsed_yaml(content, lines), version)
+    parsed = host.room("reading").parsed_yaml(content, lines, path)
+    return _report(host, parsed, version, path.parent)
 
 
 def _key_lines(node: Any, prefix: str = "") -> dict[str, int]:

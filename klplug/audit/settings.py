@@ -77,6 +77,11 @@ class Launch:
         return self.words[self.main].text
 
     @property
+    def package(self) -> str:
+        """The package that a fork's trainer lies in; empty for the host's own."""
+        return re.split(r"[./]", self.trainer)[0] if self.foreign else ""
+
+    @property
     def args(self) -> tuple[Word, ...]:
         return self.words[self.main + 1 :]
 

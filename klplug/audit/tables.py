@@ -12,7 +12,7 @@ import importlib.metadata
 import importlib.util
 import json
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -175,22 +175,38 @@ def candidates(host: str) -> list[Table]:
 _HEIGHT = 6  # how many folders up from a script its host's package is looked for
 
 
-def beside(host: str, folder: Path) -> Table | None:
+def beside(host: str, folder: Path, fork: str = "") -> Table | None:
     """The package of the host that lies in a folder above the script, as a checkout has it.
+
+    Args:
+        host: its name.
+        folder: of the script.
+        fork: the package of another name that the script starts, which may be a copy of the host's.
 
     Raises:
         AuditError: it is there, and can't be read.
     """
-    mark = getattr(hosts()[host].room("reading"), "MARK", None)
+    reading = hosts()[host].room("reading")
+    marks: tuple[str, ...] = getattr(reading, "MARKS", ())
+    for name in dict.fromkeys(name for name in (host, fork) if name and marks):
+        # Of another name, a package that has the host's first file may be anybody's.
+        place = _above(folder, name, marks[:1] if name == host else marks)
+        if place is not None:
+            return _package(host, place)
+    return None
+
+
+def _above(folder: Path, name: str, marks: Sequence[str]) -> Path | None:
+    """The folder of that name with these files in it, in a folder above the script."""
     above = folder.resolve()
     for parent in (above, *above.parents[: _HEIGHT - 1]):
-        for place in (parent / host, parent / host / host, parent / "src" / host):
+        for place in (parent / name, parent / name / name, parent / "src" / name):
             try:
-                there = mark is not None and (place / mark).is_file()
+                there = all((place / mark).is_file() for mark in marks)
             except OSError as error:
                 raise AuditError(f"{place}: {error.strerror or error}") from None
             if there:
-                return _package(host, place)
+                return place
         if (parent / ".git").exists():
             break
     return None

@@ -133,3 +133,24 @@ def test_a_source_that_is_no_python(tmp_path: Path) -> None:
     files = {"mine/main.py": "def main(:\n"}
     report = _project(tmp_path, files, f"python3 -m mine.main {_GRPO} {_A}.use_kl_loss=True")
     assert report.gradient == "forward"
+
+
+def test_a_config_on_its_own_has_its_defaults(tmp_path: Path) -> None:
+    (tmp_path / "user.yaml").write_text(_LOSS)
+    config = tmp_path / "mine.yaml"
+    config.write_text("defaults: [ppo_trainer, user, _self_]\nalgorithm: {adv_estimator: grpo}\n")
+    report = audit(config)
+    assert (report.gradient, report.beta) == ("reverse", 0.25)
+    config.write_text(f"{config.read_text()}actor_rollout_ref: {{actor: {{kl_loss_type: kl}}}}\n")
+    report = audit(config)
+    assert report.gradient == "zero" and report.findings[0].line == 3
+    # What another file sets that is not there is not known.
+    (tmp_path / "user.yaml").unlink()
+    assert audit(config).gradient is None
+    # A package above it is the release.
+    package = tmp_path / "verl" / "trainer" / "config"
+    package.mkdir(parents=True)
+    (package / "ppo_trainer.yaml").write_text(_LOSS)
+    (package / "mine.yaml").write_text("defaults: [ppo_trainer, _self_]\nalgorithm: {gamma: 1}\n")
+    assert audit(package / "mine.yaml").version_from == "beside"
+    assert audit(package / "mine.yaml").gradient == "reverse"

@@ -46,6 +46,40 @@ def test_a_trainer_of_a_fork_is_read_and_named(tmp_path: Path, trainer: str) -> 
     assert any("kl_loss_type=k3+" in write for _, write in report.instead)
 
 
+_MARKED = "--micro_rollout_batch_size 1 --init_kl_coef 0.01"
+_FLOW = "--agents '{\"0\": {}}' --workflow_func_path flows/debate.py"
+
+
+@pytest.mark.parametrize(
+    "started",
+    [
+        "python3 -m mine.cli.multi_agent_train_ppo_ray",
+        "ray job submit -- python train_ppo_ray.py",
+        "deepspeed --module openrlhf.cli.train_own_ray",
+        "torchrun --standalone mine/train.py",
+        # A file that one of its flags names does not start it.
+        f"python3 -m mine.cli.multi_agent_train_ppo_ray {_FLOW}",
+    ],
+)
+def test_a_trainer_that_takes_openrlhfs_flags_is_read_and_named(
+    tmp_path: Path, started: str
+) -> None:
+    report = _audit(tmp_path, f"{started} --own 1 {_MARKED} --use_kl_loss --kl_estimator k3")
+    assert (report.host, report.gradient, report.beta) == ("openrlhf", "forward", 0.01)
+    assert report.after is None and not {"rejected-setting", "unknown-setting"} & _ids(report)
+    (said,) = (f for f in report.findings if f.id == "another-trainer")
+    assert said.message.startswith(started.partition(f" {_FLOW}")[0].split()[-1])
+
+
+def test_what_no_openrlhf_has_of_it_is_not_known(tmp_path: Path) -> None:
+    started = f"python3 -m mine.train {_MARKED}"
+    own = _audit(tmp_path, f"{started} --kl_estimator mine")
+    assert own.unknown["gradient"] == ("kl_estimator=mine is not one of OpenRLHF's own",)
+    advantages = f"{started} --advantage_estimator mine"
+    assert _audit(tmp_path, advantages).gradient is None
+    assert _audit(tmp_path, f"{advantages} --use_kl_loss --kl_estimator k2").gradient == "reverse"
+
+
 @pytest.mark.parametrize(
     "trainer", ["recipe.r1.main_eval", "my_tools.main_generation", "my_tools.infer"]
 )

@@ -15,6 +15,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from klplug_openrlhf import sources as openrlhf
 from klplug_verl import sources
 
 from klplug.audit import Report, audit
@@ -220,6 +221,58 @@ def test_a_kl_of_its_own_is_unknown_and_named(tmp_path: Path) -> None:
     assert report.unknown["gradient"] == (
         "verl/trainer/ppo/core_algos.py: kl_penalty is no release's, for kl",
     )
+
+
+def test_a_copy_of_another_name_is_the_package_that_its_trainer_lies_in(tmp_path: Path) -> None:
+    code = "def kl_penalty(logprob, ref_logprob, kl_penalty):\n    return ref_logprob - logprob\n"
+    _package(tmp_path, {"trainer/ppo/core_algos.py": code}, "mine")
+    (tmp_path / "ours" / "cli").mkdir(parents=True)
+    (tmp_path / "ours" / "models").mkdir()
+    (tmp_path / "ours" / "cli" / "train_ppo_ray.py").write_text(
+        "parser.add_argument('--init_kl_coef', type=float, default=0.5)\n"
+    )
+    models = tmp_path / "ours" / "models" / "utils.py"
+    models.write_text("def compute_approx_kl(a, b):\n    return b - a\n")
+    for command, changed in (
+        (f"mine.trainer.main {_LOSS}", "mine/trainer/ppo/core_algos.py: kl_penalty"),
+        (f"ours.cli.train --{_ORL_MARK}=1", "ours/models/utils.py: compute_approx_kl"),
+    ):
+        report = _audit(tmp_path, f"python3 -m {command}")
+        assert report.version_from == "beside" and report.gradient is None
+        assert report.unknown["gradient"][0].startswith(f"{changed} is no release's")
+    # With the first file of a host, and none of its code, it may be anybody's.
+    models.unlink()
+    assert _audit(tmp_path, f"python3 -m {command}").version_from != "beside"
+
+
+_ORL_MARK = "micro_rollout_batch_size"
+
+
+@pytest.mark.parametrize(("read", "gradient"), [("", "none"), (" - kl", None)])
+def test_what_a_reward_of_its_own_does_with_the_kl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: str, gradient: str | None
+) -> None:
+    files = {
+        "cli/train_ppo_ray.py": "parser.add_argument('--init_kl_coef', type=float, default=0.5)\n"
+        "parser.add_argument('--use_kl_loss', action='store_true')\n"
+        "parser.add_argument('--kl_estimator', default='k1')\n",
+        "models/utils.py": "def compute_approx_kl(a, b):\n    return a - b\n"
+        f"def compute_reward(r, kl_coef, kl, mask):\n    return (r{read}) * mask\n",
+    }
+    for name, text in files.items():
+        path = tmp_path / "openrlhf" / name
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    module = tree(tmp_path / "openrlhf" / "models" / "utils.py")
+    assert module is not None
+    estimator = function(module, "compute_approx_kl")
+    assert estimator is not None
+    monkeypatch.setitem(openrlhf._ESTIMATORS, digest(estimator), "0.7.5")
+    reward = _audit(tmp_path, _ORL)
+    assert reward.gradient == gradient
+    assert ("never-reaches" in _ids(reward)) == (gradient == "none")
+    # A KL in the loss is no matter of the reward's.
+    assert _audit(tmp_path, f"{_ORL} --use_kl_loss --kl_estimator k3").gradient == "forward"
 
 
 _MORE_ESTIMATORS = """
