@@ -44,6 +44,9 @@ READ = (
     *("seamoke/DPH-RL", "complex-reasoning/RPG", "AnitaLeungxx/ReMix-Off-Policy-RFT"),
     *("AdaptVision/AdaptVision", "BaohaoLiao/SAGE", "RazvanDu/ConciseRL"),
     *("mickelliu/selfplay-redteaming", "PRIME-RL/TTRL", "RLHFlow/Minimal-RL"),
+    *("haozheji/OpenRLHF", "TsinghuaC3I/MARTI", "sjelassi/ebft_openrlhf"),
+    *("ChenxinAn-fdu/POLARIS", "PRIME-RL/SimpleVLA-RL", "RLHFlow/Reinforce-Ada"),
+    *("LLM360/Reasoning360", "Simple-Efficient/RL-Factory", "TsinghuaC3I/SSRL", "lasgroup/SDPO"),
 )
 # Of these, commands that set one of these have a loss that was not read.
 _OWN = {"seamoke/DPH-RL": r"data\.sft_files=|[\w.]*sft_loss_mode="}
@@ -60,11 +63,13 @@ def right(
         return None, None
     if any(re.match(_OWN.get(repository, "$."), word) for word in words):
         return None, None
-    if any(word in ("openrlhf.cli.train_ppo_ray", _ALONE) for word in words):
-        package = next((f / "openrlhf" for f in script.parents if (f / "openrlhf").is_dir()), None)
+    if any(word in ("openrlhf.cli.train_ppo_ray", _ALONE, *_FORKS) for word in words):
+        names = ("openrlhf", "marti")
+        found = (f / name for f in script.parents for name in names if (f / name).is_dir())
+        package = next(found, None)
         if package is None or (_ALONE in words and not (package / "cli/train_ppo.py").is_file()):
             return None, None
-        return of_openrlhf(words, _detached(package)), None
+        return of_openrlhf(words, _detached(package), _rewards(package)), None
     entry = next((word for word in words if word in ("verl.trainer.main_ppo", *_OTHERS)), None)
     if entry is None:
         return None, None
@@ -96,6 +101,17 @@ def right(
 
 
 _ALONE = "openrlhf.cli.train_ppo"  # without Ray, up to 0.5
+# Trainers of forks that were read: the KL is OpenRLHF's, in the reward or as a loss.
+_FORKS = (
+    *("marti.cli.multi_agent_train_ppo_ray", "marti.cli.train_ppo_ray"),
+    *("openrlhf.cli.multi_agent_train_ppo_ray", "examples.mars2.multi_agent_train_ppo_ray"),
+    *("openrlhf.cli.train_ebft_ray", "train_ppo_ray.py", "src/train_ppo.py"),
+)
+
+
+def _rewards(package: Path) -> bool:
+    """Whether its rewards have a KL: sjelassi's compute_reward takes one and leaves it."""
+    return "kl_coef * kl" in (package / "models" / "utils.py").read_text()
 
 
 def _detached(package: Path) -> bool:
@@ -252,12 +268,13 @@ def _together(terms: Sequence[str | None]) -> str | None:
     return acting.pop() if len(acting) == 1 else "neither"
 
 
-def of_openrlhf(words: Sequence[str], detached: bool = False) -> str:
+def of_openrlhf(words: Sequence[str], detached: bool = False, rewards: bool = True) -> str:
     """OpenRLHF's flags, dotted and flat; its default is k1, in the reward, with 0.01.
 
     Args:
         words: the command's.
         detached: of packed samples its KL loss has no gradient.
+        rewards: a KL in the reward is there.
     """
     flags: dict[str, str] = {}
     for at, word in enumerate(words):
@@ -276,6 +293,6 @@ def of_openrlhf(words: Sequence[str], detached: bool = False) -> str:
     loss = flag("algo.kl.use_loss", "use_kl_loss") is not None
     if loss and "algo.kl.unbiased_gradient" in flags:
         kind = "k2"
-    if coef == 0 or (loss and detached and "packing_samples" in flags):
+    if coef == 0 or (loss and detached and "packing_samples" in flags) or not (loss or rewards):
         return "none"
     return (_AS_LOSS if loss else _IN_REWARD)[kind]

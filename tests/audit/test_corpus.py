@@ -102,6 +102,11 @@ def test_right_on_openrlhf(words: Sequence[str], gradient: str) -> None:
     assert of_openrlhf(words) == gradient
 
 
+def test_a_reward_that_leaves_its_kl_out() -> None:
+    assert of_openrlhf([], rewards=False) == "none"
+    assert of_openrlhf(["--use_kl_loss", "--kl_estimator", "k2"], rewards=False) == "reverse"
+
+
 def test_updates_are_counted_as_verl_makes_them() -> None:
     assert updates([], _HEAD) == 4
     assert updates(["data.train_batch_size=300"], _HEAD) == 2
