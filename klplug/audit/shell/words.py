@@ -10,8 +10,9 @@ from klplug.audit.shell.scanner import PLACEHOLDER
 from klplug.audit.shell.syntax import Literal, Opaque, Parameter, Part, Text
 
 _META = " \t\n;&|()<>"
-_BLANK = ("", " ", "\t", "\n")
 _PLAIN = re.compile(r"[\w.=,:@%+*?^!#-]+")
+# A word in which nothing means more than itself, unless braces do.
+_WHOLE = re.compile(r"[\w.=,:@%+*?^!#/{}\[\]-]+(?=[ \t\n]|\Z)")
 # In quotes, up to what may mean something or end them.
 _QUOTED = re.compile(r"[^$`\\\"}\n]+")
 _HOME = re.compile(r"~[\w.+-]*")
@@ -37,8 +38,7 @@ class Words(Expansions):
     def _word(self, pattern: bool = False, assigned: bool = False, regex: bool = False) -> Text:
         """A word; with ``assigned`` there may be none, with ``regex`` brackets are part of it."""
         start, source = self.at, self.source
-        run = _PLAIN.match(source, start)
-        if run is not None and source[run.end() : run.end() + 1] in _BLANK:  # as most words are
+        if (run := _WHOLE.match(source, start)) is not None:  # as most words are
             self.at = run.end()
             line = self.line_at(start)
             return Text((Literal(run[0], line, False),), line, (start, self.at))
