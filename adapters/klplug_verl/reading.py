@@ -1048,5 +1048,6 @@ def _left_to_config(settings: Settings) -> Iterable[str]:
         for key in keys
     }
     for key in ASPECTS:
-        if key not in settings.written and key not in off and not key.startswith("klplug."):
+        # What the release has no such setting for, it does not read.
+        if key not in settings.written and key not in off and settings.table.knows(key):
             yield key

@@ -108,6 +108,8 @@ def _read(
     name = _name(source)
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
+        if path.suffix == ".py":
+            raise NoCommand(f"{name}: Python is not read; give the command that it starts after --")
         text = read(path) if text is None else text
         if path.suffix in (".yaml", ".yml"):
             of_yaml = _of_yaml(path, text, host, host_version)

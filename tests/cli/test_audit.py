@@ -163,12 +163,14 @@ def test_a_script_of_another_trainer_is_counted_and_a_framework_is_named(
         ("sub/none.sh", "no training command"),
         ("empty", "a folder without shell scripts"),
         ("*.zsh", "no file has such a name"),
+        ("train.py", "Python is not read"),
     ],
 )
 def test_alone_what_cannot_be_read_is_an_error(
     klplug_command: Klplug, folder: Path, argument: str, words: str
 ) -> None:
     (folder / "empty").mkdir()
+    (folder / "train.py").write_text("def config():\n    return {}\n")
     done = klplug_command("audit", argument)
     assert (done.status, done.out) == (2, "") and words in done.err
 
