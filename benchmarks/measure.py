@@ -90,6 +90,21 @@ class Storages(TorchDispatchMode):
         self.live -= size
 
 
+class Operations(TorchDispatchMode):
+    """Counts what a device is asked to do: neither views nor allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        views = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        self.count += not views and "empty" not in func.name()
+        return func(*args, **(kwargs or {}))
+
+
 def _is_tensor(leaf: object) -> bool:
     return isinstance(leaf, torch.Tensor)
 

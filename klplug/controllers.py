@@ -225,8 +225,8 @@ class PIDKL(_Driven):
         self._before: float | None = None
 
     def update(self, kl: float, n_samples: int) -> None:
-        """Move the coefficient by one step's KL, nats per token."""
-        if not math.isfinite(kl):
+        """Move the coefficient by one step's KL, nats per token; without answers there is none."""
+        if not (math.isfinite(kl) and n_samples > 0):
             return
         off = kl / self.target - 1
         error = math.copysign(min(max(abs(off) - self.band, 0.0), 1.0), off)

@@ -166,8 +166,12 @@ def _in_the_reward(spec: TermSpec, batch: Batch, estimate: Estimate) -> Acting:
         credited = _credited(compared, estimate.mask, batch.answers)
         coefficient = finite_(coefficient - credited)
 
+    made: list[Tensor] = []
+
     def gradient() -> Tensor:
-        return masked_(finite_(batch.answers.to_go(coefficient)), estimate.mask)
+        if not made:
+            made.append(masked_(finite_(batch.answers.to_go(coefficient)), estimate.mask))
+        return made[0]
 
     return Acting(estimate.mask, estimate.value, coefficient, gradient)
 

@@ -30,7 +30,6 @@ class Seen:
             not the whole of it.
         gradient: what multiplies each token's score.
         principled: what would with ``c = x``.
-        k3: its values, where they are at hand.
         expected: the divergence over the vocabulary, where it is taken.
         is_bound: whether that is a lower bound, of the reference's top tokens.
         saturating: of weight and coefficient those that may hold the dtype's largest number where
@@ -47,7 +46,6 @@ class Seen:
     coefficient: Tensor | None
     gradient: Tensor
     principled: Tensor
-    k3: Tensor | None = None
     expected: Tensor | None = None
     is_bound: bool = False
     weight: Tensor | None = None
@@ -97,7 +95,6 @@ def _seen(part: Part, batch: Batch) -> Seen:
         coefficient=None if over else coefficient,
         gradient=gradient,
         principled=gradient if over else _principled(part, batch, gradient),
-        k3=estimate.value if spec.estimator == "k3" else None,
         expected=estimate.value if over else None,
         is_bound=spec.top is not None,
         weight=None if importance is None else importance.weight,

@@ -24,8 +24,8 @@ PREFIX = "klplug/"
 TOP = 0.01
 """The share of tokens whose part in the gradient is reported."""
 
-SAMPLE = 2**14
-"""Beyond so many entries the threshold of the largest is read off a sample of about that size."""
+SAMPLE = 2**13
+"""Beyond twice as many entries the threshold of the largest is read off so large a sample."""
 
 EVEN = 1e-5
 """Of the second moment of w - 1, the variance below which all w are taken as one number."""
@@ -197,90 +197,93 @@ def tally(seen: Sequence[Seen]) -> Tally:
     """The sums of a term; or of a sum as a whole, and then of each of its terms.
 
     What is summed lies side by side, a tensor once whichever terms have it, and is summed at once:
-    to a GPU a small operation costs what a large one does.
+    to a GPU a small operation costs what a large one does. There are two such sums, and what the
+    second one is of takes the room of the first one's.
     """
-    maxima = _nonfinite(seen[0])
     acting = [s for s in seen if s.coefficient is not None]
     # Where the two are one, their product is a square.
     apart = [s for s in acting if s.principled is not s.gradient]
     acting = [*apart, *(s for s in acting if s.principled is s.gradient)]
-    given: list[Tensor] = []
-    _add(given, (s.log_ratio for s in seen))
-    n_ratios = len(given)
-    gradients = _adjacent(given, [s.gradient for s in acting])
-    _add(given, (s.coefficient for s in acting))
-    n_sizes = len(given)
-    principled = _adjacent(given, [s.principled for s in apart])
-    _add(given, (x for s in seen for x in (s.weight, s.expected, s.sample_weight)))
-
-    like = seen[0].gradient
-    lengths = [len(given), n_ratios, n_sizes, n_ratios, len(acting)]
-    room = like.new_empty((sum(lengths), *like.shape))
-    x, growth, size, k3, excess = torch.split(room, lengths)
-    torch.stack(given, out=x)
-    torch.neg(x[:n_ratios], out=growth).expm1_()  # w - 1: ``estimate``
-    torch.abs(x[:n_sizes], out=size)
-    # All in float64 would first copy what is (B, T).
-    norms = torch.linalg.vector_norm(room[: len(given) + n_ratios], dim=-1)
-    most = _by(given, size.amax((-2, -1)) if size.numel() else size.sum((-2, -1)))
-    full = [_at_the_largest(s, _by(given, size), _by(given, growth)) for s in seen]
+    forces = [s.gradient for s in acting]
+    held = [s for s in seen if s.saturating or s.log_ratio is not None]
+    sizes: list[Tensor] = []
+    _add(sizes, (s.log_ratio for s in seen))
+    ratios = sizes[:]
+    of_forces = _adjacent(sizes, forces)
+    _add(sizes, (s.coefficient for s in acting))
+    others: list[Tensor] = []
+    _add(others, (x for s in seen for x in (s.weight, s.expected, s.sample_weight)))
+    given = [*(s.principled for s in apart), *others, *sizes]
     flags: list[Tensor] = []
-    tokens = _adjacent(flags, [s.numbers for s in acting])
+    of_numbers = _adjacent(flags, [s.numbers for s in acting])
     _add(flags, (x for s in seen for x in (s.numbers, s.counted, s.capped, s.bounded)))
-    _add(flags, full)
-    bits = torch.stack(flags).view(torch.uint8)
-    at_hand = {id(s.log_ratio): s.k3 for s in seen if s.k3 is not None}
-    for log_ratio, less_one, row in zip(given, growth, k3, strict=False):
-        known = at_hand.get(id(log_ratio))
-        torch.add(less_one, log_ratio, out=row) if known is None else row.copy_(known)
-    # In the place of what has no sum of its own.
-    growth.mul_(k3)
-    x[gradients][: len(apart)].mul_(x[principled])
-    # The mask's count is on the device, so the rank is taken there too.
-    less, threshold = _largest(size[gradients], bits[tokens].sum((-2, -1)))
-    torch.sub(size[gradients], threshold[:, None, None], out=excess).clamp_(min=0)
 
-    counts = bits.sum(-1, dtype=like.dtype)
-    together = torch.cat([norms.square_(), room.sum(-1), counts])
+    squares = [*_named("square", given), *_named("growth_square", ratios)]
+    first = [*_named("product", forces[: len(apart)]), *_named("sum", given[len(apart) :])]
+    first += [*_named("", ratios), *_named("k3", ratios)]
+    spare = held[:-1] if ratios else held  # the last takes the room of the first growth
+    second = [*_named("top", forces), *_named("full", spare), *_named("size", sizes)]
+    second += [*_named("full", held[len(spare) :]), *_named("", ratios[1:])]
+    second += _named("k3_growth", ratios)
+    rows = [*squares, *first, *second, *_named("count", flags)]
+
+    maxima = _nonfinite(seen[0])
+    like = seen[0].gradient
+    room = like.new_empty((max(len(first), len(second)), *like.shape))
+    of_first, of_second = room[-len(first) :], room[-len(second) :]
+    lengths = [len(forces), len(spare), len(sizes), len(ratios), len(ratios)]
+    top, full, size, growth, k3 = torch.split(of_second, lengths)
+    sums = like.new_empty((len(rows), len(like)))
+    lengths = [len(squares), len(first), len(second), len(flags)]
+    squared, first_sums, second_sums, counts = torch.split(sums, lengths)
+
+    x = torch.stack(given, out=of_first[: len(given)])
+    torch.neg(size[: len(ratios)], out=growth).expm1_()  # w - 1: ``estimate``
+    torch.add(growth, size[: len(ratios)], out=k3)
+    torch.linalg.vector_norm(of_first[: len(squares)], dim=-1, out=squared).square_()
+    if apart:
+        x[: len(apart)].mul_(size[of_forces][: len(apart)])
+    torch.sum(of_first, -1, out=first_sums)
+
+    k3.mul_(growth)
+    size.abs_()
+    most = _by(sizes, size.amax((-2, -1)) if size.numel() else size.sum((-2, -1)))
+    size_of, growth_of = _by(sizes, size), _by(ratios, growth)
+    for s, row in zip(held, [*full, *growth[:1]], strict=True):
+        # In the dtype of the numbers: a bool takes four times as long on a CPU.
+        torch.ge(_largest_of(s, size_of, growth_of), largest(like), out=row)
+    bits = torch.stack(flags).view(torch.uint8)
+    torch.sum(bits, -1, dtype=like.dtype, out=counts)
+    less, threshold = _largest(size[of_forces], counts[of_numbers].sum(-1, dtype=torch.long))
+    torch.sub(size[of_forces], threshold[:, None, None], out=top).clamp_(min=0)
+    torch.sum(of_second, -1, out=second_sums)
+
     # The sum of a row may be inf, and of two such rows no number. float64 where there is.
     wide = torch.float32 if like.device.type == "mps" else torch.float64
-    totals = together.nan_to_num_(0.0).sum(-1, dtype=wide)
-    squares, growth_squares, xs, growths, sizes, k3s, tops, counted = torch.split(
-        totals, [*lengths[:2], *lengths, len(flags)]
-    )
-    tops.addcmul_(less, threshold, value=-1)
+    totals = sums.nan_to_num_(0.0).sum(-1, dtype=wide)
+    totals[len(squares) + len(first) :][: len(forces)].addcmul_(less, threshold, value=-1)
     if like.dtype == wide:
         finite_(totals)
-    made = {
-        "square": _by(given, squares),
-        "growth_square": _by(given, growth_squares),
-        "sum": _by(given, xs),
-        "k3_growth": _by(given, growths),
-        "size": _by(given, sizes),
-        "k3": _by(given, k3s),
-        "product": _by(given, squares) | _by([s.gradient for s in apart], xs[gradients]),
-        "top": _by([s.gradient for s in acting], tops),
-        "count": _by(flags, counted),
-    }
+    made = {(what, id(x)): total for (what, x), total in zip(rows, totals.unbind(), strict=True)}
     found = {
-        s.name + key: made[what][id(tensor)]
-        for s, reached in zip(seen, full, strict=True)
-        for key, (what, tensor) in _asked(s, reached).items()
-        if id(tensor) in made[what]
+        s.name + key: made[what, id(x)]
+        for s in seen
+        for key, (what, x) in _asked(s).items()
+        if (what, id(x)) in made
     }
     maxima |= {s.name + "coef_max": most[id(s.coefficient)] for s in acting}
     return Tally(found, maxima)
 
 
-def _asked(s: Seen, full: Tensor | None) -> dict[str, tuple[str, Tensor | None]]:
-    """By name, what is summed of which tensor; what is not at hand has no sum."""
+def _asked(s: Seen) -> dict[str, tuple[str, object]]:
+    """By name, what is summed of what; what is not at hand has no sum."""
     x, c, force = s.log_ratio, s.coefficient, s.gradient
     return {
         "tokens": ("count", s.numbers),
         "counted": ("count", s.counted),
         "capped": ("count", s.capped),
         "bounded": ("count", s.bounded),
-        "overflow": ("count", full),
+        "overflow": ("full", s),
         "k1": ("sum", x),
         "k1_square": ("square", x),
         "abs": ("size", x),
@@ -295,19 +298,21 @@ def _asked(s: Seen, full: Tensor | None) -> dict[str, tuple[str, Tensor | None]]
         "gradient_size": ("size", force),
         "gradient_square": ("square", force),
         "principled_square": ("square", s.principled),
-        "gradient_principled": ("product", force),
+        "gradient_principled": ("square" if s.principled is force else "product", force),
         "top_size": ("top", force),
     }
 
 
-def _at_the_largest(
-    s: Seen, size: Mapping[int, Tensor], growth: Mapping[int, Tensor]
-) -> Tensor | None:
-    """Where one of a token's numbers is the dtype's largest; ``None`` where none can be."""
-    held = [size[id(x)] if x is s.coefficient else x for x in s.saturating]
+def _named(what: str, of: Sequence[object]) -> list[tuple[str, object]]:
+    return [(what, x) for x in of]
+
+
+def _largest_of(s: Seen, size: Mapping[int, Tensor], growth: Mapping[int, Tensor]) -> Tensor:
+    """At each token the largest of what may be the dtype's largest number."""
+    numbers = [size[id(x)] if x is s.coefficient else x for x in s.saturating]
     if s.log_ratio is not None:
-        held.append(growth[id(s.log_ratio)])
-    return functools.reduce(torch.maximum, held) >= largest(held[0]) if held else None
+        numbers.append(growth[id(s.log_ratio)])
+    return functools.reduce(torch.maximum, numbers)
 
 
 def _add(rows: list[Tensor], tensors: Iterable[Tensor | None]) -> None:
