@@ -57,6 +57,9 @@ def aggregate(
         # A count on a device is not looked at.
         if isinstance(number, (int, float)) and not 0 < number < math.inf:
             raise ValueError(f"{name}={number!r} must be a positive number")
+    for name, tensor in (("x", x), ("response_mask", response_mask)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if x.shape != response_mask.shape:
         raise ValueError(
             f"x has shape {tuple(x.shape)}, response_mask has {tuple(response_mask.shape)}"

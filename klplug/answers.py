@@ -53,14 +53,14 @@ class Answers:
 
     def before(self, x: Tensor) -> Tensor:
         """``x`` at the token before, 0 at the first of an answer, (B, T)."""
-        shifted = pad(x[:, :-1], (1, 0))
+        shifted = pad(x, (1, 0))[:, :-1]
         if self.number is None:
             return shifted
         return masked(shifted, pad(self.number[:, 1:] == self.number[:, :-1], (1, 0)))
 
     def after(self, x: Tensor) -> Tensor:
         """``x`` at the token after, 0 at the last of an answer, (B, T)."""
-        shifted = pad(x[:, 1:], (0, 1))
+        shifted = pad(x, (0, 1))[:, 1:]
         if self.number is None:
             return shifted
         return masked(shifted, pad(self.number[:, 1:] == self.number[:, :-1], (0, 1)))

@@ -55,7 +55,13 @@ def group_numbers(group_ids: Sequence[Hashable] | Tensor | None, like: Tensor) -
             # The first row with the same id.
             return (group_ids[:, None] == group_ids).to(torch.uint8).argmax(-1)
         group_ids = group_ids.tolist()
-    ids = list(group_ids)
+    try:
+        ids = list(group_ids)
+        hash(tuple(ids))
+    except TypeError:
+        raise TypeError(
+            f"group_ids must be B hashable names or numbers, got {group_ids!r}"
+        ) from None
     if len(ids) != size:
         raise ValueError(f"group_ids has {len(ids)} entries for {size} answers")
     numbers = {name: number for number, name in enumerate(dict.fromkeys(ids))}

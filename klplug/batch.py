@@ -55,14 +55,23 @@ class Given:
         Raises:
             ValueError, TypeError: as ``kl_term``.
         """
+        weights = self.sample_weights
+        if not isinstance(weights, (Mapping, type(None))):
+            raise TypeError(
+                f"sample_weights must be a mapping from names to tensors, got "
+                f"{type(weights).__name__}"
+            )
         for name in needed:
             # A baseline that is handed in needs no groups.
             instead = self.return_baseline if name == "group_ids" else None
             if getattr(self, name) is None and instead is None:
                 raise ValueError(f"kl_type {str(spec)!r} needs {name}, which is missing")
         self._check_tensors(self.weights(spec))
-        if isinstance(self.kl_coef, (int, float)) and not math.isfinite(self.kl_coef):
-            raise ValueError(f"kl_coef={self.kl_coef!r} must be finite")
+        kl_coef = self.kl_coef
+        if not isinstance(kl_coef, (int, float, Tensor, type(None))):
+            raise TypeError(f"kl_coef must be a number or a tensor, got {type(kl_coef).__name__}")
+        if isinstance(kl_coef, (int, float)) and not math.isfinite(kl_coef):
+            raise ValueError(f"kl_coef={kl_coef!r} must be finite")
         self._check_weights(spec)
         self._check_exact(spec)
         compared = [term for term in spec.terms if term.baseline in ("batch", "group")]

@@ -23,6 +23,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Protocol
 
 LOWEST, HIGHEST = 1e-4, 1e4
@@ -302,6 +303,7 @@ def kl_controller(
     """The controller that the settings name.
 
     Raises:
+        TypeError: a setting that is no number.
         ValueError: an unknown ``kl_ctrl``; a setting that it needs and has not, or has no use for;
             a number that can't be; or a start that is not positive where it moves.
     """
@@ -315,6 +317,10 @@ def kl_controller(
         "kl_steps": kl_steps,
     }
     control = CONTROLS[kl_ctrl]
+    for name, number in {"kl_coef": kl_coef, **given}.items():
+        is_number = isinstance(number, Real) and not isinstance(number, bool)
+        if not is_number and (number is not None or name == "kl_coef"):
+            raise TypeError(f"{name} must be a number, got {number!r}")
     for name, number in given.items():
         if number is None:
             continue

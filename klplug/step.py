@@ -97,6 +97,7 @@ def policy_loss(
     posterior_log_probs: Tensor | None = None,
     group_ids: Groups = None,
     return_baseline: Tensor | None = None,
+    segment_ids: Tensor | None = None,
     exact_kl: Tensor | None = None,
     sample_weights: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
@@ -139,10 +140,11 @@ def policy_loss(
         clip_range=clip_range,
         group_ids=group_ids,
         return_baseline=return_baseline,
+        segment_ids=segment_ids,
         exact_kl=exact_kl,
         sample_weights=sample_weights,
     )
-    given.check(spec, ("old_log_probs", "advantages"))
+    given.check(spec, ("old_log_probs", "advantages", *(("kl_coef",) if spec.terms else ())))
     term = term_of(spec, given)
     step = KLStep(term)
     clip = low, high = low_and_high(clip_range)

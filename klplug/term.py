@@ -280,7 +280,17 @@ def kl_return_baseline(
 
 def reward_to_go(x: Tensor, segment_ids: Tensor | None = None) -> Tensor:
     """``sum_{s>=t} x_s`` along the last dimension, of packed rows within each answer; in float32 at
-    least."""
+    least.
+
+    Raises:
+        TypeError, ValueError: ``x`` is no tensor, or ``segment_ids`` are of another shape.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if segment_ids is not None and segment_ids.shape != x.shape:
+        raise ValueError(
+            f"segment_ids has shape {tuple(segment_ids.shape)}, x has {tuple(x.shape)}"
+        )
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     mask = torch.ones_like(x, dtype=torch.bool)
     return Answers.of(segment_ids, mask).to_go(x)

@@ -106,6 +106,20 @@ def test_mistakes_are_named(arguments: tuple, word: str) -> None:
         kl_controller(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("adaptive", "0.1", 0.1), "kl_coef must be a number, got '0.1'"),
+        (("fixed", None), "kl_coef must be a number, got None"),
+        (("fixed", True), "kl_coef must be a number, got True"),
+        (("adaptive", 0.1, "x"), "kl_target must be a number, got 'x'"),
+    ],
+)
+def test_a_setting_that_is_no_number_is_named(arguments: tuple, words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        kl_controller(*arguments)
+
+
 def test_without_a_horizon_it_is_that_of_both_hosts() -> None:
     """10 000 answers: OpenRLHF's ``--algo.kl.horizon`` and verl's ``kl_ctrl.horizon``."""
     controller = kl_controller("adaptive", 0.1, kl_target=1.0)

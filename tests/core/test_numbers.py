@@ -433,3 +433,73 @@ def test_answers_whose_group_is_no_number_are_of_no_group() -> None:
     assert torch.equal(term.coefficient[1:3], plain[1:3])
     others = kl_term("k1_in_reward,baseline=group", **tensors | {"group_ids": [0, 1, 2, 0]})
     assert torch.equal(term.coefficient, others.coefficient)
+
+
+@pytest.mark.parametrize("shape", [(4, 0), (0, 6), (0, 0)])
+def test_no_tokens_and_no_answers_are_no_kl(shape: tuple[int, int]) -> None:
+    """As a filter leaves them, packed or not; the exact terms too, whose weight is the prefix's."""
+    sized = {
+        name: x.detach()[: shape[0], : shape[1]] if x.dim() == 2 else x[: shape[0]]
+        for name, x in batch().items()
+    }
+    sized["log_probs"].requires_grad_()
+    sized["exact_kl"] = sized["log_probs"].square()
+    ids = torch.zeros(shape, dtype=torch.long)
+    for kl_type in (*GRID, "exact_as_loss", "exact_as_loss,horizon=sequence"):
+        for segment_ids in (None, *([ids] if "baseline" not in kl_type else [])):
+            term = kl_term(kl_type, **sized, segment_ids=segment_ids)
+            assert term.loss.shape == term.gradient.shape == shape
+            assert all(x == (name == "klplug/active") or "gradient_" in name
+                       for name, x in term.metrics.items())  # fmt: skip
+
+
+@pytest.mark.parametrize("kl_type", ["k2_as_loss,horizon=sequence", "k2_as_loss,level=prefix"])
+def test_the_policy_loss_of_packed_rows_is_that_of_their_answers(kl_type: str) -> None:
+    apart = batch()
+    del apart["group_ids"]
+    ids = torch.arange(4)[:, None].expand(4, 6)
+    given = {"kl_coef": BETA, "clip_range": CLIP}
+    one = klplug.policy_loss(kl_type, **apart, **given)
+    (expected,) = torch.autograd.grad(one.sum(), apart["log_probs"])
+    packed = {name: torch.cat([x.detach()[:2], x.detach()[2:]], 1) for name, x in apart.items()}
+    packed["log_probs"].requires_grad_()
+    row = torch.cat([ids[:2], ids[2:]], 1)
+    other = klplug.policy_loss(kl_type, **packed, **given, segment_ids=row)
+    (found,) = torch.autograd.grad(other.sum(), packed["log_probs"])
+    torch.testing.assert_close(found, torch.cat([expected[:2], expected[2:]], 1))
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"kl_coef": "0.1"}, "kl_coef must be a number or a tensor, got str"),
+        ({"kl_coef": [0.1]}, "kl_coef must be a number or a tensor, got list"),
+        ({"sample_weights": torch.ones(4, 6)}, "sample_weights must be a mapping .*, got Tensor"),
+        ({"sample_weights": [1.0]}, "sample_weights must be a mapping .*, got list"),
+        ({"group_ids": 3}, "group_ids must be B hashable names or numbers, got 3"),
+        ({"group_ids": [[0], [0], [1], [1]]}, "group_ids must be B hashable .*, got "),
+    ],
+)
+def test_what_is_of_another_kind_is_named(changed: dict[str, object], words: str) -> None:
+    given: dict = batch() | {"kl_coef": 0.1, "clip_range": 0.2} | changed
+    with pytest.raises(TypeError, match=words):
+        klplug.kl_term("k1_in_reward,baseline=group", **given)
+
+
+def test_a_policy_loss_with_a_kl_needs_its_coefficient() -> None:
+    tensors = batch()
+    del tensors["rollout_log_probs"], tensors["group_ids"]
+    with pytest.raises(ValueError, match="needs kl_coef, which is missing"):
+        klplug.policy_loss("k2_as_loss", **tensors, kl_coef=None)
+
+
+def test_what_is_summed_must_be_a_tensor() -> None:
+    x, mask = torch.ones(1, 2), torch.ones(1, 2)
+    with pytest.raises(TypeError, match="x must be a tensor, got list"):
+        klplug.aggregate([[1.0, 1.0]], mask)
+    with pytest.raises(TypeError, match="response_mask must be a tensor, got NoneType"):
+        klplug.aggregate(x, None)
+    with pytest.raises(TypeError, match="x must be a tensor, got list"):
+        klplug.reward_to_go([1.0])
+    with pytest.raises(ValueError, match=r"segment_ids has shape \(2,\), x has \(1, 2\)"):
+        klplug.reward_to_go(x, torch.zeros(2, dtype=torch.long))
