@@ -211,7 +211,7 @@ def papers(page: Path, words: list[str], old: str) -> str:
         (
             f"[{paper.name}](https://arxiv.org/abs/{paper.arxiv})",
             f"`{paper.kl_type}`" if paper.kl_type else "none",
-            cell(paper.about),
+            cell(paper.about + (f" *Its own figures:* {paper.reports}" if paper.reports else "")),
             f"`{paper.key}`",
         )
         for paper in PAPERS.values()

@@ -15,6 +15,7 @@ class Paper:
         arxiv: its number.
         kl_type: the same gradient here; empty where klplug has none.
         about: what the paper has, and where klplug differs.
+        reports: figures that the paper itself gives, and where; empty where we could read none.
     """
 
     key: str
@@ -22,6 +23,7 @@ class Paper:
     arxiv: str
     kl_type: str
     about: str
+    reports: str = ""
 
 
 PAPERS = {
@@ -71,7 +73,8 @@ PAPERS = {
         Paper(
             "kimi-k2.5", "Kimi K2.5", "2602.02276", "k2_as_loss,ratio=none,reference=rollout",
             "k2 to the sampler, without a weight; without the factor 1/2, so kl_coef is twice its "
-            "tau. With the weight, klplug's default, it is the gradient of KL(pi||rollout).",
+            "tau. With the weight, klplug's default, it is the gradient of KL(pi||rollout). "
+            "prime-rl has the same term: its kl_tau of 0.001 is a kl_coef of 0.002.",
         ),
         Paper(
             "dar", "DAR", "2602.11523", "0.7*k2_as_loss+0.3*k2_as_loss,reference=old",
@@ -90,7 +93,9 @@ PAPERS = {
             "1.25*k2_as_loss,reference=teacher+-0.25*k2_as_loss",
             "The reward lambda log(teacher/ref) of each token, and KL(pi||ref): lambda "
             "KL(pi||teacher) + (1 - lambda) KL(pi||ref). This one has lambda = 1.25, which goes "
-            "beyond the teacher. The key teacher names it.",
+            "beyond the teacher. The key teacher names it. Its public code takes the log-ratios at "
+            "the start of the step, and gives them PPO's ratio and clip: the same gradient at a "
+            "step's first update.",
         ),
         Paper(
             "salsa", "SALSA", "2411.01798", "k1_in_reward",
@@ -102,6 +107,8 @@ PAPERS = {
             "KL(pi||ref) to a reference that becomes the policy from time to time: the key "
             "klplug.ref_update=reset:N beside the kl_type. ProRL makes the optimizer's state anew "
             "with it, which klplug leaves as it is.",
+            "Its authors' report with the same resets (arXiv 2507.12507, abstract): 14.7 % more on "
+            "math, 13.9 % on code and 54.8 % on logic puzzles than strong baselines.",
         ),
         Paper(
             "rao-blackwell", "Better estimation of the KL divergence between language models",
@@ -119,6 +126,9 @@ PAPERS = {
             "k2_as_loss,weight=difficulty",
             "A KL that counts less on a good answer, the fewer of its group are right. The weight "
             "is that of the code of View-R1, and stands before any estimator.",
+            "With its penalty on long wrong answers: 7 % more than Qwen2.5-VL-3B on average "
+            "(abstract), as on MathVista 66.2 after 57.8, on MathVerse 41.6 after 34.7, on MMStar "
+            "61.3 after 54.1 (the table in View-R1's README).",
         ),
         Paper(
             "dph-rl", "DPH-RL: the choice of divergence", "2509.07430",
@@ -126,6 +136,9 @@ PAPERS = {
             "JS, a forward KL or alpha on answers that the reference gave once, their log-probs "
             "stored: the key klplug.source=FILE beside the kl_type, and no reference model. Its "
             "public code keeps only answers that are right (docs/options.md).",
+            "Llama-3.1-8B on Bird, greedy and Pass@16: 62.8 and 72.4 with JS, 60.0 and 71.8 with a "
+            "reverse KL, 58.5 and 67.7 with GRPO, 42.4 and 75.0 before (the table in its public "
+            "code, figures/image-1.png).",
         ),
         Paper(
             "rapo", "RAPO: rewards-aware policy optimization", "2510.03865", "",
@@ -146,6 +159,28 @@ PAPERS = {
             "The square root of chi-square between whole answers; without weight=root chi-square "
             "itself. Its public code for language models differentiates the mean of u + 1/u - 2 "
             "and not its expectation: half of chi-square's gradient, and the forward KL's.",
+        ),
+        Paper(
+            "safe", "SAFE: entropy-aware predictive control", "2602.04651",
+            "k2_as_loss,weight=entropy_floor",
+            "A penalty that grows where the policy's entropy is low, above a threshold that a PID "
+            "moves. In its public code the KL is a Python float, without a gradient. Here it has "
+            "one: the weight is its entropy gate, and kl_ctrl=pid moves the coefficient.",
+            "A model of 3 billion parameters: a mean reward over the training of 0.725, and 0.689 "
+            "with PPO (abstract).",
+        ),
+        Paper(
+            "sparsepo", "SparsePO: sparse token masks", "2410.05102",
+            "k2_as_loss,weight=mask:sparse",
+            "DPO whose KL has a weight for each token, which is learned, or derived from the "
+            "reference model. klplug learns none: weight=mask:NAME takes the numbers that a batch "
+            "carries under a name, here sparse.",
+            "10 points of win rate more in summarisation, 3 in dialogue (abstract).",
+        ),
+        Paper(
+            "tdpo", "TDPO: token-level direct preference optimization", "2404.11999", "",
+            "DPO with a KL(ref||pi) of each token, over pairs of answers that are given. The "
+            "nearest here is forward_as_loss,vocab=exact, on the policy's own answers.",
         ),
     )
 }  # fmt: skip

@@ -239,6 +239,8 @@ def explain_command(
         )
     for found in of_paper if not as_json else ():
         console().print(f"{found.name}, arXiv {found.arxiv}\n{found.about}")
+        if found.reports:
+            console().print(f"The paper's own figures. {found.reports}")
     if not kl_types:
         if as_json:
             print_json([asdict(found) for found in of_paper])
