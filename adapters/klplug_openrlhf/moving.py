@@ -122,14 +122,14 @@ def save(actor: Any, folder: str, step: int, policies: str) -> None:
 
 def load(actor: Any, folder: str, step: int) -> None:
     """Put this rank's part of a checkpoint in its place."""
-    place = Place.of_this_rank(Path(folder))
-    found, saved = place.load()
+    place, own = Place.of_this_rank(Path(folder)), parameters(actor)
+    found, saved = place.load({name: part(parameter) for name, parameter in own.items()})
     if found != step:
         raise StateError(
             f"{place.path} is of step {found}, and the checkpoint's reference of {step}. "
             f"{WHAT_TO_DO}"
         )
-    for name, parameter in parameters(actor).items():
+    for name, parameter in own.items():
         with rewritten(parameter):
             follower(actor).restore(name, part(parameter), saved[name])
 
@@ -169,17 +169,21 @@ def follow(trainer: Any, plan: Plan, step: int) -> None:
     update = plan.moving()
     if update is None or not update.is_due(step):
         return
+    for name in trainer.klplug_names:
+        _hand_over(name, trainer.actor_model_group, trainer.reference_model_group)
+    trainer.klplug_reference = dataclasses.replace(trainer.klplug_reference, step=step)
+
+
+def _hand_over(name: str, policy: Any, reference: Any) -> None:
+    """One parameter, whose room in the object store and on each device is free before the next."""
     import ray
 
-    policy = trainer.actor_model_group
-    takers = trainer.reference_model_group._actor_handlers
+    takers = reference._actor_handlers
     whole = len(takers) != len(policy._actor_handlers)
-    for name in trainer.klplug_names:  # one at a time, in the object store and on each device
-        parts = told(policy, GIVE, name=name, whole=whole)
-        given = parts[:1] * len(takers) if whole else parts
-        pairs = zip(takers, given, strict=True)
-        ray.get([taker.execute_batch.remote(TAKE, own, 0, 0) for taker, own in pairs])
-    trainer.klplug_reference = dataclasses.replace(trainer.klplug_reference, step=step)
+    parts = told(policy, GIVE, name=name, whole=whole)
+    given = parts[:1] * len(takers) if whole else parts
+    pairs = zip(takers, given, strict=True)
+    ray.get([taker.execute_batch.remote(TAKE, own, 0, 0) for taker, own in pairs])
 
 
 _SAVING: ContextVar[Any] = ContextVar("klplug_saving", default=None)

@@ -32,6 +32,7 @@ def init(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> None:
         print(hidden.foretell(term, trainer.args), flush=True)
     trainer.klplug_watch = Watch()
     trainer.klplug_reference, trainer.klplug_teacher = plan.reference(), plan.second()
+    trainer.klplug_source = plan.answers()
     trainer.kl_ctl = MeasuredController(plan.controller())
     trainer.experience_maker.kl_ctl = trainer.kl_ctl
 
@@ -207,7 +208,9 @@ def save(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
     call = inspect.signature(original).bind(*args, **kwargs)
     call.arguments["client_states"] = {
         **(call.arguments.get("client_states") or {}),
-        "klplug": trainer.kl_ctl.saved(plan.spec, trainer.klplug_reference, trainer.klplug_teacher),
+        "klplug": trainer.kl_ctl.saved(
+            plan.spec, trainer.klplug_reference, trainer.klplug_teacher, trainer.klplug_source
+        ),
     }
     with moving.saving(trainer):
         return original(*call.args, **call.kwargs)
@@ -229,6 +232,7 @@ def init_checkpoint_states(original: Call, trainer: Any, args: Args, kwargs: Kwa
         plan.kl_ctrl,
         "OpenRLHF",
         trainer.klplug_teacher,
+        trainer.klplug_source,
     )
     moving.resume(trainer, saved or {})
     return states

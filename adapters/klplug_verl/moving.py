@@ -37,15 +37,19 @@ class Moving:
         self._moved(step)
 
     def save(self, folder: Path) -> None:
-        if self.step is not None:
-            Place.of_this_rank(folder).save(self.step, self.follower.kept(parts(self.reference)))
+        place = Place.of_this_rank(folder)
+        if self.step is None:
+            place.clear()
+        else:
+            place.save(self.step, self.follower.kept(parts(self.reference)))
 
     def load(self, folder: Path) -> None:
         """Where the reference had not moved there is nothing of it in the folder."""
         if not any(folder.glob(Place.PATTERN)):
             return
-        step, saved = Place.of_this_rank(folder).load()
-        for name, own in parts(self.reference).items():
+        held = parts(self.reference)
+        step, saved = Place.of_this_rank(folder).load(held)
+        for name, own in held.items():
             self.follower.restore(name, own, saved[name])
         self._moved(step)
 

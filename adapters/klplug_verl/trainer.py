@@ -58,6 +58,7 @@ class Run:
     controller: MeasuredController
     reference: Reference | None = None
     teacher: Reference | None = None
+    source: Reference | None = None
     joined: bool = False
     n_answers: int = 0
     sampled: Tensor | None = None
@@ -100,7 +101,7 @@ def init(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> None:
     if (term := exact_term(plan.spec)) is not None:
         print(hidden.foretell(term, config), flush=True)
     controller = MeasuredController(plan.controller())
-    trainer.klplug = Run(plan, controller, plan.reference(), plan.second())
+    trainer.klplug = Run(plan, controller, plan.reference(), plan.second(), plan.answers())
     trainer.kl_ctrl_in_reward = trainer.klplug.controller
 
 
@@ -425,7 +426,7 @@ def save_checkpoint(original: Call, trainer: Any, args: Args, kwargs: Kwargs) ->
         folder = Path(trainer.config.trainer.default_local_dir)
         folder = folder / f"global_step_{trainer.global_steps}"
         folder.mkdir(parents=True, exist_ok=True)
-        saved = run.controller.saved(run.plan.spec, run.reference, run.teacher)
+        saved = run.controller.saved(run.plan.spec, run.reference, run.teacher, run.source)
         state.write(folder / STATE_FILE, saved)
     return original(*args, **kwargs)
 
@@ -444,7 +445,7 @@ def load_checkpoint(original: Call, trainer: Any, args: Args, kwargs: Kwargs) ->
     saved = state.read(file)
     try:
         run.controller.resume(
-            saved, run.plan.spec, run.reference, run.plan.kl_ctrl, "verl", run.teacher
+            saved, run.plan.spec, run.reference, run.plan.kl_ctrl, "verl", run.teacher, run.source
         )
     except ValueError as error:
         raise StateError(f"{file}: {error}. {state.WHAT_TO_DO}") from None

@@ -34,10 +34,14 @@ class MeasuredController:
         )
 
     def saved(
-        self, spec: KLSpec, reference: Reference | None, teacher: Reference | None = None
+        self,
+        spec: KLSpec,
+        reference: Reference | None,
+        teacher: Reference | None = None,
+        source: Reference | None = None,
     ) -> dict[str, Any]:
-        """What a checkpoint keeps; no reference or teacher of a KL that has none."""
-        models = {"reference": reference, "teacher": teacher}
+        """What a checkpoint keeps; no reference, teacher or stored answers of a KL without."""
+        models = {"reference": reference, "teacher": teacher, "source": source}
         kept = {name: model.kept for name, model in models.items() if model is not None}
         return {"kl_type": str(spec), **kept, **self.controller.state_dict()}
 
@@ -49,9 +53,10 @@ class MeasuredController:
         kl_ctrl: str,
         host: str,
         teacher: Reference | None = None,
+        source: Reference | None = None,
     ) -> None:
-        """Go on from what a checkpoint kept, saying so if another KL, coefficient, reference or
-        teacher was trained with.
+        """Go on from what a checkpoint kept, saying so if another KL, coefficient, reference,
+        teacher or file of stored answers was trained with.
 
         Args:
             saved: ``None`` where a checkpoint has nothing of klplug's.
@@ -79,6 +84,7 @@ class MeasuredController:
         else:
             _compare("reference", reference, other)
         _compare("teacher", teacher, saved.get("teacher"))
+        _compare_answers(source, saved.get("source"))
         here, there = self.value, saved.get("value")
         if saved["kl_ctrl"] != kl_ctrl:
             _warn(
@@ -102,7 +108,7 @@ def _is_state(saved: Any) -> bool:
     """Whether it has the shape of what ``saved`` gives; the controller reads its numbers."""
     if not (isinstance(saved, dict) and {"kl_type", "kl_ctrl"} <= {*saved}):
         return False
-    models = (saved.get(name) for name in ("reference", "teacher"))
+    models = (saved.get(name) for name in ("reference", "teacher", "source"))
     return all(m is None or (isinstance(m, dict) and "path" in m) for m in models)
 
 
@@ -112,6 +118,18 @@ def _compare(name: str, model: Reference | None, saved: dict[str, Any] | None) -
             f"resuming with the {name} {_named(model.kept)} a run that was trained with "
             f"{_named(saved)}: the KL is to another model from here on"
         )
+
+
+def _compare_answers(source: Reference | None, saved: dict[str, Any] | None) -> None:
+    """One ``kl_type`` acts on stored answers, or on the policy's own."""
+    if source is None and saved is None:
+        return
+    if source is None or saved is None or source.is_another_than(saved):
+        here, there = (
+            "the policy's own answers" if kept is None else f"the answers of {_named(kept)}"
+            for kept in (None if source is None else source.kept, saved)
+        )
+        _warn(f"resuming with a KL on {here} a run that was trained with one on {there}")
 
 
 def _warn(words: str) -> None:

@@ -94,13 +94,42 @@ class Place:
             scratch.replace(self.path)
         finally:
             scratch.unlink(missing_ok=True)
+        self._clear(f"klplug_reference_world_size_{self.world}_")
 
-    def load(self) -> tuple[int, dict[str, Tensor]]:
+    def clear(self) -> None:
+        """Take away what another run left here; this one's reference has not moved."""
+        self._clear(None)
+
+    def _clear(self, kept: str | None) -> None:
+        """An earlier run may have come to this step too, and over other ranks."""
+        if self.rank == 0:
+            for file in self.folder.glob(self.PATTERN):
+                if kept is None or not file.name.startswith(kept):
+                    file.unlink(missing_ok=True)
+
+    def load(self, held: Mapping[str, Tensor]) -> tuple[int, dict[str, Tensor]]:
         """The step of the last update, and the weights by name.
 
+        Args:
+            held: what this rank has of the reference, which the file must fit.
+
         Raises:
-            StateError: names the file that is missing, or is not whole.
+            StateError: names the file that is missing, is not whole, or is of another model.
         """
+        step, saved = self._read()
+        for name in (*held, *(name for name in saved if name not in held)):
+            here, there = (
+                _shape(tuple(side[name].shape) if name in side else None) for side in (held, saved)
+            )
+            if here != there:
+                raise StateError(
+                    f"{self.path} is of another reference, or cut otherwise: of {name} it has "
+                    f"{there}, and this process {here}. Resume with the architecture, the sharding "
+                    "and as many processes as saved it"
+                )
+        return step, saved
+
+    def _read(self) -> tuple[int, dict[str, Tensor]]:
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
             return int(saved["step"]), saved["weights"]

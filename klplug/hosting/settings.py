@@ -139,6 +139,10 @@ class Asked:
         """The teacher; ``None`` where there is none."""
         return None if self.teacher is None else Reference.of(self.teacher)
 
+    def answers(self) -> Reference | None:
+        """The reference's own answers, in whose place no model is loaded; ``None`` without."""
+        return None if self.source is None else Reference.of(self.source)
+
     def moving(self) -> RefUpdate | None:
         """How the reference follows the policy; ``None`` where it stays as it is.
 

@@ -59,11 +59,11 @@ WHAT_TO_DO = (
 
 @dataclass(frozen=True)
 class Reference:
-    """A model that a run's KL is to, as its checkpoints remember it.
+    """A model that a run's KL is to, as its checkpoints remember it; or the answers of one.
 
     Attributes:
-        path: as the host is given it, a folder or a name on the hub.
-        weights: a digest of its weights; ``None`` where there is no such folder on this machine.
+        path: as the host is given it, a folder or a name on the hub; a file of answers.
+        weights: a digest of its weights, or of the file; ``None`` where this machine has neither.
         step: after which step it last followed the policy; ``None`` where it is as it was loaded.
     """
 
@@ -73,8 +73,12 @@ class Reference:
 
     @classmethod
     def of(cls, path: str) -> Reference:
-        folder = Path(path)
-        return cls(path, _digest(folder) if folder.is_dir() else None)
+        place = Path(path)
+        if place.is_file():
+            return cls(path, _digest({"": place}))
+        found = place.iterdir() if place.is_dir() else ()
+        weights = {p.name: p for p in sorted(found) if p.suffix in (".safetensors", ".bin")}
+        return cls(path, _digest(weights) if weights else None)
 
     @property
     def kept(self) -> dict[str, Any]:
@@ -96,19 +100,16 @@ class Reference:
 _BLOCK, _BLOCKS = 1 << 16, 64
 
 
-def _digest(folder: Path) -> str | None:
-    """Of every weights file its name, its size and blocks spread evenly over it.
+def _digest(files: Mapping[str, Path]) -> str:
+    """Of every file its name, its size and blocks spread evenly over it.
 
     Training moves every weight, so a sample of them tells two models apart; reading all of a large
     model would take minutes.
     """
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
-    if not files:
-        return None
     digest = hashlib.blake2b(digest_size=16)
-    for file in files:
+    for name, file in files.items():
         size = file.stat().st_size
-        digest.update(f"{file.name}\0{size}\0".encode())
+        digest.update(f"{name}\0{size}\0".encode())
         with file.open("rb") as content:
             for start in range(0, size, max(_BLOCK, size // _BLOCKS)):
                 content.seek(start)

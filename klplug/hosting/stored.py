@@ -181,3 +181,9 @@ def check(
             f"klplug.source {path} has the token ids of another tokenizer than the policy {policy}:"
             " draw the answers with a model that has the policy's tokenizer"
         )
+    for number, answer in enumerate(stored.answers, 1):
+        if (largest := max(*answer.prompt, *answer.answer)) >= own.size:
+            raise SettingsError(
+                f"klplug.source {path}, line {number}: the policy {policy} has no token id "
+                f"{largest}, its ids are below {own.size}: draw new answers"
+            )

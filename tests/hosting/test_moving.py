@@ -117,7 +117,7 @@ def test_a_run_that_was_ended_goes_on_as_if_it_had_not(
     Place(tmp_path, 1, 2).save(3, before.kept({"w": first}))
 
     second, after = start.clone(), Follower(decay)
-    step, saved = Place(tmp_path, 1, 2).load()
+    step, saved = Place(tmp_path, 1, 2).load({"w": second})
     after.restore("w", second, saved["w"])
     assert step == 3 and torch.equal(second, first)
     for policy in policies[3:]:
@@ -135,16 +135,51 @@ def test_what_is_kept_of_a_view_is_its_own_numbers_alone(tmp_path: Path) -> None
 
 def test_what_is_missing_or_cut_short_is_named(tmp_path: Path) -> None:
     with pytest.raises(StateError, match=r"rank_0.pt is missing, and .* had moved\. Resume"):
-        Place(tmp_path, 0, 2).load()
+        Place(tmp_path, 0, 2).load({})
     for rank in range(4):
         Place(tmp_path, rank, 4).save(3, {"w": torch.ones(99)})
     with pytest.raises(StateError, match=r"_2_rank_0.pt is missing.*world_size_4_rank_3"):
-        Place(tmp_path, 0, 2).load()
+        Place(tmp_path, 0, 2).load({})
     path = Place(tmp_path, 0, 4).path
     for size in (0, 20, path.stat().st_size // 2):
         path.write_bytes(path.read_bytes()[:size])
         with pytest.raises(StateError, match=r"rank_0.pt can't be read .* Resume from another"):
-            Place(tmp_path, 0, 4).load()
+            Place(tmp_path, 0, 4).load({})
+
+
+@pytest.mark.parametrize(
+    ("held", "told"),
+    [
+        ({"a": (3, 2), "b": (5,)}, r"of b it has \[4\], and this process \[5\]"),
+        ({"a": (6,), "b": (4,)}, r"of a it has \[3, 2\], and this process \[6\]"),
+        ({"a": (3, 2)}, r"of b it has \[4\], and this process nothing"),
+        ({"a": (3, 2), "b": (4,), "c": (1,)}, r"of c it has nothing, and this process \[1\]"),
+    ],
+)
+def test_a_reference_of_another_architecture_or_cut_otherwise_is_named(
+    held: dict[str, tuple[int, ...]], told: str, tmp_path: Path
+) -> None:
+    """A shape that spreads over another one would be taken without a word."""
+    Place(tmp_path, 0, 1).save(3, {"a": torch.ones(3, 2), "b": torch.ones(4)})
+    here = {name: torch.zeros(shape) for name, shape in held.items()}
+    with pytest.raises(StateError, match=rf"_1_rank_0.pt is of another reference.*{told}\. Res"):
+        Place(tmp_path, 0, 1).load(here)
+
+
+def test_what_an_earlier_run_left_at_the_same_step_goes(tmp_path: Path) -> None:
+    """It was of other ranks, or moved where this one has not: a resume would take it."""
+    weights = {"w": torch.ones(2)}
+    for rank in range(4):
+        Place(tmp_path, rank, 4).save(3, weights)
+    for rank in (1, 0):  # in any order
+        Place(tmp_path, rank, 2).save(3, weights)
+    kept = [f"klplug_reference_world_size_2_rank_{rank}.pt" for rank in range(2)]
+    (tmp_path / "model_world_size_4_rank_0.pt").touch()
+    assert sorted(p.name for p in tmp_path.glob(Place.PATTERN)) == kept
+    Place(tmp_path, 1, 2).clear()
+    Place(tmp_path, 0, 2).clear()
+    assert [p.name for p in tmp_path.iterdir()] == ["model_world_size_4_rank_0.pt"]
+    Place(tmp_path / "not there yet", 0, 2).clear()
 
 
 def test_models_of_other_tensors_are_told_apart() -> None:

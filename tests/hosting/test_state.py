@@ -68,7 +68,7 @@ BARE = {"kl_type": "k2_as_loss", "kl_ctrl": "adaptive"}
     [
         [], 3, {}, {"kl_type": "k2_as_loss"}, "{",
         {**BARE, "reference": "hub/sft"}, {**BARE, "reference": {"weights": None}},
-        {**BARE, "teacher": "hub/sft"},
+        {**BARE, "teacher": "hub/sft"}, {**BARE, "source": 3},
     ],
 )  # fmt: skip
 def test_a_state_of_another_shape_is_named(saved: Any) -> None:
@@ -164,6 +164,31 @@ def test_a_resume_with_another_reference_says_both(capsys: pytest.CaptureFixture
     assert "hub/sft (weights 12345678)" in said
 
 
+def test_a_resume_on_other_stored_answers_or_without_them_says_both(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One kl_type acts on either, so the kl_type alone does not tell."""
+    controller = MeasuredController(AdaptiveKL(0.1, target=0.1, horizon=10))
+    spec, file = parse("js_as_loss"), tmp_path / "own.jsonl"
+    file.write_text("one\n")
+    first = Reference.of(str(file))
+    assert first.weights is not None
+    saved = json.loads(json.dumps(controller.saved(spec, None, source=first)))
+
+    def said(source: Reference | None, saved: dict[str, Any] = saved) -> str:
+        controller.resume(saved, spec, None, "adaptive", "a host", source=source)
+        return capsys.readouterr().out
+
+    copied = Reference.of(str(shutil.copy(file, tmp_path / "elsewhere.jsonl")))
+    assert said(first) == said(copied) == said(None, controller.saved(spec, None)) == ""
+    file.write_text("two\n")
+    words = said(Reference.of(str(file)))
+    assert f"WARNING: resuming with a KL on the answers of {file} (weights " in words
+    assert f"one on the answers of {file} (weights {first.weights[:8]})" in words
+    assert f"one on the answers of {file}" in said(None) and "on the policy's own" in said(None)
+    assert "one on the policy's own answers" in said(first, controller.saved(spec, None))
+
+
 # Two runs on one folder.
 
 WRITES = """
@@ -173,6 +198,21 @@ from klplug.hosting.state import write
 for n in range(60):
     write(Path(sys.argv[1]), {"kl_type": sys.argv[2] * 500, "kl_ctrl": "adaptive", "value": n})
 """
+
+
+def test_a_run_that_is_killed_while_it_writes_leaves_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "klplug.json"
+    write(path, STATE)
+    run = subprocess.Popen([sys.executable, "-c", WRITES.replace("60", "10**6"), str(path), "a"])
+    while read(path) == STATE:
+        assert run.poll() is None
+    run.kill()
+    run.wait()
+    assert read(path)["kl_type"] == 500 * "a"
+    left = [p.name for p in tmp_path.iterdir()]
+    assert len(left) < 3 and "klplug.json" in left  # of the one that it was at, no more
+    write(path, STATE)
+    assert read(path) == STATE
 
 
 def test_two_runs_on_one_folder_leave_a_whole_file(tmp_path: Path) -> None:

@@ -350,6 +350,20 @@ MISTAKES: list[tuple[tuple[str, ...], list[str]]] = [
             (*KL[:1], "k2_as_loss,reference=teacher", *KL[2:], "--klplug.teacher", "hub/teacher"),
             ["no KL to the reference model beside", "name the teacher as --klplug.ref_model"],
         ),
+        (
+            ("--klplug.kl_type", "monitor", "--klplug.teacher", "hub/teacher"),
+            ["--klplug.teacher is hub/teacher", "kl_type monitor has no term with"],
+        ),
+        (
+            ("--klplug.kl_type", "k2_as_loss+k2_as_loss,reference=teacher", "--klplug.kl_coef", "0",
+             "--klplug.teacher", "hub/teacher"),
+            ["kl_coef is 0, so kl_type 'k2_as_loss+k2_as_loss,reference=teacher' would do nothing"],
+        ),
+        (
+            (*KL[:1], "js_as_loss", *KL[2:], "--klplug.source", "own.jsonl",
+             "--klplug.teacher", "hub/teacher"),
+            ["--klplug.teacher is hub/teacher", "no term with reference=teacher"],
+        ),
 ]  # fmt: skip
 
 

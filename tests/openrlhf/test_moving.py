@@ -11,6 +11,7 @@ import torch
 from klplug_openrlhf import moving
 from klplug_openrlhf import trainer as of_trainer
 
+from benchmarks.measure import peak_bytes
 from klplug.hosting.moving import Follower
 from klplug.hosting.settings import SettingsError
 from klplug.hosting.state import StateError
@@ -191,6 +192,76 @@ def test_a_resume_whose_reference_is_missing_stops_and_names_it(
     file.unlink()
     with pytest.raises(StateError, match=r"_reference/global_step1/.*rank_0.pt is missing"):
         trainer(own, "reset:1", tmp_path)
+
+
+def test_a_resume_to_another_architecture_names_the_file(
+    bench: Bench, models: list[Path], tmp_path: Path
+) -> None:
+    """Without the key nobody compares policy and reference, which take what the file has."""
+    own = pair(bench, models)
+    made = trainer(own, "reset:1", tmp_path)
+    step(made, 1)
+    own.states = saved(made, 1)
+    (file,) = tmp_path.rglob("*.pt")
+    kept = torch.load(file)
+    torch.save(kept | {"weights": {n: w[:1] for n, w in kept["weights"].items()}}, file)
+    with pytest.raises(StateError, match=r"rank_0.pt is of another reference.* it has \[1"):
+        trainer(own, None, tmp_path)
+
+
+def test_a_run_that_is_killed_between_the_references_file_and_the_policys(
+    bench: Bench, models: list[Path], tmp_path: Path
+) -> None:
+    """It goes on from the checkpoint before, whose reference is still there."""
+    own = pair(bench, models)
+    made = trainer(own, "reset:1", tmp_path)
+    step(made, 1)
+    before = saved(made, 1)
+    (tmp_path / "_actor" / "global_step1").mkdir(parents=True)
+    expected = own.whole("reference")
+    own.train(0.05)
+    step(made, 2)
+
+    def killed(**_: Any) -> None:
+        raise KeyboardInterrupt
+
+    (handle,) = made.actor_model_group._actor_handlers
+    handle._instead["save_checkpoint"] = killed
+    with pytest.raises(KeyboardInterrupt):
+        saved(made, 2)
+    assert (tmp_path / "_reference" / "global_step2").is_dir()
+    own.states = before
+    trainer(own, "reset:1", tmp_path)
+    assert all(torch.equal(p, expected[n]) for n, p in own.whole("reference").items())
+
+
+def test_a_teacher_beside_it_stays_where_it_is(
+    bench: Bench, models: list[Path], tmp_path: Path
+) -> None:
+    own, other = pair(bench, models), pair(bench, models)
+    own.reference.klplug_teacher = other.models["reference"]
+    made = trainer(own, "reset:1", tmp_path)
+    before, taught = own.log_probs("reference"), other.log_probs("reference")
+    step(made, 1)
+    saved(made, 1)
+    assert torch.equal(other.log_probs("reference"), taught)
+    assert not torch.equal(own.log_probs("reference"), before)
+    own.states = made.actor_model_group.saved
+    trainer(own, "reset:1", tmp_path)
+    assert torch.equal(other.log_probs("reference"), taught)
+
+
+@pytest.mark.parametrize(("ref_update", "copies"), [("reset:1", 1), ("ema:0.9", 3)])
+def test_a_move_holds_one_parameter_at_a_time(
+    bench: Bench, models: list[Path], tmp_path: Path, ref_update: str, copies: int
+) -> None:
+    """Its copy in the object store, and for an average that in float32."""
+    own = pair(bench, models)
+    made = trainer(own, ref_update, tmp_path)
+    step(made, 1)  # which makes the averages that stay
+    sizes = [p.numel() for p in own.whole("policy").values()]
+    assert sum(sizes) > 8 * max(sizes)
+    assert peak_bytes(lambda: step(made, 2)) <= 2 * copies * max(sizes)
 
 
 def test_old_ones_go_with_the_policys(bench: Bench, models: list[Path], tmp_path: Path) -> None:

@@ -24,12 +24,12 @@ KEYS = {
 """What names a model, and a kl_type with a KL to it."""
 
 
-def run(path: Path, kl_type: str = "k2_as_loss", key: str = "ref_model") -> Any:
+def run(path: Path, kl_type: str = "k2_as_loss", key: str = "ref_model", *more: str) -> Any:
     flags = [
         *("--actor.model_name_or_path", str(POLICY), "--data.prompt_dataset", "hub/data"),
         *("--reward.remote_url", "reward.py", "--vllm.num_engines", "1"),
         *("--klplug.kl_type", kl_type, "--klplug.kl_coef", "0.1", "--data.apply_chat_template"),
-        *(f"--klplug.{key}", str(path)),
+        *(f"--klplug.{key}", str(path), *more),
     ]
     return settled(launcher.main, flags)[0]
 
@@ -69,6 +69,13 @@ def test_what_reads_the_policys_tokens_is_served_and_said(
     assert plan is not None
     identity = {"ref_model": plan.reference, "teacher": plan.second}[key]()
     assert identity == Reference.of(str(place))
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_beside_a_policy_with_an_adapter_it_is_a_whole_model(key: str, tmp_path: Path) -> None:
+    """OpenRLHF's reference has no adapter, whichever model it is."""
+    args = run(made(same, tmp_path), KEYS[key], key, "--ds.lora.rank", "8")
+    assert args.ds.lora.rank == 8 and args.algo.kl.init_coef == 0.1
 
 
 def test_whole_distributions_need_the_same_rows(

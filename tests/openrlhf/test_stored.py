@@ -183,8 +183,9 @@ def test_a_run_loads_no_reference_and_says_whose_answers(
         ({"digest": "other"}, (), ["the token ids of another tokenizer than the policy"]),
         ({}, ("--rollout.temperature", "0.7"), ["sampled at temperature 1", "samples at 0.7"]),
         ({"count": 3}, (), ["has 3 answers, and an update draws 128"]),
+        ({"vocabulary": 10**6}, (), ["line 1: the policy", "its ids are below 465"]),
     ],
-    ids=["tokenizer", "temperature", "too few"],
+    ids=["tokenizer", "temperature", "too few", "token id"],
 )
 def test_what_the_policy_cannot_be_compared_with_is_refused_before_the_run(
     made: dict[str, Any],

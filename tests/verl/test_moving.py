@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from klplug_verl.moving import STEP_KEY
+from klplug_verl.moving import STEP_KEY, parts
 
+from benchmarks.measure import peak_bytes
 from klplug.hosting.settings import SettingsError
 from klplug.hosting.state import StateError
 from tests.ranks import on_two_ranks
+from tests.references import POLICY
 from tests.verl.exact import THROUGH, Run
 from tests.verl.moving import log_probs, train, whole, words
 from tests.verl.test_settings import own
@@ -138,6 +140,52 @@ def test_the_workers_checkpoint_has_it(reference: Path, tmp_path: Path) -> None:
     file.rename(file.with_name("klplug_reference_world_size_2_rank_0.pt"))
     with pytest.raises(StateError, match=r"_1_rank_0.pt is missing.*\(there: .*_size_2_rank_0"):
         second.worker.load_checkpoint(str(tmp_path / "second"))
+
+
+def test_what_an_earlier_run_left_in_the_folder_goes_where_none_has_moved(
+    reference: Path, tmp_path: Path
+) -> None:
+    """Another run of the same folder came to this step before, and its reference had moved."""
+    run = Run(*words("reset:2", reference))
+    moving, before = run.worker.actor.klplug_moving, whole(run, "reference")
+    moving.follow(2)
+    moving.save(tmp_path)
+    second = Run(*words("reset:200", reference)).worker.actor.klplug_moving
+    second.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+    third = Run(*words("reset:200", reference))
+    third.worker.actor.klplug_moving.load(tmp_path)
+    assert all(torch.equal(p, before[n]) for n, p in whole(third, "reference").items())
+
+
+def test_a_teacher_beside_it_stays_where_it_is(reference: Path, tmp_path: Path) -> None:
+    kl_type = "0.5*k2_as_loss+0.5*k2_as_loss,reference=teacher"
+    run = Run(*words("reset:1", reference, f"+klplug.teacher={POLICY}", kl_type=kl_type))
+    moving, second = run.worker.actor.klplug_moving, run.worker.ref.klplug_teacher
+    before, taught = parts(run.worker.ref), parts(second)
+    before, taught = ({n: p.clone() for n, p in own.items()} for own in (before, taught))
+    train(run, 0.01, 1)
+    moving.follow(1)
+    moving.save(tmp_path)
+    moving.load(tmp_path)
+    assert all(torch.equal(p, taught[n]) for n, p in parts(second).items())
+    assert not any(torch.equal(p, before[n]) for n, p in parts(run.worker.ref).items())
+
+
+@pytest.mark.parametrize(
+    ("ref_update", "dtype", "copies"), [("reset:1", "fp32", 0), ("ema:0.9", "bf16", 1)]
+)
+def test_a_move_holds_one_parameter_at_a_time(
+    strategy: str, reference: Path, ref_update: str, dtype: str, copies: int
+) -> None:
+    """Nothing where numbers are only copied; for an average the policy's part in float32."""
+    narrow = f"actor_rollout_ref.ref.fsdp_config.model_dtype={dtype}"
+    run = Run(*words(ref_update, reference, narrow, strategy=strategy))
+    moving = run.worker.actor.klplug_moving
+    moving.follow(1)  # which makes the averages that stay
+    sizes = [p.numel() for p in whole(run, "policy").values()]
+    assert sum(sizes) > 8 * max(sizes)
+    assert peak_bytes(lambda: moving.follow(2)) <= 4 * copies * max(sizes)
 
 
 def test_the_hidden_states_meet_the_matrix_of_the_moved_reference(reference: Path) -> None:

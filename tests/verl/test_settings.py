@@ -460,6 +460,18 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     ),
     (own(TAUGHT, "+klplug.teacher=7"), ["klplug.teacher=7 is not a string"]),
     (
+        ["+klplug.kl_type=monitor", "+klplug.teacher=hub/teacher"],
+        ["klplug.teacher is hub/teacher", "kl_type monitor has no term with"],
+    ),
+    (
+        [f"+klplug.kl_type='{TAUGHT}'", "+klplug.kl_coef=0", "+klplug.teacher=hub/teacher"],
+        [f"kl_coef is 0, so kl_type '{TAUGHT}' would do nothing"],
+    ),
+    (
+        own("js_as_loss", "+klplug.source=own.jsonl", "+klplug.teacher=hub/teacher"),
+        ["klplug.teacher is hub/teacher", "no term with reference=teacher"],
+    ),
+    (
         own(TAUGHT, "+klplug.teacher=hub/teacher", f"{MODEL}.lora_rank=8"),
         ["klplug.teacher=hub/teacher", "lora_rank=8", "no reference worker", "Leave one out"],
     ),

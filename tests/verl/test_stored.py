@@ -105,6 +105,27 @@ def test_the_kl_acts_on_the_stored_answers_and_on_nothing_else(
     same(ours - without, expected)
 
 
+def test_micro_batches_of_unlike_size_as_at_the_end_of_an_epoch(
+    bench: Bench, data: Any, stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each draws as many as it has itself, and each drawn answer counts alike."""
+    drawn: list[list[Answer]] = []
+    original = Stored.drawn
+
+    def recorded(own: Stored, beside: Tensor, count: int) -> list[Answer]:
+        drawn.append(original(own, beside, count))
+        return drawn[-1]
+
+    monkeypatch.setattr(Stored, "drawn", recorded)
+    with beside(bench, stored):
+        ours, _ = bench.step(data, "js_as_loss", BETA, dynamic=30)
+    without, _ = bench.step(data, None, dynamic=30)
+    answers = [own for part in drawn for own in part]
+    assert len({len(part) for part in drawn}) > 1 and len(answers) == len(ANSWERS)
+    scale = BETA / (len(ANSWERS) * stored.mean_length)
+    same(ours - without, alone(bench, answers, "js_as_loss", False, scale))
+
+
 def test_the_metrics_are_named_as_of_stored_answers(
     bench: Bench, data: Any, stored: Stored
 ) -> None:
@@ -205,8 +226,9 @@ def test_a_run_loads_no_reference_and_says_whose_answers(
         ({"digest": "other"}, (), "the token ids of another tokenizer"),
         ({}, ("actor_rollout_ref.rollout.temperature=0.7",), "samples at 0.7"),
         ({"count": 3}, (), "has 3 answers, and an update draws 4"),
+        ({"vocabulary": 10**6}, (), r"line 1: the policy .* has no token id .* are below 465"),
     ],
-    ids=["tokenizer", "temperature", "too few"],
+    ids=["tokenizer", "temperature", "too few", "token id"],
 )
 def test_what_the_policy_cannot_be_compared_with_is_refused_before_the_run(
     made: dict[str, Any], overrides: tuple[str, ...], words: str, tmp_path: Path

@@ -108,6 +108,18 @@ def test_beside_a_kl_over_the_vocabulary(reference: Path, teacher: Path) -> None
         assert metrics["klplug/0.5xk2_as_loss.ratio-none.reference-teacher/k3"] > 0.001
 
 
+def test_two_terms_to_one_teacher(
+    reference: Path, teacher: Path, expected: tuple[Tensor, float, float]
+) -> None:
+    """It answers once: two halves of k2 are one, to the last digits of a sum."""
+    half = "0.625*k2_as_loss,{}reference=teacher"
+    kl_type = f"{half.format('ratio=none,')}+{half.format('bound=99,ratio=none,')}"
+    kl_type += "+-0.25*k2_as_loss,ratio=none"
+    run = Run(*settings(reference, teacher, kl_type=kl_type))
+    found, _ = THROUGH[TRAINERS[0]](run)
+    assert apart(found, expected[0]) < 1e-4
+
+
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_teacher_that_sent_nothing_stops_the_run(
     trainer: str, reference: Path, teacher: Path
