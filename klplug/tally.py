@@ -261,7 +261,8 @@ def tally(seen: Sequence[Seen]) -> Tally:
     # The sum of a row may be inf, and of two such rows no number. float64 where there is.
     wide = torch.float32 if like.device.type == "mps" else torch.float64
     totals = sums.nan_to_num_(0.0).sum(-1, dtype=wide)
-    totals[len(squares) + len(first) :][: len(forces)].addcmul_(less, threshold, value=-1)
+    tops = totals[len(squares) + len(first) :][: len(forces)]
+    tops.addcmul_(less, threshold, value=-1)
     if like.dtype == wide:
         finite_(totals)
     made = {(what, id(x)): total for (what, x), total in zip(rows, totals.unbind(), strict=True)}
