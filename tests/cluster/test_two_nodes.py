@@ -28,10 +28,13 @@ from tests.cluster.nodes import (
 )
 from tests.conftest import NAMED
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.parametrize("host", NAMED),
-]
+pytestmark = pytest.mark.slow
+ON_EACH = pytest.mark.parametrize("host", NAMED)
+# Of the two, OpenRLHF's stands for both in `make test`.
+SMOKE_ON_ONE = pytest.mark.parametrize(
+    "host",
+    [pytest.param(host, marks=pytest.mark.smoke) if host == "openrlhf" else host for host in NAMED],
+)
 
 # As each host's command connects: OpenRLHF's launcher wraps ray.init, verl's hook waits for it.
 CONNECT = {
@@ -80,6 +83,7 @@ def cluster() -> Iterator[Cluster]:
         yield Cluster(processes)
 
 
+@ON_EACH
 def test_a_worker_of_another_node_runs_klplugs_function(cluster: Cluster, host: str) -> None:
     with cluster.node(sys.executable, on_cpu(host, WITH_KLPLUG)):
         done = cluster.run(driver(host))
@@ -89,7 +93,7 @@ def test_a_worker_of_another_node_runs_klplugs_function(cluster: Cluster, host: 
     assert f"on {SECOND}" in error_of(other) and f"klplug {klplug.__version__};" in error_of(other)
 
 
-@pytest.mark.smoke
+@SMOKE_ON_ONE
 def test_a_node_without_klplug_stops_the_command_unless_the_job_brings_it(
     cluster: Cluster, host: str, tmp_path: Path
 ) -> None:
@@ -121,6 +125,7 @@ OVER_TWO = {
 
 
 @pytest.mark.smoke
+@ON_EACH
 def test_the_quickstart_trains_over_two_nodes(host: str, tmp_path: Path) -> None:
     made = settings(host=host, steps=2, kl_type="k2_as_loss", ranks=2)
     prompts, variables = tmp_path / "prompts.jsonl", on_cpu(host, WITH_KLPLUG)

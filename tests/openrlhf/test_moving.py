@@ -331,7 +331,7 @@ def test_samples_meet_the_reference_that_they_are_held_to(
     assert order == ["reference's log-probs", "updates", "moves"]
 
 
-@pytest.mark.parametrize("world", ["alike", "other"])
+@pytest.mark.parametrize("world", ["alike", pytest.param("other", marks=pytest.mark.slow)])
 def test_two_ranks_of_zero3(models: list[Path], tmp_path: Path, world: str) -> None:
     """Each holds half of every parameter; ``other``: as from a policy cut over more ranks."""
     found = on_two_ranks("tests.openrlhf.moving", tmp_path, *map(str, models), world)

@@ -188,7 +188,7 @@ def test_with_lora_the_reference_is_the_policy_without_its_adapter(trainer: str)
     assert metrics["klplug/exact_bytes"] == sum(ANSWERS) * 128 * 4
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
+@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_ranks_give_the_gradient_of_one(
     reference: Path, expected: dict[str, tuple[Tensor, float]], strategy: str, tmp_path: Path
 ) -> None:

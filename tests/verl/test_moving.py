@@ -212,7 +212,7 @@ def test_a_reference_cut_otherwise_is_refused_before_the_first_step(reference: P
     ("strategy", "ref_update"),
     [
         ("fsdp2", "ema:0.5"),
-        ("fsdp", "reset:1"),
+        pytest.param("fsdp", "reset:1", marks=pytest.mark.slow),
         pytest.param("fsdp2", "reset:1", marks=pytest.mark.slow),
         pytest.param("fsdp", "ema:0.5", marks=pytest.mark.slow),
     ],

@@ -125,7 +125,6 @@ def test_two_ranks_with_a_kl_in_loss_and_reward(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.smoke
 def test_a_head_and_a_baseline_over_several_updates(tmp_path: Path) -> None:
     kl_type = "js_as_loss,head=combined+k2_as_loss,horizon=sequence,baseline=group"
     summary, steps, log = quickstart(tmp_path / "run", kl_type=kl_type, steps=2, updates=2)
