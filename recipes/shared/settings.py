@@ -32,7 +32,7 @@ def canonical_kl_type(kl_type: str) -> str:
         return str(parse(kl_type))
     except ValueError as error:
         raise SettingsError(
-            f"KL_TYPE={kl_type}: {error} For the host's own KL: {', '.join(STOCK)}"
+            f"KL_TYPE={kl_type}: {error}. For the host's own KL: {', '.join(STOCK)}"
         ) from error
 
 
@@ -72,7 +72,7 @@ def is_folder(model: str, others: str = "") -> bool:
         return True
     if model.count("/") != 1 or model.startswith((".", "~", "/")):
         raise SettingsError(
-            f"MODEL={model}: no such folder. There are {others}a Hugging Face folder, "
+            f"MODEL={model}: no such folder. Allowed: {others}a Hugging Face folder, "
             "or a hub's owner/name"
         )
     return False
