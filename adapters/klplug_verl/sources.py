@@ -113,6 +113,10 @@ def source(package: Path) -> Source:
             facts.append(fact)
     modules = [(name, tree(package / name)) for name in _LOSSES]
     blocks = [(name, calls(module, "kl_penalty")) for name, module in modules if module is not None]
+    for name, module in modules:
+        # FlowRL: no KL loss, and an objective with the reference in it.
+        if module is not None and not calls(module, "kl_penalty") and _reads_reference(module):
+            changed.append((f"{name}: a loss of ref_log_prob", ALWAYS))
     if blocks and not any(places for _, places in blocks):
         facts.append(NO_LOSS)
     for name, places in blocks:
@@ -131,6 +135,17 @@ def source(package: Path) -> Source:
             changed.append((f"{name}: the KL loss", OF_LOSS if switched else ALWAYS))
     return Source(
         package, like, tuple(changed), tuple(dict.fromkeys(facts)), tuple(kept), tuple(unless)
+    )
+
+
+def _reads_reference(module: ast.AST) -> bool:
+    """Whether it takes the reference's log-probs from a batch."""
+    return any(
+        isinstance(node, ast.Subscript)
+        and isinstance(node.ctx, ast.Load)
+        and isinstance(node.slice, ast.Constant)
+        and node.slice.value == "ref_log_prob"
+        for node in ast.walk(module)
     )
 
 

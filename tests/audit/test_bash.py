@@ -118,6 +118,24 @@ def test_a_name_ends_where_its_letters_are_no_more_ascii(text: str) -> None:
     assert disagreement(Script(text).commands, real.commands) is None
 
 
+SHIFTS = [
+    'f() { shift; run s $? "$@"; shift 2; run t $? "$@"; }; f a; f a b c; f; f a "" ""',
+    "f() { shift || run none; shift 3 && run $#; }; f; f a b; f a b c d",
+]
+
+
+@pytest.mark.parametrize("text", SHIFTS)
+def test_where_there_are_too_few_arguments_none_is_shifted(text: str) -> None:
+    (real,) = bash([text], quick=True) if namespaces() else bash_without_a_box([text])
+    assert disagreement(Script(text).commands, real.commands) is None
+
+
+def test_a_quoted_pattern_of_a_loop_names_no_files() -> None:
+    text = 'set --; A="*"; for I in "$A ${A}/$A"b "x?" \'[a]*\' \\* a; do run "$I"; done; run "$I"'
+    (real,) = bash([text], quick=True) if namespaces() else bash_without_a_box([text])
+    assert disagreement(Script(text).commands, real.commands) is None
+
+
 def test_the_script_that_slurm_is_to_wrap_is_read() -> None:
     text = (
         'A=(run "b c"); export B=x; C=y\n'

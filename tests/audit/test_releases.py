@@ -275,6 +275,21 @@ def test_what_a_reward_of_its_own_does_with_the_kl(
     assert _audit(tmp_path, f"{_ORL} --use_kl_loss --kl_estimator k3").gradient == "forward"
 
 
+def test_a_loss_that_reads_the_reference_in_its_own_way_is_unknown(tmp_path: Path) -> None:
+    # FlowRL: no kl_penalty, and log(pi/ref) in its objective.
+    actor = "def update_policy(self, data):\n    self.flow(data['ref_log_prob'])\n"
+    _package(tmp_path, {"workers/actor/dp_actor.py": actor})
+    report = _audit(tmp_path, f"python3 -m verl.trainer.main_ppo {_LOSS}")
+    assert report.gradient is None
+    said = "verl/workers/actor/dp_actor.py: a loss of ref_log_prob is no release's"
+    assert report.unknown["gradient"] == (said,)
+    # One that never reads it has no KL loss.
+    (tmp_path / "mine").mkdir()
+    _package(tmp_path / "mine", {"workers/actor/dp_actor.py": actor.replace("ref_", "old_")})
+    dropped = _audit(tmp_path / "mine", f"python3 -m verl.trainer.main_ppo {_LOSS}")
+    assert dropped.gradient == "none" and "never-reaches" in _ids(dropped)
+
+
 _MORE_ESTIMATORS = """
 def kl_penalty(logprob, ref_logprob, kl_penalty):
     if kl_penalty == "kl":

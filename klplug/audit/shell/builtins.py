@@ -27,6 +27,7 @@ from klplug.audit.shell.values import (
     decisions,
     elements,
     fields,
+    is_counted,
     joined,
     lifted,
     output,
@@ -213,9 +214,16 @@ def _shift(shell: Shell, values: list[Value], split: list[Flat], command: syntax
     variable = shell.get("@")
     number = text(split[1]) if len(split) > 1 else "1"
     if isinstance(variable, Listed) and number.isdigit():
-        shifted = lifted(lambda p: as_array(elements(p)[int(number) :]), variable.value)
-        shell.set("@", Listed(shifted))
-        shell.ends(Holds(True))
+        by = int(number)
+
+        def shifted(pieces: Flat) -> Value:
+            return as_array(elements(pieces)[by:]) if by <= len(elements(pieces)) else pieces
+
+        def status(pieces: Flat) -> Value:
+            return as_status(Holds(by <= len(elements(pieces)) or not is_counted(pieces)))
+
+        shell.set("?", Scalar(lifted(status, variable.value)))
+        shell.set("@", Listed(lifted(shifted, variable.value)))
     else:
         shell.ends(Holds(False, soft=True))
 

@@ -100,18 +100,18 @@ def unsplit(shell: Shell, written: syntax.Text) -> list[Value]:
     ]
 
 
-def as_elements(shell: Shell, words: Sequence[syntax.Text]) -> Value:
-    """Words split into the elements of an array."""
+def as_elements(shell: Shell, words: Sequence[syntax.Text], quotes: bool = False) -> Value:
+    """Words split into the elements of an array; with ``quotes`` told of what is quoted."""
     values = [value for written in words for value in unsplit(shell, written)]
-    return fields_of(shell, values)
+    return fields_of(shell, values, quotes=quotes)
 
 
-def fields_of(shell: Shell, values: Sequence[Value], skip: int = 0) -> Value:
+def fields_of(shell: Shell, values: Sequence[Value], skip: int = 0, quotes: bool = False) -> Value:
     ifs = shell.ifs()
     listed: Value = tuple(
         piece
         for value in values
-        for piece in lifted(lambda pieces: as_array(fields(pieces, ifs)), value)
+        for piece in lifted(lambda pieces: as_array(fields(pieces, ifs), quotes), value)
     )
     if skip:
         return lifted(lambda pieces: as_array(elements(pieces)[skip:]), listed)

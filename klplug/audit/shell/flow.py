@@ -149,7 +149,7 @@ def _case_body(shell: Shell, case: syntax.Case, at: int) -> None:
 
 
 def walk_for(shell: Shell, loop: syntax.For) -> None:
-    listed = shell.arguments() if loop.words is None else as_elements(shell, loop.words)
+    listed = shell.arguments() if loop.words is None else as_elements(shell, loop.words, True)
     _for_over(shell, loop, listed)
 
 

@@ -398,11 +398,13 @@ def output(program: str) -> Piece:
     return Piece("", unknown=f"what {program} writes is not known")
 
 
-def as_array(items: Sequence[Flat] | Iterator[Flat]) -> Value:
+def as_array(items: Sequence[Flat] | Iterator[Flat], quotes: bool = False) -> Value:
     return array(
         [
             # Of what is not known, that it may be more than one element.
-            tuple(p.written(p.splits and bool(p.unknown), False, p.span) for p in item)
+            tuple(
+                p.written(p.splits and bool(p.unknown), p.quoted and quotes, p.span) for p in item
+            )
             or (Piece(""),)
             for item in items
         ]
