@@ -389,6 +389,8 @@ def _part(text: str) -> KLSpec:
         values[key] = _number(text, AXES[key], value) if AXES[key].number else value
     if times:
         values["factor"] = _factor(text, number.strip())
+        if not name:
+            raise Refused(f"kl_type {text!r}: no name stands behind '*'", "unknown-name")
     if name == EXACT:
         if values.setdefault("vocab", "exact") != "exact":
             raise Refused(
@@ -529,6 +531,6 @@ def check_kl_coef(spec: KLSpec, kl_coef: float | None) -> float:
             f"kl_coef is 0, so kl_type {str(spec)!r} would do nothing: "
             "write kl_type 'none', or 'monitor' for its metrics alone, or a positive kl_coef"
         )
-    if not (math.isfinite(kl_coef) and kl_coef > 0):
-        raise ValueError(f"kl_coef must be finite and positive, got {kl_coef!r}")
+    if not LEAST <= kl_coef <= MOST:
+        raise ValueError(f"kl_coef must be finite and positive in float32, got {kl_coef!r}")
     return float(kl_coef)

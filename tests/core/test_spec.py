@@ -296,6 +296,7 @@ def test_a_spec_is_frozen_and_parses_to_itself() -> None:
         ("1e999*k2_as_loss", ["coefficient inf", "finite"]),
         ("half*k2_as_loss", ["'half' before '*' is no number", "0.5*k2_as_loss"]),
         ("*k2_as_loss", ["'' before '*' is no number"]),
+        ("2*", ["'2*': no name stands behind '*'"]),
         ("0.5*none", ["'none' takes no options, got a coefficient"]),
         ("2*monitor", ["'monitor' takes no options, got a coefficient"]),
         ("k1_in_reward,reference=old", ["holds nothing back", "'k2_as_loss,reference=old'"]),
@@ -389,6 +390,8 @@ def test_coefficients() -> None:
         (-1.0, "positive"),
         (math.nan, "finite"),
         (math.inf, "finite"),
+        (4e38, "finite and positive in float32"),
+        (1e-46, "finite and positive in float32"),
         (None, "needs a kl_coef"),
         ("a", "number"),
     ):
