@@ -163,7 +163,7 @@ def effect(differences: Sequence[float]) -> Effect:
     return Effect(float(values.mean()), low, high, tuple(values.tolist()))
 
 
-Verdict = Literal["reproduced", "not reproduced", "not decided", "not decided yet", "see below"]
+Verdict = Literal["reproduced", "not reproduced", "not decided", "not decided yet", "no verdict"]
 
 
 def above(found: Effect | None, threshold: float) -> bool:
@@ -347,7 +347,7 @@ def findings(runs: Runs) -> list[Finding]:
             "c",
             "stock k3 beside k2 as a loss: reported, decides nothing here",
             f"KL {factor(runs.effect(runs.log_kl, 'stock:k3', 'k2_as_loss'))}",
-            "see below",
+            "no verdict",
         ),
     ]
 
