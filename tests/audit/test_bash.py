@@ -118,6 +118,11 @@ def test_a_name_ends_where_its_letters_are_no_more_ascii(text: str) -> None:
     assert disagreement(Script(text).commands, real.commands) is None
 
 
+def test_which_files_a_pattern_of_a_loop_names_is_not_known() -> None:
+    (read,) = Script("for I in a*b; do run $I; done").commands
+    assert read.words[1].unknown == ("which files a*b names is not known",)
+
+
 SHIFTS = [
     'f() { shift; run s $? "$@"; shift 2; run t $? "$@"; }; f a; f a b c; f; f a "" ""',
     "f() { shift || run none; shift 3 && run $#; }; f; f a b; f a b c d",

@@ -177,7 +177,10 @@ def _for_each(shell: Shell, loop: syntax.For, listed: Flat) -> None:
             piece.unknown or (not piece.quoted and re.search(r"[*?]", piece.text))
             for piece in element
         ):
-            why = reason(element, f"${loop.name} is a loop variable (line {loop.line})")
+            why = f"${loop.name} is a loop variable (line {loop.line})"
+            if not any(piece.unknown for piece in element):
+                why = f"which files {text(element)} names is not known"
+            why = reason(element, why)
             element = (Piece(f"${loop.name}", loop.line, unknown=why),)
         shell.set(loop.name, Scalar(_plain(element)))
         if not _round(shell, lambda: shell.run(loop.body)):
