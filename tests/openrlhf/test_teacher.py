@@ -30,6 +30,7 @@ from tests.openrlhf.test_exact import (  # noqa: F401
 )
 from tests.openrlhf.test_trainer import Group, trainer
 from tests.openrlhf.trainer import Bench, configure, tiny_config
+from tests.ranks import on_two_ranks
 
 pytestmark = pytest.mark.usefixtures("patched", "lending")
 
@@ -110,6 +111,21 @@ def test_the_engine_is_given_the_kl_to_both_models(bench: Bench, models: list[Pa
 
 
 @pytest.mark.usefixtures("taught")
+def test_two_terms_to_one_teacher(bench: Bench, models: list[Path]) -> None:
+    """It answers once, and each term has its own estimator."""
+    k2, k3 = "k2_as_loss,ratio=none,reference=teacher", "k3_as_loss,ratio=none,reference=teacher"
+    kl_type = f"0.5*{k2}+0.5*{k3}+k2_as_loss,ratio=none"
+    given = experience(bench, models[1], kl_type)
+    given.advantages = torch.zeros_like(given.advantages)
+    step = bench.step(copy.deepcopy(given), kl_type, COEF)
+    mask, taught = given.action_mask.bool(), log_probs(models[2], given)
+    x = step.log_probs - taught
+    c = 0.5 * x + 0.5 * (1 - (-x).exp()) + step.log_probs - given.base_action_log_probs
+    expected = (COEF * c[mask] / mask.sum()).float()
+    assert apart(step.at_log_probs[mask].float(), expected) < 0.05
+
+
+@pytest.mark.usefixtures("taught")
 def test_beside_a_kl_over_the_vocabulary(bench: Bench, models: list[Path]) -> None:
     """The reference sends its hidden states, and the teacher its log-probs."""
     kl_type = "exact_as_loss+0.5*k2_as_loss,ratio=none,reference=teacher"
@@ -164,6 +180,42 @@ def test_resuming_with_another_teacher_warns(
         trainer(monkeypatch, KL_TYPE, Group(group.saved), teacher=path).init_checkpoint_states()
         words = "with the teacher hub/other a run that was trained with hub/teacher:"
         assert (words in capsys.readouterr().out) is said
+
+
+@pytest.mark.slow  # two processes of DeepSpeed; forwards of ZeRO-3 wait for each other
+@pytest.mark.usefixtures("ops")
+def test_two_ranks_of_zero3_are_taught_each_its_own_answers(
+    models: list[Path], tmp_path: Path
+) -> None:
+    ranks = on_two_ranks("tests.openrlhf.taught", tmp_path, *map(str, models))
+    expected = []
+    for given, _ in ranks:
+        mask = given.action_mask.bool()
+        reference, taught = (log_probs(folder, given) for folder in models[1:])
+        assert apart(given.base_action_log_probs[mask], reference[mask]) < 0.02  # bfloat16
+        carried = torch.cat([own.numbers[teacher.LOG_PROBS] for own in given.info[INFO]])
+        assert apart(carried, taught[mask]) < 0.02 < apart(reference[mask], taught[mask])
+        expected.append(plain_gradient(models[0], given, taught, reference))
+    (one, first), (other, second) = ranks
+    assert not torch.equal(one.sequences, other.sequences)
+    assert torch.equal(first.of_parameters, second.of_parameters)
+    assert apart(first.of_parameters, torch.stack(expected).mean(0)) < 0.05
+    assert apart(expected[0], expected[1]) > 0.2  # so neither's alone
+
+
+def plain_gradient(policy: Path, given: Any, taught: Tensor, reference: Tensor) -> Tensor:
+    """Of all parameters, by autograd of plain transformers in float32: the token mean of the KL."""
+    from transformers import Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM.from_pretrained(policy, dtype=torch.float32)
+    attention, mask = given.attention_mask, given.action_mask.bool()
+    position = (attention.cumsum(-1) - 1).masked_fill(attention == 0, 1)
+    logits = model(given.sequences, attention_mask=attention, position_ids=position).logits
+    of_all = logits[:, :-1].log_softmax(-1)
+    found = of_all.gather(-1, given.sequences[:, 1:, None])[:, -mask.shape[1] :, 0]
+    squares = 1.25 * (found - taught).square() - 0.25 * (found - reference).square()
+    (COEF * squares[mask].mean() / 2).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 def test_samples_of_a_run_without_a_teacher_carry_none() -> None:
