@@ -290,6 +290,13 @@ def test_an_array_that_doubles_in_a_loop_is_too_long_to_be_read(made: str) -> No
     assert any("too long" in why for word in command.words for why in word.unknown)
 
 
+def test_a_text_that_is_too_long_to_be_read_makes_words_where_nothing_quotes_it() -> None:
+    script = "A=' x=1'\nfor I in {1..15}; do A=$A$A; done\nrun $A"
+    assert len(_bash(script)[0]) == 1 + 2**15
+    (command,) = Script(script).commands
+    assert any("too long" in why for word in command.words for why in word.unknown)
+
+
 # Other files.
 
 

@@ -341,7 +341,8 @@ _FILES = re.compile(r"[*?]|\[.+\]")
 def _nothing(pieces: list[Piece]) -> bool:
     """An unquoted variable that nobody sets makes no word."""
     return bool(pieces) and all(
-        (piece.unset and piece.splits and not piece.quoted) or not (piece.text or piece.quoted)
+        (piece.unset and piece.splits and not piece.quoted)
+        or not (piece.text or piece.quoted or piece.unknown)
         for piece in pieces
     )
 
