@@ -1,10 +1,11 @@
 """What ``ref_update`` costs where policy and reference are cut over two ranks: memory and time.
 
     .venv-openrlhf/bin/python -m benchmarks.moving_reference openrlhf [--out benchmarks/results]
+    .venv-verl/bin/python -m benchmarks.moving_reference verl [--out benchmarks/results]
 
-Two processes over gloo on a CPU, DeepSpeed's engines, and the adapter's own code of an update. A
-rank has one actor of either group in its process, and hands over by reference what goes through
-Ray's object store.
+Two processes over gloo on a CPU, each host's own engines, and the adapter's own code of an update.
+Of OpenRLHF's two groups of actors a rank has one of each in its process, and hands over by
+reference what goes through Ray's object store.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ POLICY = Path(__file__).resolve().parents[1] / "recipes" / "quickstart" / "polic
 UPDATES = ("reset:1", "ema:0.99")
 ANSWERS, LENGTH = 8, 128  # of the forward that an update is timed beside
 ROUNDS = 9
-TITLES = {"openrlhf": "OpenRLHF"}
+TITLES = {"openrlhf": "OpenRLHF", "verl": "verl"}
 
 HEADING = """# What a reference that moves costs: {title}
 
@@ -198,17 +199,60 @@ def of_rank_0(pair: Any) -> Callable[..., Any]:
     return execute_batch
 
 
-# ── The table ───────────────────────────────────────────────────────────────────────────────────
+# ── verl ────────────────────────────────────────────────────────────────────────────────────────
 
 
-CASES = {"openrlhf": openrlhf}
+def verl() -> Iterator[Case]:
+    from tests.verl.engine import nested, own_process
+    from tests.verl.exact import Run
+    from tests.verl.moving import words
+
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    own_process(rank, size, int(os.environ["MASTER_PORT"]))
+    narrow = "actor_rollout_ref.ref.fsdp_config.model_dtype="
+    engines = (("fsdp2", "fp32", 4), ("fsdp2", "bf16", 2), ("fsdp", "fp32", 4))
+    for strategy, dtype, itemsize in engines:
+        for ref_update in UPDATES:
+            own = (f"{narrow}{dtype}", "trainer.n_gpus_per_node=2")
+            run = Run(*words(ref_update, None, *own, strategy=strategy, micro_batch=ANSWERS))
+            moving, data = run.worker.actor.klplug_moving, batch(nested)
+
+            def update(moving: Any = moving) -> None:
+                moving.follow(1)
+
+            def forward(run: Any = run, data: Any = data) -> None:
+                run.worker.compute_ref_log_prob(data.clone())
+
+            name = f"{strategy}, {'float32' if itemsize == 4 else 'bfloat16'}"
+            yield Case(name, ref_update, update, forward, moving.follower, itemsize)
+
+
+def batch(nested: Callable[[list[Any]], Any]) -> Any:
+    """Of one rank, to make log-probs of."""
+    from verl.utils import tensordict_utils as tu
+
+    prompt = LENGTH // 4
+    ids = [torch.randint(5, 280, (LENGTH,)) for _ in range(ANSWERS)]
+    tensors = {
+        "prompts": nested([row[:prompt] for row in ids]),
+        "responses": nested([row[prompt:] for row in ids]),
+        "response_mask": nested([torch.ones(LENGTH - prompt) for _ in ids]),
+        "loss_mask": nested([torch.ones(LENGTH - prompt) for _ in ids]),
+        "input_ids": nested(ids),
+        "position_ids": nested([torch.arange(LENGTH) for _ in ids]),
+    }
+    words = {"temperature": 1.0, "calculate_entropy": False, "compute_loss": False}
+    return tu.get_tensordict(tensors, words | {"pad_mode": "no_padding"})
+
+
+# ── Both ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def rank(host: str, out: Path) -> None:
     """One of two, RANK in its environment."""
     cpu_shim.install(host)
     torch.manual_seed(0)
-    found = [measured(case) for case in CASES[host]()]
+    found = [measured(case) for case in {"openrlhf": openrlhf, "verl": verl}[host]()]
     if torch.distributed.get_rank() == 0:
         torch.save(found, out)
     torch.distributed.barrier()
