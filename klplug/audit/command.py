@@ -297,7 +297,10 @@ def _report(
 ) -> Report:
     """The report on what a host's ``reading`` took from a command or a file in a folder."""
     reading = host.room("reading")
-    misses = lambda table: len(reading.misses(table, parsed))  # noqa: E731
+
+    def misses(table: Table) -> int:
+        return len(reading.misses(table, parsed))
+
     table, origin = _table(host.name, version, folder, package, misses)
     settings = reading.settings(table, parsed, origin)
     return report(reading.run(settings), settings)

@@ -102,11 +102,15 @@ def lines(text: str) -> list[str]:
     return re.findall(r"[^\n]*\n|[^\n]+", text)
 
 
+def _raw_lines(content: bytes) -> list[bytes]:
+    return re.findall(rb"[^\n]*\n|[^\n]+", content)
+
+
 def difference(path: str, before: bytes, after: bytes) -> bytes:
     """An edit as ``git diff --no-index`` has it, which ``git apply`` and ``patch -p1`` take."""
     # git marks where a name with a blank ends, and takes no slash twice.
     name = path.lstrip("/") + ("\t" if " " in path else "")
-    old, new = (re.findall(rb"[^\n]*\n|[^\n]+", whole) for whole in (before, after))
+    old, new = _raw_lines(before), _raw_lines(after)
     was, now = (os.fsencode(f"{side}/{name}") for side in "ab")
     made = difflib.diff_bytes(difflib.unified_diff, old, new, was, now)
     open_end = b"\n\\ No newline at end of file\n"
@@ -121,7 +125,7 @@ def kept(content: bytes, before: str, after: str) -> bytes:
     Raises:
         AuditError: a line to edit that is no UTF-8.
     """
-    raw = re.findall(rb"[^\n]*\n|[^\n]+", content)
+    raw = _raw_lines(content)
     old, new = lines(before), lines(after)
     made: list[bytes] = []
     for what, start, stop, first, last in difflib.SequenceMatcher(

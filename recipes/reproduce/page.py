@@ -285,10 +285,22 @@ K1, WHOLE = "k1_as_loss,ratio=none", "k2_as_loss,horizon=sequence"
 SAMPLED, EXACT = "k2_as_loss", "k2_as_loss,vocab=exact"  # the second is exact_as_loss
 
 
+def alike(part: str, asked: str, right: Effect | None, log_kl: Effect | None) -> Finding:
+    """Whether accuracies are within 5 points of each other, and KLs within a factor 2."""
+    return Finding(
+        part,
+        asked,
+        f"accuracy {points(right)}; KL {factor(log_kl)}",
+        verdict(
+            [right, log_kl],
+            within(right, 5 * POINT) and within(log_kl, DOUBLE),
+            beyond(right, 5 * POINT) or beyond(log_kl, DOUBLE),
+        ),
+    )
+
+
 def findings(runs: Runs) -> list[Finding]:
     """(a), (b), (d) of HYPOTHESES.md on the host, with its thresholds, and (g)."""
-    like = runs.effect(accuracy, K1, "none", updates=1)
-    kl_like = runs.effect(runs.log_kl, K1, "none", updates=1)
     destroyed = runs.effect(accuracy, K1, "none")
     kl_k3 = runs.effect(runs.log_kl, "k3_in_reward", "none")
     harmed = runs.effect(accuracy, "k3_in_reward", "none")
@@ -296,15 +308,11 @@ def findings(runs: Runs) -> list[Finding]:
     entropy = runs.effect(end("entropy_nats_per_answer"), WHOLE, "k2_as_loss")
     drift = runs.effect(runs.log_kl, WHOLE, "k2_as_loss")
     return [
-        Finding(
+        alike(
             "a1",
             "k1 as a loss, 1 update: like no KL (5 points, factor 2)",
-            f"accuracy {points(like)}; KL {factor(kl_like)}",
-            verdict(
-                [like, kl_like],
-                within(like, 5 * POINT) and within(kl_like, DOUBLE),
-                beyond(like, 5 * POINT) or beyond(kl_like, DOUBLE),
-            ),
+            runs.effect(accuracy, K1, "none", updates=1),
+            runs.effect(runs.log_kl, K1, "none", updates=1),
         ),
         Finding(
             "a2",
@@ -398,18 +406,12 @@ def exact_findings(runs: Runs) -> list[Finding]:
             verdict([found], below(found, 0), above(found, 0)),
         )
 
-    like = runs.effect(accuracy, EXACT, SAMPLED)
-    kl_like = runs.effect(runs.log_kl, EXACT, SAMPLED)
     return [
-        Finding(
+        alike(
             "x1",
             "4 updates: alike (5 points, factor 2)",
-            f"accuracy {points(like)}; KL {factor(kl_like)}",
-            verdict(
-                [like, kl_like],
-                within(like, 5 * POINT) and within(kl_like, DOUBLE),
-                beyond(like, 5 * POINT) or beyond(kl_like, DOUBLE),
-            ),
+            runs.effect(accuracy, EXACT, SAMPLED),
+            runs.effect(runs.log_kl, EXACT, SAMPLED),
         ),
         smaller("x2", "gradient norm", gradient_norm, 4),
         smaller("x3", "swing of the KL", swing, 16),

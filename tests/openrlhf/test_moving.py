@@ -88,6 +88,14 @@ def saved(trainer: Any, number: int) -> dict[str, Any]:
     return kept
 
 
+def after_a_step(bench: Bench, models: list[Path], folder: Path) -> tuple[Pair, Any]:
+    """A pair, and its trainer whose reference has followed once."""
+    own = pair(bench, models)
+    made = trainer(own, "reset:1", folder)
+    step(made, 1)
+    return own, made
+
+
 def test_the_policy_becomes_the_reference_after_every_second_step(
     bench: Bench, models: list[Path], tmp_path: Path
 ) -> None:
@@ -184,9 +192,7 @@ def test_where_it_had_not_moved_nothing_is_kept(
 def test_a_resume_whose_reference_is_missing_stops_and_names_it(
     bench: Bench, models: list[Path], tmp_path: Path
 ) -> None:
-    own = pair(bench, models)
-    made = trainer(own, "reset:1", tmp_path)
-    step(made, 1)
+    own, made = after_a_step(bench, models, tmp_path)
     own.states = saved(made, 1)
     (file,) = tmp_path.rglob("*.pt")
     file.unlink()
@@ -198,9 +204,7 @@ def test_a_resume_to_another_architecture_names_the_file(
     bench: Bench, models: list[Path], tmp_path: Path
 ) -> None:
     """Without the key nobody compares policy and reference, which take what the file has."""
-    own = pair(bench, models)
-    made = trainer(own, "reset:1", tmp_path)
-    step(made, 1)
+    own, made = after_a_step(bench, models, tmp_path)
     own.states = saved(made, 1)
     (file,) = tmp_path.rglob("*.pt")
     kept = torch.load(file)
@@ -213,9 +217,7 @@ def test_a_run_that_is_killed_between_the_references_file_and_the_policys(
     bench: Bench, models: list[Path], tmp_path: Path
 ) -> None:
     """It goes on from the checkpoint before, whose reference is still there."""
-    own = pair(bench, models)
-    made = trainer(own, "reset:1", tmp_path)
-    step(made, 1)
+    own, made = after_a_step(bench, models, tmp_path)
     before = saved(made, 1)
     (tmp_path / "_actor" / "global_step1").mkdir(parents=True)
     expected = own.whole("reference")

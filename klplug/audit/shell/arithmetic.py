@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from klplug.audit.shell.syntax import NAME
+
 _TOKEN = re.compile(
-    r"\s*(?:(?P<number>0[xX][0-9a-fA-F]+|\d+\#\w+|\d+)|(?P<name>(?a:[A-Za-z_]\w*))"
+    r"\s*(?:(?P<number>0[xX][0-9a-fA-F]+|\d+\#\w+|\d+)"
+    rf"|(?P<name>{NAME})"
     r"|(?P<sign>\*\*|<<=|>>=|<<|>>|<=|>=|==|!=|&&|\|\||\+\+|--|[-+*/%&|^]=|[-+*/%<>=!~&|^?:(),]))"
 )
 _LEVELS = (
@@ -52,7 +55,7 @@ class Reckoning:
 
     def _assignment(self) -> int:
         name, sign = self._peek(), "".join(self._tokens[self._at + 1 : self._at + 2])
-        if re.fullmatch(r"(?a:[A-Za-z_]\w*)", name) and re.fullmatch(r"([-+*/%&|^]|<<|>>)?=", sign):
+        if re.fullmatch(NAME, name) and re.fullmatch(r"([-+*/%&|^]|<<|>>)?=", sign):
             self._at += 2
             number = self._assignment()
             if sign != "=":
@@ -107,7 +110,7 @@ class Reckoning:
             return number
         token = self._peek()
         self._at += 1
-        if re.fullmatch(r"(?a:[A-Za-z_]\w*)", token):
+        if re.fullmatch(NAME, token):
             number = self._variable(token)
             if step := self._take("++", "--"):
                 self.assigned[token] = number + (1 if step == "++" else -1)

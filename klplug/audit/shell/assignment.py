@@ -8,6 +8,7 @@ from klplug.audit.shell import conditions, syntax
 from klplug.audit.shell.conditions import Holds
 from klplug.audit.shell.expansion import as_elements, kept, reckoned, scalar, unsplit, value_of
 from klplug.audit.shell.state import Listed, Mapped, Scalar, Shell, Variable
+from klplug.audit.shell.syntax import NAME
 from klplug.audit.shell.values import (
     Flat,
     Piece,
@@ -34,8 +35,8 @@ def arithmetic_command(shell: Shell, expression: syntax.Text, empty: int = 0) ->
     targets = dict.fromkeys(
         next(filter(None, match))
         for match in re.findall(
-            r"((?a:[A-Za-z_]\w*))\s*(?:[-+*/%&|^]|<<|>>)?=(?!=)|((?a:[A-Za-z_]\w*))\s*(?:\+\+|--)"
-            r"|(?:\+\+|--)\s*((?a:[A-Za-z_]\w*))",
+            rf"({NAME})\s*(?:[-+*/%&|^]|<<|>>)?=(?!=)|({NAME})\s*(?:\+\+|--)"
+            rf"|(?:\+\+|--)\s*({NAME})",
             written,
         )
     )
@@ -161,7 +162,7 @@ def declare(shell: Shell, command: syntax.Simple) -> None:
                     flags += made[1:]
                     continue
                 name, equals, _ = made.partition("=")
-                if not re.fullmatch(r"(?a:[A-Za-z_]\w*)", name):
+                if not re.fullmatch(NAME, name):
                     continue
                 _make_local(shell, builtin, name)
                 if equals:

@@ -17,6 +17,7 @@ from klplug.audit.shell.conditions import UNKNOWN, Holds, as_status
 from klplug.audit.shell.expansion import fields_of
 from klplug.audit.shell.scripts import evaluate, file_named, program, read_file
 from klplug.audit.shell.state import MAX_DEPTH, MAX_ROUNDS, Listed, Scalar, Shell
+from klplug.audit.shell.syntax import NAME
 from klplug.audit.shell.values import (
     NOTHING,
     Flat,
@@ -170,7 +171,7 @@ def _read(shell: Shell, values: list[Value], split: list[Flat], command: syntax.
         elif texts[at] or names:
             names.append(texts[at])
         at += 1
-    names = [n for n in names if re.fullmatch(r"(?a:[A-Za-z_]\w*)", n)] or ["REPLY"]
+    names = [n for n in names if re.fullmatch(NAME, n)] or ["REPLY"]
     given = shell.inputs[-1]
     ifs = shell.ifs()
     if given is None or any(p.unknown and not p.unset for p in usual(given)):
@@ -198,7 +199,7 @@ def _read(shell: Shell, values: list[Value], split: list[Flat], command: syntax.
 
 def _mapfile(shell: Shell, values: list[Value], split: list[Flat], command: syntax.Simple) -> None:
     texts = _texts(split)[1:]
-    name = next((t for t in reversed(texts) if re.fullmatch(r"(?a:[A-Za-z_]\w*)", t)), "MAPFILE")
+    name = next((t for t in reversed(texts) if re.fullmatch(NAME, t)), "MAPFILE")
     given = shell.inputs[-1]
     trims = any(re.fullmatch(r"-\w*t\w*", t) for t in texts)
     if given is None or any(p.unknown and not p.unset for p in usual(given)) or not trims:
@@ -243,7 +244,7 @@ def _set(shell: Shell, values: list[Value], split: list[Flat], command: syntax.S
 
 def _unset(shell: Shell, values: list[Value], split: list[Flat], command: syntax.Simple) -> None:
     for name in _texts(split)[1:]:
-        if re.fullmatch(r"(?a:[A-Za-z_]\w*)", name):
+        if re.fullmatch(NAME, name):
             shell.set(name, Scalar(NOTHING))
     shell.ends(Holds(True))
 

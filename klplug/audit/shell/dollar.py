@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from klplug.audit.shell.scanner import Scanner, SyntaxProblem
 from klplug.audit.shell.syntax import (
+    NAME,
     Arithmetic,
     Literal,
     Opaque,
@@ -17,10 +18,11 @@ from klplug.audit.shell.syntax import (
     Text,
 )
 
-_VARIABLE = re.compile(r"\$((?a:[A-Za-z_]\w*)|[0-9@*#?$!-])")
+_VARIABLE = re.compile(rf"\$({NAME}|[0-9@*#?$!-])")
 _BACKQUOTED = re.compile(r"`((?:[^`\\]|\\.)*)`", re.DOTALL)
 _BRACES = re.compile(
-    r"\$\{(?:(?P<length>\#)(?=[\w@*][\w]*[\[}]))?(?P<indirect>!)?(?P<name>(?a:[A-Za-z_]\w*)|\d+|[@*#?$!-])"
+    r"\$\{(?:(?P<length>\#)(?=[\w@*][\w]*[\[}]))?(?P<indirect>!)?"
+    rf"(?P<name>{NAME}|\d+|[@*#?$!-])"
 )
 # In an expression, up to what may mean something else; a semicolon stands alone.
 _RECKONED = re.compile(r"[\w \t.,:?!=<>+*/%&|^~#-]+")

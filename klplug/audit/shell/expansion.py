@@ -39,8 +39,6 @@ from klplug.audit.shell.values import (
     usual,
 )
 
-_NAME = re.compile(r"(?a:[A-Za-z_]\w*)")
-
 
 def _substitution(shell: Shell, part: syntax.Substitution) -> Value:
     """``$(...)``: what builtins write is known; of a program, nothing is."""
@@ -230,7 +228,7 @@ def _looked_up(shell: Shell, part: syntax.Parameter) -> Value:
             else p
             for p in shell.last_status()
         )
-    if not _NAME.fullmatch(name):
+    if not re.fullmatch(syntax.NAME, name):
         why = f"{part.written} is known to a shell alone"
         return (Piece(part.written, shell.line(part.line), unknown=why),)
     variable = shell.get(name)
@@ -454,7 +452,7 @@ def reckoned(
         p.written(p.splits, p.quoted) if isinstance(p, Piece) else p
         for p in value_of(shell, expression.parts)
     )
-    names = dict.fromkeys(re.findall(r"(?<![\w$])(?a:[A-Za-z_]\w*)", text(usual(made))))
+    names = dict.fromkeys(re.findall(rf"(?<![\w$]){syntax.NAME}", text(usual(made))))
     values = {
         name: variable.value for name in names if isinstance(variable := shell.get(name), Scalar)
     }

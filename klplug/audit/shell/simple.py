@@ -8,6 +8,7 @@ from abc import abstractmethod
 from klplug.audit.shell.scanner import PLACEHOLDER
 from klplug.audit.shell.syntax import (
     DECLARING,
+    NAME,
     Assignment,
     Function,
     HereDocument,
@@ -24,7 +25,7 @@ _REDIRECT = re.compile(r"(\d+|\{\w+\})?(<<<|<<-|<<|<&|<>|<|>>|>&|>\||>|&>>|&>)")
 _REDIRECTS = "<>&{0123456789"  # what it may begin with
 _EQUALS = re.compile(r"\+?=")
 _CALLED = re.compile(r"\(\s*\)")
-_ASSIGNS = re.compile(r"((?a:[A-Za-z_]\w*))(\[|\+?=)")
+_ASSIGNS = re.compile(rf"({NAME})(\[|\+?=)")
 
 
 class SimpleCommands(Words):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+# A variable's name, as a pattern: ASCII whatever the locale.
+NAME = r"(?a:[A-Za-z_]\w*)"
 # Builtins whose arguments are assignments.
 DECLARING = ("export", "declare", "typeset", "local", "readonly")
 
