@@ -167,7 +167,7 @@ def openrlhf() -> Iterator[Case]:
                 actor_model_group=policy,
                 reference_model_group=reference,
                 klplug_names=list(pair.parameters("policy")),
-                klplug_reference=Reference(str(POLICY), None),
+                klplug_models={"reference": Reference(str(POLICY), None)},
             )
             plan = Plan.of(bench.args)
             assert plan is not None

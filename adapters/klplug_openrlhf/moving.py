@@ -6,7 +6,6 @@ Cut over as many ranks each, a rank holds the same part of both, and nothing is 
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from klplug.hosting.moving import WHAT_TO_DO, Follower, Place, check_alike
 from klplug.hosting.patching import Args, Call, Kwargs, bound
-from klplug.hosting.state import StateError
+from klplug.hosting.state import StateError, moved
 from klplug_openrlhf import hidden, teacher
 from klplug_openrlhf.keys import CHECKPOINTS, NO_CHECKPOINTS, read
 from klplug_openrlhf.plan import Plan
@@ -171,7 +170,7 @@ def follow(trainer: Any, plan: Plan, step: int) -> None:
         return
     for name in trainer.klplug_names:
         _hand_over(name, trainer.actor_model_group, trainer.reference_model_group)
-    trainer.klplug_reference = dataclasses.replace(trainer.klplug_reference, step=step)
+    moved(trainer.klplug_models, step)
 
 
 def _hand_over(name: str, policy: Any, reference: Any) -> None:
@@ -237,4 +236,4 @@ def resume(trainer: Any, saved: dict[str, Any]) -> None:
 
     own = {"folder": str(_folder(trainer, kept["folder"])), "step": kept["step"]}
     ray.get(told(trainer.reference_model_group, LOAD, **own))
-    trainer.klplug_reference = dataclasses.replace(trainer.klplug_reference, step=kept["step"])
+    moved(trainer.klplug_models, kept["step"])

@@ -31,8 +31,7 @@ def init(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> None:
     if (term := exact_term(plan.spec)) is not None:
         print(hidden.foretell(term, trainer.args), flush=True)
     trainer.klplug_watch = Watch()
-    trainer.klplug_reference, trainer.klplug_teacher = plan.reference(), plan.second()
-    trainer.klplug_source = plan.answers()
+    trainer.klplug_models = plan.models()
     trainer.kl_ctl = MeasuredController(plan.controller())
     trainer.experience_maker.kl_ctl = trainer.kl_ctl
 
@@ -208,9 +207,7 @@ def save(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
     call = inspect.signature(original).bind(*args, **kwargs)
     call.arguments["client_states"] = {
         **(call.arguments.get("client_states") or {}),
-        "klplug": trainer.kl_ctl.saved(
-            plan.spec, trainer.klplug_reference, trainer.klplug_teacher, trainer.klplug_source
-        ),
+        "klplug": trainer.kl_ctl.saved(plan.spec, trainer.klplug_models),
     }
     with moving.saving(trainer):
         return original(*call.args, **call.kwargs)
@@ -225,14 +222,6 @@ def init_checkpoint_states(original: Call, trainer: Any, args: Args, kwargs: Kwa
     if plan is None or not states.get("global_step"):
         return states
     saved = states.get("klplug")
-    trainer.kl_ctl.resume(
-        saved,
-        plan.spec,
-        trainer.klplug_reference,
-        plan.kl_ctrl,
-        "OpenRLHF",
-        trainer.klplug_teacher,
-        trainer.klplug_source,
-    )
+    trainer.kl_ctl.resume(saved, plan.spec, trainer.klplug_models, plan.kl_ctrl, "OpenRLHF")
     moving.resume(trainer, saved or {})
     return states

@@ -56,9 +56,7 @@ class Run:
 
     plan: Plan
     controller: MeasuredController
-    reference: Reference | None = None
-    teacher: Reference | None = None
-    source: Reference | None = None
+    models: dict[str, Reference] = field(default_factory=dict)  # by role
     joined: bool = False
     n_answers: int = 0
     sampled: Tensor | None = None
@@ -101,7 +99,7 @@ def init(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> None:
     if (term := exact_term(plan.spec)) is not None:
         print(hidden.foretell(term, config), flush=True)
     controller = MeasuredController(plan.controller())
-    trainer.klplug = Run(plan, controller, plan.reference(), plan.second(), plan.answers())
+    trainer.klplug = Run(plan, controller, plan.models())
     trainer.kl_ctrl_in_reward = trainer.klplug.controller
 
 
@@ -413,8 +411,8 @@ def _updated(run: Run, workers_report: bool, step: int | None) -> None:
             f"kl_type {run.plan.spec} is set, but the workers computed no KL of klplug's: was "
             "their loss replaced?"
         )
-    if step is not None and run.reference is not None:
-        run.reference = dataclasses.replace(run.reference, step=step)
+    if step is not None:
+        state.moved(run.models, step)
     # Without a measured KL a schedule goes on all the same, and the others stay.
     run.controller.update(math.nan, run.n_answers)
 
@@ -426,8 +424,7 @@ def save_checkpoint(original: Call, trainer: Any, args: Args, kwargs: Kwargs) ->
         folder = Path(trainer.config.trainer.default_local_dir)
         folder = folder / f"global_step_{trainer.global_steps}"
         folder.mkdir(parents=True, exist_ok=True)
-        saved = run.controller.saved(run.plan.spec, run.reference, run.teacher, run.source)
-        state.write(folder / STATE_FILE, saved)
+        state.write(folder / STATE_FILE, run.controller.saved(run.plan.spec, run.models))
     return original(*args, **kwargs)
 
 
@@ -444,9 +441,7 @@ def load_checkpoint(original: Call, trainer: Any, args: Args, kwargs: Kwargs) ->
     file = folder / STATE_FILE
     saved = state.read(file)
     try:
-        run.controller.resume(
-            saved, run.plan.spec, run.reference, run.plan.kl_ctrl, "verl", run.teacher, run.source
-        )
+        run.controller.resume(saved, run.plan.spec, run.models, run.plan.kl_ctrl, "verl")
     except ValueError as error:
         raise StateError(f"{file}: {error}. {state.WHAT_TO_DO}") from None
     _resume_reference(run, saved or {}, folder / "actor")
@@ -456,11 +451,11 @@ def load_checkpoint(original: Call, trainer: Any, args: Args, kwargs: Kwargs) ->
 def _resume_reference(run: Run, saved: dict[str, Any], folder: Path) -> None:
     """The workers have put in place what they found; the trainer knows what should be there."""
     step = (saved.get("reference") or {}).get("step")
-    if step is None or run.reference is None:
+    if step is None or "reference" not in run.models:
         return
     if folder.is_dir() and not any(folder.glob(Place.PATTERN)):
         raise StateError(
             f"{folder} has no {Place.PATTERN}, and the reference of this checkpoint had moved "
             f"after step {step}. {WHAT_TO_DO}"
         )
-    run.reference = dataclasses.replace(run.reference, step=step)
+    state.moved(run.models, step)

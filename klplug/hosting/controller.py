@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,27 +34,18 @@ class MeasuredController:
             n_steps if self.answers is None else self.answers,
         )
 
-    def saved(
-        self,
-        spec: KLSpec,
-        reference: Reference | None,
-        teacher: Reference | None = None,
-        source: Reference | None = None,
-    ) -> dict[str, Any]:
-        """What a checkpoint keeps; no reference, teacher or stored answers of a KL without."""
-        models = {"reference": reference, "teacher": teacher, "source": source}
-        kept = {name: model.kept for name, model in models.items() if model is not None}
+    def saved(self, spec: KLSpec, models: Mapping[str, Reference]) -> dict[str, Any]:
+        """What a checkpoint keeps, of ``Asked.models`` too."""
+        kept = {role: model.kept for role, model in models.items()}
         return {"kl_type": str(spec), **kept, **self.controller.state_dict()}
 
     def resume(
         self,
         saved: Any,
         spec: KLSpec,
-        reference: Reference | None,
+        models: Mapping[str, Reference],
         kl_ctrl: str,
         host: str,
-        teacher: Reference | None = None,
-        source: Reference | None = None,
     ) -> None:
         """Go on from what a checkpoint kept, saying so if another KL, coefficient, reference,
         teacher or file of stored answers was trained with.
@@ -74,7 +66,7 @@ class MeasuredController:
             )
         if saved is None:
             return
-        other = saved.get("reference")
+        reference, other = models.get("reference"), saved.get("reference")
         if reference is not None and other and "step" in other:
             print(
                 f"klplug: the reference goes on as the checkpoint has it, last moved after step "
@@ -83,8 +75,8 @@ class MeasuredController:
             )
         else:
             _compare("reference", reference, other)
-        _compare("teacher", teacher, saved.get("teacher"))
-        _compare_answers(source, saved.get("source"))
+        _compare("teacher", models.get("teacher"), saved.get("teacher"))
+        _compare_answers(models.get("source"), saved.get("source"))
         here, there = self.value, saved.get("value")
         if saved["kl_ctrl"] != kl_ctrl:
             _warn(

@@ -128,20 +128,15 @@ class Asked:
         teacher = "" if self.teacher is None else f" teacher={self.teacher}"
         return f"kl_type={self.spec}{coef}{reference}{update}{teacher}{source}"
 
-    def reference(self) -> Reference | None:
-        """The model that the KL is to; ``None`` where it is to none."""
-        path = self.ref_model or self.model
-        if not self.needs_reference or path is None:
-            return None
-        return Reference.of(path)
-
-    def second(self) -> Reference | None:
-        """The teacher; ``None`` where there is none."""
-        return None if self.teacher is None else Reference.of(self.teacher)
-
-    def answers(self) -> Reference | None:
-        """The reference's own answers, in whose place no model is loaded; ``None`` without."""
-        return None if self.source is None else Reference.of(self.source)
+    def models(self) -> dict[str, Reference]:
+        """What the KL is to, by role: the reference, the teacher, or as the source the reference's
+        own answers, in whose place no model is loaded."""
+        paths = {
+            "reference": (self.ref_model or self.model) if self.needs_reference else None,
+            "teacher": self.teacher,
+            "source": self.source,
+        }
+        return {role: Reference.of(path) for role, path in paths.items() if path is not None}
 
     def moving(self) -> RefUpdate | None:
         """How the reference follows the policy; ``None`` where it stays as it is.

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,11 @@ class Reference:
         if self.weights is None or weights is None:
             return bool(self.path != saved.get("path"))
         return bool(self.weights != weights)
+
+
+def moved(models: dict[str, Reference], step: int) -> None:
+    """The reference among a run's models has followed the policy after this step."""
+    models["reference"] = replace(models["reference"], step=step)
 
 
 _BLOCK, _BLOCKS = 1 << 16, 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -74,14 +75,14 @@ BARE = {"kl_type": "k2_as_loss", "kl_ctrl": "adaptive"}
 def test_a_state_of_another_shape_is_named(saved: Any) -> None:
     controller = MeasuredController(AdaptiveKL(0.1, target=0.1, horizon=10))
     with pytest.raises(StateError, match="state of klplug's controller"):
-        controller.resume(saved, parse("k2_as_loss"), None, "adaptive", "a host")
+        controller.resume(saved, parse("k2_as_loss"), {}, "adaptive", "a host")
 
 
 @pytest.mark.parametrize("value", [None, "0.1", -1.0, float("nan")])
 def test_a_coefficient_that_is_none_is_named(value: Any) -> None:
     controller = MeasuredController(AdaptiveKL(0.1, target=0.1, horizon=10))
     with pytest.raises(ValueError, match=r"saved state.*value="):
-        controller.resume(STATE | {"value": value}, parse("k2_as_loss"), None, "adaptive", "a host")
+        controller.resume(STATE | {"value": value}, parse("k2_as_loss"), {}, "adaptive", "a host")
     assert controller.value == 0.1
 
 
@@ -92,7 +93,7 @@ def resumed(
     settings = {"adaptive": {"kl_target": 0.1}, "linear": {"kl_end": 0.0, "kl_steps": 10}}
     made = kl_controller(kl_ctrl, kl_coef, **settings.get(kl_ctrl, {}))
     controller = MeasuredController(made)
-    controller.resume(saved, parse("k2_as_loss"), None, kl_ctrl, "a host")
+    controller.resume(saved, parse("k2_as_loss"), {}, kl_ctrl, "a host")
     return controller.value, capsys.readouterr().out
 
 
@@ -153,12 +154,13 @@ def test_where_no_weights_are_at_hand_the_name_decides() -> None:
 
 def test_a_resume_with_another_reference_says_both(capsys: pytest.CaptureFixture[str]) -> None:
     controller = MeasuredController(AdaptiveKL(0.1, target=0.1, horizon=10))
-    spec, first = parse("k2_as_loss"), Reference("hub/sft", "1234567890abcdef")
+    spec, first = parse("k2_as_loss"), {"reference": Reference("hub/sft", "1234567890abcdef")}
+    other = {"reference": Reference("ckpt/step_3", "fedcba09")}
     saved = json.loads(json.dumps(controller.saved(spec, first)))
-    controller.resume(saved, spec, Reference("hub/sft", "1234567890abcdef"), "adaptive", "a host")
-    controller.resume(controller.saved(spec, None), spec, first, "adaptive", "a host")
+    controller.resume(saved, spec, copy.deepcopy(first), "adaptive", "a host")
+    controller.resume(controller.saved(spec, {}), spec, first, "adaptive", "a host")
     assert capsys.readouterr().out == ""
-    controller.resume(saved, spec, Reference("ckpt/step_3", "fedcba09"), "adaptive", "a host")
+    controller.resume(saved, spec, other, "adaptive", "a host")
     said = capsys.readouterr().out
     assert "WARNING: resuming with the reference ckpt/step_3 (weights fedcba09)" in said
     assert "hub/sft (weights 12345678)" in said
@@ -173,20 +175,21 @@ def test_a_resume_on_other_stored_answers_or_without_them_says_both(
     file.write_text("one\n")
     first = Reference.of(str(file))
     assert first.weights is not None
-    saved = json.loads(json.dumps(controller.saved(spec, None, source=first)))
+    saved = json.loads(json.dumps(controller.saved(spec, {"source": first})))
 
     def said(source: Reference | None, saved: dict[str, Any] = saved) -> str:
-        controller.resume(saved, spec, None, "adaptive", "a host", source=source)
+        models = {} if source is None else {"source": source}
+        controller.resume(saved, spec, models, "adaptive", "a host")
         return capsys.readouterr().out
 
     copied = Reference.of(str(shutil.copy(file, tmp_path / "elsewhere.jsonl")))
-    assert said(first) == said(copied) == said(None, controller.saved(spec, None)) == ""
+    assert said(first) == said(copied) == said(None, controller.saved(spec, {})) == ""
     file.write_text("two\n")
     words = said(Reference.of(str(file)))
     assert f"WARNING: resuming with a KL on the answers of {file} (weights " in words
     assert f"one on the answers of {file} (weights {first.weights[:8]})" in words
     assert f"one on the answers of {file}" in said(None) and "on the policy's own" in said(None)
-    assert "one on the policy's own answers" in said(first, controller.saved(spec, None))
+    assert "one on the policy's own answers" in said(first, controller.saved(spec, {}))
 
 
 # Two runs on one folder.

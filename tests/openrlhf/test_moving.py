@@ -112,7 +112,7 @@ def test_the_policy_becomes_the_reference_after_every_second_step(
     assert not torch.equal(after, before) and not torch.equal(after, own.log_probs("policy"))
     step(made, 4)
     assert torch.equal(own.log_probs("reference"), own.log_probs("policy"))
-    assert made.klplug_reference.step == 4
+    assert made.klplug_models["reference"].step == 4
 
 
 def test_an_average_is_that_of_all_policies(
@@ -171,7 +171,7 @@ def test_a_run_that_was_killed_goes_on_from_the_reference_that_it_had(
     resumed = trainer(second, ref_update, tmp_path)
     said = capsys.readouterr().out
     assert "the reference goes on as the checkpoint has it, last moved after step 2" in said
-    assert "WARNING" not in said and resumed.klplug_reference.step == 2
+    assert "WARNING" not in said and resumed.klplug_models["reference"].step == 2
     second.put(middle)
     second.put(last)
     step(resumed, 4)

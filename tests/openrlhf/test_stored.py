@@ -174,7 +174,7 @@ def test_a_run_loads_no_reference_and_says_whose_answers(
     assert args.algo.kl.init_coef == 0 and args.algo.kl.use_loss is True
     plan = Plan.of(args)
     assert plan is not None and plan.source == str(fitting)  # wherever an actor runs
-    assert not plan.needs_reference and plan.reference() is None
+    assert not plan.needs_reference and [*plan.models()] == ["source"]
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_resuming_with_another_teacher_warns(
 ) -> None:
     group = Group()
     first = trainer(monkeypatch, KL_TYPE, group, teacher="hub/teacher")
-    assert first.klplug_teacher == Reference("hub/teacher", None)
+    assert first.klplug_models["teacher"] == Reference("hub/teacher", None)
     first.save_logs_and_checkpoints(3, {}, {"global_step": 3})
     assert group.saved["klplug"]["teacher"] == {"path": "hub/teacher", "weights": None}
     assert group.saved["klplug"]["reference"] == {"path": "hub/model", "weights": None}

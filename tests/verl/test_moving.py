@@ -13,7 +13,7 @@ from klplug_verl.moving import STEP_KEY, parts
 
 from benchmarks.measure import peak_bytes
 from klplug.hosting.settings import SettingsError
-from klplug.hosting.state import StateError
+from klplug.hosting.state import StateError, moved
 from tests.ranks import on_two_ranks
 from tests.references import POLICY
 from tests.verl.exact import THROUGH, Run
@@ -108,7 +108,7 @@ def test_a_step_of_several_updates_moves_it_once_at_its_end() -> None:
 
         update_actor(original, made, (batch, metrics), {})
         sent.append(batch.extra_info.get(STEP_KEY))
-    assert sent == [None, None, 7] and made.klplug.reference.step == 7
+    assert sent == [None, None, 7] and made.klplug.models["reference"].step == 7
 
 
 def test_the_workers_checkpoint_has_it(reference: Path, tmp_path: Path) -> None:
@@ -245,9 +245,7 @@ def test_the_trainers_checkpoint_says_of_which_step_it_is(
     first._save_checkpoint()
     state = tmp_path / "global_step_7" / "klplug.json"
     assert "step" not in json.loads(state.read_text())["reference"]
-    from dataclasses import replace
-
-    first.klplug.reference = replace(first.klplug.reference, step=5)
+    moved(first.klplug.models, 5)
     first._save_checkpoint()
     assert json.loads(state.read_text())["reference"]["step"] == 5
 
@@ -259,7 +257,7 @@ def test_the_trainers_checkpoint_says_of_which_step_it_is(
     capsys.readouterr()
     second = saving(kind, tmp_path, *settings)
     second._load_checkpoint()
-    assert second.klplug.reference.step == 5
+    assert second.klplug.models["reference"].step == 5
     said = capsys.readouterr().out
     assert "as the checkpoint has it, last moved after step 5" in said and "WARNING" not in said
 

@@ -146,14 +146,14 @@ def test_resuming_with_another_teacher_warns(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = saving(kind, tmp_path, *own("k2_as_loss"))
-    first.klplug.teacher = Reference("hub/teacher", None)
+    first.klplug.models["teacher"] = Reference("hub/teacher", None)
     first.global_steps = 3
     first._save_checkpoint()
     kept = json.loads((tmp_path / "global_step_3" / "klplug.json").read_text())
     assert kept["teacher"] == {"path": "hub/teacher", "weights": None}
     for path, warns in (("hub/teacher", False), ("hub/other", True)):
         resumed = saving(kind, tmp_path, *own("k2_as_loss"))
-        resumed.klplug.teacher = Reference(path, None)
+        resumed.klplug.models["teacher"] = Reference(path, None)
         capsys.readouterr()
         resumed._load_checkpoint()
         said = "with the teacher hub/other a run that was trained with hub/teacher:"

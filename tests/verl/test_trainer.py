@@ -522,7 +522,7 @@ def test_resuming_with_another_reference_warns(
     resumed = saving(kind, tmp_path, *klplug("k2_as_loss"))
     resumed._load_checkpoint()
     assert "WARNING" not in capsys.readouterr().out
-    resumed.klplug.reference = Reference.of("hub/model-step-3")
+    resumed.klplug.models["reference"] = Reference.of("hub/model-step-3")
     resumed._load_checkpoint()
     said = capsys.readouterr().out
     assert "with the reference hub/model-step-3 a run that was trained with hub/model:" in said
