@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from klplug.answers import Answers
-from klplug.numerics import masked, masked_
+from klplug.numerics import masked, masked_, number_of
 from klplug.spec import KLSpec, TermSpec
 
 ClipRange: TypeAlias = "float | Sequence[float]"
@@ -68,10 +68,13 @@ class Given:
                 raise ValueError(f"kl_type {str(spec)!r} needs {name}, which is missing")
         self._check_tensors(self.weights(spec))
         kl_coef = self.kl_coef
-        if not isinstance(kl_coef, (int, float, Tensor, type(None))):
-            raise TypeError(f"kl_coef must be a number or a tensor, got {type(kl_coef).__name__}")
-        if isinstance(kl_coef, (int, float)) and not math.isfinite(kl_coef):
-            raise ValueError(f"kl_coef={kl_coef!r} must be finite")
+        if not isinstance(kl_coef, (Tensor, type(None))):
+            number = number_of(kl_coef)
+            if number is None:
+                kind = type(kl_coef).__name__
+                raise TypeError(f"kl_coef must be a number or a tensor, got {kind}")
+            if not math.isfinite(number):
+                raise ValueError(f"kl_coef={number!r} must be finite")
         self._check_weights(spec)
         self._check_exact(spec)
         compared = [term for term in spec.terms if term.baseline in ("batch", "group")]
@@ -88,7 +91,8 @@ class Given:
         }
         given |= weights
         for name, tensor in given.items():
-            if not isinstance(tensor, Tensor) and (tensor is not None or name in always):
+            needed = name in always or name in weights
+            if not isinstance(tensor, Tensor) and (tensor is not None or needed):
                 kind = "None" if tensor is None else type(tensor).__name__
                 raise TypeError(f"{name} must be a tensor of shape (B, T), got {kind}")
         shape, device = self.log_probs.shape, self.log_probs.device
@@ -158,11 +162,11 @@ def needed_by(spec: KLSpec) -> tuple[str, ...]:
 def low_and_high(clip_range: ClipRange) -> tuple[float, float]:
     """PPO's range (low, high), of epsilon or of the two."""
     pair = clip_range if isinstance(clip_range, Sequence) else (clip_range, clip_range)
-    numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in pair)
-    if len(pair) != 2 or not numbers or not all(0 <= x < math.inf for x in pair):
+    numbers = [number for x in pair if (number := number_of(x)) is not None]
+    if not len(pair) == len(numbers) == 2 or not all(0 <= x < math.inf for x in numbers):
         raise ValueError(f"clip_range={clip_range!r} must be epsilon or (low, high), none negative")
-    low, high = pair
-    return float(low), float(high)
+    low, high = numbers
+    return low, high
 
 
 @dataclass(frozen=True, eq=False)

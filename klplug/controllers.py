@@ -23,8 +23,9 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any, Protocol
+
+from klplug.numerics import number_of
 
 LOWEST, HIGHEST = 1e-4, 1e4
 """Of its start, how far a driven coefficient goes: no drift of the KL calls for more."""
@@ -307,9 +308,10 @@ def kl_controller(
         ValueError: an unknown ``kl_ctrl``; a setting that it needs and has not, or has no use for;
             a number that can't be; or a start that is not positive where it moves.
     """
-    if kl_ctrl not in CONTROLS:
+    if not isinstance(kl_ctrl, str) or kl_ctrl not in CONTROLS:
         raise ValueError(f"kl_ctrl={kl_ctrl!r} is unknown; allowed: {', '.join(KL_CONTROLLERS)}")
-    given = {
+    asked: dict[str, Any] = {
+        "kl_coef": kl_coef,
         "kl_target": kl_target,
         "kl_horizon": kl_horizon,
         "kl_band": kl_band,
@@ -317,39 +319,36 @@ def kl_controller(
         "kl_steps": kl_steps,
     }
     control = CONTROLS[kl_ctrl]
-    for name, number in {"kl_coef": kl_coef, **given}.items():
-        is_number = isinstance(number, Real) and not isinstance(number, bool)
-        if not is_number and (number is not None or name == "kl_coef"):
-            raise TypeError(f"{name} must be a number, got {number!r}")
+    given: dict[str, float] = {}
+    for name, value in asked.items():
+        number = number_of(value)
+        if number is not None:
+            given[name] = number
+        elif value is not None or name == "kl_coef":
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    start = given.pop("kl_coef")
     for name, number in given.items():
-        if number is None:
-            continue
         least, allowed = _ALLOWED.get(name, (math.ulp(0.0), "positive"))
         if not (math.isfinite(number) and number >= least):
-            raise ValueError(f"{name}={number!r} must be finite and {allowed}")
+            raise ValueError(f"{name}={number:g} must be finite and {allowed}")
         if name not in (*control.needs, *control.defaults):
             takers = [k for k, c in CONTROLS.items() if name in (*c.needs, *c.defaults)]
             raise ValueError(
-                f"{name}={number!r} has no meaning with kl_ctrl={kl_ctrl}: it is for "
+                f"{name}={number:g} has no meaning with kl_ctrl={kl_ctrl}: it is for "
                 f"{', '.join(takers)}"
             )
-    if kl_band is not None and kl_band >= 1:
-        raise ValueError(f"kl_band={kl_band!r} must be below 1: it is a share of kl_target")
-    if not math.isfinite(kl_coef):
-        raise ValueError(f"kl_coef={kl_coef!r} must be finite")
-    if kl_ctrl != "fixed" and not kl_coef > 0:
-        raise ValueError(
-            f"kl_ctrl={kl_ctrl} needs a positive kl_coef to start from, got {kl_coef!r}"
-        )
+    if (band := given.get("kl_band", 0)) >= 1:
+        raise ValueError(f"kl_band={band:g} must be below 1: it is a share of kl_target")
+    if not math.isfinite(start):
+        raise ValueError(f"kl_coef={start:g} must be finite")
+    if kl_ctrl != "fixed" and not start > 0:
+        raise ValueError(f"kl_ctrl={kl_ctrl} needs a positive kl_coef to start from, got {start:g}")
     for name in control.needs:
-        if given[name] is None:
+        if name not in given:
             raise ValueError(f"kl_ctrl={kl_ctrl} needs a {name}, {SETTINGS[name]}")
     settings = {name: given[name] for name in control.needs}
-    settings |= {
-        name: number if given[name] is None else given[name]
-        for name, number in control.defaults.items()
-    }
-    return control.make(kl_coef, *settings.values())
+    settings |= {name: given.get(name, number) for name, number in control.defaults.items()}
+    return control.make(start, *settings.values())
 
 
 _ALLOWED = {

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import TYPE_CHECKING
+from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +22,17 @@ LEAST, MOST = 2.0**-126, _LARGEST[4]
 
 HUGE = 1e15
 """What no log-ratio reaches, and whose square is finite in float32."""
+
+
+def number_of(value: Any) -> float | None:
+    """``value`` as a float, of any library's scalars too; ``None`` where it is no number: True is
+    none. An integer that no float reaches is inf."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def largest(x: Tensor) -> float:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from klplug.baselines import group_numbers
-from klplug.numerics import masked
+from klplug.numerics import masked, number_of
 from klplug.samples import Samples
 
 
@@ -45,8 +45,9 @@ def posterior_log_probs(samples: Samples, beta: float) -> Tensor:
         if getattr(samples, name) is None:
             raise ValueError(f"reference=posterior needs {name}, which is missing")
         samples.check(name)
-    if not 0 < beta < math.inf:
-        raise ValueError(f"reference=posterior with beta={beta!r}, which must be positive")
+    number = number_of(beta)
+    if number is None or not 0 < number < math.inf:
+        raise ValueError(f"reference=posterior with beta={beta!r}, which must be a positive number")
     log_probs, ref_log_probs, rewards = samples.log_probs, samples.ref_log_probs, samples.rewards
     assert log_probs is not None and ref_log_probs is not None and rewards is not None
     assert samples.group_ids is not None
@@ -54,7 +55,7 @@ def posterior_log_probs(samples: Samples, beta: float) -> Tensor:
     toward_ref = (ref_log_probs - log_probs).double()
     # A token that is no number leaves the KL; one that ref rules out has a weight of 0.
     toward_ref = masked(toward_ref, mask & (toward_ref < math.inf)).sum(-1)
-    tilt = rewards.double() / beta
+    tilt = rewards.double() / number
     numbers = group_numbers(samples.group_ids, toward_ref).tolist()
     log_weights = tilt + toward_ref
     # An answer whose reward is no number leaves the KL, and the others' Z.

@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from klplug.estimators import chi2
 from klplug.numerics import finite
@@ -58,13 +58,37 @@ class Samples:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def check(self, name: str) -> None:
-        """Refuse a tensor that would be spread over tokens or answers that it is not of."""
+        """Refuse what is no tensor, lies elsewhere, or would be spread over tokens or answers that
+        it is not of."""
+        from klplug.baselines import group_numbers
+
+        _check_tensor("mask", self.mask, self.mask)
         if str(self.mask.dtype) != "torch.bool":
             raise ValueError(f"mask must be of dtype bool, got {self.mask.dtype}")
-        found, shape = getattr(getattr(self, name), "shape", None), self.mask.shape
-        wanted = shape[:1] if name == "rewards" else shape
-        if found is not None and name != "group_ids" and found != wanted:
-            raise ValueError(f"{name} has shape {tuple(found)}, and must have {tuple(wanted)}")
+        found, shape = getattr(self, name), self.mask.shape
+        if name == "tensors":
+            if not isinstance(found, Mapping):
+                raise TypeError(f"tensors must be a mapping, got {type(found).__name__}")
+        elif name == "group_ids":
+            group_numbers(found, self.mask)
+        else:
+            _check_tensor(name, found, self.mask)
+            wanted = shape[:1] if name == "rewards" else shape
+            if found.shape != wanted:
+                raise ValueError(
+                    f"{name} has shape {tuple(found.shape)}, and must have {tuple(wanted)}"
+                )
+
+
+def _check_tensor(name: str, found: Any, mask: Any) -> None:
+    from torch import Tensor
+
+    if not isinstance(found, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(found).__name__}")
+    if found.device != mask.device:
+        raise ValueError(f"{name} is on {found.device}, mask is on {mask.device}")
+    if found.is_complex():
+        raise ValueError(f"{name} is of {found.dtype}: real numbers are needed")
 
 
 @dataclass(frozen=True)
@@ -346,8 +370,9 @@ def sample_weights(spec: str | KLSpec, samples: Samples) -> dict[str, Tensor]:
         samples: with all that its weights need.
 
     Raises:
-        ValueError: ``samples`` lacks what a weight needs, or has it in another shape; or a weight
-            has another shape, is negative or no number at a counted token, or has a gradient.
+        ValueError: ``samples`` lacks what a weight needs, or has it in another shape or elsewhere;
+            or so is a weight, it is negative or no number at a counted token, or has a gradient.
+        TypeError: either is no tensor.
     """
     from klplug.spec import parse
 
@@ -356,18 +381,19 @@ def sample_weights(spec: str | KLSpec, samples: Samples) -> dict[str, Tensor]:
 
 def _checked(own: Named, samples: Samples) -> Tensor:
     for name in own.needs:
+        if getattr(samples, name) is None:
+            raise ValueError(f"weight={own.written} needs {name}, which is missing")
+        samples.check(name)
         missing = own.tensor if name == "tensors" else None
         if missing is not None and missing not in samples.tensors:
             there = ", ".join(sorted(samples.tensors)) or "none"
             raise ValueError(
                 f"weight={own.written}: the batch carries no tensor {missing!r}. It has: {there}"
             )
-        if getattr(samples, name) is None:
-            raise ValueError(f"weight={own.written} needs {name}, which is missing")
-        samples.check(name)
     weight, mask = own.row.function(samples, own.argument), samples.mask
     says = f"weight={own.written} ({own.package})"
-    shape = tuple(getattr(weight, "shape", ()))
+    _check_tensor(says, weight, mask)
+    shape = tuple(weight.shape)
     if shape not in (tuple(mask.shape), (len(mask),)):
         raise ValueError(
             f"{says} has shape {shape}: it must be {tuple(mask.shape)}, a number per token, or "

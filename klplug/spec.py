@@ -13,7 +13,7 @@ from typing import Any
 
 from klplug.axes import AXES, CHOICES, OPTIONS, PLACEMENTS, Axis, size_of
 from klplug.estimators import ALIASES, ESTIMATORS, Estimator, alpha_divergence
-from klplug.numerics import LEAST, MOST
+from klplug.numerics import LEAST, MOST, number_of
 from klplug.refusals import Refused, refuse
 from klplug.samples import Named, named
 
@@ -227,10 +227,10 @@ class TermSpec(KLSpec):
         _check_choice("placement", self.placement, PLACEMENTS)
 
     def _check_factor(self) -> None:
-        factor = self.factor
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+        factor = number_of(self.factor)
+        if factor is None:
             raise Refused(
-                f"kl_type {self.name}: the coefficient {factor!r} is no number", "no-factor"
+                f"kl_type {self.name}: the coefficient {self.factor!r} is no number", "no-factor"
             )
         if not LEAST <= abs(factor) <= MOST:
             raise Refused(
@@ -238,7 +238,7 @@ class TermSpec(KLSpec):
                 "in float32. Leave the term out, or write another number",
                 "no-factor",
             )
-        self._fill("factor", float(factor))
+        self._fill("factor", factor)
 
     def _as_one_program(self) -> None:
         """k1 in the reward under the policy loss's own ratio is k2 as loss there, to the bit."""
@@ -423,7 +423,8 @@ def _factor(text: str, number: str) -> float:
         return float(number)
     except ValueError:
         raise Refused(
-            f"kl_type {text!r}: {number!r} before '*' is no number, as in 0.5*k2_as_loss",
+            f"kl_type {text!r}: {number!r} before '*' is no number, as in 0.5*k2_as_loss. Terms "
+            "are joined by '+', one with a negative coefficient too: +-0.5*k2_as_loss",
             "no-factor",
         ) from None
 
@@ -444,6 +445,12 @@ def _estimator_and_placement(name: str) -> tuple[str, str]:
         raise Refused(
             f"kl_type {name!r} says no placement: write '{bare}_as_loss' or '{bare}_in_reward'",
             "no-placement",
+        )
+    if name.startswith(tuple("-.0123456789")):
+        raise Refused(
+            f"kl_type {name!r} is unknown. A coefficient is a number before '*', as in "
+            "0.5*k2_as_loss or -1*k2_as_loss",
+            "unknown-name",
         )
     aliases = (*_ALIAS_NAMES, EXACT)
     # Nobody is led to one that does nothing who did not write its estimator.
@@ -477,9 +484,9 @@ def _checked(axis: Axis, value: Any) -> str | float:
     if not axis.number:
         _check_choice(axis.name, value, axis.words)
         return str(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if (number := number_of(value)) is None:
         raise Refused(f"kl_type option {axis.name}={value!r} is no number", "no-number")
-    return float(value)
+    return number
 
 
 def _sized(axis: Axis, value: str) -> str:
@@ -524,13 +531,14 @@ def check_kl_coef(spec: KLSpec, kl_coef: float | None) -> float:
         return 0.0
     if kl_coef is None:
         raise ValueError(f"kl_type {str(spec)!r} needs a kl_coef, a positive number")
-    if isinstance(kl_coef, bool) or not isinstance(kl_coef, (int, float)):
+    number = number_of(kl_coef)
+    if number is None:
         raise ValueError(f"kl_coef must be a number, got {kl_coef!r}")
-    if kl_coef == 0:
+    if number == 0:
         raise ValueError(
             f"kl_coef is 0, so kl_type {str(spec)!r} would do nothing: "
             "write kl_type 'none', or 'monitor' for its metrics alone, or a positive kl_coef"
         )
-    if not LEAST <= kl_coef <= MOST:
-        raise ValueError(f"kl_coef must be finite and positive in float32, got {kl_coef!r}")
-    return float(kl_coef)
+    if not LEAST <= number <= MOST:
+        raise ValueError(f"kl_coef must be finite and positive in float32, got {number!r}")
+    return number

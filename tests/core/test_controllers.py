@@ -3,7 +3,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 
 from klplug import AdaptiveKL, FixedKL, kl_controller
@@ -99,6 +101,11 @@ def test_state_survives() -> None:
         (("fixed", 0.1, 0.1), "no meaning"),
         (("fixed", math.nan), "kl_coef=nan must be finite"),
         (("linear", math.inf), "kl_coef=inf must be finite"),
+        (("fixed", 10**400), "kl_coef=inf must be finite"),
+        (("adaptive", 0.1, 0.1, 10**400), "kl_horizon=inf must be finite"),
+        # Half as many digits as a float: the least number of those is 0 to it.
+        (("adaptive", 0.1, np.float16(0)), "kl_target=0 must be finite and positive"),
+        ((["pid"], 0.1), "kl_ctrl=.'pid'. is unknown"),
     ],
 )
 def test_mistakes_are_named(arguments: tuple, word: str) -> None:
@@ -113,11 +120,22 @@ def test_mistakes_are_named(arguments: tuple, word: str) -> None:
         (("fixed", None), "kl_coef must be a number, got None"),
         (("fixed", True), "kl_coef must be a number, got True"),
         (("adaptive", 0.1, "x"), "kl_target must be a number, got 'x'"),
+        (("adaptive", 0.1, np.True_), "kl_target must be a number, got np.True_"),
     ],
 )
 def test_a_setting_that_is_no_number_is_named(arguments: tuple, words: str) -> None:
     with pytest.raises(TypeError, match=words):
         kl_controller(*arguments)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64, Fraction])
+def test_a_number_of_any_library_is_saved_as_one(kind: type) -> None:
+    """JSON has none of numpy's."""
+    made = kl_controller("linear", kind(2), kl_end=kind(1), kl_steps=kind(4))
+    for _ in range(2):
+        assert json.loads(json.dumps(made.state_dict())) == made.state_dict()
+        made.update(0.0, 1)
+    assert made.value == 1.5
 
 
 def test_without_a_horizon_it_is_that_of_both_hosts() -> None:

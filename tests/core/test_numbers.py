@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -357,7 +358,7 @@ def test_a_clip_range_may_be_a_list() -> None:
     one = klplug.kl_term("k2_as_loss,head=clipped", **tensors, clip_range=[0.1, 0.3])
     other = klplug.kl_term("k2_as_loss,head=clipped", **tensors, clip_range=(0.1, 0.3))
     assert torch.equal(one.gradient, other.gradient)
-    for wrong in ("0.2", [0.1], [0.1, 0.2, 0.3], True, {0.2: 1}):
+    for wrong in ("0.2", [0.1], [0.1, 0.2, 0.3], True, {0.2: 1}, 10**400, np.float32(NAN)):
         with pytest.raises(ValueError, match="clip_range"):
             klplug.kl_term("k2_as_loss,head=clipped", **tensors, clip_range=wrong)
 
@@ -408,7 +409,20 @@ def test_the_bound_is_met_by_counted_tokens_alone(kl_type: str, share: float) ->
     assert term.metrics["klplug/bounded_share"] == share
 
 
-@pytest.mark.parametrize("kl_coef", [NAN, INF, -INF])
+@pytest.mark.parametrize("kl_type", ["k2_as_loss", "k2_as_loss,head=combined"])
+def test_a_coefficient_and_a_clip_range_of_another_librarys_are_numbers(kl_type: str) -> None:
+    tensors = batch()
+    del tensors["rollout_log_probs"], tensors["group_ids"]
+    one, other = (
+        klplug.policy_loss(kl_type, **tensors, kl_coef=kind(0.5), clip_range=kind(0.25))
+        for kind in (float, np.float32)
+    )
+    assert torch.equal(one, other)
+    with pytest.raises(TypeError, match="kl_coef must be a number or a tensor, got bool"):
+        klplug.policy_loss(kl_type, **tensors, kl_coef=True)
+
+
+@pytest.mark.parametrize("kl_coef", [NAN, INF, -INF, 10**400])
 @pytest.mark.parametrize("kl_type", ["k2_as_loss", "k2_as_loss,head=combined"])
 def test_a_coefficient_that_is_no_number_is_refused(kl_type: str, kl_coef: float) -> None:
     tensors = batch()

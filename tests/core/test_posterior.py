@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -123,9 +124,9 @@ def test_a_reward_that_is_no_number_leaves_the_other_answers_as_they_are(reward:
     assert not found[1][given.mask[1]].isfinite().any()
 
 
-@pytest.mark.parametrize("beta", [0.0, -1.0, NAN, math.inf])
-def test_a_coefficient_that_is_none_is_told(beta: float) -> None:
-    with pytest.raises(ValueError, match="which must be positive"):
+@pytest.mark.parametrize("beta", [0.0, -1.0, NAN, math.inf, 10**400, True, "0.1", None])
+def test_a_coefficient_that_is_none_is_told(beta: Any) -> None:
+    with pytest.raises(ValueError, match="which must be a positive number"):
         posterior_log_probs(samples(), beta)
 
 

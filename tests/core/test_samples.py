@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -224,6 +225,10 @@ def test_a_token_without_a_number_leaves_the_other_tokens_weights_as_they_are() 
         ("k2_as_loss,weight=difficulty", {"rewards": torch.zeros(4, 1)},
          r"rewards has shape \(4, 1\), and must have \(4,\)"),
         ("k2_as_loss,weight=positive", {"mask": torch.ones(4, 3)}, "mask must be of dtype bool"),
+        ("k2_as_loss,weight=positive", {"advantages": torch.ones(4, 3, device="meta")},
+         "advantages is on meta, mask is on cpu"),
+        ("k2_as_loss,weight=difficulty", {"group_ids": [0]}, "group_ids has 1 entries for 4"),
+        ("k2_as_loss,weight=difficulty", {"group_ids": [0] * 5}, "group_ids has 5 entries for 4"),
     ],
 )  # fmt: skip
 def test_nothing_is_spread_over_tokens_that_it_is_not_of(
@@ -233,6 +238,24 @@ def test_nothing_is_spread_over_tokens_that_it_is_not_of(
     whole = {"log_probs": zero, "ref_log_probs": zero, "advantages": zero, "group_ids": [0] * 4}
     with pytest.raises(ValueError, match=words):
         sample_weights(kl_type, Samples(**{"mask": mask, "rewards": zero[:, 0], **whole, **given}))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"mask": [[1]]}, "mask must be a tensor, got list"),
+        ({"advantages": [[1.0]]}, "advantages must be a tensor, got list"),
+        ({"rewards": 1.0}, "rewards must be a tensor, got float"),
+        ({"group_ids": 3}, "group_ids must be B hashable names or numbers, got 3"),
+    ],
+)
+def test_what_is_no_tensor_is_named(given: dict[str, object], words: str) -> None:
+    whole = {"mask": torch.ones(1, 1).bool(), "advantages": torch.ones(1, 1)}
+    whole |= {"rewards": torch.ones(1), "group_ids": [0]}
+    with pytest.raises(TypeError, match=words):
+        sample_weights("k2_as_loss,weight=difficulty", Samples(**{**whole, **given}))
+    with pytest.raises(TypeError, match="tensors must be a mapping, got list"):
+        sample_weights("k2_as_loss,weight=mask:a", Samples(whole["mask"], tensors=[1]))
 
 
 # ── Names ────────────────────────────────────────────────────────────────────────────────────────
@@ -308,13 +331,17 @@ BAD = {
     "is -1 at a token": lambda s, _: -torch.ones(2),
     "is nan at a token": lambda s, _: torch.full((2, 4), math.nan),
     "is inf at a token": lambda s, _: torch.full((2, 4), math.inf),
+    "is on meta, mask is on cpu": lambda s, _: torch.ones(2, 4, device="meta"),
+    "is of torch.complex64: real numbers": lambda s, _: torch.ones(2, 4, dtype=torch.complex64),
+    "must be a tensor, got list": lambda s, _: [1.0, 1.0],
+    "must be a tensor, got ndarray": lambda s, _: np.ones((2, 4)),
 }
 
 
 @pytest.mark.parametrize("said", BAD)
 def test_a_bad_weight_is_named_with_its_package(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     entry_points(monkeypatch, ("bad", SampleWeight(BAD[said], ""), "theirs"))
-    with pytest.raises(ValueError, match=r"weight=bad \(theirs 2.1\)") as error:
+    with pytest.raises((ValueError, TypeError), match=r"weight=bad \(theirs 2.1\)") as error:
         sample_weights("k2_as_loss,weight=bad", Samples(torch.ones(2, 4).bool()))
     assert said in str(error.value)
     monkeypatch.undo()
@@ -341,6 +368,8 @@ def test_what_is_missing_is_named() -> None:
         with pytest.raises(ValueError) as error:
             kl_term("k2_as_loss,weight=positive", **given, sample_weights=weights)
         assert said in str(error.value)
+    with pytest.raises(TypeError, match=r"sample_weights\['positive'\] must be a tensor.*got None"):
+        kl_term("k2_as_loss,weight=positive", **given, sample_weights={"positive": None})
 
 
 def test_a_token_whose_weight_is_no_number_leaves_the_kl() -> None:

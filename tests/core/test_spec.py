@@ -7,7 +7,10 @@ import dataclasses
 import math
 import pickle
 import re
+from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -297,6 +300,13 @@ def test_a_spec_is_frozen_and_parses_to_itself() -> None:
         ("half*k2_as_loss", ["'half' before '*' is no number", "0.5*k2_as_loss"]),
         ("*k2_as_loss", ["'' before '*' is no number"]),
         ("2*", ["'2*': no name stands behind '*'"]),
+        # Nobody is led to a term of the other sign, or without its coefficient.
+        ("-k2_as_loss", ["'-k2_as_loss' is unknown. A coefficient is a number", "-1*k2_as_loss"]),
+        ("0.5k2_as_loss", ["'0.5k2_as_loss' is unknown. A coefficient is a number before '*'"]),
+        (
+            "1.5*k2_as_loss-0.5*k2_as_loss,reference=old",
+            ["'1.5*k2_as_loss-0.5' before '*' is no number", "a negative coefficient too: +-0.5*"],
+        ),
         ("0.5*none", ["'none' takes no options, got a coefficient"]),
         ("2*monitor", ["'monitor' takes no options, got a coefficient"]),
         ("k1_in_reward,reference=old", ["holds nothing back", "'k2_as_loss,reference=old'"]),
@@ -392,8 +402,10 @@ def test_coefficients() -> None:
         (math.inf, "finite"),
         (4e38, "finite and positive in float32"),
         (1e-46, "finite and positive in float32"),
+        (10**400, "finite and positive in float32, got inf"),
         (None, "needs a kl_coef"),
         ("a", "number"),
+        (True, "must be a number, got True"),
     ):
         with pytest.raises(ValueError, match=word):
             check_kl_coef(spec, coef)  # type: ignore[arg-type]
@@ -411,3 +423,16 @@ def test_a_spec_built_by_hand_is_checked_as_well() -> None:
         KLSpec("k2", "in_loss")
     with pytest.raises(ValueError, match="cap='ten' is no number"):
         KLSpec("k2", "as_loss", cap="ten")
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64, Fraction])
+def test_a_number_may_be_of_any_library(kind: type) -> None:
+    spec = TermSpec("k2", "as_loss", factor=kind(2), cap=kind(5), bound=kind(3))
+    assert str(spec) == "2*k2_as_loss,cap=5,bound=3" and spec == parse(str(spec))
+    assert check_kl_coef(spec, kind(2)) == 2 and type(check_kl_coef(spec, kind(2))) is float
+
+
+@pytest.mark.parametrize(("factor", "words"), [(10**400, "coefficient inf"), (True, "no number")])
+def test_a_factor_that_is_no_number_of_float32_is_named(factor: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        TermSpec("k2", "as_loss", factor=factor)

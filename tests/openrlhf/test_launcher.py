@@ -278,7 +278,7 @@ MISTAKES: list[tuple[tuple[str, ...], list[str]]] = [
         ((*KL, "--klplug.kl_ctrl", "pid"), ["pid needs a kl_target"]),
         (
             (*KL, "--klplug.kl_ctrl", "pid", "--klplug.kl_target", "1", "--klplug.kl_horizon", "9"),
-            ["kl_horizon=9.0 has no meaning with kl_ctrl=pid", "adaptive"],
+            ["kl_horizon=9 has no meaning with kl_ctrl=pid", "adaptive"],
         ),
         ((*KL, "--klplug.kl_target", "0.1"), ["kl_target", "adaptive"]),
         (
