@@ -32,7 +32,7 @@ def number_of(value: Any) -> float | None:
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return math.inf if value == abs(value) else -math.inf
 
 
 def largest(x: Tensor) -> float:

@@ -30,6 +30,10 @@ INDEX = "model.safetensors.index.json"
 ONE = "model.safetensors"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """What has a mean. A tensor of another dtype must be the same in all models."""
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+ALIKE = ("architectures", "model_type", "vocab_size")
+LIKE_WHERE_SAID = ("num_attention_heads", "num_key_value_heads", "hidden_act", "rope_theta")
+"""What two architectures differ in whose tensors are of the same shapes."""
 
 
 class NoSoup(Unreadable, ValueError):
@@ -47,11 +51,10 @@ class Entry:
     size: int
 
     def bytes(self) -> bytearray:
+        found = bytearray(self.size)
         with self.file.open("rb") as content:
             content.seek(self.start)
-            found = bytearray(content.read(self.size))
-        if len(found) < self.size:
-            raise NoSoup(f"{self.file} is cut: a tensor of {self.size} bytes has {len(found)}")
+            content.readinto(found)
         return found
 
     def tensor(self) -> Tensor:
@@ -72,9 +75,10 @@ class Model:
     @classmethod
     def read(cls, folder: Path) -> Model:
         index, one = folder / INDEX, folder / ONE
+        places: dict[str, str] = {}
         if index.is_file():
-            names = dict.fromkeys(_json(index).get("weight_map", {}).values())
-            files = tuple(folder / name for name in names)
+            places = _places(index)
+            files = tuple(folder / name for name in dict.fromkeys(places.values()))
         elif one.is_file():
             files = (one,)
         else:
@@ -85,6 +89,9 @@ class Model:
                 if name in entries:
                     raise NoSoup(f"{folder} has {name} twice")
                 entries[name] = entry
+        for name, place in places.items():
+            if name not in entries or entries[name].file.name != place:
+                raise NoSoup(f"{index} says that {name} is in {place}, and it is not")
         return cls(folder, files, entries)
 
     def json(self, name: str) -> Any:
@@ -92,11 +99,25 @@ class Model:
         return _json(path) if path.is_file() else {}
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise NoSoup(f"{path} can't be read: {error}") from None
+    if not isinstance(found, dict):
+        raise NoSoup(f"{path} is no JSON object")
+    return found
+
+
+def _places(index: Path) -> dict[str, str]:
+    """The file of each tensor, by the index of a model in shards."""
+    places = _json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise NoSoup(f"{index} has no weight_map, which names the file of each tensor")
+    for name, place in places.items():
+        if not isinstance(place, str) or Path(place).name != place:
+            raise NoSoup(f"{index}: {name} is in {place!r}, which must be a file beside the index")
+    return places
 
 
 def _header(file: Path) -> bytes:
@@ -115,14 +136,31 @@ def _header(file: Path) -> bytes:
 def _entries(file: Path) -> Iterator[tuple[str, Entry]]:
     header = _header(file)
     try:
-        tensors: dict[str, Any] = json.loads(header[8:])
+        tensors = json.loads(header[8:])
     except ValueError as error:
         raise NoSoup(f"{file} is no file of safetensors: {error}") from None
+    if not isinstance(tensors, dict):
+        raise NoSoup(f"{file} is no file of safetensors: its header is no JSON object")
     tensors.pop("__metadata__", None)
+    for name, row in tensors.items():
+        if not _is_row(row):
+            raise NoSoup(f"{file} is no file of safetensors: of {name} its header says {row!r}")
     for name, row in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, end = row["data_offsets"]
-        start = len(header) + begin
-        yield name, Entry(file, start, row["dtype"], tuple(row["shape"]), end - begin)
+        begin, end = (len(header) + offset for offset in row["data_offsets"])
+        if end > (size := file.stat().st_size):
+            raise NoSoup(f"{file} is cut: {name} ends at byte {end}, and the file at {size}")
+        yield name, Entry(file, begin, row["dtype"], tuple(row["shape"]), end - begin)
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a header can say so of a tensor: its bytes are as many as its numbers take."""
+    try:
+        dtype, shape, (begin, end) = row["dtype"], row["shape"], row["data_offsets"]
+        size = SIZES[dtype] * math.prod(shape) if dtype in SIZES else end - begin
+        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end - begin))
+        return whole and bool(end - begin == size)
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def soup(folders: Sequence[Path], weights: Sequence[float] | None, out: Path) -> list[float]:
@@ -141,19 +179,22 @@ def soup(folders: Sequence[Path], weights: Sequence[float] | None, out: Path) ->
         _check_alike(models[0], other)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise NoSoup(f"--out {out} is there already: name a folder that is not")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        for path in sorted(models[0].folder.iterdir()):
-            if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
-                shutil.copy2(path, scratch / path.name)
-        for file in models[0].files:
-            with (scratch / file.name).open("wb") as content:
-                _write(file, models, shares, content)
-        scratch.chmod(0o755)
-        scratch.replace(out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            for path in sorted(models[0].folder.iterdir()):
+                if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
+                    shutil.copy2(path, scratch / path.name)
+            for file in models[0].files:
+                with (scratch / file.name).open("wb") as content:
+                    _write(file, models, shares, content)
+            scratch.chmod(0o755)
+            scratch.replace(out)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise NoSoup(f"--out {out} can't be written: {error}") from None
     return shares
 
 
@@ -169,21 +210,20 @@ def _shares(folders: Sequence[Path], weights: Sequence[float] | None) -> list[fl
     if not all(math.isfinite(weight) and weight > 0 for weight in weights):
         raise NoSoup(f"--weights {written}: each must be a positive number")
     if abs(sum(weights) - 1) > 1e-6:
-        raise NoSoup(f"--weights {written}: they sum to {sum(weights):g}, and must sum to 1")
+        raise NoSoup(f"--weights {written}: they sum to {sum(weights):.9g}, and must sum to 1")
     return list(weights)
 
 
 def _check_alike(first: Model, other: Model) -> None:
-    for key in ("architectures", "model_type", "vocab_size"):
-        values = [model.json("config.json").get(key) for model in (first, other)]
-        if values[0] != values[1]:
+    configs = [model.json("config.json") for model in (first, other)]
+    for key in (*ALIKE, *LIKE_WHERE_SAID):
+        own, its = (config.get(key) for config in configs)
+        if own != its and (key in ALIKE or None not in (own, its)):
             raise NoSoup(
-                f"{other.folder} has {key} {values[1]!r} and {first.folder} {values[0]!r}: a mean "
-                "is of models of one architecture"
+                f"{other.folder} has {key} {its!r} and {first.folder} {own!r}: a mean is of models "
+                "of one architecture"
             )
-    vocabularies = [
-        (model.json("tokenizer.json").get("model") or {}).get("vocab") for model in (first, other)
-    ]
+    vocabularies = [_vocabulary(model) for model in (first, other)]
     if all(vocabularies) and vocabularies[0] != vocabularies[1]:
         raise NoSoup(f"{other.folder} and {first.folder} have tokenizers of other vocabularies")
     if lacking := first.entries.keys() ^ other.entries.keys():
@@ -202,6 +242,11 @@ def _check_alike(first: Model, other: Model) -> None:
             )
 
 
+def _vocabulary(model: Model) -> Any:
+    own = model.json("tokenizer.json").get("model")
+    return own.get("vocab") if isinstance(own, dict) else None
+
+
 def _write(file: Path, models: Sequence[Model], shares: Sequence[float], to: BinaryIO) -> None:
     """One file of the first model's, with the mean in the place of each of its tensors."""
     to.write(_header(file))
@@ -215,10 +260,18 @@ def _write(file: Path, models: Sequence[Model], shares: Sequence[float], to: Bin
             to.write(first)
             continue
         to.seek(own.start)
-        to.write(_mean([model.entries[name] for model in models], shares))
+        mean = _mean([model.entries[name] for model in models], shares)
+        if not mean.isfinite().all():
+            raise NoSoup(
+                f"{name} has numbers that are not finite in the mean: a model has such, or larger "
+                f"ones than {DTYPES[own.dtype]} has, the dtype of {models[0].folder}"
+            )
+        import torch
+
+        to.write(mean.view(torch.uint8).numpy().data)
 
 
-def _mean(entries: Sequence[Entry], shares: Sequence[float]) -> memoryview:
+def _mean(entries: Sequence[Entry], shares: Sequence[float]) -> Tensor:
     import torch
 
     wide = torch.float64 if entries[0].dtype == "F64" else torch.float32
@@ -226,8 +279,7 @@ def _mean(entries: Sequence[Entry], shares: Sequence[float]) -> memoryview:
     for entry, share in zip(entries, shares, strict=True):
         if entry.size:
             total.add_(entry.tensor(), alpha=share)
-    mean = total.to(getattr(torch, DTYPES[entries[0].dtype]))
-    return mean.view(torch.uint8).numpy().data
+    return total.to(getattr(torch, DTYPES[entries[0].dtype]))
 
 
 def soup_command(
