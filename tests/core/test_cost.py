@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import Operations, peak_bytes
 from klplug import kl_term, kl_types, parse
@@ -26,6 +29,45 @@ def test_no_number_is_looked_at(kl_type: str) -> None:
     assert tensors["log_probs"].grad is not None
     for tensor in (term.weight, *term.metrics.values()):
         assert tensor.is_meta
+
+
+class Named(TorchDispatchMode):
+    """The names of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+# A tensor made of Python's numbers, which is copied to a GPU and waited for; and a number read.
+OF_NUMBERS = {"lift_fresh", "_local_scalar_dense"}
+
+
+def test_what_is_made_of_numbers_is_seen() -> None:
+    with Named() as operations:
+        torch.tensor([1, 2])
+        torch.ones(2).sum().item()
+    assert operations.names >= OF_NUMBERS
+    with Named() as operations:
+        torch.full((2,), 3.0) * 2.0
+    assert not operations.names & OF_NUMBERS
+
+
+@pytest.mark.parametrize("kl_type", GRID)
+def test_no_list_of_numbers_is_sent_to_the_device(kl_type: str) -> None:
+    given = batch(dtype=torch.bfloat16)
+    ids = given.pop("group_ids").tolist()
+    with Named() as operations:
+        term = kl_term(kl_type, **given, group_ids=ids, kl_coef=BETA, clip_range=CLIP)
+        term.loss.sum().backward()
+        assert term.metrics and term.weight.shape == (4, 6)
+    assert not operations.names & OF_NUMBERS
 
 
 @pytest.mark.parametrize(

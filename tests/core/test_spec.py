@@ -248,6 +248,7 @@ def test_a_spec_is_frozen_and_parses_to_itself() -> None:
         ("k1_in_reward,head=clipped,horizon=token", ["horizon=token", "'k2_as_loss,head=clipped'"]),
         ("k1_in_reward,head=combined,reward_norm=group", ["reward_norm=group", "after group"]),
         ("k2_as_loss,head=both", ["head", "Allowed: separate, combined, clipped"]),
+        ("k1_as_loss,head=combined", ["head=combined", "'k2_as_loss,head=combined'"]),
         ("k2_as_loss,head=combined,ratio=old", ["ratio=old", "the policy loss"]),
         ("k2_as_loss,head=combined,ratio=none", ["ratio=none", "the policy loss"]),
         ("k2_as_loss,head=clipped,cap=3", ["cap=3", "the policy loss"]),

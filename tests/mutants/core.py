@@ -172,6 +172,13 @@ BASELINES = of(
         "returns.new_ones(len(returns))",
     ),
     tests=("oracle", "term", "numbers", "exact"),
+) + of(
+    "baselines",
+    (
+        "torch.cat([torch.full((n,), k, dtype=torch.long, device=device) for k, n in runs])",
+        "torch.tensor([k for k, n in runs for _ in range(n)], device=device)",
+    ),
+    tests=("cost",),
 )
 
 METRICS = (
