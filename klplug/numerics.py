@@ -48,7 +48,7 @@ def largest_exponent(x: Tensor) -> float:
 def saturating_exp(x: Tensor, at_most: float = math.inf) -> Tensor:
     """``exp(x)``, held at the dtype's largest finite number where it would overflow.
 
-    The only bound in klplug that nobody asked for; ``klplug/overflow_share`` counts where it acted.
+    The only bound without a name in a kl_type; ``klplug/overflow_share`` counts where it acted.
     """
     return x.exp().clamp_(max=min(at_most, largest(x)))
 
