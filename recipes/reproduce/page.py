@@ -1,13 +1,15 @@
 """docs/evidence.md, its figures and README's table: `python -m recipes.reproduce.page`.
 
-Nothing in the page is written by hand but its sentences: each number is of `results/tier1*.jsonl`
-or `exact*.jsonl`, each verdict follows HYPOTHESES.md's rule. What is missing is said to be missing.
+Nothing in the page is written by hand but its sentences: each number is of `results/GRID*.jsonl` of
+the grids tier1, exact and smollm2, each verdict follows HYPOTHESES.md's rule. What is missing is said
+to be missing.
 """
 
 import argparse
 import math
 import re
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ import numpy as np
 from scipy.stats import bootstrap
 
 from klplug.report import plots
-from recipes.reproduce.drive import DriveError, Row, read_rows, seconds_of
+from recipes.reproduce.drive import DriveError, Row, is_of, read_rows, seconds_of, shown
 from recipes.reproduce.grid import HERE, load
 from recipes.shared.settings import REPOSITORY
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 RESULTS = HERE / "results"
 PAGE = REPOSITORY / "docs" / "evidence.md"
+CLOSED_FORM = REPOSITORY / "docs" / "closed-form.md"
 README = REPOSITORY / "README.md"
 IN_README = re.compile(r"(?<=<!-- evidence -->\n).*(?=<!-- /evidence -->)", re.DOTALL)
 IMAGES = REPOSITORY / "docs" / "img"
@@ -48,15 +51,15 @@ COLOURS = (plots.INK, "#d55e00", "#e69f00", "#cc79a7", "#0072b2", "#009e73", "#5
 
 def accuracy(row: Row) -> float:
     """pass@1 at temperature 1 at the end; 0 of a run that diverged."""
-    return 0.0 if row["status"] == "diverged" else row["evaluations"][-1]["sampled_accuracy"]
+    return end("sampled_accuracy", diverged=0.0)(row)
 
 
-def end(name: str) -> Callable[[Row], float]:
-    """A measure of the last evaluation; nan of a run that diverged."""
+def end(name: str, diverged: float = math.nan) -> Callable[[Row], float]:
+    """A measure of the last evaluation, and what it is of a run that diverged."""
 
     def value(row: Row) -> float:
         if row["status"] == "diverged":
-            return math.nan
+            return diverged
         found: Any = row["evaluations"][-1]
         for key in name.split("/"):
             found = found[key]
@@ -79,10 +82,15 @@ def gradient_norm(row: Row) -> float:
 
 
 def swing(row: Row) -> float:
-    """Standard deviation of the logged KL, nats per token, over the last third of the rollouts."""
-    kl = [value for value in row["training"].get("kl", []) if value is not None]
-    last = kl[-(row["settings"]["steps"] // 3) :]
-    return float(np.std(last, ddof=1)) if len(last) > 1 else math.nan
+    """Standard deviation of the mean log-ratio over the last third of the rollouts, nats per token.
+
+    Not of the host's `kl`, which is another quantity for each estimator. nan of a run that diverged.
+    """
+    logged = row["training"].get("klplug/k1", [])
+    last = [value for value in logged if value is not None][-(row["settings"]["steps"] // 3) :]
+    if row["status"] == "diverged" or len(last) < 2:
+        return math.nan
+    return float(np.std(last, ddof=1))
 
 
 def cpu_seconds(row: Row) -> float:
@@ -101,18 +109,24 @@ class Measure:
 
 ACCURACY = Measure("accuracy", accuracy, "{:.1%}")
 KL = Measure("KL(pi‖ref)", end("kl_nats_per_answer"), "{:.3g}")
-ABLE = (
-    ACCURACY,
-    Measure("greedy", end("accuracy"), "{:.1%}"),
-    Measure("pass@8", end("pass_at/8"), "{:.1%}"),
-    Measure("pass@16", end("pass_at/16"), "{:.1%}"),
-    Measure("rollouts lost", lost, "{:.0%}"),
-)
+KL_ERROR = Measure("its error", end("kl_standard_error"), "{:.2g}")
+ENTROPY = Measure("entropy", end("entropy_nats_per_answer"), "{:.3g}")
+GREEDY = Measure("greedy", end("accuracy", diverged=0.0), "{:.1%}")
+
+
+def pass_at(k: int) -> Measure:
+    return Measure(f"pass@{k}", end(f"pass_at/{k}", diverged=0.0), "{:.1%}")
+
+
+PASS_16 = pass_at(16)
+CORRECT = (ACCURACY, GREEDY, pass_at(8), PASS_16)
+ABLE = (*CORRECT, Measure("rollouts lost", lost, "{:.0%}"))
+TOKENS = Measure("tokens", end("response_tokens"), "{:.1f}")
 MOVED = (
     KL,
     Measure("KL(ref‖pi)", end("forward_kl_nats_per_answer"), "{:.3g}"),
-    Measure("entropy", end("entropy_nats_per_answer"), "{:.3g}"),
-    Measure("tokens", end("response_tokens"), "{:.1f}"),
+    ENTROPY,
+    TOKENS,
     Measure("gradient norm", gradient_norm, "{:.2g}"),
 )
 SWING = Measure("swing", swing, "{:.2g}")
@@ -163,7 +177,10 @@ def effect(differences: Sequence[float]) -> Effect:
     return Effect(float(values.mean()), low, high, tuple(values.tolist()))
 
 
-Verdict = Literal["reproduced", "not reproduced", "not decided", "not decided yet", "no verdict"]
+Verdict = Literal[
+    *("reproduced", "not reproduced", "not decided", "not decided yet", "no verdict"),
+    *("as expected", "not as expected", "not told apart"),  # of one seed, by the noise of measuring
+]
 
 
 def above(found: Effect | None, threshold: float) -> bool:
@@ -206,6 +223,11 @@ def verdict(effects: Sequence[Effect | None], holds: bool, opposite: bool) -> Ve
     return "not reproduced" if opposite else "not decided"
 
 
+ORDER_OF_VERDICTS: tuple[Verdict, ...] = (
+    *("reproduced", "not reproduced", "not decided", "not decided yet"),
+)
+
+
 class Runs:
     """The rows of a grid, looked up by what was varied."""
 
@@ -219,13 +241,22 @@ class Runs:
         found = (r for r in self.rows if all(r["settings"][k] == v for k, v in asked.items()))
         return {row["settings"]["seed"]: row for row in found}
 
+    def log(self, of: Callable[[Row], float]) -> Callable[[Row], float]:
+        """A measure's logarithm; of a run that diverged, that of the runs with as many updates
+        whose measure is the largest.
+        """
+
+        def value(row: Row) -> float:
+            if row["status"] != "diverged":
+                return math.log(found) if (found := of(row)) > 0 else math.nan
+            updates = row["settings"]["updates"]
+            beside = (of(r) for r in self.rows if r["settings"]["updates"] == updates)
+            return max((math.log(found) for found in beside if found > 0), default=math.nan)
+
+        return value
+
     def log_kl(self, row: Row) -> float:
-        """Of a run that diverged, the largest KL of the runs with as many updates."""
-        kl = end("kl_nats_per_answer")
-        if math.isfinite(value := kl(row)):
-            return math.log(value)
-        beside = (r for r in self.rows if r["settings"]["updates"] == row["settings"]["updates"])
-        return max((math.log(v) for r in beside if math.isfinite(v := kl(r))), default=math.nan)
+        return self.log(KL.of)(row)
 
     def effect(
         self, of: Callable[[Row], float], first: str, second: str, updates: int = 4
@@ -304,9 +335,8 @@ def findings(runs: Runs) -> list[Finding]:
     destroyed = runs.effect(accuracy, K1, "none")
     kl_k3 = runs.effect(runs.log_kl, "k3_in_reward", "none")
     harmed = runs.effect(accuracy, "k3_in_reward", "none")
-    diverse = runs.effect(end("pass_at/16"), WHOLE, "k2_as_loss")
-    entropy = runs.effect(end("entropy_nats_per_answer"), WHOLE, "k2_as_loss")
-    drift = runs.effect(runs.log_kl, WHOLE, "k2_as_loss")
+    diverse, entropy, drift = against_own_token(runs, WHOLE)
+    in_reward = against_own_token(runs, "k1_in_reward")
     return [
         alike(
             "a1",
@@ -333,6 +363,12 @@ def findings(runs: Runs) -> list[Finding]:
             verdict([harmed], below(harmed, -5 * POINT), above(harmed, -5 * POINT)),
         ),
         Finding(
+            "c",
+            "stock k3 beside k2 as a loss: reported, decides nothing here",
+            f"KL {factor(runs.effect(runs.log_kl, 'stock:k3', 'k2_as_loss'))}",
+            "no verdict",
+        ),
+        Finding(
             "d1",
             "whole answer against own token: higher pass@16",
             f"pass@16 {points(diverse)}",
@@ -350,14 +386,26 @@ def findings(runs: Runs) -> list[Finding]:
             f"KL {factor(drift)}",
             verdict([drift], below(drift, 0), above(drift, 0)),
         ),
-        at_equal_kl(runs),
         Finding(
-            "c",
-            "stock k3 beside k2 as a loss: reported, decides nothing here",
-            f"KL {factor(runs.effect(runs.log_kl, 'stock:k3', 'k2_as_loss'))}",
+            "d",
+            "k1 in the reward against own token: reported beside d1 to d3, decides nothing",
+            f"pass@16 {points(in_reward[0])}; entropy {nats(in_reward[1])}; "
+            f"KL {factor(in_reward[2])}",
             "no verdict",
         ),
+        at_equal_kl(runs),
     ]
+
+
+def against_own_token(
+    runs: Runs, kl_type: str
+) -> tuple[Effect | None, Effect | None, Effect | None]:
+    """pass@16, entropy and log KL of a form of whole answers, less those of `k2_as_loss`."""
+    return (
+        runs.effect(PASS_16.of, kl_type, SAMPLED),
+        runs.effect(ENTROPY.of, kl_type, SAMPLED),
+        runs.effect(runs.log_kl, kl_type, SAMPLED),
+    )
 
 
 COEFFICIENTS = (0.05, 0.5, 2.0)
@@ -369,7 +417,7 @@ def at_equal_kl(runs: Runs) -> Finding:
     def line(kl_type: str, seed: int, at: float) -> float | None:
         """Accuracy at a log KL, on the least-squares line through the coefficients' points."""
         rows = [runs.of(kl_type, 4, coef).get(seed) for coef in COEFFICIENTS]
-        there = [row for row in rows if row is not None and row["status"] == "done"]
+        there = [row for row in rows if row is not None]
         if len(there) < len(COEFFICIENTS):
             return None
         x, y = [runs.log_kl(row) for row in there], [accuracy(row) for row in there]
@@ -394,11 +442,8 @@ def at_equal_kl(runs: Runs) -> Finding:
 def exact_findings(runs: Runs) -> list[Finding]:
     """(x) of HYPOTHESES.md: the KL over the vocabulary less the sampled one."""
 
-    def log(of: Callable[[Row], float]) -> Callable[[Row], float]:
-        return lambda row: math.log(of(row)) if of(row) > 0 else math.nan
-
     def smaller(part: str, what: str, of: Callable[[Row], float], updates: int) -> Finding:
-        found = runs.effect(log(of), EXACT, SAMPLED, updates)
+        found = runs.effect(runs.log(of), EXACT, SAMPLED, updates)
         return Finding(
             part,
             f"{updates} updates: a smaller {what}",
@@ -419,6 +464,31 @@ def exact_findings(runs: Runs) -> list[Finding]:
     ]
 
 
+def language_findings(runs: Runs) -> list[Finding]:
+    """(l) of HYPOTHESES.md: one seed, so only the noise of measuring a KL is known."""
+
+    def compared(part: str, asked: str, kl_type: str, sign: int) -> Finding:
+        one, other = (runs.of(form).get(1) for form in (kl_type, "none"))
+        if one is None or other is None:
+            return Finding(part, asked, "no pair of runs yet", "not decided yet")
+        if "diverged" in (one["status"], other["status"]):
+            # Both: neither is larger.
+            larger = (one["status"] == "diverged") - (other["status"] == "diverged")
+            measured, beyond_noise = "KL of a run that diverged", larger
+        else:
+            difference = KL.of(one) - KL.of(other)
+            error = math.hypot(KL_ERROR.of(one), KL_ERROR.of(other))
+            measured = f"KL {difference:+.3g} nats, error {error:.2g} (1 seed)"
+            beyond_noise = int(math.copysign(abs(difference) > 2 * error, difference))
+        found: tuple[Verdict, ...] = ("not told apart", "as expected", "not as expected")
+        return Finding(part, asked, measured, found[sign * beyond_noise])
+
+    return [
+        compared("l1", "k1 as a loss ends with more KL than no KL", K1, 1),
+        compared("l2", "k2 as a loss ends with less KL than no KL", SAMPLED, -1),
+    ]
+
+
 # The page
 
 
@@ -428,9 +498,10 @@ def tables(
     updates: int,
     kl_coef: float,
     moved: Sequence[Measure] = MOVED,
+    able: Sequence[Measure] = ABLE,
 ) -> list[str]:
     """What each formulation's policy is able to do, and below how far it has moved."""
-    first, second = (table(runs, kl_types, updates, kl_coef, of) for of in (ABLE, moved))
+    first, second = (table(runs, kl_types, updates, kl_coef, of) for of in (able, moved))
     return [*first, "", *second]
 
 
@@ -462,7 +533,25 @@ def exact_lines(rows: Sequence[Row], beside: Runs) -> list[str]:
     for updates in sorted({row["settings"]["updates"] for row in rows}):
         lines += ["", f"With {updates} updates per rollout:", ""]
         lines += tables(runs, (SAMPLED, EXACT), updates, 0.5, moved)
-    return [*lines, "", *provenance(rows), ""]
+    return [*lines, "", *provenance(rows), "", *missing_lines("exact", rows)]
+
+
+def language_lines(rows: Sequence[Row]) -> list[str]:
+    """The section on `grids/smollm2.yaml`."""
+    runs = Runs(rows)
+    able, moved = (ACCURACY, GREEDY, pass_at(4)), (KL, KL_ERROR, *MOVED[1:])
+    lines = ["## A language model", "", *ON_LANGUAGE.splitlines(), "", start_line(rows, able), ""]
+    lines += [*verdict_table(language_findings(runs)), ""]
+    lines += [*tables(runs, ("none", K1, SAMPLED), 4, 0.5, moved, able), ""]
+    return [*lines, *provenance(rows), "", *missing_lines("smollm2", rows)]
+
+
+def tally_line(found: Sequence[Finding]) -> str:
+    """How often each verdict was reached, a negative one as plainly as a positive one."""
+    counts = Counter(finding.verdict for finding in found if finding.verdict != "no verdict")
+    told = [f"{count} {word}" for word in ORDER_OF_VERDICTS if (count := counts[word])]
+    total = sum(counts.values())
+    return f"Of {total} predictions that were written before the runs: {', '.join(told)}."
 
 
 def verdict_table(found: Sequence[Finding]) -> list[str]:
@@ -474,7 +563,7 @@ def verdict_table(found: Sequence[Finding]) -> list[str]:
 
 
 def short_table(runs: Runs) -> str:
-    """README's: accuracy and KL of each formulation, with the lowest and the highest seed."""
+    """README's: accuracy and KL of each formulation, lowest and highest seed; how verdicts fell."""
     lines = [
         "| `kl_type` | seeds | accuracy | KL(pi‖ref), nats per answer |",
         "| --- | --- | --- | --- |",
@@ -483,34 +572,32 @@ def short_table(runs: Runs) -> str:
         rows = list(runs.of(kl_type).values())
         values = (mean_and_range([m.of(row) for row in rows], m.form) for m in (ACCURACY, KL))
         lines.append(f"| `{kl_type}` | {len(rows)} | {' | '.join(values)} |")
-    return "\n".join(["", *lines, "", ""])
+    return "\n".join(["", *lines, "", tally_line(findings(runs)), "", ""])
 
 
-def start_line(rows: Sequence[Row]) -> str:
+def start_line(rows: Sequence[Row], able: Sequence[Measure]) -> str:
     """What all runs start from."""
-    start = rows[0]["evaluations"][0]
-    return (
-        f"The policy before training: accuracy {start['sampled_accuracy']:.1%}, greedy "
-        f"{start['accuracy']:.1%}, pass@8 {start['pass_at']['8']:.1%}, pass@16 "
-        f"{start['pass_at']['16']:.1%}, entropy {start['entropy_nats_per_answer']:.3g} nats, "
-        f"{start['response_tokens']:.1f} tokens."
-    )
+    start = {**rows[0], "status": "done", "evaluations": rows[0]["evaluations"][:1]}
+    measured = (f"{m.heading} {m.form.format(m.of(start))}" for m in (*able, ENTROPY, TOKENS))
+    return f"The policy before training: {', '.join(measured)}."
 
 
-def missing_lines(rows: Sequence[Row]) -> list[str]:
-    """The seeds of tier 1 that are not there, a line a formulation."""
-    there = [row["settings"] for row in rows]
+def missing_lines(name: str, rows: Sequence[Row]) -> list[str]:
+    """The seeds of a grid that are not there, a line a formulation; empty where all are."""
+    grid = load(name)
     lost_seeds: dict[str, list[int]] = {}
-    for run in load("tier1").runs:
-        asked = run.as_dict()
-        if not any(all(asked.get(k) == v for k, v in found.items()) for found in there):
+    for run in grid.runs:
+        if not any(is_of(row, run, grid) for row in rows):
             coef = "" if run.kl_coef is None else f", kl_coef {run.kl_coef:g}"
-            name = f"`{run.kl_type}`{coef}, {run.updates} update{'s' * (run.updates > 1)}"
-            lost_seeds.setdefault(name, []).append(run.seed)
-    return [
-        f"- {name}: seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-        for name, seeds in lost_seeds.items()
-    ]
+            asked = f"`{run.kl_type}`{coef}, {run.updates} update{'s' * (run.updates > 1)}"
+            lost_seeds.setdefault(asked, []).append(run.seed)
+    if not lost_seeds:
+        return []
+    lines = (
+        f"- {asked}: seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+        for asked, seeds in lost_seeds.items()
+    )
+    return [f"Runs of the grid `{name}` that were not made yet:", "", *lines, ""]
 
 
 def frozen(row: Row) -> tuple[tuple[str, Any], ...]:
@@ -545,27 +632,6 @@ def provenance(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-# What the enumerable task says of each hypothesis, and where docs/closed-form.md says it.
-ENUMERABLE = (
-    ("a", "k1 as a loss, 1, 4 and 16 updates", "a-k1-as-loss"),
-    ("b", "k2 and k3 in the reward", "b-k2-and-k3-in-the-reward"),
-    (
-        "c",
-        "k2 against k3 as a loss, good answers rare or common",
-        "c-k2-against-k3-as-loss-good-answers-rare-and-common",
-    ),
-    ("d", "own token against whole answer, 2 to 8 tokens", "d-own-token-against-whole-answer"),
-    ("e", "many updates per rollout", "e-many-updates-per-rollout"),
-    ("f", "a bounded coefficient where a clamp lets go", "f-a-clamps-dead-zone-and-a-bound"),
-    ("g", "the frontier over coefficients", "g-the-frontier"),
-    ("h", "divided by the group's standard deviation", "h-divided-by-the-groups-spread"),
-)
-ENUMERATED = """\
-The other task has policies that are tables, 100 seeds and exact distances. [The closed
-form](closed-form.md) has each comparison, with its interval and how it was decided. How many
-sampled answers each estimator's gradient needs stands in [gradients on a real
-model](gradient-study.md).
-"""
 INTRODUCTION = """\
 Does the formulation of the KL matter in training? Each run on this page is a run of the real host:
 OpenRLHF with DeepSpeed, Ray and vLLM, on a CPU. The policy has 0.75 M parameters and learns
@@ -573,10 +639,34 @@ arithmetic word problems. The hypotheses, their outcomes and the rule of the ver
 before the runs: `recipes/reproduce/HYPOTHESES.md`. One small policy and one task show large effects
 only.
 """
+FORMULATIONS = """\
+| `kl_type` | what it is |
+| --- | --- |
+| `none` | no KL |
+| `k1_as_loss,ratio=none` | the log-ratio, log π/ref of each sampled token, as a loss |
+| `stock:k3` | OpenRLHF's own k3 as a loss, without klplug: the usual GRPO setting |
+| `k3_in_reward` | k3 taken off the reward |
+| `k1_in_reward` | the log-ratio taken off the reward: the KL of whole answers |
+| `k2_as_loss` | half of the squared log-ratio as a loss: the KL of each token |
+| `k2_as_loss,horizon=sequence` | a loss with the gradient of whole answers' KL |
+"""
+READ = """\
+π is the policy that is trained, ref the policy that it started from. KL(π‖ref) says how far π has
+moved, on answers of π. KL(ref‖π) says it on answers of ref. Accuracy is the share of right answers
+when π samples, greedy when it takes the likeliest token. pass@16 is the chance that 16 samples hold a
+right answer. Entropy says how varied the answers are.
+"""
 RULE = f"""\
 A difference is paired by seed. Its interval is the 95 % percentile bootstrap over seeds. With so
 few seeds it covers its mean less often than 95 %. So a verdict also asks that every seed lies on
-the same side. Fewer than {LEAST_SEEDS} seeds decide nothing.
+the same side. Fewer than {LEAST_SEEDS} seeds decide nothing. *Not reproduced* means that the opposite
+of the prediction holds, *not decided* that neither does.
+"""
+ENUMERATED = """\
+The other task has policies that are tables, 100 seeds and exact distances. [The closed
+form](closed-form.md) has each comparison, with its interval and how it was decided. A comparison
+*fails* where the opposite of what was predicted holds. How many sampled answers each estimator's
+gradient needs stands in [gradients on a real model](gradient-study.md).
 """
 COLUMNS = """\
 Mean over seeds, with the lowest and the highest seed. 30 rollouts of 32 problems, 8 answers each.
@@ -586,11 +676,202 @@ half of the first one's. The gradient norm is the median over the rollouts. `sto
 own, without klplug.
 """
 ON_EXACT = """\
-[The exact KL](exact.md) has one target with `k2_as_loss`, and no noise from its own token. These
-runs are of the same host, policy and task, with kl_coef 0.5. The swing is the standard deviation of
-the KL that the host logs, nats per token, over the last ten rollouts. CPU-seconds are those of the
-whole run, its evaluations included.
+`k2_as_loss` estimates each token's KL from the token that was sampled. `k2_as_loss,vocab=exact`
+([the exact KL](exact.md)) sums it over the vocabulary: the same target, without that token's noise.
+These runs are of the same host, policy and task, with kl_coef 0.5. `k2_as_loss` with 4 updates has
+tier 1's runs. The swing is the standard deviation, over the last ten rollouts, of the mean log-ratio
+that klplug logs (`klplug/k1`, nats per token). CPU-seconds are those of the whole run, its
+evaluations included.
 """
+ON_LANGUAGE = """\
+SmolLM2-135M-Instruct learns sums of two numbers, on the same host: kl_coef 0.5, 30 rollouts of 2
+problems with 8 answers each, 4 updates per rollout. One seed decides nothing, so there is no verdict.
+A difference of two KLs is compared with the noise of measuring them, on 64 problems with 4 answers
+each. What another seed would give is not known.
+"""
+
+
+@dataclass(frozen=True)
+class Told:
+    """A hypothesis in words."""
+
+    title: str
+    asked: str
+    parts: dict[str, tuple[str, str, str]]
+    """Of its parts on the host: reproduced, not reproduced, not decided; `{}` is the mean."""
+    enumerable: str
+    """What came out on the enumerable task, whose runs are complete."""
+    anchor: str
+    """Its section in docs/closed-form.md."""
+
+
+TOLD = {
+    "a": Told(
+        "k1 as a loss",
+        "A loss that averages the log-ratio looks like a KL. Its gradient is noise around zero. So "
+        "it should hold nothing, and do harm with several updates per rollout.",
+        {
+            "a1": (
+                "With one update it trained like no KL, as predicted.",
+                "With one update it did not train like no KL, against the prediction.",
+                "With one update it is not decided whether it trains like no KL.",
+            ),
+            "a2": (
+                "With four updates it lost the ten points that were predicted, or more ({}).",
+                "With four updates it did not lose the ten points that were predicted ({}).",
+                "With four updates a loss of ten points was predicted. The seeds do not decide ({}).",
+            ),
+        },
+        "With one update it is like no KL. With 16 it drives the policy further out. With 4 it does "
+        "not, against the prediction.",
+        "a-k1-as-loss",
+    ),
+    "b": Told(
+        "k2 and k3 in the reward",
+        "Some scripts take k3 off the reward. Near the reference that is no KL's gradient. So it "
+        "should not hold the policy, and may harm it.",
+        {
+            "b1": (
+                "It did not halve the drift that there is without a KL, as predicted ({}).",
+                "It halved the drift that there is without a KL, against the prediction ({}).",
+                "Whether it halves the drift that there is without a KL is not decided ({}).",
+            ),
+            "b2": (
+                "It cost the five points that were predicted, or more ({}).",
+                "It did not cost the five points that were predicted ({}).",
+                "Whether it costs the five points that were predicted is not decided ({}).",
+            ),
+        },
+        "Both drive the policy away from the reference's answers, k3 much further. In the other "
+        "direction k2 holds a little.",
+        "b-k2-and-k3-in-the-reward",
+    ),
+    "c": Told(
+        "k2 against k3 as a loss, good answers rare or common",
+        "k3 as a loss is GRPO's default. Theory says that it holds a policy less than k2 where good "
+        "answers are rare, and more where they are common. The host's runs have one start, so they "
+        "decide nothing here.",
+        {},
+        "Which of the two moves further was computed before the runs, for each setting, and came "
+        "out. Where good answers are rare k3 holds less at the larger betas only.",
+        "c-k2-against-k3-as-loss-good-answers-rare-and-common",
+    ),
+    "d": Told(
+        "own token against whole answer",
+        "`k2_as_loss` weighs each token's own KL. `k2_as_loss,horizon=sequence` also weighs what a "
+        "token does to the KL of later ones. A paper (FRPO) reports more diverse answers, more "
+        "entropy and less drift for that.",
+        {
+            "d1": (
+                "pass@16 was higher, as predicted ({}).",
+                "pass@16 was lower, against the prediction ({}).",
+                "Whether pass@16 is higher is not decided ({}).",
+            ),
+            "d2": (
+                "Entropy was higher, as predicted ({}).",
+                "Entropy was lower, against the prediction ({}).",
+                "Whether entropy is higher is not decided ({}).",
+            ),
+            "d3": (
+                "The drift was smaller, as predicted ({}).",
+                "The drift was larger, against the prediction ({}).",
+                "Whether the drift is smaller is not decided ({}).",
+            ),
+        },
+        "The whole answer drifts less, the more so the longer the answers are. Of entropy and of "
+        "the distance to the best policy some predictions fail.",
+        "d-own-token-against-whole-answer",
+    ),
+    "e": Told(
+        "many updates per rollout",
+        "Each update moves the policy away from the samples that it learns from. `k2_as_loss` has "
+        "a weight that corrects for that.",
+        {},
+        "With 64 updates `k1_in_reward` breaks first, as predicted. The weight makes one or two per "
+        "cent of difference: PPO's clip holds the policy with it and without it.",
+        "e-many-updates-per-rollout",
+    ),
+    "f": Told(
+        "a bounded coefficient where a clamp lets go",
+        "The hosts clamp their KL. Beyond the clamp its gradient is zero, so a policy that is far "
+        "away might never come back.",
+        {},
+        "It does come back, only more slowly: the prediction fails. After a spike of the step size "
+        "`bound=2` ends better than the clamps, as predicted.",
+        "f-a-clamps-dead-zone-and-a-bound",
+    ),
+    "g": Told(
+        "accuracy at equal KL",
+        "A formulation can look better only because it moves further. So accuracies are compared "
+        "at one KL, over three coefficients.",
+        {
+            "g": (
+                "`k2_as_loss` and `stock:k3` are then alike within two points, as predicted ({}).",
+                "`k2_as_loss` and `stock:k3` then differ by more than the two points that were "
+                "predicted ({}).",
+                "Whether `k2_as_loss` and `stock:k3` are then alike is not decided ({}).",
+            ),
+        },
+        "Each reward is compared with the best one that can be had at its KL. verl's k3 lacks 3 to 5 "
+        "points more than forms of whole answers, as predicted. For k3 in the reward the prediction "
+        "fails, and for `k2_as_loss` at the smallest beta.",
+        "g-the-frontier",
+    ),
+    "h": Told(
+        "divided by the group's standard deviation",
+        "verl takes the KL off the reward first, and divides both by the spread in the group. So "
+        "the same coefficient should be a stronger one there.",
+        {},
+        "At beta 0.3 it is far stronger, as predicted. At 0.1 nothing is decided.",
+        "h-divided-by-the-groups-spread",
+    ),
+}
+NOT_TRIED = "Not tried there."
+
+
+def told_lines(found: Sequence[Finding]) -> list[str]:
+    """A paragraph for each hypothesis: what was asked, and what came out on both tasks."""
+    parts, lines = {finding.part: finding for finding in found}, []
+    for letter, told in TOLD.items():
+        host = " ".join(
+            sentence(parts[part], *sentences) for part, sentences in told.parts.items()
+        )
+        if not host and letter != "c":
+            host = NOT_TRIED
+        text = f"**({letter}) {told.title}.** {told.asked}"
+        text += f" *On the host*: {host}" if host else ""
+        lines += [*wrapped(f"{text} *On the enumerable task*: {told.enumerable}"), ""]
+    return lines
+
+
+def sentence(found: Finding, reproduced: str, opposite: str, undecided: str) -> str:
+    if found.verdict == "not decided yet":
+        return f"{found.part} has too few runs yet."
+    said = {"reproduced": reproduced, "not reproduced": opposite}.get(found.verdict, undecided)
+    return said.format(found.measured.partition(",")[0])
+
+
+def wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 100, break_long_words=False, break_on_hyphens=False)
+
+
+COMPARISONS = re.compile(r"<!-- verdicts (?P<study>[a-h]) -->\n(?P<table>.*?)<!-- end -->", re.DOTALL)
+
+
+def enumerable_lines(closed_form: str) -> list[str]:
+    """How many comparisons hold, fail and are not decided, from the page that has them all."""
+    lines = ["| | hypothesis | holds | fails | not decided |", "| --- | --- | --- | --- | --- |"]
+    for match in COMPARISONS.finditer(closed_form):
+        told, table = TOLD[match["study"]], match["table"]
+        counts = (
+            len(re.findall(rf"\| {word} \|$", table, re.MULTILINE))
+            for word in ("holds", "fails", "not decided")
+        )
+        name = f"[{told.title}](closed-form.md#{told.anchor})"
+        lines.append(f"| {match['study']} | {name} | {' | '.join(map(str, counts))} |")
+    return lines
+
+
 HOW = """\
 ## How it is made
 
@@ -601,19 +882,27 @@ python -m recipes.reproduce tier1 --dry-run   # what there is to make, and what 
 python -m recipes.reproduce.page              # this page, from recipes/reproduce/results
 ```
 
-A run's row is a line of `runs/reproduce/tier1/results.jsonl`. Rows come into this page by being
-copied to `recipes/reproduce/results/tier1.jsonl`.
+A run's row is a line of `runs/reproduce/GRID/results.jsonl`. Rows come into this page by being
+copied to `recipes/reproduce/results/GRID.jsonl`.
 """
 
 
-def page(rows: Sequence[Row], exact: Sequence[Row] = ()) -> str:
+def page(
+    rows: Sequence[Row],
+    exact: Sequence[Row] = (),
+    language: Sequence[Row] = (),
+    closed_form: str = "",
+) -> str:
     """The page's text.
 
     Args:
         rows: Of tier 1, any number.
         exact: Of the grid `exact`, any number; without one there is no section on it.
+        language: Of the grid `smollm2`, the same.
+        closed_form: The text of docs/closed-form.md, for its counts.
     """
     runs = Runs(rows)
+    found = findings(runs)
     lines = [
         "<!-- Made by `python -m recipes.reproduce.page` from recipes/reproduce/results. -->",
         "",
@@ -621,21 +910,50 @@ def page(rows: Sequence[Row], exact: Sequence[Row] = ()) -> str:
         "",
         *INTRODUCTION.splitlines(),
         "",
+        *FORMULATIONS.splitlines(),
+        "",
+        *READ.splitlines(),
+        "",
         "## Verdicts on the host",
         "",
-        *verdict_table(findings(runs)),
+        tally_line(found),
+        "",
+        *verdict_table(found),
         "",
         *RULE.splitlines(),
         "",
+        "## Verdicts on the enumerable task",
+        "",
+        *ENUMERATED.splitlines(),
+        "",
+        *enumerable_lines(closed_form),
+        "",
+        "## What came out, in words",
+        "",
+        *told_lines(found),
+        "## Tier 1: seven formulations, kl_coef 0.5, 4 updates per rollout",
+        "",
     ]
-    lines += ["## Verdicts on the enumerable task", "", *ENUMERATED.splitlines(), ""]
-    lines += [f"- ({part}) [{what}](closed-form.md#{anchor})" for part, what, anchor in ENUMERABLE]
-    lines += [""]
-    lines += ["## Tier 1: seven formulations, kl_coef 0.5, 4 updates per rollout", ""]
-    if not rows:
-        return "\n".join([*lines, "No run was made yet.", "", *HOW.splitlines(), ""])
-    lines += [
-        start_line(rows),
+    if rows:
+        lines += tier1_lines(rows)
+    else:
+        lines += ["No run was made yet.", ""]
+    if exact:
+        lines += exact_lines(exact, runs)
+    if language:
+        lines += language_lines(language)
+    if rows and (absent := missing_lines("tier1", rows)):
+        lines += ["## Missing", "", *absent]
+    if rows:
+        lines += ["## Made with", "", "Tier 1:", "", *provenance(rows), ""]
+    return "\n".join([*lines, *HOW.splitlines(), ""])
+
+
+def tier1_lines(rows: Sequence[Row]) -> list[str]:
+    """The tables of `grids/tier1.yaml`, and its two figures."""
+    runs = Runs(rows)
+    lines = [
+        start_line(rows, CORRECT),
         "",
         *tables(runs, ORDER, 4, 0.5),
         "",
@@ -648,16 +966,11 @@ def page(rows: Sequence[Row], exact: Sequence[Row] = ()) -> str:
     ]
     if any(row["settings"]["updates"] == 1 for row in rows):
         lines += ["## One update per rollout", "", *tables(runs, ("none", K1), 1, 0.5), ""]
-    coefs = [c for c in COEFFICIENTS if c != 0.5 and runs.of("k2_as_loss", 4, c)]
-    for coef in coefs:
-        lines += [f"## kl_coef {coef:g}, 4 updates per rollout", ""]
-        lines += [*tables(runs, ("stock:k3", "k2_as_loss"), 4, coef), ""]
-    if exact:
-        lines += exact_lines(exact, runs)
-    if absent := missing_lines(rows):
-        lines += ["## Missing", "", "Runs of tier 1 that were not made yet:", "", *absent, ""]
-    lines += ["## Made with", "", *provenance(rows), "", *HOW.splitlines(), ""]
-    return "\n".join(lines)
+    for coef in COEFFICIENTS:
+        if coef != 0.5 and (runs.of(SAMPLED, 4, coef) or runs.of("stock:k3", 4, coef)):
+            lines += [f"## kl_coef {coef:g}, 4 updates per rollout", ""]
+            lines += [*tables(runs, ("stock:k3", SAMPLED), 4, coef), ""]
+    return lines
 
 
 # Figures
@@ -768,28 +1081,46 @@ def curve(
     axes.plot(common, means, label=label, **style)
 
 
+def rows_of(name: str, folder: Path) -> list[Row]:
+    """Of a grid's results, `NAME.jsonl` and files that begin so; each a run of the grid, once.
+
+    Raises:
+        DriveError: A row is of another form, of no run of the grid, or of one that is there.
+    """
+    grid, rows = load(name), []
+    for path in sorted(folder.glob(f"{name}*.jsonl")):
+        for place, row in enumerate(read_rows(path), start=1):
+            run = next((run for run in grid.runs if is_of(row, run, grid)), None)
+            if run is None:
+                raise DriveError(f"{path}, line {place}: the grid {name} has no such run")
+            if any(is_of(other, run, grid) for other in rows):
+                raise DriveError(f"{path}, line {place}: a second row of {shown(run)}")
+            rows.append(row)
+    return rows
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="docs/evidence.md from the committed rows.")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of tier1*.jsonl")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of tier1*.jsonl and so on")
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--images", type=Path, default=IMAGES)
     parser.add_argument("--readme", type=Path, default=README)
     arguments = parser.parse_args(argv)
     try:
-        rows, exact = (
-            [row for path in sorted(arguments.results.glob(name)) for row in read_rows(path)]
-            for name in ("tier1*.jsonl", "exact*.jsonl")
+        rows, exact, language = (
+            rows_of(name, arguments.results) for name in ("tier1", "exact", "smollm2")
         )
     except DriveError as error:
         print(f"page: error: {error}", file=sys.stderr)
         return 2
-    arguments.page.write_text(page(rows, exact), "utf-8")
+    closed_form = CLOSED_FORM.read_text("utf-8")
+    arguments.page.write_text(page(rows, exact, language, closed_form), "utf-8")
     if rows:
         figures(rows, arguments.images)
         text = arguments.readme.read_text("utf-8")
         made = IN_README.sub(lambda _: short_table(Runs(rows)), text)
         arguments.readme.write_text(made, "utf-8")
-    print(f"{arguments.page}: {len(rows)} runs")
+    print(f"{arguments.page}: {len(rows) + len(exact) + len(language)} runs")
     return 0
 
 

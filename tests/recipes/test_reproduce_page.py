@@ -10,7 +10,9 @@ import pytest
 
 from recipes.quickstart.settings import settings
 from recipes.reproduce.drive import FORM, append
+from recipes.reproduce.grid import load
 from recipes.reproduce.page import (
+    CLOSED_FORM,
     IMAGES,
     PAGE,
     README,
@@ -22,6 +24,7 @@ from recipes.reproduce.page import (
     exact_findings,
     figures,
     findings,
+    language_findings,
     lost,
     main,
     page,
@@ -62,6 +65,7 @@ def row(
         "form": FORM,
         "grid": "tier1",
         "settings": run.as_dict(),
+        "evaluation": {"problems": 500, "samples": 16},
         "status": "done",
         "reason": None,
         "seconds": {"training": 100.0, "evaluation": 20.0},
@@ -167,9 +171,9 @@ def test_accuracy_at_equal_kl_is_read_off_each_formulations_line() -> None:
 
 
 def swinging(kl_type: str, seed: int, width: float, updates: int) -> dict[str, Any]:
-    """A run whose logged KL goes `width` up and down at its end."""
+    """A run whose mean log-ratio goes `width` up and down at its end."""
     made = row(kl_type, seed, 0.7, 1.0, updates=updates)
-    made["training"]["kl"] = [9.0] * 20 + [0.1 - width, 0.1 + width] * 5
+    made["training"]["klplug/k1"] = [9.0] * 20 + [0.1 - width, 0.1 + width] * 5
     return made
 
 
@@ -177,6 +181,32 @@ def test_the_swing_is_that_of_the_last_third() -> None:
     # Ten values, each `width` off their mean: the sample's variance is 10 width^2 / 9.
     assert swing(swinging("k2_as_loss", 1, 0.03, 16)) == pytest.approx(0.03 * (10 / 9) ** 0.5)
     assert math.isnan(swing(row("k2_as_loss", 1, 0.7, 1.0)))  # none was logged
+
+
+def test_the_swing_is_of_one_quantity_whatever_the_estimator() -> None:
+    """The host's `kl` is sampled k2 in one run and the exact KL in the other."""
+    rows = []
+    for seed in (1, 2, 3):
+        for kl_type, logged in (("k2_as_loss", [0.0, 0.5]), ("exact_as_loss", [0.2, 0.21])):
+            made = swinging(kl_type, seed, 0.02, 16)
+            made["training"]["kl"] = logged * 15
+            rows.append(made)
+    found = next(f for f in exact_findings(Runs(rows)) if f.part == "x3")
+    assert (found.measured, found.verdict) == (
+        "swing of the KL a factor 1, 1 to 1 (3 seeds)",
+        "not decided",
+    )
+
+
+def test_the_swing_of_a_run_that_diverged_is_the_largest_there_is() -> None:
+    rows = []
+    for seed in (1, 2, 3):
+        rows += [swinging("k2_as_loss", seed, 0.01 * seed, 64)]
+        rows += [{**swinging("exact_as_loss", seed, 0.001, 64), "status": "diverged"}]
+    found = next(f for f in exact_findings(Runs(rows)) if f.part == "x4")
+    # The largest is seed 3's: 3, 1.5 and 1 times that of the run beside it; 4.5 is their product.
+    assert found.measured.startswith(f"swing of the KL a factor {4.5 ** (1 / 3):.3g}, ")
+    assert found.verdict == "not decided"
 
 
 def test_the_exact_kl_is_compared_with_the_sampled_one() -> None:
@@ -190,8 +220,69 @@ def test_the_exact_kl_is_compared_with_the_sampled_one() -> None:
     assert verdicts["x3"] == ("swing of the KL a factor 0.5, 0.5 to 0.5 (3 seeds)", "reproduced")
     assert verdicts["x4"] == ("swing of the KL no pair of runs yet", "not decided yet")
     text = page(tier1, exact)
-    assert "With 16 updates per rollout:" in text and "With 64 updates" not in text
+    assert "With 16 updates per rollout:" in text and "With 64 updates per rollout:" not in text
+    absent = "- `k2_as_loss,vocab=exact`, kl_coef 0.5, 64 updates: seeds 1, 2, 3\n"
+    assert absent in text and "16 updates: seed" not in text
     assert "The exact KL" not in page(tier1)
+
+
+def of_language(kl_type: str, kl: float, error: float, **changes: Any) -> dict[str, Any]:
+    """A run of `grids/smollm2.yaml`, as the driver writes it: 4 samples, so no pass@8."""
+    run = next(run for run in load("smollm2").runs if run.kl_type == kl_type)
+    made = row(kl_type, 1, 0.4, kl)
+    for found in made["evaluations"]:
+        found |= {"pass_at": {"1": 0.4, "2": 0.5, "4": 0.6}, "kl_standard_error": error}
+    measured = {"problems": 64, "samples": 4}
+    return {**made, "settings": run.as_dict(), "evaluation": measured, **changes}
+
+
+@pytest.mark.parametrize(
+    ("k1", "k2", "told"),
+    [
+        # Two errors of a difference of 0.3 and 0.4 are 1.0.
+        ((3.1, 0.4), (0.9, 0.4), ("as expected", "as expected")),
+        ((0.9, 0.4), (3.1, 0.4), ("not as expected", "not as expected")),
+        ((2.9, 0.4), (1.1, 0.4), ("not told apart", "not told apart")),
+    ],
+)
+def test_one_seed_is_compared_with_the_noise_of_measuring(
+    k1: tuple[float, float], k2: tuple[float, float], told: tuple[str, str]
+) -> None:
+    rows = [of_language("none", 2.0, 0.3), of_language("k1_as_loss,ratio=none", *k1)]
+    found = language_findings(Runs([*rows, of_language("k2_as_loss", *k2)]))
+    assert tuple(f.verdict for f in found) == told
+    assert found[0].measured == f"KL {k1[0] - 2.0:+.3g} nats, error 0.5 (1 seed)"
+
+
+def test_a_language_model_that_diverged_has_the_larger_kl() -> None:
+    none = of_language("none", 2.0, 0.3)
+    rows = [none, of_language("k1_as_loss,ratio=none", 0.0, 0.1, status="diverged")]
+    assert language_findings(Runs(rows))[0].verdict == "as expected"
+    rows[0] = {**none, "status": "diverged"}
+    assert language_findings(Runs(rows))[0].verdict == "not told apart"
+    assert "| 1, 1 diverged |" in page([], language=rows)
+
+
+def test_the_language_models_section_takes_what_rows_there_are() -> None:
+    text = page([], language=[of_language("none", 2.0, 0.3)])
+    assert "accuracy 50.0%, greedy 50.0%, pass@4 60.0%, entropy 2, tokens 20.0.\n" in text
+    assert "- `k1_as_loss,ratio=none`, kl_coef 0.5, 4 updates: seed 1\n" in text
+    assert "- `none`" not in text
+    assert text.count("no pair of runs yet | **not decided yet**") == 8 + 2  # tier 1's, and these
+    assert "## A language model" not in page([])
+
+
+def test_what_came_out_is_told_in_words() -> None:
+    rows = pair("k1_as_loss,ratio=none", "none", [(0.0, 0.7), (0.7, 0.7), (0.02, 0.6)])
+    text = " ".join(page(rows).split())
+    assert "The seeds do not decide (accuracy -42.7 points)." in text
+    assert "a1 has too few runs yet." in text
+    rows = pair("k3_in_reward", "none", [(0.69, 0.7), (0.7, 0.7), (0.62, 0.6)])
+    text = " ".join(page(rows).split())
+    assert "It did not halve the drift that there is without a KL, as predicted" in text
+    assert "It did not cost the five points that were predicted (accuracy +0.3 points)." in text
+    tally = "Of 8 predictions that were written before the runs: "
+    assert f"{tally}1 reproduced, 1 not reproduced, 6 not decided yet." in text
 
 
 def test_what_is_missing_shows_as_missing() -> None:
@@ -209,14 +300,17 @@ def test_rows_of_other_commits_are_labelled() -> None:
     assert f"- 1 runs of commit `{'b' * 12}`, with changes that were not committed\n" in text
 
 
-def test_each_hypothesis_is_linked_to_its_section_on_the_other_task() -> None:
-    text = (PAGE.parent / "closed-form.md").read_text()
-    headings = dict(re.findall(r"^## \(([a-h])\) (.+)$", text, re.MULTILINE))
-    links = re.findall(r"^- \(([a-h])\) \[.+\]\(closed-form\.md#(.+)\)$", page([]), re.MULTILINE)
-    assert [part for part, _ in links] == list("abcdefgh")
-    for part, anchor in links:
-        heading = f"({part}) {headings[part]}".lower()
-        assert re.sub(r"[^\w\s-]", "", heading).replace(" ", "-") == anchor
+def test_each_hypothesis_has_its_section_on_the_other_task_and_its_counts() -> None:
+    text = CLOSED_FORM.read_text()
+    sections = dict(re.findall(r"^## (\([a-h]\) .+)\n((?:(?!## ).*\n)*)", text, re.MULTILINE))
+    line = r"^\| ([a-h]) \| \[.+\]\(closed-form\.md#(.+)\) \| (\d+) \| (\d+) \| (\d+) \|$"
+    found = re.findall(line, page([], closed_form=text), re.MULTILINE)
+    assert [part for part, *_ in found] == list("abcdefgh")
+    for (heading, section), (_, anchor, *counts) in zip(sections.items(), found, strict=True):
+        assert re.sub(r"[^\w\s-]", "", heading.lower()).replace(" ", "-") == anchor
+        last = [line.split(" | ")[-1] for line in section.splitlines() if line.startswith("| ")]
+        verdicts = ("holds |", "fails |", "not decided |")
+        assert [int(count) for count in counts] == [last.count(word) for word in verdicts]
 
 
 def test_the_same_rows_make_the_same_files(tmp_path: Path) -> None:
@@ -238,6 +332,29 @@ def test_the_same_rows_make_the_same_files(tmp_path: Path) -> None:
     assert made[0] == made[1]
     assert len(made[0]) == 2
     assert (tmp_path / "one.md").read_text() == (tmp_path / "two.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("second", "told"),
+    [
+        (row("none", 1, 0.8, 1.0, commit="b" * 40), "line 2: a second row of none, 4 updates"),
+        (row("none", 6, 0.7, 1.0), "line 2: the grid tier1 has no such run"),
+        (
+            row("none", 2, 0.7, 1.0, evaluation={"problems": 8, "samples": 2}),
+            "line 2: the grid tier1 has no such run",
+        ),
+        (of_language("none", 2.0, 0.3), "line 2: the grid tier1 has no such run"),
+    ],
+    ids=["twice", "a seed of its own", "measured otherwise", "another model"],
+)
+def test_a_row_that_a_grid_has_not_or_has_already_is_refused(
+    second: dict[str, Any], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    append(tmp_path / "tier1.jsonl", row("none", 1, 0.7, 1.0))
+    append(tmp_path / "tier1.jsonl", second)
+    assert main(["--results", str(tmp_path), "--page", str(tmp_path / "evidence.md")]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "evidence.md").exists()
 
 
 def test_rows_of_another_form_are_refused(
