@@ -12,9 +12,14 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from recipes.shared.settings import HOSTS, SettingsError, canonical_kl_type, checked_kl_coef
+from recipes.shared.files import from_yaml
+from recipes.shared.settings import (
+    HOSTS,
+    SettingsError,
+    canonical_kl_type,
+    checked_kl_coef,
+    checked_seed,
+)
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 KEPT_CHECKPOINTS = 3
@@ -149,10 +154,7 @@ def names() -> list[str]:
 
 def read(path: Path) -> dict[str, Any]:
     """A file's keys, with those of the files it includes; its own come last, and win."""
-    try:
-        own = yaml.safe_load(path.read_text("utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{path}: not YAML: {error}") from error
+    own = from_yaml(path) or {}
     if not isinstance(own, dict):
         raise SettingsError(f"{path}: a mapping is needed, not {type(own).__name__}")
     merged: dict[str, Any] = {}
@@ -227,12 +229,17 @@ def of_type(value: Any, kind: Any, place: str) -> Any:
     if kind == float | None:
         return value if value is None else of_type(value, float, place)
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        with suppress(ValueError):
+        with suppress(ValueError, OverflowError):
             return float(value)
-    is_right = {float: False, int: type(value) is int, Mapping[str, Any]: isinstance(value, dict)}
+    is_right = {
+        float: False,
+        int: type(value) is int,
+        str: isinstance(value, str),
+        Mapping[str, Any]: isinstance(value, dict),
+    }
     if is_right.get(kind, True):
         return value
-    needed = {int: "a whole number", float: "a number"}.get(kind, "a mapping")
+    needed = {int: "a whole number", float: "a number", str: "text"}.get(kind, "a mapping")
     raise SettingsError(f"{place}={value!r} must be {needed}")
 
 
@@ -272,6 +279,7 @@ def checked(recipe: Recipe) -> Recipe:
         )
     if recipe.reward and not Path(recipe.reward).is_file():
         raise SettingsError(f"{where}: reward={recipe.reward}: no such file")
+    checked_seed(recipe.seed)
     if recipe.temperature <= 0:
         raise SettingsError(f"{where}: temperature={recipe.temperature} must be above 0")
     if unknown := set(recipe.hosts) - set(HOSTS):

@@ -13,6 +13,7 @@ from recipes.shared.settings import (
     canonical_kl_type,
     check_model,
     checked_kl_coef,
+    checked_seed,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -176,7 +177,8 @@ def settings(
         raise SettingsError(f"GSM8K={gsm8k} is read with DATA=gsm8k only, not with DATA={data}")
     coef = checked_kl_coef(canonical, kl_coef, recipe.kl_coef)
     made = Settings(
-        host, canonical, coef, steps, seed, model, data, gsm8k, ranks, updates, save_every
+        *(host, canonical, coef, steps, checked_seed(seed), model, data, gsm8k, ranks, updates),
+        save_every,
     )
     check_data(made)
     return made

@@ -8,12 +8,26 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+
 from recipes.reproduce import gpu
-from recipes.reproduce.drive import DriveError, Row, cost, drive, read_rows, shown
+from recipes.reproduce.drive import (
+    RESULTS,
+    DriveError,
+    Row,
+    cost,
+    drive,
+    is_of,
+    read_rows,
+    shown,
+)
+from recipes.reproduce.ends import NOTES, table
 from recipes.reproduce.grid import HERE, Grid, GridError, load
 from recipes.shared.settings import RUNS
 
 COMMITTED = HERE / "results"
+WIDTH = 140  # where no terminal says how wide it is
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,14 +51,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         grid = part(load(arguments.grid), arguments.part)
         known = [row for path in sorted(COMMITTED.glob("*.jsonl")) for row in timed_rows(path)]
+        folder = (arguments.out or RUNS / "reproduce" / grid.name).absolute()
         if arguments.dry_run:
-            dry_run(grid, known)
+            dry_run(grid, read_rows(folder / RESULTS), known)
             return 0
         from recipes.reproduce.measure import measured_run
 
-        folder = arguments.out or RUNS / "reproduce" / grid.name
         make = gpu.measured_run if is_gpu(grid) else partial(measured_run, lock=arguments.lock)
-        failed = drive(grid, folder.absolute(), make, say, known=known)
+        failed = drive(grid, folder, make, say, known=known)
+        if rows := read_rows(folder / RESULTS):
+            tell(table(grid, rows, known))
     except (GridError, DriveError) as error:
         print(f"reproduce: error: {error}", file=sys.stderr)
         return 2
@@ -87,10 +103,22 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def dry_run(grid: Grid, known: list[Row]) -> None:
+def tell(ends: Table) -> None:
+    """The ends of the runs, on a line each, however narrow what is written to."""
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console.print(ends)
+    console.print(NOTES, highlight=False)
+
+
+def dry_run(grid: Grid, rows: list[Row], known: list[Row]) -> None:
+    missing = []
     for number, run in enumerate(grid.runs, start=1):
-        say(f"{number:3} {shown(run)}")
-    say(cost(known, grid.runs))
+        made = any(is_of(row, run, grid) for row in rows)
+        say(f"{number:3} {shown(run)}{' (made)' * made}")
+        if not made:
+            missing.append(run)
+    if missing:
+        say(cost([*rows, *known], missing))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,11 @@ Make = Callable[[Any, Path, int, int], dict[str, Any]]
 Say = Callable[[str], None]
 
 FORM = 1  # of a row; a reader refuses any other
+# What is read of a row, here and for the page.
+READ = (
+    *("settings", "evaluation", "status", "seconds", "evaluations", "training", "cpu_seconds"),
+    *("load", "commit", "changed", "versions", "machine"),
+)
 RESULTS = "results.jsonl"
 LOCK = "driver.lock"
 PACKAGES = (
@@ -50,11 +55,14 @@ def read_rows(path: Path) -> list[Row]:
     """The whole rows of a results file; a last line that was not finished is left out.
 
     Raises:
-        DriveError: A line is no row, or a row of another form.
+        DriveError: It cannot be read, or a line is no row, or a row of another form.
     """
-    if not path.exists():
-        return []
-    *lines, _torn = path.read_text("utf-8").split("\n")
+    try:
+        *lines, _torn = path.read_text("utf-8").split("\n") if path.exists() else [""]
+    except UnicodeDecodeError as error:
+        raise DriveError(f"{path}: no rows: {error}") from error
+    except OSError as error:
+        raise DriveError(f"{path}: {error.strerror}") from error
     rows = []
     for place, line in enumerate(lines, start=1):
         try:
@@ -66,6 +74,8 @@ def read_rows(path: Path) -> list[Row]:
             raise DriveError(
                 f"{path}, line {place}: form {found!r}, and this version reads form {FORM}"
             )
+        if lacking := [key for key in READ if key not in row]:
+            raise DriveError(f"{path}, line {place}: no {', '.join(lacking)}")
         rows.append(row)
     return rows
 
@@ -164,10 +174,16 @@ def claimed(folder: Path) -> Iterator[None]:
     """The folder, for this driver alone.
 
     Raises:
-        DriveError: Another driver works there.
+        DriveError: Another driver works there, or none can.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a+")
+    except OSError as error:
+        raise DriveError(
+            f"{folder}: {error.strerror}: a folder is needed that can be written"
+        ) from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -205,6 +221,8 @@ def cost(rows: Sequence[Row], runs: Sequence[Run]) -> str:
         like = [row for row in rows if is_alike(row["settings"], run)]
         if not like:
             return f"{len(runs)} runs to make; {unmeasured(runs)}"
+        # As many updates take as long; where none was timed, another number must do.
+        like = [row for row in like if row["settings"]["updates"] == run.updates] or like
         total += sum(seconds_of(row) for row in like) / len(like)
         cpu += sum(row["cpu_seconds"] for row in like) / len(like)
         timed = max(timed, len(like))

@@ -385,9 +385,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--seeds is {given.seeds}; at least 1 is needed")
     torch.set_num_threads(1)
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    done = set()
-    if given.out.exists():
-        done = {_key(json.loads(line)) for line in given.out.read_text().splitlines()}
+    done = {_key(json.loads(line)) for line in whole_lines(given.out)}
     wanted = [cell for cell in GRID if given.only is None or cell.study in given.only]
     for i, cell in enumerate(wanted):
         if _key({**dataclasses.asdict(cell), "seeds": given.seeds}) in done:
@@ -398,6 +396,16 @@ def main(argv: list[str] | None = None) -> None:
         done.add(_key(line))
         done_in = f"{line['process_seconds']} s"
         print(f"{i + 1}/{len(wanted)} {cell.study} {cell.kl_type}: {done_in}", flush=True)
+
+
+def whole_lines(path: Path) -> list[str]:
+    """A last line that was not finished is cut off: what comes next would follow it."""
+    if not path.exists():
+        return []
+    *lines, torn = path.read_text("utf-8").split("\n")
+    if torn:
+        path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    return lines
 
 
 def _key(line: dict[str, object]) -> tuple[object, ...]:

@@ -10,23 +10,25 @@ all of seed 2. So an unfinished block holds whole seeds.
 """
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from recipes.quickstart.data import load_problems
 from recipes.quickstart.settings import Settings, settings
+from recipes.recipe import of_type
 from recipes.reproduce.gpu import GpuRun
-from recipes.shared.settings import HOSTS, SettingsError
+from recipes.shared.files import from_yaml
+from recipes.shared.settings import HOSTS, WITHOUT_COEF, SettingsError, canonical_kl_type
 
 HERE = Path(__file__).resolve().parent
 GRIDS = HERE / "grids"
 
 SHARED = {"host": "openrlhf", "model": "tiny", "data": "words", "steps": None, "save_every": 0}
 GPU = ("recipe", "host")
+TYPES = {"steps": int, "save_every": int}  # of the shared keys; the others are text
 MEASURED = {"problems": 500, "samples": 16}
 VARIED = ("kl_type", "kl_coef", "updates", "seeds")
 
@@ -59,9 +61,18 @@ def load(name: str) -> Grid:
         there = sorted(found.stem for found in GRIDS.glob("*.yaml"))
         raise GridError(f"no grid {name!r}: there are {', '.join(there)}, or a .yaml file")
     try:
-        written = yaml.safe_load(path.read_text("utf-8"))
-    except yaml.YAMLError as error:
-        raise GridError(f"{path}: not YAML: {error}") from error
+        return read(path)
+    except SettingsError as error:
+        raise GridError(str(error)) from error
+
+
+def read(path: Path) -> Grid:
+    """The grid of a file.
+
+    Raises:
+        GridError, SettingsError: A key or value that cannot be.
+    """
+    written = from_yaml(path)
     is_gpu = isinstance(written, Mapping) and "recipe" in written
     check_keys(written, (*(GPU if is_gpu else SHARED), *MEASURED, "seeds", "runs"), str(path))
     measured = {key: written.get(key, default) for key, default in MEASURED.items()}
@@ -70,6 +81,9 @@ def load(name: str) -> Grid:
     blocks = written.get("runs")
     if not isinstance(blocks, list) or not blocks:
         raise GridError(f"{path}: runs must be a list of blocks, not {blocks!r}")
+    for key in (*GPU, *SHARED):
+        if key in written:
+            of_type(written[key], TYPES.get(key, str), f"{path}: {key}")
     shared = {key: written.get(key, default) for key, default in SHARED.items()}
     if is_gpu:
         shared = {"host": shared["host"], "base": written["recipe"]}
@@ -78,31 +92,43 @@ def load(name: str) -> Grid:
         for number, block in enumerate(blocks, start=1)
         for run in block_runs(block, shared, written.get("seeds"), f"{path}: block {number}")
     ]
+    if not is_gpu:
+        check_problems(shared["data"], measured["problems"], f"{path}: problems")
     return Grid(path.stem, tuple(dict.fromkeys(runs)), **measured)
 
 
 def block_runs(
     block: Any, shared: dict[str, Any], seeds: Any, where: str
 ) -> Iterator[Settings | GpuRun]:
-    """The runs of one block, each checked as its own launcher checks it."""
+    """The runs of one block, each checked as its own launcher checks it.
+
+    Raises:
+        GridError: A key or value that cannot be, a value that is there twice.
+        SettingsError: A value of another type.
+    """
     check_keys(block, VARIED, where)
     if "kl_type" not in block:
         raise GridError(f"{where}: no kl_type")
-    seeds = listed(block.get("seeds", seeds))
-    for seed in seeds:
-        if type(seed) is not int:
-            raise GridError(f"{where}: seeds={seeds}: whole numbers are needed")
-    coefs, updates = listed(block.get("kl_coef")), listed(block.get("updates", 1))
+    seeds = block.get("seeds", seeds)
+    if seeds is None:
+        raise GridError(f"{where}: no seeds")
+    seeds = listed(seeds, int, f"{where}: seeds")
+    updates = listed(block.get("updates", 1), int, f"{where}: updates")
     for count in updates:
         check_count(count, f"{where}: updates")
-    for seed, count, coef, kl_type in product(seeds, updates, coefs, listed(block["kl_type"])):
-        # Without KL there is one run, whatever the coefficients.
-        coef = None if kl_type == "none" or coef is None else number(coef, where)
-        varied = {"kl_type": kl_type, "kl_coef": coef, "updates": count, "seed": seed}
-        try:
+    coefs = [None]
+    if "kl_coef" in block:
+        coefs = listed(block["kl_coef"], float, f"{where}: kl_coef")
+    names = listed(block["kl_type"], str, f"{where}: kl_type")
+    try:
+        kl_types = once(map(canonical_kl_type, names), f"{where}: kl_type")
+        for seed, count, coef, kl_type in product(seeds, updates, coefs, kl_types):
+            # Without KL there is one run, whatever the coefficients.
+            coef = None if kl_type in WITHOUT_COEF else coef
+            varied = {"kl_type": kl_type, "kl_coef": coef, "updates": count, "seed": seed}
             yield gpu_run(**shared, **varied) if "base" in shared else settings(**shared, **varied)
-        except SettingsError as error:
-            raise GridError(f"{where}: {error}") from error
+    except SettingsError as error:
+        raise GridError(f"{where}: {error}") from error
 
 
 def gpu_run(host: str, base: str, **varied: Any) -> GpuRun:
@@ -115,14 +141,25 @@ def gpu_run(host: str, base: str, **varied: Any) -> GpuRun:
     return replace(asked, kl_type=recipe.kl_type, kl_coef=recipe.kl_coef)
 
 
-def listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+def listed(written: Any, kind: type, where: str) -> list[Any]:
+    """The values of a key, one or a list of them, each of its type and there once."""
+    values = written if isinstance(written, list) else [written]
+    if not values:
+        raise GridError(f"{where}=[]: at least one value is needed")
+    return once((of_type(value, kind, where) for value in values), where)
 
 
-def number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise GridError(f"{where}: kl_coef={value!r} must be a number")
-    return float(value)
+def once(values: Iterable[Any], where: str) -> list[Any]:
+    values = list(values)
+    if twice := [value for value in values if values.count(value) > 1]:
+        raise GridError(f"{where}: {twice[0]} is there twice")
+    return values
+
+
+def check_problems(data: str, asked: int, where: str) -> None:
+    """As many are held out as are asked for; of `words` there is no end."""
+    if data != "words" and (there := len(load_problems(data, "test"))) < asked:
+        raise GridError(f"{where}={asked}: {data} has {there} that are held out")
 
 
 def check_count(value: Any, where: str) -> None:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -104,7 +105,8 @@ def train(settings: Settings, folder: Path, model: Path | str) -> None:
     """
     quickstart.write_prompts(settings, folder / "prompts.jsonl")
     with (folder / "progress.txt").open("w") as progress:
-        console = Console(file=progress, width=120)
+        # A live line for who looks on; a log has the driver's lines alone.
+        console = Console() if sys.stdout.isatty() else Console(file=progress, width=120)
         try:
             with StepLine(console, settings.steps) as line:
                 quickstart.train(settings, folder, model, line, quickstart.Phases())

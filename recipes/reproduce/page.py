@@ -1,8 +1,8 @@
 """docs/evidence.md, its figures and README's table: `python -m recipes.reproduce.page`.
 
 Nothing in the page is written by hand but its sentences: each number is of `results/GRID*.jsonl` of
-the grids tier1, exact and smollm2, each verdict follows HYPOTHESES.md's rule. What is missing is said
-to be missing.
+the grids tier1, exact and smollm2, each verdict follows HYPOTHESES.md's rule. What is missing is
+said to be missing.
 """
 
 import argparse
@@ -21,7 +21,22 @@ from scipy.stats import bootstrap
 
 from klplug.report import plots
 from recipes.reproduce.drive import DriveError, Row, is_of, read_rows, seconds_of, shown
+from recipes.reproduce.ends import spread
 from recipes.reproduce.grid import HERE, load
+from recipes.reproduce.words import (
+    COLUMNS,
+    ENUMERATED,
+    FORMULATIONS,
+    HOW,
+    INTRODUCTION,
+    LEAST_SEEDS,
+    NOT_TRIED,
+    ON_EXACT,
+    ON_LANGUAGE,
+    READ,
+    RULE,
+    TOLD,
+)
 from recipes.shared.settings import REPOSITORY
 
 if TYPE_CHECKING:
@@ -35,7 +50,6 @@ IN_README = re.compile(r"(?<=<!-- evidence -->\n).*(?=<!-- /evidence -->)", re.D
 IMAGES = REPOSITORY / "docs" / "img"
 
 RESAMPLES = 10_000
-LEAST_SEEDS = 3
 LOST = 0.5  # of the first rollout's reward: a rollout below it is lost
 MAIN = {"kl_coef": 0.5, "updates": 4}
 ORDER = (
@@ -84,7 +98,7 @@ def gradient_norm(row: Row) -> float:
 def swing(row: Row) -> float:
     """Standard deviation of the mean log-ratio over the last third of the rollouts, nats per token.
 
-    Not of the host's `kl`, which is another quantity for each estimator. nan of a run that diverged.
+    Not of the host's `kl`, another quantity for each estimator. nan of a run that diverged.
     """
     logged = row["training"].get("klplug/k1", [])
     last = [value for value in logged if value is not None][-(row["settings"]["steps"] // 3) :]
@@ -135,13 +149,7 @@ CPU_SECONDS = Measure("CPU-seconds a rollout", cpu_seconds, "{:.1f}")
 
 def mean_and_range(values: Sequence[float], form: str) -> str:
     """The mean, and the lowest and highest seed; of the finite ones."""
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return ""
-    mean = form.format(sum(finite) / len(finite))
-    if len(finite) == 1:
-        return mean
-    return f"{mean} ({form.format(min(finite))} to {form.format(max(finite))})"
+    return spread([value for value in values if math.isfinite(value)], form)
 
 
 # Comparing
@@ -178,8 +186,15 @@ def effect(differences: Sequence[float]) -> Effect:
 
 
 Verdict = Literal[
-    *("reproduced", "not reproduced", "not decided", "not decided yet", "no verdict"),
-    *("as expected", "not as expected", "not told apart"),  # of one seed, by the noise of measuring
+    "reproduced",
+    "not reproduced",
+    "not decided",
+    "not decided yet",
+    "no verdict",
+    # Of one seed, by the noise of measuring:
+    "as expected",
+    "not as expected",
+    "not told apart",
 ]
 
 
@@ -632,210 +647,11 @@ def provenance(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-INTRODUCTION = """\
-Does the formulation of the KL matter in training? Each run on this page is a run of the real host:
-OpenRLHF with DeepSpeed, Ray and vLLM, on a CPU. The policy has 0.75 M parameters and learns
-arithmetic word problems. The hypotheses, their outcomes and the rule of the verdicts were committed
-before the runs: `recipes/reproduce/HYPOTHESES.md`. One small policy and one task show large effects
-only.
-"""
-FORMULATIONS = """\
-| `kl_type` | what it is |
-| --- | --- |
-| `none` | no KL |
-| `k1_as_loss,ratio=none` | the log-ratio, log π/ref of each sampled token, as a loss |
-| `stock:k3` | OpenRLHF's own k3 as a loss, without klplug: the usual GRPO setting |
-| `k3_in_reward` | k3 taken off the reward |
-| `k1_in_reward` | the log-ratio taken off the reward: the KL of whole answers |
-| `k2_as_loss` | half of the squared log-ratio as a loss: the KL of each token |
-| `k2_as_loss,horizon=sequence` | a loss with the gradient of whole answers' KL |
-"""
-READ = """\
-π is the policy that is trained, ref the policy that it started from. KL(π‖ref) says how far π has
-moved, on answers of π. KL(ref‖π) says it on answers of ref. Accuracy is the share of right answers
-when π samples, greedy when it takes the likeliest token. pass@16 is the chance that 16 samples hold a
-right answer. Entropy says how varied the answers are.
-"""
-RULE = f"""\
-A difference is paired by seed. Its interval is the 95 % percentile bootstrap over seeds. With so
-few seeds it covers its mean less often than 95 %. So a verdict also asks that every seed lies on
-the same side. Fewer than {LEAST_SEEDS} seeds decide nothing. *Not reproduced* means that the opposite
-of the prediction holds, *not decided* that neither does.
-"""
-ENUMERATED = """\
-The other task has policies that are tables, 100 seeds and exact distances. [The closed
-form](closed-form.md) has each comparison, with its interval and how it was decided. A comparison
-*fails* where the opposite of what was predicted holds. How many sampled answers each estimator's
-gradient needs stands in [gradients on a real model](gradient-study.md).
-"""
-COLUMNS = """\
-Mean over seeds, with the lowest and the highest seed. 30 rollouts of 32 problems, 8 answers each.
-Accuracy is pass@1 at temperature 1, on 500 held-out problems with 16 answers each. KL and entropy
-are in nats per answer, summed over the vocabulary. A rollout is lost if its mean reward is below
-half of the first one's. The gradient norm is the median over the rollouts. `stock:k3` is OpenRLHF's
-own, without klplug.
-"""
-ON_EXACT = """\
-`k2_as_loss` estimates each token's KL from the token that was sampled. `k2_as_loss,vocab=exact`
-([the exact KL](exact.md)) sums it over the vocabulary: the same target, without that token's noise.
-These runs are of the same host, policy and task, with kl_coef 0.5. `k2_as_loss` with 4 updates has
-tier 1's runs. The swing is the standard deviation, over the last ten rollouts, of the mean log-ratio
-that klplug logs (`klplug/k1`, nats per token). CPU-seconds are those of the whole run, its
-evaluations included.
-"""
-ON_LANGUAGE = """\
-SmolLM2-135M-Instruct learns sums of two numbers, on the same host: kl_coef 0.5, 30 rollouts of 2
-problems with 8 answers each, 4 updates per rollout. One seed decides nothing, so there is no verdict.
-A difference of two KLs is compared with the noise of measuring them, on 64 problems with 4 answers
-each. What another seed would give is not known.
-"""
-
-
-@dataclass(frozen=True)
-class Told:
-    """A hypothesis in words."""
-
-    title: str
-    asked: str
-    parts: dict[str, tuple[str, str, str]]
-    """Of its parts on the host: reproduced, not reproduced, not decided; `{}` is the mean."""
-    enumerable: str
-    """What came out on the enumerable task, whose runs are complete."""
-    anchor: str
-    """Its section in docs/closed-form.md."""
-
-
-TOLD = {
-    "a": Told(
-        "k1 as a loss",
-        "A loss that averages the log-ratio looks like a KL. Its gradient is noise around zero. So "
-        "it should hold nothing, and do harm with several updates per rollout.",
-        {
-            "a1": (
-                "With one update it trained like no KL, as predicted.",
-                "With one update it did not train like no KL, against the prediction.",
-                "With one update it is not decided whether it trains like no KL.",
-            ),
-            "a2": (
-                "With four updates it lost the ten points that were predicted, or more ({}).",
-                "With four updates it did not lose the ten points that were predicted ({}).",
-                "With four updates a loss of ten points was predicted. The seeds do not decide ({}).",
-            ),
-        },
-        "With one update it is like no KL. With 16 it drives the policy further out. With 4 it does "
-        "not, against the prediction.",
-        "a-k1-as-loss",
-    ),
-    "b": Told(
-        "k2 and k3 in the reward",
-        "Some scripts take k3 off the reward. Near the reference that is no KL's gradient. So it "
-        "should not hold the policy, and may harm it.",
-        {
-            "b1": (
-                "It did not halve the drift that there is without a KL, as predicted ({}).",
-                "It halved the drift that there is without a KL, against the prediction ({}).",
-                "Whether it halves the drift that there is without a KL is not decided ({}).",
-            ),
-            "b2": (
-                "It cost the five points that were predicted, or more ({}).",
-                "It did not cost the five points that were predicted ({}).",
-                "Whether it costs the five points that were predicted is not decided ({}).",
-            ),
-        },
-        "Both drive the policy away from the reference's answers, k3 much further. In the other "
-        "direction k2 holds a little.",
-        "b-k2-and-k3-in-the-reward",
-    ),
-    "c": Told(
-        "k2 against k3 as a loss, good answers rare or common",
-        "k3 as a loss is GRPO's default. Theory says that it holds a policy less than k2 where good "
-        "answers are rare, and more where they are common. The host's runs have one start, so they "
-        "decide nothing here.",
-        {},
-        "Which of the two moves further was computed before the runs, for each setting, and came "
-        "out. Where good answers are rare k3 holds less at the larger betas only.",
-        "c-k2-against-k3-as-loss-good-answers-rare-and-common",
-    ),
-    "d": Told(
-        "own token against whole answer",
-        "`k2_as_loss` weighs each token's own KL. `k2_as_loss,horizon=sequence` also weighs what a "
-        "token does to the KL of later ones. A paper (FRPO) reports more diverse answers, more "
-        "entropy and less drift for that.",
-        {
-            "d1": (
-                "pass@16 was higher, as predicted ({}).",
-                "pass@16 was lower, against the prediction ({}).",
-                "Whether pass@16 is higher is not decided ({}).",
-            ),
-            "d2": (
-                "Entropy was higher, as predicted ({}).",
-                "Entropy was lower, against the prediction ({}).",
-                "Whether entropy is higher is not decided ({}).",
-            ),
-            "d3": (
-                "The drift was smaller, as predicted ({}).",
-                "The drift was larger, against the prediction ({}).",
-                "Whether the drift is smaller is not decided ({}).",
-            ),
-        },
-        "The whole answer drifts less, the more so the longer the answers are. Of entropy and of "
-        "the distance to the best policy some predictions fail.",
-        "d-own-token-against-whole-answer",
-    ),
-    "e": Told(
-        "many updates per rollout",
-        "Each update moves the policy away from the samples that it learns from. `k2_as_loss` has "
-        "a weight that corrects for that.",
-        {},
-        "With 64 updates `k1_in_reward` breaks first, as predicted. The weight makes one or two per "
-        "cent of difference: PPO's clip holds the policy with it and without it.",
-        "e-many-updates-per-rollout",
-    ),
-    "f": Told(
-        "a bounded coefficient where a clamp lets go",
-        "The hosts clamp their KL. Beyond the clamp its gradient is zero, so a policy that is far "
-        "away might never come back.",
-        {},
-        "It does come back, only more slowly: the prediction fails. After a spike of the step size "
-        "`bound=2` ends better than the clamps, as predicted.",
-        "f-a-clamps-dead-zone-and-a-bound",
-    ),
-    "g": Told(
-        "accuracy at equal KL",
-        "A formulation can look better only because it moves further. So accuracies are compared "
-        "at one KL, over three coefficients.",
-        {
-            "g": (
-                "`k2_as_loss` and `stock:k3` are then alike within two points, as predicted ({}).",
-                "`k2_as_loss` and `stock:k3` then differ by more than the two points that were "
-                "predicted ({}).",
-                "Whether `k2_as_loss` and `stock:k3` are then alike is not decided ({}).",
-            ),
-        },
-        "Each reward is compared with the best one that can be had at its KL. verl's k3 lacks 3 to 5 "
-        "points more than forms of whole answers, as predicted. For k3 in the reward the prediction "
-        "fails, and for `k2_as_loss` at the smallest beta.",
-        "g-the-frontier",
-    ),
-    "h": Told(
-        "divided by the group's standard deviation",
-        "verl takes the KL off the reward first, and divides both by the spread in the group. So "
-        "the same coefficient should be a stronger one there.",
-        {},
-        "At beta 0.3 it is far stronger, as predicted. At 0.1 nothing is decided.",
-        "h-divided-by-the-groups-spread",
-    ),
-}
-NOT_TRIED = "Not tried there."
-
-
 def told_lines(found: Sequence[Finding]) -> list[str]:
     """A paragraph for each hypothesis: what was asked, and what came out on both tasks."""
     parts, lines = {finding.part: finding for finding in found}, []
     for letter, told in TOLD.items():
-        host = " ".join(
-            sentence(parts[part], *sentences) for part, sentences in told.parts.items()
-        )
+        host = " ".join(sentence(parts[part], *sentences) for part, sentences in told.parts.items())
         if not host and letter != "c":
             host = NOT_TRIED
         text = f"**({letter}) {told.title}.** {told.asked}"
@@ -855,7 +671,9 @@ def wrapped(text: str) -> list[str]:
     return textwrap.wrap(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
-COMPARISONS = re.compile(r"<!-- verdicts (?P<study>[a-h]) -->\n(?P<table>.*?)<!-- end -->", re.DOTALL)
+COMPARISONS = re.compile(
+    r"<!-- verdicts (?P<study>[a-h]) -->\n(?P<table>.*?)<!-- end -->", re.DOTALL
+)
 
 
 def enumerable_lines(closed_form: str) -> list[str]:
@@ -870,21 +688,6 @@ def enumerable_lines(closed_form: str) -> list[str]:
         name = f"[{told.title}](closed-form.md#{told.anchor})"
         lines.append(f"| {match['study']} | {name} | {' | '.join(map(str, counts))} |")
     return lines
-
-
-HOW = """\
-## How it is made
-
-```bash
-make reproduce FAST=1                         # the main contrast, two runs
-make reproduce                                # tier 1; the same command goes on
-python -m recipes.reproduce tier1 --dry-run   # what there is to make, and what it costs
-python -m recipes.reproduce.page              # this page, from recipes/reproduce/results
-```
-
-A run's row is a line of `runs/reproduce/GRID/results.jsonl`. Rows come into this page by being
-copied to `recipes/reproduce/results/GRID.jsonl`.
-"""
 
 
 def page(
@@ -1101,7 +904,9 @@ def rows_of(name: str, folder: Path) -> list[Row]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="docs/evidence.md from the committed rows.")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of tier1*.jsonl and so on")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder of tier1*.jsonl and so on"
+    )
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--images", type=Path, default=IMAGES)
     parser.add_argument("--readme", type=Path, default=README)

@@ -1,7 +1,8 @@
 """What quickstart, recipes and evaluation let a user set in the same words, and its checks."""
 
-import math
 from pathlib import Path
+
+from klplug.numerics import LEAST, MOST
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CACHE = REPOSITORY / ".cache"
@@ -10,6 +11,8 @@ RUNS = REPOSITORY / "runs"
 HOSTS = ("openrlhf", "verl")
 STOCK = ("stock:k1", "stock:k2", "stock:k3")
 WITHOUT_COEF = ("none", "monitor")
+# numpy takes 32 bits, and vLLM adds an engine's number.
+MOST_SEED = 2**31 - 1
 
 
 class SettingsError(ValueError):
@@ -47,12 +50,24 @@ def checked_kl_coef(kl_type: str, coef: float | None, default: float | None) -> 
             raise SettingsError(f"KL_COEF={coef:g}: KL_TYPE={kl_type} takes no coefficient")
         return None
     coef = default if coef is None else coef
-    if coef is None or not math.isfinite(coef) or coef <= 0:
+    if coef is None or not LEAST <= coef <= MOST:
         written = "none" if coef is None else f"{coef:g}"
         raise SettingsError(
-            f"KL_COEF={written}: a finite number above 0 (KL_TYPE=none is a run without KL)"
+            f"KL_COEF={written}: a finite number above 0, in float32 "
+            "(KL_TYPE=none is a run without KL)"
         )
     return coef
+
+
+def checked_seed(seed: int) -> int:
+    """A seed that everything in a host takes.
+
+    Raises:
+        SettingsError: It is none.
+    """
+    if not 0 <= seed <= MOST_SEED:
+        raise SettingsError(f"SEED={seed}: a whole number from 0 to {MOST_SEED}")
+    return seed
 
 
 def is_folder(model: str, others: str = "") -> bool:

@@ -58,6 +58,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--kl-coef", "inf"], "KL_COEF=inf"),
         (["--kl-type", "none", "--kl-coef", "0.1"], "none takes no coefficient"),
         (["--steps", "0"], "STEPS=0"),
+        (["--seed=-1"], "SEED=-1: a whole number from 0 to 2147483647"),
         (["--ranks", "0"], "RANKS=0"),
         (["--ranks", "3"], "RANKS=3"),
         (["--updates", "3"], "UPDATES=3"),

@@ -120,6 +120,10 @@ BAD_FILES = [
     ("kl_coef: -1.0", "KL_COEF=-1: a finite number above 0"),
     ("include: [nothing]", "include 'nothing': there is no"),
     ("a: [", "not YAML"),
+    ("seed: 1\nseed: 2", "the key seed is there twice"),
+    ("seed: -1", "SEED=-1: a whole number from 0 to 2147483647"),
+    ("data: 5", "data=5 must be text"),
+    ("kl_coef: 1e-50", "KL_COEF=1e-50: a finite number above 0, in float32"),
     ("- a", "a mapping is needed, not list"),
 ]
 

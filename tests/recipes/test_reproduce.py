@@ -16,9 +16,11 @@ from recipes.quickstart import run as quickstart
 from recipes.quickstart.run import RunError
 from recipes.quickstart.settings import Settings, settings
 from recipes.reproduce import measure
-from recipes.reproduce.__main__ import main, part
-from recipes.reproduce.drive import FORM, DriveError, append, drive, is_of, read_rows
+from recipes.reproduce.__main__ import COMMITTED, main, part, timed_rows
+from recipes.reproduce.drive import FORM, DriveError, append, cost, drive, is_of, read_rows
+from recipes.reproduce.ends import by_formulation, ended
 from recipes.reproduce.grid import GRIDS, Grid, GridError, load
+from recipes.reproduce.page import ACCURACY, KL, Runs, mean_and_range
 from recipes.shared.settings import REPOSITORY
 
 SMALL = """
@@ -107,7 +109,46 @@ def test_tier_1_is_what_the_hypotheses_say() -> None:
         (("updates: 4", "updates: 0"), "updates=0 must be a whole number of at least 1"),
         (("0.5]", "-0.5]"), "KL_COEF=-0.5"),
         (("0.5]", "strong]"), "kl_coef='strong' must be a number"),
-        (("[1, 2]", "[1, two]"), "seeds=[1, 'two']"),
+        (("[1, 2]", "[1, two]"), "seeds='two' must be a whole number"),
+        (("[1, 2]", "'1'"), "seeds='1' must be a whole number"),
+        (("[1, 2]", "[true]"), "seeds=True must be a whole number"),
+        (("[1, 2]", "[-1]"), "SEED=-1: a whole number from 0 to 2147483647"),
+        (("[1, 2]", "[2147483648]"), "SEED=2147483648"),
+        (("[1, 2]", "[]"), "seeds=[]: at least one value is needed"),
+        (("[1, 2]", "[1, 1]"), "seeds: 1 is there twice"),
+        (("seeds: [1, 2]\n", ""), "block 1: no seeds"),
+        (("updates: 4", "updates: []"), "updates=[]: at least one value is needed"),
+        (("updates: 4", "updates: '4'"), "updates='4' must be a whole number"),
+        (("updates: 4", "updates: -4"), "updates=-4 must be a whole number of at least 1"),
+        (("[none, k2_as_loss]", "[]"), "kl_type=[]: at least one value is needed"),
+        (("[none, k2_as_loss]", "5"), "block 1: kl_type=5 must be text"),
+        (("[none, k2_as_loss]", "no"), "kl_type=False must be text"),  # as YAML reads no
+        (
+            ("[none, k2_as_loss]", "[exact_as_loss, 'k2_as_loss,vocab=exact']"),
+            "kl_type: k2_as_loss,vocab=exact is there twice",
+        ),
+        (("[0.1, 0.5]", "[]"), "kl_coef=[]: at least one value is needed"),
+        (("0.5]", "0.1]"), "kl_coef: 0.1 is there twice"),
+        (("0.5]", "1.0e-50]"), "KL_COEF=1e-50: a finite number above 0, in float32"),
+        (("0.5]", f"{10**400}]"), "000 must be a number"),
+        (("steps: 2", "steps: '2'"), "steps='2' must be a whole number"),
+        (("steps: 2", "steps: 2.5"), "steps=2.5 must be a whole number"),
+        (("steps: 2", "steps: -2"), "STEPS=-2"),
+        (("steps: 2", "save_every: true"), "save_every=True must be a whole number"),
+        (("steps: 2", "model: 5"), "model=5 must be text"),
+        (("steps: 2", "data: [words]"), "data=['words'] must be text"),
+        (("steps: 2", "data: sums\nproblems: 78"), "the key problems is there twice"),
+        (("problems: 4", "problems: 78\ndata: sums"), "problems=78: sums has 77 that are held out"),
+        (("samples: 2\nruns:", "samples: 2\nruns: [none]\nx:"), "unknown key x"),
+        ((SMALL, "[none]"), "a mapping is needed, not list"),
+        ((SMALL, ""), "a mapping is needed, not NoneType"),
+        ((SMALL, "seeds: [1]\nruns: {kl_type: none}"), "runs must be a list of blocks"),
+        ((SMALL, "seeds: [1]\nruns: [none]"), "block 1: a mapping is needed, not str"),
+        ((SMALL, "recipe: 5\nseeds: [1]\nruns: [{kl_type: none}]"), "recipe=5 must be text"),
+        (
+            (SMALL, "seeds: [1]\nruns: [{kl_type: none, kl_type: monitor}]"),
+            "kl_type is there twice",
+        ),
         (("samples: 2", "samples: none"), "samples='none'"),
         (("kl_type: [none, k2_as_loss], ", ""), "no kl_type"),
         (("runs:", "runs: []\nhost: [a"), "not YAML"),
@@ -130,6 +171,23 @@ def test_a_grid_that_cannot_be_is_one_error_before_its_first_run(
     assert not out.exists()
 
 
+def test_a_grid_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_bytes(b"seeds: [1] # \xff")
+    with pytest.raises(GridError, match=r"small\.yaml: not YAML: .*utf-8"):
+        load(str(path))
+
+
+def test_a_number_that_yaml_takes_for_text_is_a_number(tmp_path: Path) -> None:
+    runs = load(written(tmp_path, SMALL.replace("0.5]", "1e-3]"))).runs
+    assert {run.kl_coef for run in runs} == {None, 0.1, 0.001}
+
+
+def test_monitor_too_is_made_once_whatever_the_coefficients(tmp_path: Path) -> None:
+    runs = load(written(tmp_path, SMALL.replace("[none,", "[monitor,"))).runs
+    assert [run.kl_coef for run in runs if run.kl_type == "monitor"] == [None, None]
+
+
 def test_an_unknown_grid_is_told_which_there_are() -> None:
     with pytest.raises(GridError, match=r"no grid 'tire1': there are .*tier1"):
         load("tire1")
@@ -144,6 +202,12 @@ def test_a_dry_run_lists_and_makes_nothing(
     assert lines[1] == "  2 k2_as_loss, kl_coef 0.1, 4 updates, seed 1"
     assert lines[-1].startswith("6 runs to make")
     assert not out.exists()
+    driven(load(written(tmp_path, SMALL.replace("[1, 2]", "[1]"))), out, Runner())
+    assert main([written(tmp_path, SMALL), "--dry-run", "--out", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "  2 k2_as_loss, kl_coef 0.1, 4 updates, seed 1 (made)"
+    assert lines[3] == "  4 none, 4 updates, seed 2"
+    assert lines[-1].startswith("3 runs to make")
 
 
 def test_parts_of_a_grid_share_its_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,11 +304,82 @@ def test_the_cost_comes_from_a_timed_run_and_time_left_is_told(tmp_path: Path) -
     assert "5 runs to make: about 25 min and 0.8 CPU-hours, by 1 timed run" in said
 
 
-def test_rows_of_another_form_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "results.jsonl"
-    append(path, {"form": FORM + 1})
-    with pytest.raises(DriveError, match=rf"line 1: form {FORM + 1}, .* reads form {FORM}"):
+def test_runs_with_as_many_updates_tell_the_cost_where_there_are_some(tmp_path: Path) -> None:
+    grid, out = small(tmp_path), tmp_path / "out"
+    driven(grid, out, Runner())
+    (row, *_) = read_rows(out / "results.jsonl")
+    slow = {**row, "settings": {**row["settings"], "updates": 64}, "seconds": {"training": 6000.0}}
+    assert "by 1 timed run" in cost([row, slow], grid.runs[:1])
+    assert cost([row, slow], grid.runs[:1]).startswith("1 runs to make: about 1 min")
+    assert cost([slow], grid.runs[:1]).startswith("1 runs to make: about 1 h 40 min")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (f'{{"form": {FORM + 1}}}', rf"line 1: form {FORM + 1}, .* reads form {FORM}"),
+        (f'{{"form": {FORM}, "status": "done"}}', "line 1: no settings, evaluation, seconds"),
+        ("5", "line 1: form 5"),
+        ('{"form": ', "line 1: not JSON"),
+    ],
+)
+def test_rows_of_another_form_are_refused(text: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text(text + "\n")
+    with pytest.raises(DriveError, match=told):
         driven(small(tmp_path), tmp_path, Runner())
+
+
+def test_what_is_no_results_file_and_no_folder_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [written(tmp_path, SMALL), "--out"]
+    (tmp_path / "file").write_text("")
+    (tmp_path / "bytes").mkdir()
+    (tmp_path / "bytes" / "results.jsonl").write_bytes(b"\xff\n")
+    (tmp_path / "folder" / "results.jsonl").mkdir(parents=True)
+    for name, told in (
+        ("file", "a folder is needed that can be written"),
+        ("bytes", "results.jsonl: no rows: 'utf-8' codec"),
+        ("folder", "results.jsonl: Is a directory"),
+    ):
+        assert main([*words, str(tmp_path / name)]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_a_grid_ends_with_what_its_runs_came_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside what the committed runs of the same settings did, with any seed."""
+    text = (GRIDS / "fast.yaml").read_text()
+    accuracies = iter((0.25, 0.75))
+
+    def made(run: Settings, folder: Path, problems: int, samples: int, **_: Any) -> dict[str, Any]:
+        found = Runner()(run, folder, problems, samples)
+        (last,) = found["evaluations"]
+        start = {"step": 0, "sampled_accuracy": 0.125, "kl_nats_per_answer": 0.0}
+        after = {**last, "sampled_accuracy": next(accuracies)}
+        return {**found, "evaluations": [start, after]}
+
+    monkeypatch.setattr(measure, "measured_run", made)
+    words = [written(tmp_path, text), "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    told = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
+    assert "before training 12.5% 0" in told
+    committed = Runs(timed_rows(COMMITTED / "tier1.jsonl"))
+    for kl_type, accuracy in (("k1_as_loss,ratio=none", "25.0%"), ("k2_as_loss", "75.0%")):
+        there = list(committed.of(kl_type).values())
+        ends = (mean_and_range([m.of(row) for row in there], m.form) for m in (ACCURACY, KL))
+        assert f"{kl_type} 0.5 4 1 {accuracy} 0.25 {len(there)} {' '.join(ends)}" in told
+
+
+def test_a_run_that_diverged_is_told_among_the_ends(tmp_path: Path) -> None:
+    grid = load(written(tmp_path, SMALL.replace("[0.1, 0.5]", "0.1")))
+    driven(grid, tmp_path / "out", Runner())
+    rows = read_rows(tmp_path / "out" / "results.jsonl")
+    rows[1] |= {"status": "diverged", "reason": "not finite from step 2 on"}
+    lines = by_formulation(grid, rows)
+    assert ended(lines["k2_as_loss", 0.1, 4]) == ("2, 1 diverged", "25.0% (0.0% to 50.0%)", "0.25")
+    assert ended(lines["none", None, 4]) == ("2", "50.0% (50.0% to 50.0%)", "0.25 (0.25 to 0.25)")
 
 
 def test_rows_of_another_commit_stay_and_are_named(tmp_path: Path) -> None:
