@@ -86,6 +86,10 @@ def _seen(part: Part, batch: Batch) -> Seen:
     # Over whole answers the weights are inside the sum: what competes with an advantage is it.
     coefficient = part.acting.coefficient if own_token else gradient
     names = [n for n in batch.others if n in (*spec.requires, "return_baseline")]
+    inputs = {"log_probs": batch.log_probs, **{name: batch.others[name] for name in names}}
+    if spec.weight != "none":
+        key = f"sample_weights/{spec.weight}".translate(_IN_A_KEY)
+        inputs[key] = batch.others[weight_name(spec)]
     return Seen(
         name=str(spec).translate(_IN_A_KEY) + "/",
         counted=batch.counted,
@@ -102,7 +106,7 @@ def _seen(part: Part, batch: Batch) -> Seen:
         capped=None if importance is None else importance.capped(),
         bounded=bounded,
         sample_weight=None if spec.weight == "none" else batch.masked(weight_name(spec)),
-        inputs={"log_probs": batch.log_probs, **{name: batch.others[name] for name in names}},
+        inputs=inputs,
     )
 
 

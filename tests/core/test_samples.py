@@ -15,6 +15,7 @@ import klplug
 from klplug import Samples, SampleWeight, kl_term, parse, reward_to_go, sample_weights
 from klplug.samples import WEIGHTS, described, named
 from klplug.spec import _parsed
+from klplug.watch import NONFINITE
 from tests.core.enumeration import PROBLEMS, Problem
 from tests.core.test_oracle import loss_gradient
 
@@ -383,6 +384,8 @@ def test_a_token_whose_weight_is_no_number_leaves_the_kl() -> None:
     )
     assert term.gradient.tolist() == [[0, -2]]
     assert term.metrics["klplug/nonfinite_share"] == 0.5
+    bad = [name for name, x in term.metrics.items() if name.startswith(NONFINITE) and x]
+    assert bad == ["klplug/nonfinite/sample_weights/mask-a"]
 
 
 def test_every_row_is_documented() -> None:
