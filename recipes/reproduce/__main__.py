@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.dry_run:
             dry_run(grid, read_rows(folder / RESULTS), known)
             return 0
+        check_installed(grid)
         from recipes.reproduce.measure import measured_run
 
         make = gpu.measured_run if is_gpu(grid) else partial(measured_run, lock=arguments.lock)
@@ -85,6 +87,20 @@ def part(grid: Grid, asked: str) -> Grid:
     if count > len(grid.runs):
         raise GridError(f"--part {asked}: {grid.name} has {len(grid.runs)} runs")
     return replace(grid, runs=grid.runs[number - 1 :: count])
+
+
+def check_installed(grid: Grid) -> None:
+    """Else each run would fail after its first minute.
+
+    Raises:
+        DriveError: The grid's host is not here.
+    """
+    for host in sorted({run.host for run in grid.runs}):
+        if find_spec(host) is None:
+            raise DriveError(
+                f"{grid.name}: {host} is not installed here ({sys.prefix}). Take its own "
+                f"environment: make .venv-{host}, then .venv-{host}/bin/python -m recipes.reproduce"
+            )
 
 
 def is_gpu(grid: Grid) -> bool:

@@ -72,21 +72,24 @@ def measured_run(
     folder, _ = quickstart.claim_folder(settings, folder, overwrite=True)
     phases = quickstart.Phases()
     status, reason = "done", None
-    reference = quickstart.policy_folder(settings, folder / "log.txt")
     start = replace(settings, kl_type="none", kl_coef=None, seed=0, updates=1, save_every=0)
-    with phases.timed("reference"):
-        evaluations = [{"step": 0, **reference_evaluation(start, reference, problems, samples)}]
-    try:
-        with held(lock), phases.timed("training"):
-            train(settings, folder, reference)
-        with phases.timed("evaluation"):
-            for step, policy in policies(settings, folder):
-                # Curves along the run need fewer answers than what is compared at its end.
-                each = samples if step == settings.steps else 1
-                found = evaluation(settings, policy, reference, problems, each)
-                evaluations.append({"step": step, **found})
-    except Diverged as error:
-        status, reason = "diverged", str(error)
+    with live_line(settings, folder) as line:
+        line.phase("evaluating the policy before training")
+        reference = quickstart.policy_folder(settings, folder / "log.txt")
+        with phases.timed("reference"):
+            evaluations = [{"step": 0, **reference_evaluation(start, reference, problems, samples)}]
+        try:
+            with held(lock), phases.timed("training"):
+                train(settings, folder, reference, line)
+            with phases.timed("evaluation"):
+                for step, policy in policies(settings, folder):
+                    line.phase(f"evaluating the policy of step {step}")
+                    # Curves along the run need fewer answers than what is compared at its end.
+                    each = samples if step == settings.steps else 1
+                    found = evaluation(settings, policy, reference, problems, each)
+                    evaluations.append({"step": step, **found})
+        except Diverged as error:
+            status, reason = "diverged", str(error)
     return {
         "status": status,
         "reason": reason,
@@ -96,7 +99,16 @@ def measured_run(
     }
 
 
-def train(settings: Settings, folder: Path, model: Path | str) -> None:
+@contextmanager
+def live_line(settings: Settings, folder: Path) -> Iterator[StepLine]:
+    """On a terminal the run under way; else into a file, since a log has the driver's lines."""
+    with (folder / "progress.txt").open("w") as progress:
+        console = Console() if sys.stdout.isatty() else Console(file=progress, width=120)
+        with StepLine(console, settings.steps) as line:
+            yield line
+
+
+def train(settings: Settings, folder: Path, model: Path | str, line: StepLine) -> None:
     """The quickstart's training.
 
     Raises:
@@ -104,18 +116,14 @@ def train(settings: Settings, folder: Path, model: Path | str) -> None:
         RunError: It failed otherwise.
     """
     quickstart.write_prompts(settings, folder / "prompts.jsonl")
-    with (folder / "progress.txt").open("w") as progress:
-        # A live line for who looks on; a log has the driver's lines alone.
-        console = Console() if sys.stdout.isatty() else Console(file=progress, width=120)
-        try:
-            with StepLine(console, settings.steps) as line:
-                quickstart.train(settings, folder, model, line, quickstart.Phases())
-        except quickstart.RunError as error:
-            if (step := first_not_finite(folder)) is not None:
-                raise Diverged(f"not finite from step {step} on; the host then failed") from error
-            if NOT_FINITE.search(str(error)):
-                raise Diverged(f"the host failed: {str(error).strip().splitlines()[-1]}") from error
-            raise
+    try:
+        quickstart.train(settings, folder, model, line, quickstart.Phases())
+    except quickstart.RunError as error:
+        if (step := first_not_finite(folder)) is not None:
+            raise Diverged(f"not finite from step {step} on; the host then failed") from error
+        if NOT_FINITE.search(str(error)):
+            raise Diverged(f"the host failed: {str(error).strip().splitlines()[-1]}") from error
+        raise
     if (step := first_not_finite(folder)) is not None:
         raise Diverged(f"not finite from step {step} on")
 

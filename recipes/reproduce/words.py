@@ -59,7 +59,7 @@ ON_LANGUAGE = """\
 SmolLM2-135M-Instruct learns sums of two numbers, on the same host: kl_coef 0.5, 30 rollouts of 2
 problems with 8 answers each, 4 updates per rollout. One seed decides nothing, so there is no
 verdict. A difference of two KLs is compared with the noise of measuring them, on 64 problems with
-4 answers each. What another seed would give is not known.
+one answer each. What another seed would give is not known. Accuracy has 4 answers to each problem.
 """
 
 
@@ -117,7 +117,7 @@ TOLD = {
     "b": Told(
         "k2 and k3 in the reward",
         "Some scripts take k3 off the reward. Near the reference that is no KL's gradient. So it "
-        "should not hold the policy, and may harm it.",
+        "should not hold the policy, and may harm it. The host's runs are of k3 alone.",
         {
             "b1": (
                 "It did not halve the drift that there is without a KL, as predicted ({}).",

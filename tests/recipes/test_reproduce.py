@@ -15,6 +15,7 @@ from recipes.quickstart import openrlhf
 from recipes.quickstart import run as quickstart
 from recipes.quickstart.run import RunError
 from recipes.quickstart.settings import Settings, settings
+from recipes.reproduce import __main__ as reproduce
 from recipes.reproduce import measure
 from recipes.reproduce.__main__ import COMMITTED, main, part, timed_rows
 from recipes.reproduce.drive import FORM, DriveError, append, cost, drive, is_of, read_rows
@@ -370,6 +371,18 @@ def test_a_grid_ends_with_what_its_runs_came_to(
         there = list(committed.of(kl_type).values())
         ends = (mean_and_range([m.of(row) for row in there], m.form) for m in (ACCURACY, KL))
         assert f"{kl_type} 0.5 4 1 {accuracy} 0.25 {len(there)} {' '.join(ends)}" in told
+
+
+def test_a_host_that_is_not_installed_is_told_before_the_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reproduce, "find_spec", lambda name: None if name == "verl" else object())
+    monkeypatch.setattr(measure, "measured_run", lambda *_: pytest.fail("a run was made"))
+    words = [written(tmp_path, SMALL.replace("steps: 2", "steps: 2\nhost: verl"))]
+    assert main([*words, "--dry-run"]) == 0
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert "verl is not installed here" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_that_diverged_is_told_among_the_ends(tmp_path: Path) -> None:
