@@ -6,6 +6,7 @@ said to be missing.
 """
 
 import argparse
+import json
 import math
 import re
 import sys
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 RESULTS = HERE / "results"
 PAGE = REPOSITORY / "docs" / "evidence.md"
+CELLS = RESULTS / "enumerable.jsonl"
 CLOSED_FORM = REPOSITORY / "docs" / "closed-form.md"
 README = REPOSITORY / "README.md"
 IN_README = re.compile(r"(?<=<!-- evidence -->\n).*(?=<!-- /evidence -->)", re.DOTALL)
@@ -615,6 +617,19 @@ def missing_lines(name: str, rows: Sequence[Row]) -> list[str]:
     return [f"Runs of the grid `{name}` that were not made yet:", "", *lines, ""]
 
 
+def made_with(cells: Sequence[Row]) -> list[str]:
+    """Versions and hours of the enumerable task's settings."""
+    versions = Counter((cell["klplug"], cell["torch"], cell["seeds"]) for cell in cells)
+    hours = sum(cell["process_seconds"] for cell in cells) / 3600
+    return [
+        *(
+            f"- {count} settings of {seeds} seeds with klplug {klplug}, torch {torch}"
+            for (klplug, torch, seeds), count in versions.most_common()
+        ),
+        f"- {hours:.1f} CPU-hours",
+    ]
+
+
 def frozen(row: Row) -> tuple[tuple[str, Any], ...]:
     """A row's machine, to be counted."""
     gpus = tuple(row["machine"]["gpus"] or ())
@@ -695,6 +710,7 @@ def page(
     exact: Sequence[Row] = (),
     language: Sequence[Row] = (),
     closed_form: str = "",
+    cells: Sequence[Row] = (),
 ) -> str:
     """The page's text.
 
@@ -703,6 +719,7 @@ def page(
         exact: Of the grid `exact`, any number; without one there is no section on it.
         language: Of the grid `smollm2`, the same.
         closed_form: The text of docs/closed-form.md, for its counts.
+        cells: The lines of results/enumerable.jsonl.
     """
     runs = Runs(rows)
     found = findings(runs)
@@ -749,6 +766,8 @@ def page(
         lines += ["## Missing", "", *absent]
     if rows:
         lines += ["## Made with", "", "Tier 1:", "", *provenance(rows), ""]
+    if cells:
+        lines += ["The enumerable task:", "", *made_with(cells), ""]
     return "\n".join([*lines, *HOW.splitlines(), ""])
 
 
@@ -919,7 +938,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"page: error: {error}", file=sys.stderr)
         return 2
     closed_form = CLOSED_FORM.read_text("utf-8")
-    arguments.page.write_text(page(rows, exact, language, closed_form), "utf-8")
+    cells = [json.loads(line) for line in CELLS.read_text("utf-8").splitlines()]
+    arguments.page.write_text(page(rows, exact, language, closed_form, cells), "utf-8")
     if rows:
         figures(rows, arguments.images)
         text = arguments.readme.read_text("utf-8")

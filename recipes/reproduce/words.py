@@ -70,6 +70,8 @@ HOW = """\
 make reproduce FAST=1                         # the main contrast, two runs
 make reproduce                                # tier 1; the same command goes on
 python -m recipes.reproduce tier1 --dry-run   # what there is to make, and what it costs
+python -m recipes.reproduce.enumerable        # the enumerable task
+python -m recipes.reproduce.study_pages       # docs/closed-form.md, docs/gradient-study.md
 python -m recipes.reproduce.page              # this page, from recipes/reproduce/results
 ```
 

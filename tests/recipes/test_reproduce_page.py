@@ -300,6 +300,14 @@ def test_rows_of_other_commits_are_labelled() -> None:
     assert f"- 1 runs of commit `{'b' * 12}`, with changes that were not committed\n" in text
 
 
+def test_hours_and_versions_of_the_other_task_are_told() -> None:
+    cell = {"klplug": "0.1.0", "torch": "2.13.0", "seeds": 100, "process_seconds": 900.0}
+    text = page([], cells=[cell, cell, {**cell, "torch": "2.9.0"}])
+    assert "- 2 settings of 100 seeds with klplug 0.1.0, torch 2.13.0\n- 1 settings" in text
+    assert "- 0.8 CPU-hours\n" in text
+    assert "settings of" not in page([])
+
+
 def test_each_hypothesis_has_its_section_on_the_other_task_and_its_counts() -> None:
     text = CLOSED_FORM.read_text()
     sections = dict(re.findall(r"^## (\([a-h]\) .+)\n((?:(?!## ).*\n)*)", text, re.MULTILINE))
