@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -45,7 +46,8 @@ def _reverse(log_p: Tensor, log_ratio: Tensor, p: Tensor) -> Tensor:
 
 def _forward(log_p: Tensor, log_ratio: Tensor, p: Tensor) -> Tensor:
     q = (log_p - log_ratio).exp_()
-    return difference(p, q, log_ratio).addcmul_(q, log_ratio, value=-1)
+    largest = torch.finfo(log_ratio.dtype).max  # where q is 0, so is q times it
+    return difference(p, q, log_ratio).addcmul_(q, log_ratio.clamp(max=largest), value=-1)
 
 
 def _jeffreys(log_p: Tensor, log_ratio: Tensor, p: Tensor) -> Tensor:
@@ -124,15 +126,15 @@ _INSTEAD = {
 def named_divergence(name: str, alpha: float | None) -> Divergence:
     if name == "alpha":
         alpha = 0.5 if alpha is None else alpha
-        if not math.isfinite(alpha) or alpha in (0, 1):
-            raise ValueError(f"alpha={alpha!r} must be finite, and neither 0 nor 1")
+        if not isinstance(alpha, Real) or not math.isfinite(alpha) or alpha in (0, 1):
+            raise ValueError(f"alpha={alpha!r} must be a finite number, and neither 0 nor 1")
         return alpha_divergence(alpha)
     if alpha is not None:
         raise ValueError(f"alpha={alpha!r} is for divergence='alpha', not for {name!r}")
-    if name not in DIVERGENCES:
+    if name not in list(DIVERGENCES):  # a list has names that can't be hashed, too
         known = ", ".join([*DIVERGENCES, "alpha"])
+        instead = f". {_INSTEAD[name]}" if name in list(_INSTEAD) else ""
         raise ValueError(
-            f"divergence {name!r} has no form over the vocabulary; known: {known}. "
-            + _INSTEAD.get(name, "")
+            f"divergence {name!r} has no form over the vocabulary; known: {known}{instead}"
         )
     return DIVERGENCES[name]

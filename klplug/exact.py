@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from numbers import Integral, Real
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -76,7 +77,8 @@ def exact_kl(
         weight: (V, H), its output matrix.
         ref_hidden: (N, H'), the reference's, at the same prefixes; its width may be another.
         ref_weight: (V, H'), the reference's output matrix; may be ``weight`` itself.
-        targets: (N,), the tokens whose log-probs are wanted, integers in [0, V).
+        targets: (N,), the tokens whose log-probs are wanted, integers in [0, V). On a GPU, where a
+            look would wait for the device, another number has log-probs of nan.
         divergence: ``k2`` (the reverse KL), ``forward``, ``js``, ``jeffreys``, ``chi2``,
             ``hellinger``, ``tv`` or ``alpha``, each as the estimator of that name.
         alpha: for ``alpha``, 1/2 if left out; neither 0 nor 1.
@@ -94,14 +96,14 @@ def exact_kl(
         ``ExactKL``: four (N,) tensors in float32, or float64 where an input is float64.
 
     Raises:
-        ValueError: shapes, dtypes or options that do not fit, by name.
+        ValueError, TypeError: shapes, dtypes or options that do not fit, by name.
 
     Source: Rao-Blackwell form of the sampled estimators, arXiv 2504.10637.
     """
     row = named_divergence(divergence, alpha)
     _check(hidden, weight, ref_hidden, ref_weight, targets, bias, ref_bias, group)
     plan = _plan(row, hidden, temperature, softcap, chunk, group, Head)
-    return _results(plan, targets, (hidden, weight, bias, ref_hidden, ref_weight, ref_bias))
+    return _results(plan, targets.long(), (hidden, weight, bias, ref_hidden, ref_weight, ref_bias))
 
 
 def topk_kl(
@@ -138,19 +140,22 @@ def topk_kl(
         ref_log_probs: (N, K), log ref of these tokens in nats, normalised over the reference's
             whole vocabulary at the same temperature. What they leave of 1 is ref_rest. Less than
             the rounding of their dtype counts as that: so hand them in as float32, not as halves.
+            -inf is a token that the reference never writes. There k2 and jeffreys are infinite, and
+            ``kl_term`` leaves such a place out.
 
     Returns:
         ``ExactKL``: four (N,) tensors in float32, or float64 where an input is float64.
         ``ref_log_probs`` is nan where the target is not among ``ref_ids``.
 
     Raises:
-        ValueError: shapes, dtypes or options that do not fit, by name.
+        ValueError, TypeError: shapes, dtypes or options that do not fit, by name.
 
     Source: klplug; the data-processing inequality, Csiszar 1967.
     """
     row = named_divergence(divergence, alpha)
     _check_policy(hidden, weight, targets, bias, group)
     _check_top(hidden, weight, ref_ids, ref_log_probs, group)
+    targets, ref_ids = targets.long(), ref_ids.long()
     plan = _plan(row, hidden, temperature, softcap, chunk, group, Top)
     found = _results(plan, targets, (hidden, weight, bias, ref_ids, ref_log_probs, None))
     is_target = ref_ids == targets[:, None]
@@ -180,10 +185,10 @@ def top_log_probs(
         vocabulary, float32 or float64; both detached.
 
     Raises:
-        ValueError: shapes, dtypes or options that do not fit, by name.
+        ValueError, TypeError: shapes, dtypes or options that do not fit, by name.
     """
     _check_head("", hidden, weight, bias, hidden)
-    if k < 1:
+    if not _is_count(k):
         raise ValueError(f"k={k!r} must be a number of tokens, at least 1")
     plan = _plan(DIVERGENCES["k2"], hidden, temperature, softcap, chunk, None, Head)
     k = min(k, len(weight))
@@ -201,7 +206,16 @@ def top_log_probs(
 
 def _results(plan: Plan, targets: Tensor, tensors: Sequence[Tensor | None]) -> ExactKL:
     with torch.autocast(targets.device.type, enabled=False):
-        return ExactKL(*Pass.apply(plan, targets, *tensors))  # type: ignore[no-untyped-call]
+        found = ExactKL(*Pass.apply(plan, targets, *tensors))  # type: ignore[no-untyped-call]
+    if _may_be_read(targets):
+        return found
+    # Where no look could refuse it, a target that is no token has no log-probs.
+    weight = cast(Tensor, tensors[1])
+    known = (targets >= 0) & (targets < _vocabulary(weight, plan.group))
+    return found._replace(
+        log_probs=found.log_probs.where(known, torch.nan),
+        ref_log_probs=found.ref_log_probs.where(known, torch.nan),
+    )
 
 
 def _plan(
@@ -214,15 +228,20 @@ def _plan(
     reference: type[Head] | type[Top],
 ) -> Plan:
     for name, number in (("temperature", temperature), ("softcap", softcap)):
-        if number is not None and not (0 < number < math.inf):
+        left_out = number is None and name == "softcap"
+        if not left_out and not (isinstance(number, Real) and 0 < number < math.inf):
             raise ValueError(f"{name}={number!r} must be a positive number")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk!r} must be a positive number of logits, or None")
+    if chunk is not None and not _is_count(chunk):
+        raise ValueError(f"chunk={chunk!r} must be a positive whole number of logits, or None")
     held, tile = (_HELD, _TILE) if hidden.device.type == "cpu" else (_HELD_ON_GPU, _TILE_ON_GPU)
     held = held if chunk is None else chunk
     scaling = Scaling(temperature, softcap)
     differentiated = torch.is_grad_enabled()
     return Plan(divergence, scaling, held, min(tile, held), _ROWS, group, differentiated, reference)
+
+
+def _is_count(number: Any) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool) and int(number) >= 1
 
 
 def _check(
@@ -248,22 +267,65 @@ def _check_policy(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, group: Any
 ) -> None:
     _check_head("", hidden, weight, bias, hidden)
+    _check_group(group)
     _check_tokens("targets", targets, (len(hidden),), hidden, weight, group)
 
 
 def _check_head(
     whose: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, policy: Tensor
 ) -> None:
-    given = {f"{whose}hidden": hidden, f"{whose}weight": weight, f"{whose}bias": bias}
-    for name, tensor in given.items():
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating-point, got {tensor.dtype}")
-        if tensor is not None and tensor.dim() != 2 and tensor is not bias:
+    for name, tensor in ((f"{whose}hidden", hidden), (f"{whose}weight", weight)):
+        _check_floats(name, tensor)
+        if tensor.dim() != 2:
             raise ValueError(f"{name} must have two dimensions, got shape {tuple(tensor.shape)}")
+    if not len(weight):
+        raise ValueError(f"{whose}weight has shape {tuple(weight.shape)}, and must have a token")
     _check_shape(f"{whose}hidden", hidden, (len(policy), weight.shape[1]), policy)
     _check_device(f"{whose}weight", weight, policy)
     if bias is not None:
+        _check_floats(f"{whose}bias", bias)
         _check_shape(f"{whose}bias", bias, (len(weight),), policy)
+        if _may_be_read(bias) and not bias.isfinite().all():
+            wrong = bias[~bias.isfinite()][0].item()
+            raise ValueError(
+                f"{whose}bias has the number {wrong}; allowed: finite ones. For a token that is "
+                "never sampled use a large negative one"
+            )
+
+
+# What a product with float32 is defined for.
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _check_dense(name: str, tensor: Any) -> None:
+    kind = type(tensor).__name__
+    if isinstance(tensor, Tensor):
+        kind = "a nested tensor" if tensor.is_nested else str(tensor.layout)
+    if kind != str(torch.strided):
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
+
+
+def _check_floats(name: str, tensor: Any) -> None:
+    _check_dense(name, tensor)
+    if tensor.dtype not in _FLOATS:
+        raise ValueError(
+            f"{name} must be floating-point (bfloat16, float16, float32 or float64), got "
+            f"{tensor.dtype}"
+        )
+
+
+def _check_group(group: Any) -> None:
+    if group is not None and not isinstance(group, getattr(dist, "ProcessGroup", ())):
+        raise TypeError(
+            f"group={group!r} must be a torch.distributed.ProcessGroup that this process is in, or "
+            "None"
+        )
+
+
+def _may_be_read(tensor: Tensor) -> bool:
+    """Elsewhere a look at the numbers would wait for the device."""
+    return tensor.device.type == "cpu" and tensor.numel() > 0
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], policy: Tensor) -> None:
@@ -280,10 +342,11 @@ def _check_device(name: str, tensor: Tensor, policy: Tensor) -> None:
 def _check_tokens(
     name: str, ids: Tensor, shape: tuple[int, ...], policy: Tensor, weight: Tensor, group: Any
 ) -> None:
-    if ids.is_floating_point() or ids.dtype == torch.bool:
+    _check_dense(name, ids)
+    if ids.dtype not in _INTEGERS:
         raise ValueError(f"{name} must be token ids, integers, got {ids.dtype}")
     _check_shape(name, ids, shape, policy)
-    if policy.device.type == "cpu" and len(ids):  # elsewhere the look would wait for the device
+    if _may_be_read(ids):
         low, high, whole = int(ids.min()), int(ids.max()), _vocabulary(weight, group)
         if low < 0 or high >= whole:
             wrong = low if low < 0 else high
@@ -301,16 +364,16 @@ _SUM_OF_PROBABILITIES = 1.05
 def _check_top(
     hidden: Tensor, weight: Tensor, ref_ids: Tensor, ref_log_probs: Tensor, group: Any
 ) -> None:
+    _check_dense("ref_ids", ref_ids)
     size, whole = ref_ids.shape[-1] if ref_ids.dim() == 2 else 0, _vocabulary(weight, group)
     if not 1 <= size <= whole:
         raise ValueError(
             f"ref_ids has shape {tuple(ref_ids.shape)}, and must have (N, K), K from 1 to {whole}"
         )
     _check_tokens("ref_ids", ref_ids, (len(hidden), size), hidden, weight, group)
-    if not ref_log_probs.is_floating_point():
-        raise ValueError(f"ref_log_probs must be floating-point, got {ref_log_probs.dtype}")
+    _check_floats("ref_log_probs", ref_log_probs)
     _check_shape("ref_log_probs", ref_log_probs, (len(hidden), size), hidden)
-    if hidden.device.type != "cpu" or not len(hidden):
+    if not _may_be_read(ref_log_probs):
         return
     sums = ref_log_probs.detach().exp().sum(-1)
     wrong = sums[sums > _SUM_OF_PROBABILITIES]

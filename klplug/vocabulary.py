@@ -249,6 +249,9 @@ class _Kept:
         return _Normaliser(self.ref_maximum[:, None], self.ref_log_sum[:, None])
 
 
+_OF_KL_ALONE = ("mean_slope", "ref_maximum", "ref_log_sum")
+
+
 class Pass(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, targets: Tensor, *tensors: Tensor | None) -> Any:
@@ -263,14 +266,15 @@ class Pass(torch.autograd.Function):
             local = policy.local(targets[rows])
             kept[:, rows] = _sums(plan, reference, rows, z, r, local, overwritten=frozen)
             if of_kl is not None:
-                gradient = r.addcmul_(z, _Kept(*kept[:, rows, None]).mean_slope, value=-1)
-                for columns in policy.columns(len(gradient)):
-                    _add_product(of_kl[rows], gradient[:, columns], policy.weight[columns])
-            del z, r
+                r.addcmul_(z, _Kept(*kept[:, rows, None]).mean_slope, value=-1)
+                for columns in policy.columns(len(r)):
+                    _add_product(of_kl[rows], r[:, columns], policy.weight[columns])
+            del z, r  # the next ones are made before the names are free
         ctx.plan = plan
         ctx.save_for_backward(targets, *tensors, kept, of_kl)
         ctx.set_materialize_grads(False)
-        kl, entropy, log_probs, ref_log_probs = kept[:4].clone().unbind()
+        # No views of one tensor: autograd lets nobody write into such.
+        kl, entropy, log_probs, ref_log_probs = (x.clone() for x in kept[:4])
         ctx.mark_non_differentiable(ref_log_probs)
         return kl, entropy, log_probs, ref_log_probs
 
@@ -339,7 +343,6 @@ def _sums(
                 r[:, columns] = plan.scaling.back_(slope, z[:, columns])
                 z[:, columns] = plan.scaling.back_(tile.p, z[:, columns])
     plan.reduced_(expected)
-    value.clamp_(max=torch.finfo(z.dtype).max)
     parts = (value, entropy, *log_probs, mean_slope, maxima[0], log_sums[0], maxima[1], log_sums[1])
     return torch.stack(parts)
 
@@ -379,9 +382,11 @@ def _differentiate(
         torch.zeros_like(kept.kl) if w is None else w.to(kept.kl.dtype) for w in weights
     )
     # A token without a weight: 0 times what it holds would be nan, were that no number.
-    unused = (of_kl == 0) & (of_entropy == 0) & (of_log_probs == 0)
-    policy, reference = policy.without(unused), reference.without(unused)
-    kept = _Kept(*(x.masked_fill(unused, 0.0) for x in vars(kept).values()))
+    no_kl = of_kl == 0
+    unused = no_kl & (of_entropy == 0) & (of_log_probs == 0)
+    policy, reference = policy.without(unused), reference.without(no_kl)
+    without = {name: no_kl if name in _OF_KL_ALONE else unused for name in vars(kept)}
+    kept = _Kept(**{name: x.masked_fill(without[name], 0.0) for name, x in vars(kept).items()})
     common = of_kl * kept.mean_slope + of_entropy * kept.entropy + of_log_probs
     step = max(1, min(len(targets), policy.plan.rows, policy.plan.tile))
     for columns in policy.columns(step):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import klplug
 from benchmarks.measure import peak_bytes
-from klplug import divergences, vocabulary
+from klplug import divergences, exact, vocabulary
 from klplug.estimators import ESTIMATORS
 from tests.core.enumeration import F
 
@@ -229,6 +229,18 @@ def test_memory_does_not_grow_with_the_vocabulary(trained: bool) -> None:
     assert large < 64 * 8192 * 4  # one matrix of logits, of which naive takes six
 
 
+def test_no_more_than_two_chunks_of_logits_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk = 2**14
+    monkeypatch.setattr(exact, "_TILE", chunk // 32)
+    hidden, matrix = torch.randn(64, 8, requires_grad=True), torch.randn(2048, 8)
+
+    def step() -> None:  # of eight chunks, the gradient of ``kl`` kept from the forward
+        kl = klplug.exact_kl(hidden, matrix, hidden, matrix, torch.arange(64), chunk=chunk).kl
+        torch.autograd.grad(kl.sum(), hidden)
+
+    assert 2 * chunk * 4 < peak_bytes(step) < 2.6 * chunk * 4
+
+
 # ── Numbers ─────────────────────────────────────────────────────────────────────────────────────
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -339,6 +351,44 @@ def test_extreme_logits_by_mpmath(name: str, dtype: torch.dtype) -> None:
     assert seen >= 10
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_hot_distributions(dtype: torch.dtype, trained: bool) -> None:
+    """By hand: logits of up to 8192 put all of the policy on token 0, of the reference on 2.
+
+    Row 0 has them so; in row 1 both are one distribution.
+    """
+    of_policy, of_reference = [8192.0, 0.0, -4096.0, 0.0], [-4096.0, 0.0, 8192.0, 1.0]
+    identity = torch.eye(4, dtype=dtype)
+    r = torch.tensor([of_reference, of_policy], dtype=dtype)
+    one_to_other = torch.tensor([[1.0, 0.0, -1.0, 0.0], [0.0] * 4])
+    nothing = torch.zeros(2, 4)
+    # Value, and gradient towards the logits: p (slope - mean slope).
+    by_hand = {
+        "k2": (12288.0, nothing),
+        "forward": (12288.0, one_to_other),
+        "jeffreys": (2 * 12288.0, one_to_other),
+        "js": (2 * math.log(2), nothing),
+        "hellinger": (2.0, nothing),
+        "tv": (1.0, nothing),
+        "alpha": (4.0, nothing),
+    }
+    for name, (value, gradient) in by_hand.items():
+        z = torch.tensor([of_policy, of_policy], dtype=dtype, requires_grad=True)
+        weight = identity.clone().requires_grad_(trained)
+        result = klplug.exact_kl(
+            z, weight, r, identity, torch.tensor([0, 2]), divergence=name, chunk=4
+        )
+        torch.testing.assert_close(result.kl, torch.tensor([value, 0.0]), rtol=1e-6, atol=0)
+        assert result.entropy.tolist() == [0, 0]
+        assert result.log_probs.tolist() == [0, -12288]
+        assert result.ref_log_probs.tolist() == [-12288, -12288]
+        found = torch.autograd.grad(result.kl.sum(), [z, weight][: 1 + trained])
+        torch.testing.assert_close(found[0].float(), gradient, rtol=1e-6, atol=1e-6)
+        if trained:
+            torch.testing.assert_close(found[1], (gradient.T.to(dtype) @ z).detach())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_near_the_reference_float32_keeps_its_digits(name: str) -> None:
     """Naive differences of float32 log-probs are all noise here, and of either sign."""
@@ -390,12 +440,96 @@ def test_a_token_without_weight_may_hold_anything() -> None:
         assert_equal(found, expected)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_token_without_a_kl_leaves_the_other_results_theirs(trained: bool) -> None:
+    """Its reference is no number, so its KL has no weight; its log-probs and entropy have one."""
+    clean, inputs = drawn(), drawn()
+    inputs["ref_hidden"][5] = torch.nan
+    used = torch.ones(TOKENS, dtype=torch.float64)
+    used[5] = 0
+    sums = []
+    for given in (inputs, clean):
+        given["weight"].requires_grad_(trained)
+        kl, entropy, log_probs, _ = klplug.exact_kl(**given)
+        sums.append(gradients(kl[used > 0].sum() + (entropy - 2 * log_probs).sum(), given))
+    assert_equal(*sums)
+
+
 def test_no_tokens_at_all() -> None:
     inputs = drawn(tokens=0)
     result = klplug.exact_kl(**inputs)
     assert [len(x) for x in result] == [0, 0, 0, 0]
     found = gradients(result.kl.sum() + result.log_probs.sum(), inputs)
     assert_equal(found, [torch.zeros(0, WIDTH), torch.zeros(VOCABULARY, WIDTH)])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32], ids=str)
+def test_targets_of_any_integers(dtype: torch.dtype) -> None:
+    inputs = drawn()
+    mine = klplug.exact_kl(**inputs | {"targets": inputs["targets"].to(dtype)})
+    theirs = naive(**inputs)
+    assert_equal(mine, theirs)
+    assert_equal(gradients(weighted(mine), inputs), gradients(weighted(theirs), inputs))
+
+
+def test_each_input_in_a_dtype_of_its_own_and_none_of_them_contiguous() -> None:
+    draw = torch.Generator().manual_seed(4)
+
+    def strided(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn((columns, 2 * rows), generator=draw).to(dtype).T[::2]
+
+    inputs = {
+        "hidden": strided(TOKENS, WIDTH, torch.bfloat16).requires_grad_(),
+        "weight": strided(VOCABULARY, WIDTH, torch.float32).requires_grad_(),
+        "ref_hidden": strided(TOKENS, WIDTH + 2, torch.float16),
+        "ref_weight": strided(VOCABULARY, WIDTH + 2, torch.bfloat16),
+        "targets": torch.randint(VOCABULARY, (2 * TOKENS,), generator=draw)[::2],
+        "bias": torch.randn((2 * VOCABULARY,), generator=draw).half()[::2].requires_grad_(),
+    }
+    assert not any(x.is_contiguous() for x in inputs.values())
+    mine = klplug.exact_kl(**inputs)
+    wide = {
+        name: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+        for name, x in inputs.items()
+    }
+    theirs = naive(**wide)
+    assert all(x.dtype == torch.float32 for x in mine)
+    assert_equal(mine, theirs, 1e-5)
+    found, expected = gradients(weighted(mine), inputs), gradients(weighted(theirs), wide)
+    for one, other, x in zip(found, expected, (inputs["hidden"], *found[1:]), strict=True):
+        assert one.dtype == x.dtype
+        assert_equal([one], [other], max(1e-5, torch.finfo(one.dtype).eps))
+
+
+def test_results_may_be_written_into() -> None:
+    inputs = drawn()
+    mine, theirs = klplug.exact_kl(**inputs), naive(**inputs)
+    mine.kl.mul_(3)
+    mine.log_probs.clamp_(min=-3)
+    own = mine.kl.sum() + mine.log_probs.sum()
+    expected = 3 * theirs[0].sum() + theirs[2].clamp(min=-3).sum()
+    assert_equal([own], [expected])
+    assert_equal(gradients(own, inputs), gradients(expected, inputs))
+
+
+def test_on_a_device_a_target_that_is_no_token_has_no_log_prob(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There nobody looks at the numbers: an error would wait for the device."""
+    monkeypatch.setattr(exact, "_may_be_read", lambda _: False)
+    inputs = drawn()
+    wrong = inputs["targets"].clone()
+    wrong[2], wrong[6] = -100, VOCABULARY
+    theirs = naive(**inputs)
+    mine = klplug.exact_kl(**inputs | {"targets": wrong})
+    told = torch.ones(TOKENS, dtype=torch.bool)
+    told[[2, 6]] = False
+    assert_equal(mine[:2], theirs[:2])
+    for one, other in zip(mine[2:], theirs[2:], strict=True):
+        assert torch.equal(one.isnan(), ~told)
+        assert_equal([one[told]], [other[told]])
+    own, expected = (x[0].sum() + x[2][told].sum() for x in (mine, theirs))
+    assert_equal(gradients(own, inputs), gradients(expected, inputs))
 
 
 def test_without_gradients() -> None:
@@ -475,6 +609,7 @@ def test_two_ranks_with_half_of_the_vocabulary_each(tmp_path: Path) -> None:
 
 # ── What is refused ─────────────────────────────────────────────────────────────────────────────
 
+FLOATS = torch.zeros(TOKENS, WIDTH)
 REFUSED: list[tuple[Inputs, str]] = [
     ({"divergence": "k1"}, "'k2' is its exact form"),
     ({"divergence": "k3"}, "'forward' what its derivative does"),
@@ -482,18 +617,44 @@ REFUSED: list[tuple[Inputs, str]] = [
     ({"divergence": "kl"}, "known: k2, forward"),
     ({"divergence": "alpha", "alpha": 1}, "neither 0 nor 1"),
     ({"alpha": 0.3}, "is for divergence='alpha'"),
+    ({"divergence": ["k2"]}, r"\['k2'\] has no form over the vocabulary; known: k2"),
+    ({"divergence": "alpha", "alpha": "half"}, "alpha='half' must be a finite number"),
     ({"temperature": 0.0}, "temperature=0.0"),
+    ({"temperature": -1.0}, "temperature=-1.0"),
+    ({"temperature": math.nan}, "temperature=nan must be a positive number"),
+    ({"temperature": None}, "temperature=None must be a positive number"),
+    ({"temperature": torch.ones(TOKENS)}, r"temperature=tensor.* must be a positive number"),
     ({"softcap": -1.0}, "softcap=-1.0"),
+    ({"softcap": 0}, "softcap=0 must be a positive number"),
+    ({"softcap": "30"}, "softcap='30' must be a positive number"),
     ({"chunk": 0}, "chunk=0"),
+    ({"chunk": 2.5}, "chunk=2.5 must be a positive whole number of logits, or None"),
+    ({"chunk": (64, 64)}, r"chunk=\(64, 64\) must be a positive whole number"),
+    ({"chunk": True}, "chunk=True must be a positive whole number"),
+    ({"group": "tp"}, "group='tp' must be a torch.distributed.ProcessGroup"),
+    ({"group": dist.GroupMember.NON_GROUP_MEMBER}, "that this process is in, or None"),
     ({"ref_weight": torch.zeros(VOCABULARY + 1, WIDTH + 2)}, "must have one vocabulary"),
     ({"ref_hidden": torch.zeros(TOKENS - 1, WIDTH + 2)}, r"ref_hidden has shape \(10, 7\)"),
     ({"hidden": torch.zeros(TOKENS, WIDTH + 1)}, r"hidden has shape \(11, 6\)"),
     ({"hidden": torch.zeros(1, TOKENS, WIDTH)}, "hidden must have two dimensions"),
     ({"hidden": torch.zeros(TOKENS, WIDTH, dtype=torch.long)}, "hidden must be floating-point"),
+    ({"hidden": FLOATS.to(torch.complex64)}, "hidden must be floating-point.*complex64"),
+    ({"hidden": FLOATS.to(torch.float8_e4m3fn)}, "bfloat16, float16, float32 or float64.*float8"),
+    ({"hidden": FLOATS.tolist()}, "hidden must be a dense tensor, got list"),
+    ({"hidden": FLOATS.to_sparse()}, "hidden must be a dense tensor, got torch.sparse_coo"),
+    ({"weight": torch.nn.Linear(WIDTH, VOCABULARY)}, "weight must be a dense tensor, got Linear"),
+    ({"weight": torch.zeros(0, WIDTH)}, r"weight has shape \(0, 5\), and must have a token"),
+    ({"weight": torch.zeros(VOCABULARY, WIDTH, device="meta")}, "weight is on meta, hidden is on"),
+    ({"ref_weight": None}, "ref_weight must be a dense tensor, got NoneType"),
+    ({"ref_hidden": torch.zeros(TOKENS, WIDTH)}, r"ref_hidden has shape \(11, 5\), and must"),
     ({"targets": torch.zeros(TOKENS)}, "targets must be token ids"),
+    ({"targets": torch.ones(TOKENS, dtype=torch.bool)}, "targets must be token ids.*bool"),
+    ({"targets": [0] * TOKENS}, "targets must be a dense tensor, got list"),
+    ({"targets": torch.zeros(1, TOKENS, dtype=torch.long)}, r"targets has shape \(1, 11\)"),
     ({"targets": torch.full((TOKENS,), -100)}, "targets has the token -100; allowed: 0 to 22"),
     ({"targets": torch.full((TOKENS,), VOCABULARY)}, "targets has the token 23"),
     ({"bias": torch.zeros(VOCABULARY, 1)}, r"bias has shape \(23, 1\)"),
+    ({"ref_bias": torch.full((VOCABULARY,), -math.inf)}, "ref_bias has the number -inf; allowed"),
 ]
 
 
@@ -501,5 +662,5 @@ REFUSED: list[tuple[Inputs, str]] = [
     ("wrong", "message"), REFUSED, ids=lambda x: x if isinstance(x, str) else ""
 )
 def test_wrong_input_is_named(wrong: Inputs, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         klplug.exact_kl(**drawn(**wrong))

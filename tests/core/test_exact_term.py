@@ -149,6 +149,19 @@ def test_masked_tokens_reach_nothing_and_enter_no_product(kl_type: str) -> None:
     torch.testing.assert_close(dirty.weight[0][mask[0]], expected)
 
 
+def test_a_token_of_an_infinite_kl_leaves_and_is_counted() -> None:
+    given, without = tensors(), tensors()
+    with torch.no_grad():
+        given["exact_kl"][0, 2] = torch.inf
+    without["response_mask"][0, 2] = 0
+    term, expected = (klplug.kl_term("exact_as_loss", **x) for x in (given, without))
+    assert torch.equal(term.loss, expected.loss)
+    (of_kl,) = torch.autograd.grad(term.loss.sum(), given["exact_kl"])
+    assert torch.equal(of_kl, without["response_mask"].float())
+    assert term.metrics["klplug/nonfinite/exact_kl"] == 1
+    assert term.metrics["klplug/nonfinite_share"].item() == pytest.approx(1 / 5)
+
+
 def test_the_parts_of_the_term() -> None:
     given = tensors()
     mask = given["response_mask"]

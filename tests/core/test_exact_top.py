@@ -198,8 +198,9 @@ def test_what_a_reference_sends(scaling: Inputs) -> None:
         assert torch.equal(ids, expected["ref_ids"])
         assert_equal([log_probs], [expected["ref_log_probs"]], 1e-13)
     assert klplug.top_log_probs(*own, 99)[0].shape == (TOKENS, VOCABULARY)
-    with pytest.raises(ValueError, match="k=0 must be"):
-        klplug.top_log_probs(*own, 0)
+    for k in (0, 1.5, True):
+        with pytest.raises(ValueError, match=f"k={k} must be a number of tokens"):
+            klplug.top_log_probs(*own, k)
     with pytest.raises(ValueError, match=r"weight must have two dimensions"):
         klplug.top_log_probs(own[0], own[1][0], K)
 
@@ -312,6 +313,30 @@ def test_a_token_without_weight_may_hold_anything(trained: bool) -> None:
     assert_equal(found, expected)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_token_that_the_reference_never_writes(name: str, trained: bool) -> None:
+    """A sampler that cuts its distribution sends log-probs of -inf.
+
+    The divergence is that of a probability that is next to nothing, or infinite.
+    """
+    inputs, near = sent(drawn()), sent(drawn())
+    for given, log_prob in ((inputs, -torch.inf), (near, -600.0)):
+        given["ref_log_probs"][3, 1] = log_prob
+        given["weight"].requires_grad_(trained)
+    mine, theirs = (klplug.topk_kl(**given, **NAMES[name]) for given in (inputs, near))
+    others = torch.arange(TOKENS) != 3
+    infinite = name in ("reverse", "jeffreys")
+    if infinite:
+        assert mine.kl[3] == torch.inf
+    elif name not in ("chi2", "alpha,alpha=2"):  # held where float64 ends, as for any token
+        assert_equal([mine.kl], [theirs.kl])
+    kept = others if infinite or mine.kl[3] > 1e100 else others | ~others
+    sums = (x.kl[kept].sum() + (x.entropy + x.log_probs).sum() for x in (mine, theirs))
+    found, expected = (gradients(x, y) for x, y in zip(sums, (inputs, near), strict=True))
+    assert_equal(found, expected)
+
+
 def test_no_tokens_at_all() -> None:
     inputs = sent(drawn(tokens=0))
     result = klplug.topk_kl(**inputs)
@@ -358,6 +383,9 @@ REFUSED: list[tuple[Inputs, str]] = [
     ({"ref_ids": ONES[:, :0]}, r"ref_ids has shape \(11, 0\), .* K from 1 to 23"),
     ({"ref_ids": ONES[0]}, r"ref_ids has shape \(4,\), and must have \(N, K\)"),
     ({"ref_ids": ONES.double()}, "ref_ids must be token ids"),
+    ({"ref_ids": ONES.tolist()}, "ref_ids must be a dense tensor, got list"),
+    ({"ref_log_probs": None}, "ref_log_probs must be a dense tensor, got NoneType"),
+    ({"group": 2}, "group=2 must be a torch.distributed.ProcessGroup"),
     ({"ref_ids": 23 + torch.arange(K) + 0 * ONES}, "ref_ids has the token 26; allowed: 0 to 22"),
     ({"ref_ids": ONES}, "ref_ids has a token twice"),
     ({"ref_log_probs": ONES}, "ref_log_probs must be floating-point"),
@@ -372,5 +400,5 @@ REFUSED: list[tuple[Inputs, str]] = [
     ("wrong", "message"), REFUSED, ids=lambda x: x if isinstance(x, str) else ""
 )
 def test_wrong_input_is_named(wrong: Inputs, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         klplug.topk_kl(**sent(drawn()) | wrong)
