@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from klplug import KLSpec, KLStep, KLTerm, Tally, kl_term, stored_metrics
+from klplug.hosting.hidden import output_layer
 from klplug.hosting.host import announce
 from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.hosting.stored import Stored
@@ -70,6 +71,8 @@ def init(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> None:
     if plan is None:
         return
     announce("a policy actor", plan.spec, plan.kl_coef)
+    if plan.over_vocabulary:
+        output_layer(hidden.inside(trainer.actor))  # without one it stops before any answer
     if plan.source is not None:
         trainer.klplug_stored = Stored.read(plan.source)
     if plan.is_active and not plan.needs_reference:

@@ -68,6 +68,7 @@ def connect(spec: KLSpec, worker: Any) -> None:
     shared = Shared(term, is_base=worker.ref is None)
     for own in (worker.actor, worker.ref):
         if own is not None:
+            output_layer(own.engine.module)  # a model without one stops here, before any answer
             own.engine.klplug_exact = shared
 
 

@@ -283,13 +283,24 @@ def test_another_matrix_than_the_engines_stops_the_run(bench: Bench, models: lis
         bench.step(given, "exact_as_loss", COEF)
 
 
-def test_a_model_without_an_output_layer_is_named(bench: Bench, models: list[Path]) -> None:
-    given = experience(bench, models[1], "exact_as_loss")
-    model = bench.actor.model.module
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(model), "get_output_embeddings", lambda _: None)
-        with pytest.raises(RuntimeError, match="Qwen2ForCausalLM shows no output layer"):
-            bench.step(given, "exact_as_loss", COEF)
+@pytest.mark.parametrize("kl_type", ["exact_as_loss", "k2_as_loss,vocab=topk:3"])
+def test_a_model_without_an_output_layer_is_named_before_training(
+    bench: Bench, kl_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(bench.actor.model.module), "get_output_embeddings", lambda _: None)
+    configure(bench.args, "k2_as_loss", COEF)
+    bench.make()
+    configure(bench.args, kl_type, COEF)
+    with pytest.raises(RuntimeError, match="Qwen2ForCausalLM shows no output layer"):
+        bench.make()
+
+
+def test_a_reference_without_an_output_layer_is_named(
+    bench: Bench, models: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(bench.actor.model.module), "get_output_embeddings", lambda _: None)
+    with pytest.raises(RuntimeError, match="Qwen2ForCausalLM shows no output layer"):
+        experience(bench, models[1], "exact_as_loss")
 
 
 def test_experience_without_hidden_states_stops(bench: Bench, models: list[Path]) -> None:

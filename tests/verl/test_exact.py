@@ -267,6 +267,34 @@ def test_what_does_not_belong_together_stops_the_run(run: Run, change: Any, word
     engine.klplug_exact, shared.matrix = shared, None
 
 
+def test_a_model_without_an_output_layer_is_named_before_training(
+    reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = type(loaded(POLICY))
+    monkeypatch.setattr(made, "get_output_embeddings", lambda _: None)
+    with pytest.raises(RuntimeError, match=rf"{made.__name__} shows no output layer"):
+        Run(*overrides("exact_as_loss", reference))
+
+
+def test_an_engine_that_does_not_call_its_output_layer_stops_the_run(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one with a fused loss, which makes log-probs of hidden states itself."""
+    model = type(run.worker.ref.engine.module)
+    layer = output_layer(run.worker.ref.engine.module)
+    monkeypatch.setattr(model, "get_output_embeddings", lambda own: Idle(layer.weight))
+    with pytest.raises(RuntimeError, match="called its output layer 0 times"):
+        THROUGH[TRAINERS[0]](run)
+
+
+class Idle(torch.nn.Module):
+    """An output layer that nobody calls."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+
 def test_an_output_layer_with_an_adapter_is_refused_by_name() -> None:
     from peft import LoraConfig, get_peft_model
 
