@@ -391,6 +391,9 @@ def _part(text: str) -> KLSpec:
         values["factor"] = _factor(text, number.strip())
         if not name:
             raise Refused(f"kl_type {text!r}: no name stands behind '*'", "unknown-name")
+    if name == "exact_in_reward":
+        values["vocab"] = "exact"
+        return TermSpec("k2", "in_reward", **values)  # which is refused with its reason
     if name == EXACT:
         if values.setdefault("vocab", "exact") != "exact":
             raise Refused(

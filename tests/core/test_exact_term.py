@@ -81,7 +81,7 @@ def test_what_it_needs() -> None:
         ("exact_as_loss,vocab=sample", "Leave vocab out"),
         ("full", "'exact_as_loss'"),
         ("full_as_loss", "'exact_as_loss'"),
-        ("exact_in_reward", "Did you mean"),
+        ("exact_in_reward", "a reward goes to the sampled .* Use 'exact_as_loss,horizon=sequence'"),
         ("k2_as_loss,vocab=top", "Did you mean 'topk:K'.* Allowed: sample, exact, topk:K"),
         ("k2_as_loss,vocab=topk", "vocab=topk needs a whole number .* vocab=topk:64"),
         ("k2_as_loss,vocab=topk:0", "vocab=topk:0 needs a whole number of at least 1"),
