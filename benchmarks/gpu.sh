@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# What klplug can show on one GPU, in under eight minutes, with torch and transformers alone:
+# What klplug can show on one GPU, in under ten minutes, with torch and transformers alone:
 #   1. the core's tests that need CUDA or bf16       3. GRPO of a small model, k2 and stock k3
 #   2. the KL term beside the hosts' own functions   4. how good each gradient is on that model
+#   5. the exact KL beside two matrices of logits
 #
 #   MODEL=DIR HOSTS=DIR benchmarks/gpu.sh        SMALL=1 benchmarks/gpu.sh: a rehearsal, on a CPU
 #
@@ -54,6 +55,8 @@ if [ -n "$SMALL" ]; then
 else
   set -- --steps 150
 fi
+part exact "${EXACT_LIMIT:-90}" env SMALL="$SMALL" "$PYTHON" -m pytest -q -s --import-mode=importlib \
+  -p no:cacheprovider benchmarks/test_exact.py -k 'test_exact and not chunks'
 part grpo "${GRPO_LIMIT:-220}" "$PYTHON" -m benchmarks.gpu_grpo --model "$MODEL" --device "$device" \
   --out "$OUT/grpo.jsonl" "$@"
 if [ -n "$SMALL" ]; then set -- --answers 32 --prompts 2; else set -- --answers 4096 --prompts 32; fi

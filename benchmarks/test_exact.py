@@ -4,7 +4,7 @@
 
 Peers (TRL, Liger) are in no lock: `pip download --no-deps trl==1.16.0 liger-kernel==0.8.5`, unpack,
 and name the folder in KLPLUG_PEERS. Without it they are left out. Time is what the thread itself
-spent, on a CPU; a step is forward, per-token weights and backward.
+spent, on a CPU; a step is forward, per-token weights and backward. SMALL=1 is a rehearsal.
 """
 
 from __future__ import annotations
@@ -143,6 +143,14 @@ SHAPES = [
     (256, 152_064, 2048, torch.float32, 1),
     (1024, 32_000, 2048, torch.float32, 1),
 ]
+if DEVICE == "cuda":
+    SHAPES = [
+        (1024, 152_064, 2048, torch.bfloat16, 5),
+        (8192, 32_000, 2048, torch.bfloat16, 5),
+        (8192, 152_064, 2048, torch.bfloat16, 3),  # of which naive takes 31 GB
+    ]
+if os.environ.get("SMALL"):
+    SHAPES = [(512, 8000, 64, torch.float32, 1)]
 TASKS_OF_LARGE = ("all three, matrix trained", "kl alone, matrix frozen")
 
 
@@ -168,8 +176,21 @@ def lines() -> Any:
 
 
 HEADING = """\
-| task | N, V, H, dtype | who | seconds | over naive | peak MiB | over naive | gradient's error |
-| --- | --- | --- | --- | --- | --- | --- | --- |"""
+| task | N, V, H, dtype | who | seconds | over naive | products | peak MiB | over naive | error |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+
+
+def products(who: str, trained: bool, results: int) -> int | None:
+    """Of N V H multiplications each, in a step: two in the forward, the others in the backward."""
+    if who == "naive":
+        return 4 if trained else 3
+    if who != "klplug":
+        return None
+    if trained:
+        return 6  # both logits again
+    return 3 if results == 1 else 5  # nothing again, or the policy's logits
+
+
 CASES = [
     (task, *shape) for shape in SHAPES for task in (TASKS if shape[-1] > 1 else TASKS_OF_LARGE)
 ]
@@ -218,13 +239,18 @@ def test_exact(
             # Halves are summed up in more: what is left is the rounding of the gradient itself.
             limit = 1e-4 if dtype == torch.float32 else 0.01
             assert who != "klplug" or errors[who] < limit, errors
+    h, matrix = (x.detach() for x in problem.tensors[:2])
+    product = min(spent(lambda: h @ matrix.T) for _ in range(3))
     shape = f"{tokens}, {vocabulary}, {width}, {str(dtype).removeprefix('torch.')}"
     for who, seen in times.items():
         ratios = [mine / theirs for mine, theirs in zip(seen, times["naive"], strict=True)]
+        count, middle = products(who, trained, results), statistics.median(seen)
+        share = "" if count is None else f"{count}, {count * product / middle:.0%}"
         lines.append(
-            f"| {task} | {shape} | {who} | {statistics.median(seen):.2f} | "
-            f"{statistics.median(ratios):.2f} | {memory[who] / 2**20:.0f} | "
-            f"{memory[who] / memory['naive']:.3f} | {errors[who]:.0e} |"
+            f"| {task} | {shape} | {who} "
+            f"| {middle:.3g} | {statistics.median(ratios):.2f} | {share} "
+            f"| {memory[who] / 2**20:.0f} | {memory[who] / memory['naive']:.3f} "
+            f"| {errors[who]:.0e} |"
         )
         print(lines[-1], flush=True)
     assert memory["klplug"] < memory["naive"]
