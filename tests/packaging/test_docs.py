@@ -53,9 +53,8 @@ def test_the_costs_that_the_faq_says_are_those_of_the_tables() -> None:
             r"^\| (.+?) \| \d+ \| ([\d.]+) \(", results.read_text(encoding="utf-8"), re.MULTILINE
         ):
             _, kl_type, *metrics, shape, _ = name.split(", ")
-            if kl_type.endswith("_in_reward"):
-                continue
-            for of in (kl_type, "any"):
+            family = "reward" if kl_type.endswith("_in_reward") else "any"
+            for of in (kl_type, family):
                 measured.setdefault((of, bool(metrics), shape == "8x512"), []).append(float(ratio))
     faq = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
 
@@ -69,6 +68,17 @@ def test_the_costs_that_the_faq_says_are_those_of_the_tables() -> None:
     assert f"the ratio is up to {max(measured['any', False, True]):.2f}." in faq
     most = max(measured["any", True, True])
     assert f"is {span('any', metrics=True)} ({most:.1f} at 8×512)" in faq
+    plain, with_metrics = (
+        measured["reward", m, True] + measured["reward", m, False] for m in (False, True)
+    )
+    assert f"Its ratio is {min(plain):.2f} to {max(plain):.2f}, " in faq
+    assert f"the metrics {min(with_metrics):.1f} to {max(with_metrics):.1f}:" in faq
+
+    table = (ROOT / "benchmarks" / "results" / "metrics.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \S+ \| \d+ \| ([\d.]+) \| (\d+) \|", table, re.MULTILINE)
+    ratios, operations = ([float(row[i]) for row in rows] for i in (0, 1))
+    assert f"are {min(operations):.0f} to {max(operations):.0f} operations on the device" in faq
+    assert f"take {min(ratios):.2f} to {max(ratios):.2f} of the time" in faq
 
 
 def test_no_path_of_a_machine_and_no_registry_is_committed() -> None:
