@@ -52,8 +52,9 @@ doctor: $(QUICKSTART_ENV)
 	@$(QUICKSTART_ENV)/bin/python -m recipes.cpu_shim $(QUICKSTART_ENV:.venv-%=%) $(QUICKSTART_ENV)/bin/klplug doctor
 
 .PHONY: reproduce
-reproduce: .venv-openrlhf
-	@OMP_NUM_THREADS=1 .venv-openrlhf/bin/python -m recipes.reproduce \
+# HOST=verl: the environment for a grid of verl's.
+reproduce: $(QUICKSTART_ENV)
+	@OMP_NUM_THREADS=1 $(QUICKSTART_ENV)/bin/python -m recipes.reproduce \
 		$(if $(filter 1 yes true,$(FAST)),fast,$(or $(GRID),tier1)) $(if $(OUT),--out '$(OUT)')
 
 KLPLUG_TEST_HOSTS ?= openrlhf,verl

@@ -121,8 +121,10 @@ def train(settings: Settings, folder: Path, model: Path | str, line: StepLine) -
     except quickstart.RunError as error:
         if (step := first_not_finite(folder)) is not None:
             raise Diverged(f"not finite from step {step} on; the host then failed") from error
-        if NOT_FINITE.search(str(error)):
-            raise Diverged(f"the host failed: {str(error).strip().splitlines()[-1]}") from error
+        # In the error itself: a metric beside it may be nan for reasons of its own.
+        errors = filter(quickstart.ERROR.search, str(error).splitlines())
+        if told := [line for line in errors if NOT_FINITE.search(line)]:
+            raise Diverged(f"the host failed: {told[-1].strip()}") from error
         raise
     if (step := first_not_finite(folder)) is not None:
         raise Diverged(f"not finite from step {step} on")

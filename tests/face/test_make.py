@@ -49,6 +49,14 @@ def test_an_unknown_host_ends_make_before_anything_is_installed() -> None:
     assert "HOST=openrlfh: there is openrlhf and verl" in done.stderr
 
 
+@pytest.mark.parametrize("host", ["openrlhf", "verl"])
+def test_a_grid_is_made_in_its_hosts_environment(host: str) -> None:
+    planned = make("-n", "reproduce", "GRID=mine.yaml", f"HOST={host}").stdout.splitlines()
+    words = " ".join(planned[-2:]).replace("\\", " ").split()
+    python = f".venv-{host}/bin/python"
+    assert words[1:] == [python, "-m", "recipes.reproduce", "mine.yaml"]
+
+
 @pytest.mark.parametrize(
     ("version", "free", "words"),
     [

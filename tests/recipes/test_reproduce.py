@@ -494,7 +494,9 @@ def test_a_run_that_diverges_is_recorded_as_diverged(
 def test_a_host_that_fails_for_another_reason_has_not_diverged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained_by(monkeypatch, STEPS + "raise MemoryError('no memory')")
+    """Though a metric that its log ends with is nan."""
+    other = "print(\"Global step 2: {'reward': 0.5, 'klplug/other': nan}\");"
+    trained_by(monkeypatch, STEPS + other + "raise MemoryError('no memory')")
     grid = load(written(tmp_path, SMALL.replace("[1, 2]", "[1]").replace("none, ", "")))
     failed, _ = driven(grid, tmp_path / "out", measure.measured_run)
     assert failed == 2
