@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from itertools import cycle, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -33,7 +34,8 @@ from recipes.quickstart.summary import (
 )
 from recipes.shared.folder import FolderError, held, keep, other
 from recipes.shared.processes import HostProcesses
-from recipes.shared.settings import CACHE, REPOSITORY, RUNS
+from recipes.shared.refused import refusal
+from recipes.shared.settings import CACHE, REPOSITORY, RUNS, SettingsError
 
 RECORD, WHAT = "settings.json", "quickstart run"
 FILES = (RECORD, "prompts.jsonl", "log.txt", "metrics.jsonl", "summary.json", "curves.png")
@@ -109,6 +111,22 @@ def free_name(folder: Path, kl_type: str) -> Path:
 def host_side(settings: Settings) -> ModuleType:
     """The module of the host: its `host_version`, `command`, `step_metrics`, `trained_policy`."""
     return import_module(f"recipes.quickstart.{settings.host}")
+
+
+def check_served(settings: Settings) -> None:
+    """Else the host would refuse it, minutes later.
+
+    Raises:
+        SettingsError: klplug does not serve the kl_type in this run.
+    """
+    with TemporaryDirectory() as scratch:
+        prompts = Path(scratch) / "prompts.jsonl"
+        write_rows(prompts, [{"question": "?", "answer": "#### 0"}])
+        command = host_side(settings).command(
+            settings, settings.recipe, settings.model, prompts, Path(scratch) / TRAINED
+        )
+    if (told := refusal(command)) is not None:
+        raise SettingsError(f"KL_TYPE={settings.kl_type}: {told}")
 
 
 def policy_folder(settings: Settings, log: Path) -> Path | str:
@@ -254,8 +272,10 @@ def quickstart(settings: Settings, out: Path | None, overwrite: bool, console: C
 
     Raises:
         FolderError: The folder cannot be used.
+        SettingsError: klplug does not serve the kl_type on this host.
         RunError: The host failed.
     """
+    check_served(settings)
     side = host_side(settings)
     folder, told = claim_folder(settings, out, overwrite)
     if told:

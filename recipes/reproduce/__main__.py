@@ -6,12 +6,14 @@ import re
 import sys
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from recipes.quickstart import run as quickstart
 from recipes.reproduce import gpu
 from recipes.reproduce.drive import (
     RESULTS,
@@ -25,7 +27,7 @@ from recipes.reproduce.drive import (
 )
 from recipes.reproduce.ends import NOTES, table
 from recipes.reproduce.grid import HERE, Grid, GridError, load
-from recipes.shared.settings import RUNS
+from recipes.shared.settings import RUNS, SettingsError
 
 COMMITTED = HERE / "results"
 WIDTH = 140  # where no terminal says how wide it is
@@ -52,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         grid = part(load(arguments.grid), arguments.part)
         known = [row for path in sorted(COMMITTED.glob("*.jsonl")) for row in timed_rows(path)]
+        check_served(grid)
         folder = (arguments.out or RUNS / "reproduce" / grid.name).absolute()
         if arguments.dry_run:
             dry_run(grid, read_rows(folder / RESULTS), known)
@@ -87,6 +90,23 @@ def part(grid: Grid, asked: str) -> Grid:
     if count > len(grid.runs):
         raise GridError(f"--part {asked}: {grid.name} has {len(grid.runs)} runs")
     return replace(grid, runs=grid.runs[number - 1 :: count])
+
+
+def check_served(grid: Grid) -> None:
+    """Each formulation once.
+
+    Raises:
+        GridError: klplug does not serve one of them on its host.
+    """
+    check = gpu.check_served if is_gpu(grid) else quickstart.check_served
+    formulations = {(run.host, run.kl_type, run.kl_coef, run.updates): run for run in grid.runs}
+    for run in formulations.values():
+        try:
+            check(run)
+        except SettingsError as error:
+            raise GridError(f"{grid.name}: {error}") from error
+        except PackageNotFoundError:  # a dry run where its host is not installed
+            return
 
 
 def check_installed(grid: Grid) -> None:

@@ -21,6 +21,8 @@ from recipes.quickstart.run import Phases, RunError, host_side, last_lines
 from recipes.recipe import Recipe, checked, load, with_kl
 from recipes.reproduce.measure import columns
 from recipes.shared.processes import HostProcesses
+from recipes.shared.refused import refusal
+from recipes.shared.settings import SettingsError
 
 RECIPE = "run.yaml"
 # The data set on which a recipe's policy is evaluated.
@@ -74,6 +76,17 @@ def recipe_file(run: GpuRun) -> str:
     """The run as a recipe of its own, for the launcher."""
     own = {key: getattr(run, key) for key in ("kl_type", "kl_coef", "updates", "seed")}
     return yaml.safe_dump({"include": [run.base], **own}, sort_keys=False)
+
+
+def check_served(run: GpuRun) -> None:
+    """Else the launcher would refuse it, when the runs before it are made.
+
+    Raises:
+        SettingsError: klplug does not serve the kl_type in this run.
+    """
+    words = host(run).command(run.recipe, Path("data"), Path("out"))
+    if (told := refusal([sys.executable, "-m", *words])) is not None:
+        raise SettingsError(f"KL_TYPE={run.kl_type}: {told}")
 
 
 def host(run: GpuRun) -> ModuleType:
