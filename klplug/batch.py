@@ -162,7 +162,9 @@ def needed_by(spec: KLSpec) -> tuple[str, ...]:
 def low_and_high(clip_range: ClipRange) -> tuple[float, float]:
     """PPO's range (low, high), of epsilon or of the two."""
     pair = clip_range if isinstance(clip_range, Sequence) else (clip_range, clip_range)
-    numbers = [number for x in pair if (number := number_of(x)) is not None]
+    # In two lists: torch.compile reads no walrus in one.
+    found = [number_of(x) for x in pair]
+    numbers = [x for x in found if x is not None]
     if not len(pair) == len(numbers) == 2 or not all(0 <= x < math.inf for x in numbers):
         raise ValueError(f"clip_range={clip_range!r} must be epsilon or (low, high), none negative")
     low, high = numbers
