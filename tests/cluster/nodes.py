@@ -82,7 +82,7 @@ class Cluster:
         ]  # fmt: skip
         environment = self.environment | dict(variables)
         process = self.processes.start(command, environment, self.scratch, log)
-        deadline = time.monotonic() + 300  # a busy machine takes several times as long as an idle one
+        deadline = time.monotonic() + 300  # on a busy machine; an idle one takes some ten seconds
         # Said once the node has joined.
         while "Ray runtime started" not in log.read_text(errors="replace"):
             if process.poll() is not None or time.monotonic() > deadline:
