@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 RESULTS = HERE / "results"
 PAGE = REPOSITORY / "docs" / "evidence.md"
-CELLS = RESULTS / "enumerable.jsonl"
 CLOSED_FORM = REPOSITORY / "docs" / "closed-form.md"
 README = REPOSITORY / "README.md"
 IN_README = re.compile(r"(?<=<!-- evidence -->\n).*(?=<!-- /evidence -->)", re.DOTALL)
@@ -930,6 +929,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images", type=Path, default=IMAGES)
     parser.add_argument("--readme", type=Path, default=README)
     arguments = parser.parse_args(argv)
+    if not arguments.results.is_dir():
+        parser.error(f"--results {arguments.results}: no such folder")
     try:
         rows, exact, language = (
             rows_of(name, arguments.results) for name in ("tier1", "exact", "smollm2")
@@ -938,7 +939,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"page: error: {error}", file=sys.stderr)
         return 2
     closed_form = CLOSED_FORM.read_text("utf-8")
-    cells = [json.loads(line) for line in CELLS.read_text("utf-8").splitlines()]
+    enumerated = arguments.results / "enumerable.jsonl"
+    lines = enumerated.read_text("utf-8").splitlines() if enumerated.is_file() else []
+    cells = [json.loads(line) for line in lines]
     arguments.page.write_text(page(rows, exact, language, closed_form, cells), "utf-8")
     if rows:
         figures(rows, arguments.images)

@@ -365,6 +365,16 @@ def test_a_row_that_a_grid_has_not_or_has_already_is_refused(
     assert not (tmp_path / "evidence.md").exists()
 
 
+def test_a_folder_that_is_not_there_leaves_the_page_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--results", str(tmp_path / "reslts"), "--page", str(tmp_path / "evidence.md")]
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert "reslts: no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "evidence.md").exists()
+
+
 def test_rows_of_another_form_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
