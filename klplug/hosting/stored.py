@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from klplug.hosting.references import Reader
 from klplug.hosting.settings import SettingsError
+from klplug.numerics import number_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,7 +104,7 @@ class Stored:
 def _row(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict):
         raise SettingsError(f"{where} is no JSON object. {TOOL} writes such a file")
@@ -117,9 +118,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
         if not isinstance(ids, list) or not ids or any(type(i) is not int or i < 0 for i in ids):
             raise SettingsError(f"{where}: {key!r} must be a list of one token id or more")
     log_probs = row["log_probs"]
-    if not isinstance(log_probs, list) or not all(
-        type(x) in (int, float) and math.isfinite(x) for x in log_probs
-    ):
+    if not isinstance(log_probs, list) or not all(map(_is_finite, log_probs)):
         raise SettingsError(f"{where}: 'log_probs' must be a list of finite numbers, in nats")
     if len(log_probs) != len(row["answer"]):
         raise SettingsError(
@@ -129,11 +128,16 @@ def _row(line: str, where: str) -> dict[str, Any]:
     if any(x > 1e-3 for x in log_probs):
         raise SettingsError(f"{where}: a log-prob of {max(log_probs):g} is above 0: no probability")
     temperature = row["temperature"]
-    if type(temperature) not in (int, float) or not 0 < temperature < math.inf:
+    if not _is_finite(temperature) or temperature <= 0:
         raise SettingsError(f"{where}: 'temperature' must be a number above 0, got {temperature!r}")
     if not isinstance(row["tokenizer"], str):
         raise SettingsError(f"{where}: 'tokenizer' must be a string, got {row['tokenizer']!r}")
     return row
+
+
+def _is_finite(value: Any) -> bool:
+    number = number_of(value)
+    return number is not None and math.isfinite(number)
 
 
 def tokenizer_digest(ids: Mapping[str, int]) -> str:

@@ -35,7 +35,12 @@ def test_a_bad_file_is_told_with_its_line(tmp_path: Path, change, words: str) ->
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"{", "line 1 is no JSON object"), (b"[1]\n", "no JSON object"), (b"\xff\xfe", "UTF-8")],
+    [
+        (b"{", "line 1 is no JSON object"),
+        (b"[1]\n", "no JSON object"),
+        (b"[" * 100_000, "no JSON object"),
+        (b"\xff\xfe", "UTF-8"),
+    ],
 )
 def test_another_kind_of_file_is_named(tmp_path: Path, content: bytes, words: str) -> None:
     path = tmp_path / "other"
