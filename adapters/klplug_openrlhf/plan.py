@@ -140,10 +140,11 @@ def asked(settings: Settings) -> Plan:
         kl_coef = klplug.check_kl_coef(spec, coef)
     except Unknown:
         kl_coef = math.nan
+    kl_ctrl = settings.get(KL_CTRL)
     plan = Plan(
         spec=spec,
         kl_coef=kl_coef,
-        kl_ctrl=settings.get(KL_CTRL) or "fixed",
+        kl_ctrl="fixed" if kl_ctrl is None else kl_ctrl,
         **{name: settings.get(f"klplug.{name}") for name in CONTROLLER_SETTINGS},
         ref_model=settings.get(REF_MODEL),
         ref_update=settings.get(REF_UPDATE),

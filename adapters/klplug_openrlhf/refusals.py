@@ -223,6 +223,7 @@ ROWS = (
     verls_order,
     rollout_not_recorded,
     hosting.controller_of_nothing,
+    hosting.path_of_nothing,
     hosting.reference_of_nothing,
     hosting.update_of_nothing,
     hosting.source_of_another_kind,

@@ -98,10 +98,11 @@ def asked(settings: Settings) -> Plan | None:
     except Unknown:
         kl_coef = math.nan
     others: dict[str, Any] = {name: wanted.get(name) for name in OTHERS}
+    kl_ctrl = wanted.get("kl_ctrl")
     plan = Plan(
         spec=spec,
         kl_coef=kl_coef,
-        kl_ctrl=wanted.get("kl_ctrl") or "fixed",
+        kl_ctrl="fixed" if kl_ctrl is None else kl_ctrl,
         **others,
     )
     plan.controller()

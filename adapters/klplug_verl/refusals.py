@@ -418,6 +418,7 @@ ROWS = (
     no_entropies,
     legacy_worker,
     hosting.controller_of_nothing,
+    hosting.path_of_nothing,
     hosting.reference_of_nothing,
     hosting.update_of_nothing,
     hosting.teacher_without_a_name,

@@ -30,12 +30,14 @@ def refuse(problem: str) -> None:
         raise SystemExit(2)
 
 
-# A kl_type with options, without quotes that reach Hydra.
-_UNQUOTED = re.compile(r"[\w.+]*\b(?:kl_type|kl_loss_type|kl_penalty)=\w+(?:,\w+=[^'\"]*)+")
+# A kl_type or a motion of the reference with options, without quotes that reach Hydra.
+_UNQUOTED = re.compile(
+    r"[\w.+]*\b(?:kl_type|kl_loss_type|kl_penalty|ref_update)=[\w.*+:-]+(?:,\w+=[^'\"]*)+"
+)
 
 
 def unquoted(argv: Sequence[str]) -> str | None:
-    """The word of a command line that asks for a kl_type, and that Hydra can't read."""
+    """The word of a command line that asks for klplug, and that Hydra can't read."""
     return next((word for word in argv[1:] if _UNQUOTED.fullmatch(word)), None)
 
 

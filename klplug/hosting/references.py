@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from klplug.hosting.settings import SettingsError
@@ -38,6 +39,8 @@ class Reader:
         """
         from transformers import AutoConfig, AutoTokenizer
 
+        if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
+            raise SettingsError(f"{what} {path}: there is no such folder")  # and no name on the hub
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
             tokenizer = AutoTokenizer.from_pretrained(tokens, trust_remote_code=trust_remote_code)

@@ -77,6 +77,15 @@ def controller_of_nothing(plan: Asked, settings: Settings) -> Said:
         )
 
 
+def path_of_nothing(plan: Asked, settings: Settings) -> Said:
+    """As of a shell variable that is not set."""
+    for name in ("ref_model", "teacher", "source"):
+        value = getattr(plan, name)
+        if value is not None and not value.strip():
+            key = f"klplug.{name}"
+            yield key, f"{settings.named(key)} is empty: write a path, or leave it out"
+
+
 def reference_of_nothing(plan: Asked, settings: Settings) -> Said:
     """A model that nothing compares with would not even be loaded."""
     if plan.ref_model is not None and plan.source is None and not plan.needs_reference:

@@ -155,7 +155,10 @@ class Asked:
         # A coefficient that only a run could tell is not refused for what it might be.
         start = 1.0 if math.isnan(self.kl_coef) else self.kl_coef
         settings = {name: getattr(self, name) for name in CONTROLLER_SETTINGS}
-        return kl_controller(self.kl_ctrl, start, **settings)
+        try:
+            return kl_controller(self.kl_ctrl, start, **settings)
+        except TypeError as error:
+            raise SettingsError(str(error)) from None
 
     @property
     def is_driven(self) -> bool:

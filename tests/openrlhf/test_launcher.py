@@ -276,6 +276,16 @@ MISTAKES: list[tuple[tuple[str, ...], list[str]]] = [
         ((*KL, "--klplug.kl_ctrl", "linear", "--klplug.kl_steps", "9"), ["linear needs a kl_end"]),
         ((*KL, "--klplug.kl_ctrl", "cosine", "--klplug.kl_end", "0"), ["cosine needs a kl_steps"]),
         ((*KL, "--klplug.kl_ctrl", "pid"), ["pid needs a kl_target"]),
+        ((*KL, "--klplug.kl_ctrl", ""), ["kl_ctrl='' is unknown; allowed: fixed"]),
+        ((*KL, "--klplug.ref_model", ""), ["--klplug.ref_model is empty: write a path"]),
+        (
+            (*KL[:1], "k2_as_loss+k2_as_loss,reference=teacher", *KL[2:], "--klplug.teacher", " "),
+            ["--klplug.teacher is empty: write a path"],
+        ),
+        (
+            (*KL[:1], "js_as_loss", *KL[2:], "--klplug.source", ""),
+            ["--klplug.source is empty: write a path"],
+        ),
         (
             (*KL, "--klplug.kl_ctrl", "pid", "--klplug.kl_target", "1", "--klplug.kl_horizon", "9"),
             ["kl_horizon=9 has no meaning with kl_ctrl=pid", "adaptive"],

@@ -54,7 +54,8 @@ def test_a_path_that_is_not_there_is_named(
 ) -> None:
     with pytest.raises(SystemExit):
         run(tmp_path / "nowhere", KEYS[key], key)
-    assert f"klplug.{key} {tmp_path}/nowhere: its configuration" in capsys.readouterr().err
+    said = f"klplug.{key} {tmp_path}/nowhere: there is no such folder"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -55,7 +55,7 @@ def test_what_reads_other_tokens_is_refused_before_the_run(
 
 @pytest.mark.parametrize("key", KEYS)
 def test_a_path_that_is_not_there_is_named(key: str, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=f"klplug.{key} .*nowhere: its configuration"):
+    with pytest.raises(SettingsError, match=f"klplug.{key} .*nowhere: there is no such"):
         run(tmp_path / "nowhere", key=key)
 
 

@@ -269,6 +269,12 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (own("k2_as_loss", "+klplug.kl_ctrl=adaptive"), ["kl_target"]),
     (own("k2_as_loss", "+klplug.kl_ctrl=sine"), ["sine", "adaptive", "pid"]),
     (own("k2_as_loss", "+klplug.kl_ctrl=pid"), ["pid needs a kl_target"]),
+    (own("k2_as_loss", "+klplug.kl_ctrl="), ["kl_ctrl='' is unknown; allowed: fixed"]),
+    (own("k2_as_loss", "+klplug.kl_ctrl=[pid]"), ["kl_ctrl=['pid'] is unknown"]),
+    (
+        own("k2_as_loss", "+klplug.kl_ctrl=pid", "+klplug.kl_target=much"),
+        ["kl_target must be a number, got 'much'"],
+    ),
     (own("k2_as_loss", "+klplug.kl_ctrl=linear", "+klplug.kl_end=0"), ["needs a kl_steps"]),
     (
         own("k2_as_loss", "+klplug.kl_ctrl=pid", "+klplug.kl_target=1", "+klplug.kl_steps=9"),
@@ -370,6 +376,9 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
         ["strategy=megatron", "use_legacy_worker_impl=disable"],
     ),
     # A reference of the user's own.
+    (own("k2_as_loss", "+klplug.ref_model="), ["klplug.ref_model is empty: write a path"]),
+    (own(TAUGHT, "+klplug.teacher="), ["klplug.teacher is empty: write a path"]),
+    (own("js_as_loss", "+klplug.source="), ["klplug.source is empty: write a path"]),
     (own("k2_as_loss", "+klplug.ref_model=7"), ["klplug.ref_model=7 is not a string"]),
     (
         ["+klplug.kl_type=none", "+klplug.ref_model=teacher"],
