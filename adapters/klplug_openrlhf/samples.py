@@ -131,7 +131,8 @@ def of_step(spec: KLSpec, experiences: list[Any], group_ids: list[int]) -> Sampl
             return None
         if any(tensor.dim() == 1 for tensor in tensors):
             return torch.cat([tensor.flatten() for tensor in tensors])
-        return joined([_of_actions(t, e) for t, e in zip(tensors, experiences, strict=True)])
+        both = zip(tensors, experiences, strict=True)
+        return joined([_of_actions(name, tensor, e) for tensor, e in both])
 
     tensors = {own.tensor: of_info(own.tensor) for own in weights if own.tensor is not None}
     entropies = [e.info.get(ENTROPY) for e in experiences]
@@ -147,10 +148,15 @@ def of_step(spec: KLSpec, experiences: list[Any], group_ids: list[int]) -> Sampl
     )
 
 
-def _of_actions(tensor: Tensor, experience: Any) -> Tensor:
+def _of_actions(name: str, tensor: Tensor, experience: Any) -> Tensor:
     """Of numbers for every token of prompt and answer, those under the action mask, (B, A)."""
     length, actions = experience.sequences.shape[1], experience.action_mask.shape[1]
-    return pad(tensor, (0, length - tensor.shape[1]))[:, length - actions :]
+    if tensor.shape[1] < length:  # all answers of a micro-batch are as wide as the longest
+        raise ValueError(
+            f"{name!r} has {tensor.shape[1]} numbers where there are {length} tokens of prompt and "
+            "answer: one for each of the observation_tokens is needed"
+        )
+    return tensor[:, length - actions : length]
 
 
 def by_experience(weights: dict[str, Tensor], experiences: list[Any]) -> list[dict[str, Tensor]]:

@@ -34,7 +34,7 @@ def fields_of(spec: KLSpec, batch: Any) -> dict[str, Tensor]:
 
     wanted = ["response_mask", "extra_fields", *names]
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=wanted)
-    width = max(len(row) for row in data["response_mask"].unbind())
+    masks = list(data["response_mask"].unbind())
     found: dict[str, Tensor] = {}
     for name in names:
         if name in data:
@@ -42,7 +42,7 @@ def fields_of(spec: KLSpec, batch: Any) -> dict[str, Tensor]:
         else:
             extra = data.get("extra_fields", None)
             rows = [] if extra is None else [own.get(name) for own in extra.tolist()]
-        padded = _padded(rows, width)
+        padded = _padded(name, rows, masks)
         if padded is not None:
             found[name] = padded
     return found
@@ -50,27 +50,42 @@ def fields_of(spec: KLSpec, batch: Any) -> dict[str, Tensor]:
 
 def tensors_of(spec: KLSpec, data: Any) -> dict[str, Tensor]:
     """The same of a batch of ``RayPPOTrainer``'s: its tensors, or its lists."""
-    width = data.batch["response_mask"].shape[1]
+    masks = list(data.batch["response_mask"])
     found: dict[str, Tensor] = {}
     for name in tensors_named(spec):
         padded = (
             data.batch[name]
             if name in data.batch
-            else _padded(list(data.non_tensor_batch.get(name, ())), width)
+            else _padded(name, list(data.non_tensor_batch.get(name, ())), masks)
         )
         if padded is not None:
             found[name] = padded
     return found
 
 
-def _padded(rows: list[Any], width: int) -> Tensor | None:
-    """(B, width) of rows of numbers; ``None`` where an answer has none."""
+def _padded(name: str, rows: list[Any], masks: list[Tensor]) -> Tensor | None:
+    """(B, T) of rows of numbers, a number for each token; ``None`` where an answer has none.
+
+    Raises:
+        ValueError: names the answer that has fewer or more, or no numbers.
+    """
     if not rows or any(row is None for row in rows):
         return None
-    tensors = [torch.as_tensor(row).float().flatten() for row in rows]
-    whole = tensors[0].new_zeros(len(tensors), width)
-    for row, tensor in zip(whole, tensors, strict=True):
-        row[: len(tensor)] = tensor[:width]
+    whole = torch.zeros(len(masks), max(map(len, masks)), device=masks[0].device)
+    for answer, (row, mask) in enumerate(zip(rows, masks, strict=True)):
+        try:
+            numbers = torch.as_tensor(row).float().flatten()
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"{name!r} of answer {answer} is {row!r}, and no list of numbers"
+            ) from None
+        counted = mask.nonzero()
+        if not (int(counted[-1]) + 1 if len(counted) else 0) <= len(numbers) <= len(mask):
+            raise ValueError(
+                f"{name!r} of answer {answer} has {len(numbers)} numbers, and its response "
+                f"{len(mask)} tokens: one for each is needed"
+            )
+        whole[answer, : len(numbers)] = numbers
     return whole
 
 

@@ -146,9 +146,22 @@ def test_in_the_reward_each_token_has_its_own_weight(
 def test_what_the_batch_does_not_carry_is_named(
     bench: Bench,
     models: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(ValueError, match="weight=mask:code: the batch carries no tensor 'code'"):
         experience(bench, models[1], "k2_as_loss,weight=mask:code")
+    whole = test_exact.samples
+
+    def shorter(seed: int = 0) -> list[Any]:
+        made = whole(seed)
+        for each in made:
+            each.info["tool"] = each.info["tool"][:, :-1]
+        return made
+
+    monkeypatch.setattr(test_exact, "samples", shorter)
+    words = f"'tool' has {LENGTH - 1} numbers where there are {LENGTH} tokens of prompt and answer"
+    with pytest.raises(ValueError, match=words):
+        experience(bench, models[1], "k2_as_loss,weight=mask:tool")
     given = experience(bench, models[1], "k2_as_loss,weight=positive")
     del given.info[INFO]
     with pytest.raises(RuntimeError, match="this experience carries nothing of klplug's"):

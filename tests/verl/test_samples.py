@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -50,14 +51,23 @@ def given_to(made: Any, data: Any, weight: str) -> None:
     if hasattr(made, "_compute_advantage"):
         data.batch["entropy"], data.batch["tool"] = ENTROPY.clone(), TOOL.clone()
         return
-    import numpy as np
-
-    cell = np.empty(4, dtype=object)
-    cell[:] = rows
-    data.non_tensor_batch["tool"] = cell
+    of_an_agent_loop(made, data, rows)
     if "entropy" in weight:
         found = type(data).from_dict(tensors={"entropys": ENTROPY.clone()})
         old_log_probs(lambda *_: (found, 0.0), made, (data,), {})
+
+
+def of_an_agent_loop(made: Any, data: Any, rows: list[Any]) -> None:
+    """What stands in its extra_fields, where each trainer has it."""
+    import numpy as np
+
+    cell = np.empty(4, dtype=object)
+    if hasattr(made, "_compute_advantage"):
+        cell[:] = [{"tool": row} for row in rows]
+        data.non_tensor_batch["extra_fields"] = cell
+    else:
+        cell[:] = rows
+        data.non_tensor_batch["tool"] = cell
 
 
 @pytest.mark.parametrize(
@@ -74,6 +84,27 @@ def test_the_weights_go_with_the_samples(weight: str, kind: str) -> None:
     mask = batch().response_mask
     found = data.batch[named(weight).key] * mask
     torch.testing.assert_close(found, expected(weight) * mask)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_an_agent_loop_has_a_number_for_each_token(kind: str) -> None:
+    own = ("+klplug.kl_type='k2_as_loss,weight=mask:tool'", f"+klplug.kl_coef={BETA}")
+    made, mask = trainer(*own, kind=kind), batch().response_mask
+    rows: list[Any] = [row[:n].tolist() for row, n in zip(TOOL, LENGTHS, strict=True)]
+    data = experience(batch(), SCORES)
+    of_an_agent_loop(made, data, rows)
+    found = joined(made, data, KEYS)[0].batch[named("mask:tool").key]
+    torch.testing.assert_close(found * mask, TOOL * mask)
+    for wrong, words in (
+        (rows[0][:5], "'tool' of answer 0 has 5 numbers, and its response 6 tokens"),
+        ([*rows[0], 1.0], "'tool' of answer 0 has 7 numbers, and its response 6 tokens"),
+        (0.5, "'tool' of answer 0 has 1 numbers"),
+        (["a"] * 6, "'tool' of answer 0 is ['a', 'a', 'a', 'a', 'a', 'a'], and no list of numbers"),
+    ):
+        data = experience(batch(), SCORES)
+        of_an_agent_loop(made, data, [wrong, *rows[1:]])
+        with pytest.raises(ValueError, match=re.escape(words)):
+            joined(made, data, KEYS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -109,7 +109,8 @@ class Queue:
             )
             for name, tensor in data.batch.items()
         }
-        self.fields = {**tensors, "uid": data.non_tensor_batch["uid"].tolist()}
+        others = {name: own.tolist() for name, own in data.non_tensor_batch.items()}
+        self.fields = {**tensors, **others}
 
     def kv_batch_get(
         self, keys: Sequence[str], partition_id: str, select_fields: Sequence[str]
