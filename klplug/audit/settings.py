@@ -258,8 +258,8 @@ def scalar(text: str) -> Any:
     lower = stripped.lower()
     if lower in ("true", "false"):
         return lower == "true"
-    if lower in ("null", "none", "~", ""):
-        return None if lower != "none" else stripped
+    if lower in ("null", "~"):
+        return None
     if re.fullmatch(r"[+-]?\d+", stripped):
         return int(stripped)
     try:
