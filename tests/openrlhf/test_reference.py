@@ -68,8 +68,8 @@ def test_what_reads_the_policys_tokens_is_served_and_said(
     assert f"{key}={place}" in capsys.readouterr().out
     plan = Plan.of(args)
     assert plan is not None
-    identity = {"ref_model": plan.reference, "teacher": plan.second}[key]()
-    assert identity == Reference.of(str(place))
+    role = {"ref_model": "reference", "teacher": "teacher"}[key]
+    assert plan.models()[role] == Reference.of(str(place))
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -70,8 +70,8 @@ def test_what_reads_the_policys_tokens_is_served_and_said(
     assert config.actor_rollout_ref[f"klplug_{key}"] == str(place)  # all that a worker sees
     plan = Plan.of(config)
     assert plan is not None
-    identity = {"ref_model": plan.reference, "teacher": plan.second}[key]()
-    assert identity == Reference.of(str(place))
+    role = {"ref_model": "reference", "teacher": "teacher"}[key]
+    assert plan.models()[role] == Reference.of(str(place))
 
 
 def test_the_worker_loads_it_and_the_policy_stays(tmp_path: Path) -> None:
