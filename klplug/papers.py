@@ -42,6 +42,20 @@ PAPERS = {
             "the coefficient is kl_ctrl=adaptive.",
         ),
         Paper(
+            "bayesian", "RL with KL penalties is better viewed as Bayesian inference",
+            "2205.11275", "k1_in_reward",
+            "The optimum is a posterior, ref exp(r/beta)/Z: ref is the prior, and exp(r/beta) the "
+            "evidence. k1_in_reward and k2_as_loss,horizon=sequence lead there, and "
+            "reference=posterior takes any divergence to it.",
+        ),
+        Paper(
+            "asymptotics", "Asymptotics of language model alignment (Yang et al.)", "2404.01730",
+            "k1_in_reward",
+            "No policy has more reward at its KL than ref exp(r/beta)/Z. Best of N comes near it "
+            "where answers are long, if their tokens are independent and their rewards add up. "
+            "klplug report --samples draws both beside the runs.",
+        ),
+        Paper(
             "grpo", "GRPO (DeepSeekMath)", "2402.03300", "k3_as_loss,ratio=none",
             "k3 as a loss: the gradient of the forward KL, without a weight for reused samples.",
         ),
