@@ -21,7 +21,9 @@ from klplug.divergences import DIVERGENCES, Divergence, named_divergence
 from klplug.vocabulary import Head, Pass, Plan, Scaling, Top, slices, widest
 
 # Logits of one policy held at once, and those that elementwise work is done on at once: on a CPU
-# a tile stays within the caches. Measured in benchmarks/results/exact.md.
+# a tile stays within the caches. Measured in benchmarks/results/exact.md: there 128 tokens at once
+# are enough for the products, and more take memory alone.
+_TOKENS, _LEAST_HELD = 128, 2**22
 _HELD, _HELD_ON_GPU = 2**24, 2**27
 _TILE, _TILE_ON_GPU = 2**20, 2**25
 # Tokens for which the backward walks along the output matrix once.
@@ -85,8 +87,9 @@ def exact_kl(
         bias, ref_bias: (V,), finite.
         temperature: divides the logits of both, after ``softcap``.
         softcap: bound of the logits of both, where the model has one.
-        chunk: logits of one policy to be held at once, at least one token's: 2^24 on a CPU and
-            2^27 elsewhere. It decides memory, and no number beyond rounding.
+        chunk: logits of one policy to be held at once, at least one token's. Left out those of 128
+            tokens on a CPU, between 2^22 and 2^24, and 2^27 elsewhere. It decides memory, and no
+            number beyond rounding.
         group: a process group over which the vocabulary is cut into equal shards, in the order of
             the ranks. ``weight``, ``bias`` and the reference's are the rank's own rows, everything
             else is whole and the same on all ranks; so are the results, and the gradient of
@@ -102,7 +105,7 @@ def exact_kl(
     """
     row = named_divergence(divergence, alpha)
     _check(hidden, weight, ref_hidden, ref_weight, targets, bias, ref_bias, group)
-    plan = _plan(row, hidden, temperature, softcap, chunk, group, Head)
+    plan = _plan(row, weight, temperature, softcap, chunk, group, Head)
     return _results(plan, targets.long(), (hidden, weight, bias, ref_hidden, ref_weight, ref_bias))
 
 
@@ -156,7 +159,7 @@ def topk_kl(
     _check_policy(hidden, weight, targets, bias, group)
     _check_top(hidden, weight, ref_ids, ref_log_probs, group)
     targets, ref_ids = targets.long(), ref_ids.long()
-    plan = _plan(row, hidden, temperature, softcap, chunk, group, Top)
+    plan = _plan(row, weight, temperature, softcap, chunk, group, Top)
     found = _results(plan, targets, (hidden, weight, bias, ref_ids, ref_log_probs, None))
     is_target = ref_ids == targets[:, None]
     of_target = ref_log_probs.detach().to(found.kl.dtype).where(is_target, 0.0).sum(-1)
@@ -190,7 +193,7 @@ def top_log_probs(
     _check_head("", hidden, weight, bias, hidden)
     if not _is_count(k):
         raise ValueError(f"k={k!r} must be a number of tokens, at least 1")
-    plan = _plan(DIVERGENCES["k2"], hidden, temperature, softcap, chunk, None, Head)
+    plan = _plan(DIVERGENCES["k2"], weight, temperature, softcap, chunk, None, Head)
     k = min(k, len(weight))
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = Head(hidden, weight, bias, plan, widest((hidden, weight, bias)))
@@ -220,7 +223,7 @@ def _results(plan: Plan, targets: Tensor, tensors: Sequence[Tensor | None]) -> E
 
 def _plan(
     divergence: Divergence,
-    hidden: Tensor,
+    weight: Tensor,
     temperature: float,
     softcap: float | None,
     chunk: int | None,
@@ -233,7 +236,9 @@ def _plan(
             raise ValueError(f"{name}={number!r} must be a positive number")
     if chunk is not None and not _is_count(chunk):
         raise ValueError(f"chunk={chunk!r} must be a positive whole number of logits, or None")
-    held, tile = (_HELD, _TILE) if hidden.device.type == "cpu" else (_HELD_ON_GPU, _TILE_ON_GPU)
+    held, tile = _HELD_ON_GPU, _TILE_ON_GPU
+    if weight.device.type == "cpu":
+        held, tile = min(_HELD, max(_LEAST_HELD, _TOKENS * len(weight))), _TILE
     held = held if chunk is None else chunk
     scaling = Scaling(temperature, softcap)
     differentiated = torch.is_grad_enabled()
