@@ -195,6 +195,17 @@ def test_a_weight_that_is_made_of_the_whole_step(
     assert steps[2]["klplug/k3"] > 0  # the policy has moved; the first step is warm-up
 
 
+def test_an_entropy_gate_under_a_pid(trained: Callable[..., tuple[list[Metrics], str]]) -> None:
+    """SAFE's two parts: the entropies come from the policy's own actors, in processes of theirs."""
+    words = ("--klplug.kl_ctrl", "pid", "--klplug.kl_target", "1")
+    steps, log = trained("k2_as_loss,weight=entropy_floor", *words)
+    assert "weight=entropy_floor (klplug" in log
+    assert all(0.5 <= m["klplug/sample_weight_mean"] < 20 for m in steps)
+    # At the reference, 1 below the target, the error is 0.8 outside the band.
+    coefficients = [m["klplug/kl_coef"] for m in steps]
+    assert coefficients == pytest.approx([0.01, 0.01 * math.exp(-0.03 * 0.8)], rel=1e-4)
+
+
 def test_the_square_root_of_chi2_between_answers(
     trained: Callable[..., tuple[list[Metrics], str]],
 ) -> None:

@@ -271,6 +271,21 @@ def test_a_teacher_beside_the_reference(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_entropy_gate_under_a_pid(tmp_path: Path) -> None:
+    """SAFE's two parts: the entropies go through verl's own queue."""
+    words = ("+klplug.kl_ctrl=pid", "+klplug.kl_target=1")
+    steps, text = two_steps(tmp_path, *words, kl_type="k2_as_loss,weight=entropy_floor")
+    assert "weight=entropy_floor (klplug" in text
+    # max(1/2, 2 / (H + 0.1)), H being the mean entropy that verl logs.
+    for step in steps:
+        floor = max(0.5, 2 / (step["actor/entropy"] + 0.1))
+        assert step["klplug/sample_weight_mean"] == pytest.approx(floor, rel=1e-2)
+    # At the reference, 1 below the target, the error is 0.8 outside the band.
+    coefficients = [step["klplug/kl_coef"] for step in steps]
+    assert coefficients == pytest.approx([0.01, 0.01 * math.exp(-0.03 * 0.8)], rel=1e-4)
+
+
+@pytest.mark.slow
 def test_a_reference_that_moves(tmp_path: Path) -> None:
     """The second step starts where the first one ended: a KL of 0."""
     words = (f"+klplug.ref_model={moved(tmp_path)}", "+klplug.ref_update=reset:1")
