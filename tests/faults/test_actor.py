@@ -1,0 +1,35 @@
+"""An actor that is killed in the middle of a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import NAMED
+from tests.faults.runs import RESUME, running
+
+# The process that trains the policy.
+ACTOR = {"openrlhf": "PolicyModelActor", "verl": "WorkerDict"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", NAMED)
+def test_a_run_whose_actor_is_killed_ends_and_goes_on_from_its_checkpoint(
+    host: str, tmp_path: Path
+) -> None:
+    """SIGKILL, as the kernel sends it where memory is out."""
+    with running(host, tmp_path) as run:
+        run.wait_for_step(1)
+        run.named(ACTOR[host]).kill()
+        assert run.wait() != 0
+        done = run.steps[-1]["step"]
+        assert ACTOR[host] in run.text and "died" in run.text
+        first = run.steps[0]["klplug/kl_coef"]
+    assert first == 0.01 and done < 3
+
+    with running(host, tmp_path, *RESUME[host]) as run:
+        assert run.wait() == 0
+        assert run.steps[0]["step"] in (done, done + 1) and run.steps[-1]["step"] == 3
+        assert run.steps[0]["klplug/kl_coef"] < 0.01
+        assert "WARNING: resuming" not in run.text
