@@ -80,8 +80,10 @@ def test_a_block_is_made_seed_by_seed_and_without_a_kl_once(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("path", sorted(GRIDS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_each_grid_here_can_be_run(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([path.stem, "--dry-run"]) == 0
+def test_each_grid_here_can_be_run(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([path.stem, "--dry-run", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("\n") > len(load(path.stem).runs)
 
 
