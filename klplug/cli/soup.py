@@ -145,9 +145,10 @@ def _entries(file: Path) -> Iterator[tuple[str, Entry]]:
     for name, row in tensors.items():
         if not _is_row(row):
             raise NoSoup(f"{file} is no file of safetensors: of {name} its header says {row!r}")
+    size = file.stat().st_size
     for name, row in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = (len(header) + offset for offset in row["data_offsets"])
-        if end > (size := file.stat().st_size):
+        if end > size:
             raise NoSoup(f"{file} is cut: {name} ends at byte {end}, and the file at {size}")
         yield name, Entry(file, begin, row["dtype"], tuple(row["shape"]), end - begin)
 

@@ -32,10 +32,10 @@ from recipes.quickstart.summary import (
     summary,
     table,
 )
+from recipes.shared import refused
 from recipes.shared.folder import FolderError, held, keep, other
 from recipes.shared.processes import HostProcesses
-from recipes.shared.refused import refusal
-from recipes.shared.settings import CACHE, REPOSITORY, RUNS, SettingsError
+from recipes.shared.settings import CACHE, REPOSITORY, RUNS
 
 RECORD, WHAT = "settings.json", "quickstart run"
 FILES = (RECORD, "prompts.jsonl", "log.txt", "metrics.jsonl", "summary.json", "curves.png")
@@ -125,8 +125,7 @@ def check_served(settings: Settings) -> None:
         command = host_side(settings).command(
             settings, settings.recipe, settings.model, prompts, Path(scratch) / TRAINED
         )
-    if (told := refusal(command)) is not None:
-        raise SettingsError(f"KL_TYPE={settings.kl_type}: {told}")
+    refused.check_served(settings.kl_type, command)
 
 
 def policy_folder(settings: Settings, log: Path) -> Path | str:

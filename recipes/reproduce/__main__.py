@@ -21,7 +21,7 @@ from recipes.reproduce.drive import (
     Row,
     cost,
     drive,
-    is_of,
+    missing,
     read_rows,
     shown,
 )
@@ -147,14 +147,11 @@ def tell(ends: Table) -> None:
 
 
 def dry_run(grid: Grid, rows: list[Row], known: list[Row]) -> None:
-    missing = []
+    to_make = missing(grid, rows)
     for number, run in enumerate(grid.runs, start=1):
-        made = any(is_of(row, run, grid) for row in rows)
-        say(f"{number:3} {shown(run)}{' (made)' * made}")
-        if not made:
-            missing.append(run)
-    if missing:
-        say(cost([*rows, *known], missing))
+        say(f"{number:3} {shown(run)}{' (made)' * (run not in to_make)}")
+    if to_make:
+        say(cost([*rows, *known], to_make))
 
 
 if __name__ == "__main__":

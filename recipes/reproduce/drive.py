@@ -102,6 +102,11 @@ def is_of(row: Row, run: Run, grid: Grid) -> bool:
     return same and row["evaluation"] == measures(grid)
 
 
+def missing(grid: Grid, rows: Sequence[Row]) -> list[Run]:
+    """The runs of the grid that have no row, in its order."""
+    return [run for run in grid.runs if not any(is_of(row, run, grid) for row in rows)]
+
+
 def measures(grid: Grid) -> dict[str, int]:
     return {"problems": grid.problems, "samples": grid.samples}
 
@@ -284,19 +289,19 @@ def drive(
     with claimed(folder):
         rows = read_rows(folder / RESULTS)
         here, changed = commit()
-        missing = [run for run in grid.runs if not any(is_of(row, run, grid) for row in rows)]
+        to_make = missing(grid, rows)
         others = {row["commit"] for row in rows} - {here}
-        done = len(grid.runs) - len(missing)
+        done = len(grid.runs) - len(to_make)
         say(f"{grid.name}: {len(grid.runs)} runs, {done} of them in {folder / RESULTS}")
         if others:
             labels = ", ".join(str(other)[:9] for other in others)
             say(f"rows of other commits stay, with their label: {labels}")
         if changed:
             say("tracked files differ from the commit: the rows will say so")
-        if missing:
-            say(cost([*rows, *known], missing))
+        if to_make:
+            say(cost([*rows, *known], to_make))
         failed = 0
-        for number, run in enumerate(missing, start=1):
+        for number, run in enumerate(to_make, start=1):
             say(f"[{done + number}/{len(grid.runs)}] {shown(run)}")
             try:
                 row = made_row(grid, run, folder, make, here, changed)
@@ -307,7 +312,7 @@ def drive(
             append(folder / RESULTS, row)
             rows.append(row)
             took = seconds_of(row)
-            left = missing[number:]
+            left = to_make[number:]
             say(f"    {headline(row)} ({took:.0f} s)" + (f"; {cost(rows, left)}" if left else ""))
         return failed
 

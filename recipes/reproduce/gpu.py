@@ -20,9 +20,8 @@ from recipes import estimates
 from recipes.quickstart.run import Phases, RunError, host_side, last_lines
 from recipes.recipe import Recipe, checked, load, with_kl
 from recipes.reproduce.measure import columns
+from recipes.shared import refused
 from recipes.shared.processes import HostProcesses
-from recipes.shared.refused import refusal
-from recipes.shared.settings import SettingsError
 
 RECIPE = "run.yaml"
 # The data set on which a recipe's policy is evaluated.
@@ -85,8 +84,7 @@ def check_served(run: GpuRun) -> None:
         SettingsError: klplug does not serve the kl_type in this run.
     """
     words = host(run).command(run.recipe, Path("data"), Path("out"))
-    if (told := refusal([sys.executable, "-m", *words])) is not None:
-        raise SettingsError(f"KL_TYPE={run.kl_type}: {told}")
+    refused.check_served(run.kl_type, [sys.executable, "-m", *words])
 
 
 def host(run: GpuRun) -> ModuleType:

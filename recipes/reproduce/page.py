@@ -21,7 +21,7 @@ import numpy as np
 from scipy.stats import bootstrap
 
 from klplug.report import plots
-from recipes.reproduce.drive import DriveError, Row, is_of, read_rows, seconds_of, shown
+from recipes.reproduce.drive import DriveError, Row, is_of, missing, read_rows, seconds_of, shown
 from recipes.reproduce.ends import spread
 from recipes.reproduce.grid import HERE, load
 from recipes.reproduce.words import (
@@ -240,7 +240,10 @@ def verdict(effects: Sequence[Effect | None], holds: bool, opposite: bool) -> Ve
 
 
 ORDER_OF_VERDICTS: tuple[Verdict, ...] = (
-    *("reproduced", "not reproduced", "not decided", "not decided yet"),
+    "reproduced",
+    "not reproduced",
+    "not decided",
+    "not decided yet",
 )
 
 
@@ -600,13 +603,11 @@ def start_line(rows: Sequence[Row], able: Sequence[Measure]) -> str:
 
 def missing_lines(name: str, rows: Sequence[Row]) -> list[str]:
     """The seeds of a grid that are not there, a line a formulation; empty where all are."""
-    grid = load(name)
     lost_seeds: dict[str, list[int]] = {}
-    for run in grid.runs:
-        if not any(is_of(row, run, grid) for row in rows):
-            coef = "" if run.kl_coef is None else f", kl_coef {run.kl_coef:g}"
-            asked = f"`{run.kl_type}`{coef}, {run.updates} update{'s' * (run.updates > 1)}"
-            lost_seeds.setdefault(asked, []).append(run.seed)
+    for run in missing(load(name), rows):
+        coef = "" if run.kl_coef is None else f", kl_coef {run.kl_coef:g}"
+        asked = f"`{run.kl_type}`{coef}, {run.updates} update{'s' * (run.updates > 1)}"
+        lost_seeds.setdefault(asked, []).append(run.seed)
     if not lost_seeds:
         return []
     lines = (

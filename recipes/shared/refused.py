@@ -4,13 +4,19 @@ from collections.abc import Sequence
 
 from klplug.audit.command import audit
 from klplug.audit.errors import AuditError
+from recipes.shared.settings import SettingsError
 
 
-def refusal(command: Sequence[str]) -> str | None:
-    """The first refusal, as klplug's audit reads the command; None where it knows of none."""
+def check_served(kl_type: str, command: Sequence[str]) -> None:
+    """Else the host would refuse the command, minutes later.
+
+    Raises:
+        SettingsError: klplug does not serve the kl_type there, as its audit reads the command.
+    """
     try:
         findings = audit(command).findings
     except AuditError:  # of a release that it does not know: the host will say
-        return None
-    refused = (found.message for found in findings if found.id == "klplug-refuses")
-    return next(refused, None)
+        return
+    for found in findings:
+        if found.id == "klplug-refuses":
+            raise SettingsError(f"KL_TYPE={kl_type}: {found.message}")
