@@ -1,12 +1,13 @@
 """What a grid's runs came to: a line a formulation, beside it what the committed runs did."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from rich.table import Table
 
 from recipes.reproduce.drive import Row, is_of
 from recipes.reproduce.grid import Grid
+from recipes.reproduce.measures import ACCURACY, KL, seeds
 
 Formulation = tuple[str, float | None, int]
 NOTES = """\
@@ -58,22 +59,5 @@ def has_start(row: Row) -> bool:
     return row["evaluations"][0]["step"] == 0
 
 
-def ended(rows: Sequence[Row]) -> tuple[str, str, str]:
-    """Seeds, accuracy and KL; a run that diverged has the accuracy 0 and no KL."""
-    if not rows:
-        return "0", "", ""
-    diverged = sum(row["status"] == "diverged" for row in rows)
-    last = [row["evaluations"][-1] for row in rows if row["status"] != "diverged"]
-    accuracies = [0.0] * diverged + [found["sampled_accuracy"] for found in last]
-    kls = [kl for found in last if (kl := found["kl_nats_per_answer"]) is not None]
-    seeds = f"{len(rows)}, {diverged} diverged" if diverged else str(len(rows))
-    return seeds, spread(accuracies, "{:.1%}"), spread(kls, "{:.3g}")
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    if not values:
-        return ""
-    mean = form.format(sum(values) / len(values))
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
+def ended(rows: Collection[Row]) -> tuple[str, str, str]:
+    return seeds(rows), ACCURACY.over(rows), KL.over(rows)

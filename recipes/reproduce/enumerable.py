@@ -118,7 +118,7 @@ class Task:
         good = (drawn - mass.gather(1, order) < cell.share).double()
         return cls(ref, torch.zeros_like(mass).scatter(1, order, good))
 
-    def optimum(self, beta: float) -> Tensor:
+    def optimum(self, beta: float | Tensor) -> Tensor:
         """log ref exp(r/beta)/Z over answers."""
         return (joint(self.ref) + self.reward / beta).log_softmax(-1)
 
@@ -315,16 +315,7 @@ def _rounded(x: float) -> float | str:
     return float(f"{x:.4g}") if math.isfinite(x) else str(x)
 
 
-FORMS = (
-    "none",
-    "k1_as_loss,ratio=none",
-    "stock:verl:k3",
-    "k3_in_reward",
-    "k2_in_reward",
-    "k1_in_reward",
-    "k2_as_loss",
-    "k2_as_loss,horizon=sequence",
-)
+K1 = "k1_as_loss,ratio=none"
 OWN, UNCORRECTED, WHOLE = "k2_as_loss", "k2_as_loss,ratio=none", "k2_as_loss,horizon=sequence"
 BOUNDED, CLAMPED = "k2_as_loss,bound=2", ("stock:verl:k3", "stock:openrlhf:k2")
 
@@ -332,13 +323,14 @@ SHORT = {"total_updates": 1024, "rate": 4.0}
 
 
 def cells() -> Iterator[Cell]:
-    for form in (*FORMS, "k3_as_loss"):
+    in_reward = ("k3_in_reward", "k2_in_reward", "k1_in_reward")
+    for form in ("none", K1, "stock:verl:k3", *in_reward, OWN, WHOLE, "k3_as_loss"):
         yield Cell("closed", form, 0.3, total_updates=4096, rate=4.0, decay=True)
     for n in (1, 4, 16):
-        for form in ("none", "k1_as_loss,ratio=none", "k1_as_loss", OWN):
+        for form in ("none", K1, "k1_as_loss", OWN):
             yield Cell("a", form, 0.3, updates=n)
     for beta in (0.1, 0.3):
-        for form in ("none", "k3_in_reward", "k2_in_reward", "k1_in_reward"):
+        for form in ("none", *in_reward):
             yield Cell("b", form, beta, **SHORT)
     for tokens, symbols in ((1, 32), (4, 4)):
         for share in (0.02, 0.8):
@@ -385,15 +377,15 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--seeds is {given.seeds}; at least 1 is needed")
     torch.set_num_threads(1)
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    done = {_key(json.loads(line)) for line in whole_lines(given.out)}
+    done = {key(json.loads(line)) for line in whole_lines(given.out)}
     wanted = [cell for cell in GRID if given.only is None or cell.study in given.only]
     for i, cell in enumerate(wanted):
-        if _key({**dataclasses.asdict(cell), "seeds": given.seeds}) in done:
+        if key({**dataclasses.asdict(cell), "seeds": given.seeds}) in done:
             continue
         line = run(cell, given.seeds)
         with given.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        done.add(_key(line))
+        done.add(key(line))
         done_in = f"{line['process_seconds']} s"
         print(f"{i + 1}/{len(wanted)} {cell.study} {cell.kl_type}: {done_in}", flush=True)
 
@@ -408,7 +400,7 @@ def whole_lines(path: Path) -> list[str]:
     return lines
 
 
-def _key(line: dict[str, object]) -> tuple[object, ...]:
+def key(line: dict[str, object]) -> tuple[object, ...]:
     """What a run depends on: a cell of two studies is run once."""
     fields = [field for field in dataclasses.fields(Cell) if field.name != "study"]
     # A field that came later has its default in earlier lines.

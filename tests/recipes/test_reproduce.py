@@ -21,7 +21,6 @@ from recipes.reproduce.__main__ import COMMITTED, main, part, timed_rows
 from recipes.reproduce.drive import FORM, DriveError, append, cost, drive, is_of, read_rows
 from recipes.reproduce.ends import by_formulation, ended
 from recipes.reproduce.grid import GRIDS, Grid, GridError, load
-from recipes.reproduce.page import ACCURACY, KL, Runs, mean_and_range
 from recipes.shared.settings import REPOSITORY
 
 SMALL = """
@@ -369,11 +368,16 @@ def test_a_grid_ends_with_what_its_runs_came_to(
     assert main(words) == 0
     told = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
     assert "before training 12.5% 0" in told
-    committed = Runs(timed_rows(COMMITTED / "tier1.jsonl"))
+    committed = timed_rows(COMMITTED / "tier1.jsonl")
     for kl_type, accuracy in (("k1_as_loss,ratio=none", "25.0%"), ("k2_as_loss", "75.0%")):
-        there = list(committed.of(kl_type).values())
-        ends = (mean_and_range([m.of(row) for row in there], m.form) for m in (ACCURACY, KL))
-        assert f"{kl_type} 0.5 4 1 {accuracy} 0.25 {len(there)} {' '.join(ends)}" in told
+        asked = {"kl_type": kl_type, "kl_coef": 0.5, "updates": 4}
+        there = [row for row in committed if asked.items() <= row["settings"].items()]
+        ends = " ".join(
+            f"{sum(values) / len(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+            for name, form in (("sampled_accuracy", ".1%"), ("kl_nats_per_answer", ".3g"))
+            if (values := [row["evaluations"][-1][name] for row in there])
+        )
+        assert f"{kl_type} 0.5 4 1 {accuracy} 0.25 {len(there)} {ends}" in told
 
 
 def test_a_host_that_is_not_installed_is_told_before_the_first_run(

@@ -10,27 +10,22 @@ import pytest
 
 from recipes.quickstart.settings import settings
 from recipes.reproduce.drive import FORM, append
+from recipes.reproduce.enumerable_verdicts import Results
+from recipes.reproduce.figures import frontier_figure, runs_figure
 from recipes.reproduce.grid import load
-from recipes.reproduce.page import (
-    CLOSED_FORM,
-    IMAGES,
-    PAGE,
-    README,
-    Runs,
+from recipes.reproduce.measures import ACCURACY, Runs, lost, swing
+from recipes.reproduce.page import IMAGES, PAGE, README, made_with, main, page
+from recipes.reproduce.verdicts import (
     above,
-    accuracy,
     below,
     effect,
     exact_findings,
-    figures,
     findings,
     language_findings,
-    lost,
-    main,
-    page,
-    swing,
     within,
 )
+
+CLOSED_FORM = PAGE.with_name("closed-form.md")
 
 
 def row(
@@ -111,13 +106,13 @@ def test_the_interval_is_that_of_all_resamples() -> None:
 
 def test_a_difference_holds_by_its_interval_and_every_seed() -> None:
     assert above(effect([0.11, 0.12, 0.13]), 0.1)
-    assert not above(effect([0.11, 0.12]), 0.1)  # two seeds
     assert not above(effect([0.3, 0.3, 0.3, 0.3, 0.09]), 0.1)  # one seed below
     assert below(effect([-0.11, -0.12, -0.13]), -0.1)
     assert not below(effect([-0.11, -0.12, -0.05]), -0.1)
     assert within(effect([0.01, -0.02, 0.03]), 0.05)
     assert not within(effect([0.01, -0.02, 0.06]), 0.05)
-    assert not above(None, 0) and not below(None, 0) and not within(None, 1)
+    none = effect([])
+    assert not above(none, 0) and not below(none, 0) and not within(none, 1)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +136,7 @@ def test_a_run_that_diverged_counts_against_its_formulation() -> None:
     rows.append(row("none", 3, 0.7, 1.0))
     bad = row("k1_as_loss,ratio=none", 3, 0.7, 1.0, status="diverged", reason="nan from step 2 on")
     rows.append({**bad, "evaluations": bad["evaluations"][:1]})
-    assert accuracy(rows[-1]) == 0
+    assert ACCURACY.of(rows[-1]) == 0
     assert Runs(rows).log_kl(rows[-1]) == pytest.approx(0.0)  # the largest KL there is 1
     assert of_part(rows, "a2").verdict == "reproduced"
     assert "| 3, 1 diverged |" in page(rows)
@@ -302,9 +297,12 @@ def test_rows_of_other_commits_are_labelled() -> None:
 
 def test_hours_and_versions_of_the_other_task_are_told() -> None:
     cell = {"klplug": "0.1.0", "torch": "2.13.0", "seeds": 100, "process_seconds": 900.0}
-    text = page([], cells=[cell, cell, {**cell, "torch": "2.9.0"}])
-    assert "- 2 settings of 100 seeds with klplug 0.1.0, torch 2.13.0\n- 1 settings" in text
-    assert "- 0.8 CPU-hours\n" in text
+    text = made_with([cell, cell, {**cell, "torch": "2.9.0"}])
+    assert text == (
+        "- 2 settings of 100 seeds with klplug 0.1.0, torch 2.13.0\n"
+        "- 1 settings of 100 seeds with klplug 0.1.0, torch 2.9.0\n"
+        "- 0.8 CPU-hours"
+    )
     assert "settings of" not in page([])
 
 
@@ -312,13 +310,24 @@ def test_each_hypothesis_has_its_section_on_the_other_task_and_its_counts() -> N
     text = CLOSED_FORM.read_text()
     sections = dict(re.findall(r"^## (\([a-h]\) .+)\n((?:(?!## ).*\n)*)", text, re.MULTILINE))
     line = r"^\| ([a-h]) \| \[.+\]\(closed-form\.md#(.+)\) \| (\d+) \| (\d+) \| (\d+) \|$"
-    found = re.findall(line, page([], closed_form=text), re.MULTILINE)
+    found = re.findall(line, page([], enumerated=Results()), re.MULTILINE)
     assert [part for part, *_ in found] == list("abcdefgh")
     for (heading, section), (_, anchor, *counts) in zip(sections.items(), found, strict=True):
         assert re.sub(r"[^\w\s-]", "", heading.lower()).replace(" ", "-") == anchor
         last = [line.split(" | ")[-1] for line in section.splitlines() if line.startswith("| ")]
         verdicts = ("holds |", "fails |", "not decided |")
         assert [int(count) for count in counts] == [last.count(word) for word in verdicts]
+
+
+def test_a_study_that_was_not_run_as_a_whole_has_no_counts(tmp_path: Path) -> None:
+    results = Results()
+    torn = next(key for key, line in results.lines.items() if line["study"] == "g")
+    del results.lines[torn]
+    without_g = page([], enumerated=results)
+    assert re.findall(r"^\| (.) \| .* \| not run yet \| \| \|$", without_g, re.MULTILINE) == ["g"]
+    none = page([], enumerated=Results(tmp_path / "enumerable.jsonl"))
+    assert none.count("| not run yet | | |\n") == 8
+    assert "settings of" not in none
 
 
 def test_the_same_rows_make_the_same_files(tmp_path: Path) -> None:
@@ -331,7 +340,7 @@ def test_the_same_rows_make_the_same_files(tmp_path: Path) -> None:
         out = tmp_path / name
         words = ["--results", str(results), "--page", str(tmp_path / f"{name}.md")]
         readme = tmp_path / f"{name}-README.md"
-        readme.write_text("# x\n<!-- evidence -->\nold\n<!-- /evidence -->\ny\n")
+        readme.write_text("# x\n<!-- evidence -->\nold\n<!-- end -->\ny\n")
         assert main([*words, "--images", str(out), "--readme", str(readme)]) == 0
         above, *_, below = readme.read_text().splitlines()
         assert (above, below) == ("# x", "y")
@@ -397,9 +406,9 @@ def test_the_committed_page_is_that_of_the_committed_rows(tmp_path: Path) -> Non
 
 
 def test_figures_take_rows_of_one_formulation_alone(tmp_path: Path) -> None:
-    figures([row("none", 1, 0.7, 1.0)], tmp_path)
-    for drawn in ("evidence-runs.svg", "evidence-frontier.svg"):
-        text = (tmp_path / drawn).read_text()
+    for draw in (runs_figure, frontier_figure):
+        draw(Runs([row("none", 1, 0.7, 1.0)]), tmp_path / "drawn.svg")
+        text = (tmp_path / "drawn.svg").read_text()
         # Text and axes have the colour of the page, which may be dark; so has the run without a KL.
         assert text.startswith("<svg") and "prefers-color-scheme: dark" in text
         assert "currentColor" in text and "#000000" not in text

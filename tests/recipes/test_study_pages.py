@@ -8,9 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.reproduce import enumerable, study_pages
+from recipes.reproduce import enumerable, enumerable_verdicts, study_pages
 from recipes.reproduce.enumerable import Cell, Task, joint
-from recipes.reproduce.study_pages import Interval, alike, beta_at, filled, more
+from recipes.reproduce.enumerable_verdicts import (
+    SEEDS,
+    STUDIES,
+    Interval,
+    Results,
+    Study,
+    alike,
+    beta_at,
+    more,
+)
+from recipes.shared.markdown import filled
 
 # 100 numbers of mean 2 and standard deviation 10 sqrt(100/99): half are -8, half 12.
 VALUES = torch.tensor([-8.0, 12.0] * 50, dtype=torch.float64)
@@ -67,23 +77,20 @@ def test_a_page_without_the_place_is_refused(tmp_path: Path) -> None:
 
 def test_every_comparison_names_cells_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     """With made-up ends for every cell each study's comparisons can be made."""
-    made = torch.linspace(0.4, 0.6, study_pages.SEEDS, dtype=torch.float64)
-    monkeypatch.setattr(study_pages.Results, "end", lambda self, cell, name: made)
-    monkeypatch.setattr(study_pages, "start_of", lambda cell: made)
+    made = torch.linspace(0.4, 0.6, SEEDS, dtype=torch.float64)
+    monkeypatch.setattr(Results, "end", lambda self, cell, name: made)
+    monkeypatch.setattr(enumerable_verdicts, "start_of", lambda cell: made)
     monkeypatch.setattr(enumerable.Task, "drawn", classmethod(lambda cls, c, n: small(c)))
-    for study, claims in study_pages.STUDIES.items():
-        found = claims(study_pages.Results.__new__(study_pages.Results))
+    for study, predicted in STUDIES.items():
+        found = list(predicted(Study(study, Results())))
         assert found, study
         assert len({c.what for c in found}) == len(found)
 
 
 def small(cell: Cell) -> Task:
     generator = torch.Generator().manual_seed(0)
-    ref = [
-        torch.randn(study_pages.SEEDS, 2**t, 2, generator=generator, dtype=torch.float64)
-        for t in range(2)
-    ]
-    reward = torch.zeros(study_pages.SEEDS, 4, dtype=torch.float64)
+    ref = [torch.randn(SEEDS, 2**t, 2, generator=generator, dtype=torch.float64) for t in range(2)]
+    reward = torch.zeros(SEEDS, 4, dtype=torch.float64)
     reward[:, 0] = 1
     return Task([level.log_softmax(-1) for level in ref], reward)
 
