@@ -65,7 +65,8 @@ part gradients "${GRADIENTS_LIMIT:-100}" "$PYTHON" -m recipes.reproduce.gradient
 part figure 30 "$PYTHON" -c "
 import sys
 from pathlib import Path
-from recipes.reproduce.study_pages import gradient_figure, gradient_lines
+from recipes.reproduce.figures import gradient_figure
+from recipes.reproduce.study_pages import gradient_lines
 gradient_figure(gradient_lines(Path(sys.argv[1])), Path(sys.argv[2]))
 " "$OUT/gradient_study.jsonl" "$OUT/gradient-study.svg"
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -14,10 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks import gpu_grpo
 from benchmarks.host_functions import KL, kl_function
 from recipes import cpu_shim
+from recipes.reproduce import gradient_study
 from recipes.reproduce.stock_kl import STOCK
 from tests.conftest import NAMED
 
-POLICY = Path(__file__).parents[2] / "recipes" / "quickstart" / "policy"
+ROOT = Path(__file__).parents[2]
+POLICY = ROOT / "recipes" / "quickstart" / "policy"
 
 
 @pytest.mark.parametrize("host", NAMED)
@@ -93,3 +98,11 @@ def test_supervised_steps_make_the_form_likelier() -> None:
     before = log_prob()
     gpu_grpo.supervised(model, tokenizer, steps=4, batch=4, rate=1e-3)
     assert log_prob() > before + 1
+
+
+def test_the_figure_is_drawn_of_the_study_that_was_run(tmp_path: Path) -> None:
+    script = (ROOT / "benchmarks" / "gpu.sh").read_text()
+    (code,) = re.findall(r'part figure .* -c "\n(.*?)\n" ', script, re.DOTALL)
+    words = [str(gradient_study.RESULTS), str(tmp_path / "figure.svg")]
+    subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, check=True)
+    assert (tmp_path / "figure.svg").read_text().startswith("<svg")
