@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from numbers import Real
 
 import torch
@@ -82,6 +83,7 @@ def _tv_slope(log_p: Tensor, log_ratio: Tensor, p: Tensor) -> Tensor:
     return torch.sign(log_ratio).mul_(p).div_(2)
 
 
+@cache  # the same functions each time: a compiled kernel is of one
 def alpha_divergence(alpha: float, factor: float = 1.0) -> Divergence:
     """``factor`` times D_a: f = (t^a - a t - (1 - a)) / (a (a - 1)); see the estimator ``alpha``.
 

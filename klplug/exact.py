@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from numbers import Integral, Real
 from typing import Any, NamedTuple, cast
 
@@ -18,16 +19,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from klplug.divergences import DIVERGENCES, Divergence, named_divergence
-from klplug.vocabulary import Head, Pass, Plan, Scaling, Top, slices, widest
+from klplug.tiles import Scaling
+from klplug.vocabulary import Head, Pass, Plan, Top, slices, widest
 
 # Logits of one policy held at once, and those that elementwise work is done on at once: on a CPU
-# a tile stays within the caches. Measured in benchmarks/results/exact.md: there 128 tokens at once
-# are enough for the products, and more take memory alone.
+# a tile stays within the caches, on a GPU a fused one is as large as what is held. Measured in
+# benchmarks/results/exact.md: on a CPU 128 tokens at once are enough for the products, and more
+# take memory alone.
 _TOKENS, _LEAST_HELD = 128, 2**22
 _HELD, _HELD_ON_GPU = 2**24, 2**27
 _TILE, _TILE_ON_GPU = 2**20, 2**25
 # Tokens for which the backward walks along the output matrix once.
-_ROWS = 1024
+_ROWS, _ROWS_ON_GPU = 1024, 8192
+
+
+# What torch.compile makes a GPU's kernels with.
+_HAS_TRITON = find_spec("triton") is not None
 
 
 class ExactKL(NamedTuple):
@@ -236,13 +243,15 @@ def _plan(
             raise ValueError(f"{name}={number!r} must be a positive number")
     if chunk is not None and not _is_count(chunk):
         raise ValueError(f"chunk={chunk!r} must be a positive whole number of logits, or None")
-    held, tile = _HELD_ON_GPU, _TILE_ON_GPU
+    held, tile, rows = _HELD_ON_GPU, _TILE_ON_GPU, _ROWS_ON_GPU
     if weight.device.type == "cpu":
-        held, tile = min(_HELD, max(_LEAST_HELD, _TOKENS * len(weight))), _TILE
+        held, tile, rows = min(_HELD, max(_LEAST_HELD, _TOKENS * len(weight))), _TILE, _ROWS
     held = held if chunk is None else chunk
     scaling = Scaling(temperature, softcap)
     differentiated = torch.is_grad_enabled()
-    return Plan(divergence, scaling, held, min(tile, held), _ROWS, group, differentiated, reference)
+    fused = weight.is_cuda and _HAS_TRITON
+    tile = held if fused else min(tile, held)
+    return Plan(divergence, scaling, held, tile, rows, group, differentiated, reference, fused)
 
 
 def _is_count(number: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -10,26 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from klplug import tiles
 from klplug.divergences import Divergence
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """What a model does to its logits before the softmax."""
-
-    temperature: float
-    softcap: float | None
-
-    def scaled_(self, logits: Tensor) -> Tensor:
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits if self.temperature == 1 else logits.div_(self.temperature)
-
-    def back_(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """The gradient towards the logits before scaling, given that towards them after it."""
-        if self.softcap is not None:
-            gradient -= gradient * (logits * (self.temperature / self.softcap)).square_()
-        return gradient if self.temperature == 1 else gradient.div_(self.temperature)
+from klplug.tiles import Kind, Normaliser, Scaling
 
 
 @dataclass(frozen=True)
@@ -44,6 +27,14 @@ class Plan:
     group: Any
     differentiated: bool
     reference: type[Head] | type[Top]
+    fused: bool
+
+    @property
+    def kind(self) -> Kind:
+        return Kind(self.divergence, self.scaling, self.reference.log_ratio)
+
+    def kernel(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return tiles.compiled(function) if self.fused else function
 
     def reduced_(self, x: Tensor, maximum: bool = False) -> Tensor:
         """The sum over the shards of the vocabulary."""
@@ -116,11 +107,17 @@ class Head:
         """(n, V), whose normaliser ``log_ratio`` is given."""
         return self.all_logits(rows)
 
-    def log_ratio(self, at: _At, log_p: Tensor, z: Tensor, r: Tensor | None) -> Tensor:
-        """``log pi - log ref`` in a tile; ``r`` is that tile of ``scores``, where it is kept."""
-        r = self.logits(at.rows, at.columns) if r is None else r
+    def tile(self, rows: slice, columns: slice) -> Tensor | None:
+        return self.logits(rows, columns)
+
+    def beyond(self, at: _At) -> tuple[Tensor, ...]:
+        """What ``log_ratio`` takes beside logits."""
+        return (at.policy.minus(at.reference),)
+
+    @staticmethod
+    def log_ratio(log_p: Tensor, z: Tensor, r: Tensor, shift: Tensor) -> Tensor:
         # Of the logits themselves: close ones are subtracted without a rounding.
-        return (z - r).sub_(at.policy.minus(at.reference))
+        return (z - r).sub_(shift)
 
 
 @dataclass(frozen=True)
@@ -158,15 +155,23 @@ class Top:
 
     def scores(self, rows: slice, z: Tensor) -> Tensor:
         """The policy's logits of all other tokens: their normaliser has log pi_rest."""
-        return self._scattered(z, slice(0, z.shape[-1]), rows, -torch.inf)
+        index = self._index(rows, slice(0, z.shape[-1]))
+        return _scattered(z, index, z.new_full(index.shape, -torch.inf))
 
-    def log_ratio(self, at: _At, log_p: Tensor, z: Tensor, r: Tensor | None) -> Tensor:
+    def tile(self, rows: slice, columns: slice) -> Tensor | None:
+        return None
+
+    def beyond(self, at: _At) -> tuple[Tensor, ...]:
         # Where K is V there are no others: this is no number, and stands nowhere.
         of_rest = at.reference.minus(at.policy) - self.log_rest[at.rows]
-        index = self._index(at.rows, at.columns)
-        here = index.clamp(max=log_p.shape[-1] - 1)
-        own = log_p.gather(-1, here) - self.log_probs[at.rows]
-        return self._scattered(of_rest.expand_as(log_p), at.columns, at.rows, own)
+        return self._index(at.rows, at.columns), self.log_probs[at.rows], of_rest
+
+    @staticmethod
+    def log_ratio(
+        log_p: Tensor, z: Tensor, r: Tensor, index: Tensor, log_ref: Tensor, of_rest: Tensor
+    ) -> Tensor:
+        own = log_p.gather(-1, index.clamp(max=log_p.shape[-1] - 1)) - log_ref
+        return _scattered(of_rest.expand_as(log_p), index, own)
 
     def _index(self, rows: slice, columns: slice) -> Tensor:
         """Of the tokens in a tile; of those elsewhere, the column after its last."""
@@ -174,34 +179,15 @@ class Top:
         found: Tensor = index.where((index >= 0) & (index < width), width)
         return found
 
-    def _scattered(self, x: Tensor, columns: slice, rows: slice, own: Tensor | float) -> Tensor:
-        """A copy of a tile with ``own`` at these tokens."""
-        wide = x.new_empty(x.shape[0], x.shape[1] + 1)
-        wide[:, :-1] = x
-        index = self._index(rows, columns)
-        filled = own if isinstance(own, Tensor) else x.new_full((1, 1), own).expand_as(index)
-        wide.scatter_(-1, index, filled)
-        return wide[:, :-1]
+
+def _scattered(x: Tensor, index: Tensor, own: Tensor) -> Tensor:
+    """A copy of a tile with ``own`` at some tokens; the column after its last is none."""
+    wide = x.new_empty(x.shape[0], x.shape[1] + 1)
+    wide[:, :-1] = x
+    return wide.scatter_(-1, index, own)[:, :-1]
 
 
 _Reference: TypeAlias = Head | Top
-
-
-@dataclass(frozen=True)
-class _Normaliser:
-    """``log sum exp`` of each token's logits, (n, 1), in two parts: a sum would lose digits."""
-
-    maximum: Tensor
-    log_sum: Tensor
-
-    def of(self, rows: slice) -> _Normaliser:
-        return _Normaliser(self.maximum[rows], self.log_sum[rows])
-
-    def log_softmax(self, logits: Tensor) -> Tensor:
-        return (logits - self.maximum).sub_(self.log_sum)
-
-    def minus(self, other: _Normaliser) -> Tensor:
-        return (self.maximum - other.maximum) + (self.log_sum - other.log_sum)
 
 
 class _At(NamedTuple):
@@ -209,21 +195,8 @@ class _At(NamedTuple):
 
     rows: slice
     columns: slice
-    policy: _Normaliser
-    reference: _Normaliser
-
-
-class _Tile(NamedTuple):
-    """Both distributions, for some tokens and some of the vocabulary."""
-
-    log_p: Tensor
-    log_ratio: Tensor
-    p: Tensor
-
-    @classmethod
-    def of(cls, reference: _Reference, at: _At, z: Tensor, r: Tensor | None = None) -> _Tile:
-        log_p = at.policy.log_softmax(z)
-        return cls(log_p, reference.log_ratio(at, log_p, z, r), log_p.exp())
+    policy: Normaliser
+    reference: Normaliser
 
 
 @dataclass(frozen=True)
@@ -241,12 +214,12 @@ class _Kept:
     ref_log_sum: Tensor
 
     @property
-    def policy(self) -> _Normaliser:
-        return _Normaliser(self.maximum[:, None], self.log_sum[:, None])
+    def policy(self) -> Normaliser:
+        return Normaliser(self.maximum[:, None], self.log_sum[:, None])
 
     @property
-    def reference(self) -> _Normaliser:
-        return _Normaliser(self.ref_maximum[:, None], self.ref_log_sum[:, None])
+    def reference(self) -> Normaliser:
+        return Normaliser(self.ref_maximum[:, None], self.ref_log_sum[:, None])
 
 
 _OF_KL_ALONE = ("mean_slope", "ref_maximum", "ref_log_sum")
@@ -264,11 +237,22 @@ class Pass(torch.autograd.Function):
             z = policy.all_logits(rows)
             r = reference.scores(rows, z)
             local = policy.local(targets[rows])
-            kept[:, rows] = _sums(plan, reference, rows, z, r, local, overwritten=frozen)
+            kept[:, rows] = _sums(plan, reference, rows, z, r, local)
             if of_kl is not None:
-                r.addcmul_(z, _Kept(*kept[:, rows, None]).mean_slope, value=-1)
+                here = _Kept(*kept[:, rows])
                 for columns in policy.columns(len(r)):
-                    _add_product(of_kl[rows], r[:, columns], policy.weight[columns])
+                    matrix = policy.weight[columns]
+                    at = _At(rows, columns, here.policy, here.reference)
+                    gradient = plan.kernel(tiles.gradient_of_kl)(
+                        plan.kind,
+                        z[:, columns],
+                        r[:, columns],
+                        here.policy,
+                        reference.beyond(at),
+                        here.mean_slope[:, None],
+                        _factor(matrix, z.dtype),
+                    )
+                    _add_product(of_kl[rows], gradient, matrix)
             del z, r  # the next ones are made before the names are free
         ctx.plan = plan
         ctx.save_for_backward(targets, *tensors, kept, of_kl)
@@ -307,44 +291,43 @@ def _sums(
     z: Tensor,
     r: Tensor,
     targets: Tensor,
-    *,
-    overwritten: bool,
 ) -> Tensor:
-    """The fields of ``_Kept``, of all logits of n tokens: (9, n), by three sums over the shards.
-
-    ``overwritten`` leaves p in ``z`` and the slope in ``r``, towards logits before scaling.
-    """
+    """The fields of ``_Kept``, of all logits of n tokens: (9, n), by three sums over the shards."""
     tokens, vocabulary = z.shape
-    tiles = list(slices(vocabulary, plan.tile // tokens))
+    pieces = list(slices(vocabulary, plan.tile // tokens))
     maxima = plan.reduced_(torch.stack([z.amax(-1), r.amax(-1)]), maximum=True)
     # Sums of exponentials, and the logits of the targets: another shard's are zero here.
     sums = torch.zeros((4, tokens), dtype=z.dtype, device=z.device)
     here = (targets >= 0) & (targets < vocabulary)
     index = targets.where(here, 0)[:, None]
     for i, logits in enumerate((z, r)):
-        for columns in tiles:
-            sums[i] += (logits[:, columns] - maxima[i, :, None]).exp_().sum(-1)
+        for columns in pieces:
+            sums[i] += plan.kernel(tiles.sum_of_exponentials)(
+                logits[:, columns], maxima[i, :, None]
+            )
         sums[2 + i] = torch.where(here, logits.gather(-1, index)[:, 0] - maxima[i], 0.0)
     plan.reduced_(sums)
     log_sums, log_probs = sums[:2].log(), sums[2:] - sums[:2].log()
     policy, reference = (
-        _Normaliser(*x) for x in zip(maxima[..., None], log_sums[..., None], strict=True)
+        Normaliser(*x) for x in zip(maxima[..., None], log_sums[..., None], strict=True)
     )
     value, entropy, mean_slope = expected = torch.zeros_like(sums[:3])
-    for columns in tiles:
-        at = _At(rows, columns, policy, reference)
-        tile = _Tile.of(other, at, z[:, columns], r[:, columns])
-        value += plan.divergence.value(*tile).sum(-1)
-        entropy -= (tile.p * tile.log_p).sum(-1)
-        if plan.differentiated:
-            slope = plan.divergence.slope(*tile)
-            mean_slope += slope.sum(-1)
-            if overwritten:
-                r[:, columns] = plan.scaling.back_(slope, z[:, columns])
-                z[:, columns] = plan.scaling.back_(tile.p, z[:, columns])
+    for columns in pieces:
+        beyond = other.beyond(_At(rows, columns, policy, reference))
+        parts = plan.kernel(tiles.expectations)(
+            plan.kind,
+            z[:, columns],
+            r[:, columns],
+            policy,
+            beyond,
+            plan.differentiated,
+        )
+        for total, part in zip(expected, parts, strict=False):
+            total += part
     plan.reduced_(expected)
-    parts = (value, entropy, *log_probs, mean_slope, maxima[0], log_sums[0], maxima[1], log_sums[1])
-    return torch.stack(parts)
+    return torch.stack(
+        (value, entropy, *log_probs, mean_slope, maxima[0], log_sums[0], maxima[1], log_sums[1])
+    )
 
 
 @dataclass(frozen=True)
@@ -389,26 +372,32 @@ def _differentiate(
     kept = _Kept(**{name: x.masked_fill(without[name], 0.0) for name, x in vars(kept).items()})
     common = of_kl * kept.mean_slope + of_entropy * kept.entropy + of_log_probs
     step = max(1, min(len(targets), policy.plan.rows, policy.plan.tile))
+    plan = policy.plan
     for columns in policy.columns(step):
         matrix = policy.weight[columns]
         of_matrix = torch.zeros_like(matrix, dtype=policy.dtype)
         for rows in slices(len(targets), step):
-            z = policy.logits(rows, columns)
-            if weights[0] is None:
-                log_p = kept.policy.of(rows).log_softmax(z)
-                p, slope = log_p.exp(), None
-            else:
+            z, r = policy.logits(rows, columns), None
+            beyond: tuple[Tensor, ...] = ()
+            if weights[0] is not None:
                 at = _At(rows, columns, kept.policy.of(rows), kept.reference.of(rows))
-                tile = _Tile.of(reference, at, z)
-                (log_p, _, p), slope = tile, policy.plan.divergence.slope(*tile)
-            gradient = p.mul_(log_p.mul_(-of_entropy[rows, None]).sub_(common[rows, None]))
-            if slope is not None:
-                gradient.addcmul_(slope, of_kl[rows, None])
+                r, beyond = reference.tile(rows, columns), reference.beyond(at)
             local = targets[rows] - columns.start
-            here = (local >= 0) & (local < gradient.shape[-1])
-            sampled = of_log_probs[rows].where(here, 0.0)
-            gradient.scatter_add_(-1, local.where(here, 0)[:, None], sampled[:, None])
-            policy.plan.scaling.back_(gradient, z)
+            here = (local >= 0) & (local < z.shape[-1])
+            gradient = plan.kernel(tiles.gradient_of_all)(
+                plan.kind,
+                z,
+                r,
+                kept.policy.of(rows),
+                beyond,
+                (
+                    None if weights[0] is None else of_kl[rows, None],
+                    of_entropy[rows, None],
+                    common[rows, None],
+                ),
+                (local.where(here, 0)[:, None], of_log_probs[rows].where(here, 0.0)[:, None]),
+                policy.dtype if gradients.bias is not None else _factor(matrix, policy.dtype),
+            )
             if gradients.hidden is not None:
                 _add_product(gradients.hidden[rows], gradient, matrix)
             if gradients.weight is not None:
@@ -431,12 +420,19 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None
     return torch.mm(a.to(dtype), b.to(dtype), out=out)
 
 
+def _factor(b: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Of what ``_add_product`` multiplies with b: what autograd would hand to the product.
+
+    A gradient in float16 would have too few exponents.
+    """
+    return b.dtype if b.dtype == torch.bfloat16 and _on_tensor_cores(b, b) else dtype
+
+
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if b.dtype == torch.bfloat16 and _on_tensor_cores(b, b):
-        # As autograd would hand it to the matrix product; float16 has too few exponents for it.
+    if _factor(b, total.dtype) == b.dtype != total.dtype:
         total += torch.mm(a.to(b.dtype), b, out_dtype=total.dtype)
     else:
-        total.addmm_(a, b.to(total.dtype))
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 def _on_tensor_cores(a: Tensor, b: Tensor) -> bool:

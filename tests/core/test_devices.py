@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from klplug import kl_term, kl_types, parse, reward_to_go
+from klplug import exact_kl, kl_term, kl_types, parse, reward_to_go
+from klplug.divergences import DIVERGENCES
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 # Inputs are exact in each dtype, and the work is done in float32: what is lost is float32's.
@@ -63,3 +64,42 @@ def test_devices_agree(kl_type: str, dtype: torch.dtype, device: str) -> None:
     if dtype == torch.bfloat16 and "as_loss" in kl_type:
         options["rtol"] = 2**-8  # the gradient comes back in the dtype of log_probs
     torch.testing.assert_close(found.double().cpu(), expected, **options)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(
+    ("divergence", "dtype"), [(name, torch.float32) for name in DIVERGENCES] + [("k2", DTYPES[1])]
+)
+def test_the_exact_kl_of_devices_agrees(
+    divergence: str, dtype: torch.dtype, trained: bool, device: str
+) -> None:
+    """On a GPU by compiled kernels and, of halves, by products on tensor cores."""
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(70, 64, generator=draw)
+    # Numbers that the dtype holds exactly.
+    hidden, ref_hidden, weight = (
+        x.bfloat16().to(dtype)
+        for x in (
+            hidden,
+            hidden + 0.3 * torch.randn(70, 64, generator=draw),
+            torch.randn(600, 64, generator=draw) / 4,
+        )
+    )
+    targets, of_each = torch.randint(600, (70,), generator=draw), torch.rand(3, 70, generator=draw)
+
+    def found(dtype: torch.dtype, device: str) -> list[Tensor]:
+        h, w, ref_h = (x.to(device, dtype) for x in (hidden, weight, ref_hidden))
+        leaves = [h.requires_grad_(), w.clone().requires_grad_(trained)]
+        # Chunks of some tokens, of which the last one is shorter.
+        results = exact_kl(
+            *leaves, ref_h, w, targets.to(device), divergence=divergence, chunk=600 * 32
+        )
+        loss = sum((c.to(x) * x).sum() for c, x in zip(of_each, results, strict=False))
+        assert isinstance(loss, Tensor)
+        return [*results, *torch.autograd.grad(loss, [x for x in leaves if x.requires_grad])]
+
+    expected = found(torch.float64, "cpu")
+    for i, (mine, theirs) in enumerate(zip(found(dtype, device), expected, strict=True)):
+        limit = 2**-8 if i > 3 and dtype == torch.bfloat16 else 2e-5
+        assert (mine.double().cpu() - theirs).norm() < limit * theirs.norm()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import klplug
 from benchmarks.measure import peak_bytes
-from klplug import divergences, exact, vocabulary
+from klplug import divergences, exact, tiles, vocabulary
 from klplug.estimators import ESTIMATORS
 from tests.core.enumeration import F
 
@@ -111,6 +111,45 @@ def test_every_divergence_is_that_of_two_whole_matrices_of_logits(name: str, chu
     theirs = naive(**inputs, f=F[name])
     assert_equal(mine, theirs)
     assert_equal(gradients(weighted(mine), inputs), gradients(weighted(theirs), inputs))
+
+
+@pytest.mark.parametrize(
+    ("name", "trained"), [("reverse", "hidden"), ("alpha", "hidden weight bias")]
+)
+def test_what_a_gpu_compiles_is_the_same(
+    name: str, trained: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        made.append(function)
+        return torch.compile(function, dynamic=True, fullgraph=True, backend="aot_eager")
+
+    monkeypatch.setattr(vocabulary.Plan, "kernel", lambda _, function: compiled(function))
+    inputs = drawn() | biases()
+    for leaf in ("hidden", "weight", "bias"):
+        inputs[leaf].requires_grad_(leaf in trained.split())
+    scaling = {"temperature": 1.7, "softcap": 1.5}
+    mine = klplug.exact_kl(**inputs, **NAMES[name], **scaling, chunk=4 * VOCABULARY)
+    theirs = naive(**inputs, **scaling, f=F[name])
+    assert_equal(mine, theirs)
+    assert_equal(gradients(weighted(mine), inputs), gradients(weighted(theirs), inputs))
+    assert len(set(made)) == 3 + (trained == "hidden")
+
+
+def test_without_a_compiler_it_runs_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    def backend(*given: Any) -> Any:
+        raise RuntimeError("Failed to find C compiler")
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compile(f, **how, backend=backend))
+    run = tiles.compiled.__wrapped__(tiles.sum_of_exponentials)
+    for _ in range(2):
+        assert_equal([run(torch.zeros(2, 3), torch.zeros(2, 1))], [torch.full((2,), 3.0)])
+    (line,) = [str(w.message) for w in recwarn if "exact KL" in str(w.message)]
+    assert "without compiled kernels" in line and "C compiler" in line
 
 
 @pytest.mark.parametrize("scaling", [{"temperature": 0.6}, {"softcap": 2.0}, {}], ids=str)

@@ -261,7 +261,10 @@ EXACT = of(
 TOP = of(
     "vocabulary",
     ("at.reference.minus(at.policy) - self.log_rest[at.rows]", "at.reference.minus(at.policy)"),
-    ("own = log_p.gather(-1, here) - self.log_probs[at.rows]", "own = -self.log_probs[at.rows]"),
+    (
+        "own = log_p.gather(-1, index.clamp(max=log_p.shape[-1] - 1)) - log_ref",
+        "own = -log_ref",
+    ),
     ("rest.clamp(min=torch.finfo(sent.dtype).eps).log()", "rest.log()"),
     ("return cls(policy.local(ids), log_probs, log_rest)", "return cls(ids, log_probs, log_rest)"),
     tests=("exact_top",),
