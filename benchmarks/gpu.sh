@@ -53,13 +53,13 @@ part kl-term "${KL_TERM_LIMIT:-60}" "$PYTHON" -m benchmarks.gpu_kl_term --hosts 
 if [ -n "$SMALL" ]; then
   set -- --steps 2 --supervised-steps 2 --prompts 2 --group 4 --every 1
 else
-  set -- --steps 150
+  set -- --steps 70 # about a second each, and there are two runs
 fi
-part exact "${EXACT_LIMIT:-90}" env SMALL="$SMALL" "$PYTHON" -m pytest -q -s --import-mode=importlib \
-  -p no:cacheprovider benchmarks/test_exact.py -k 'test_exact and not chunks'
+part exact "${EXACT_LIMIT:-140}" env SMALL="$SMALL" "$PYTHON" -m pytest -q -s --import-mode=importlib \
+  -p no:cacheprovider benchmarks/test_exact.py
 part grpo "${GRPO_LIMIT:-220}" "$PYTHON" -m benchmarks.gpu_grpo --model "$MODEL" --device "$device" \
   --out "$OUT/grpo.jsonl" "$@"
-if [ -n "$SMALL" ]; then set -- --answers 32 --prompts 2; else set -- --answers 4096 --prompts 32; fi
+if [ -n "$SMALL" ]; then set -- --answers 32 --prompts 2; else set -- --answers 2048 --prompts 32; fi
 part gradients "${GRADIENTS_LIMIT:-100}" "$PYTHON" -m recipes.reproduce.gradient_study --model "$MODEL" \
   --device "$device" --out "$OUT/gradient_study.jsonl" "$@"
 part figure 30 "$PYTHON" -c "

@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     on_gpu = given.device.startswith("cuda")
     machine = torch.cuda.get_device_name() if on_gpu else "cpu"
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    with given.out.open("w", encoding="utf-8") as file:
+    with given.out.open("w", encoding="utf-8", buffering=1) as file:
         for kl_type in given.kl_type or KL_TYPES:
             for line in grpo(ref, tokenizer, kl_type, given):
                 line |= {

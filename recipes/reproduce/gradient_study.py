@@ -464,7 +464,7 @@ def main(argv: list[str] | None = None) -> None:
             "klplug": klplug.__version__,
             "torch": torch.__version__.partition("+")[0],
         }
-        with given.out.open("a", encoding="utf-8") as file:
+        with given.out.open("a", encoding="utf-8", buffering=1) as file:
             for line in study(name, data, groups, settings):
                 file.write(json.dumps(line) + "\n")
 
