@@ -32,6 +32,7 @@ FLAT = {
     "algo.kl.use_loss": "use_kl_loss",
     "ckpt.disable_ds": "disable_ds_ckpt",
     "ckpt.path": "ckpt_path",
+    "ckpt.save_steps": "save_steps",
     "data.apply_chat_template": "apply_chat_template",
     "data.max_len": "max_len",
     "ds.load_in_4bit": "load_in_4bit",
@@ -39,6 +40,7 @@ FLAT = {
     "ds.packing_samples": "packing_samples",
     "ds.ring_attn_size": "ring_attn_size",
     "ds.tensor_parallel_size": "ds_tensor_parallel_size",
+    "eval.steps": "eval_steps",
     "rollout.batch_size": "rollout_batch_size",
     "rollout.max_new_tokens": "max_new_tokens",
     "rollout.n_samples_per_prompt": "n_samples_per_prompt",
@@ -69,6 +71,7 @@ MAX_LEN, MAX_NEW_TOKENS = "data.max_len", "rollout.max_new_tokens"
 RING, TENSOR_PARALLEL = "ds.ring_attn_size", "ds.tensor_parallel_size"
 LORA, IN_4_BITS = "ds.lora.rank", "ds.load_in_4bit"
 CHECKPOINTS, NO_CHECKPOINTS = "ckpt.path", "ckpt.disable_ds"
+SAVES = ("ckpt.save_steps", "eval.steps")  # each so many steps, the best at an evaluation; or -1
 PACKING = "ds.packing_samples"
 
 KL_TYPE, KL_COEF = "klplug.kl_type", "klplug.kl_coef"

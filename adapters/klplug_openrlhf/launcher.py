@@ -72,10 +72,21 @@ def parse_args(
         line = derive(parsed, written_options(parser))
         PATCH.check(parse(vars(parsed)["klplug.kl_type"]).requires)
         COMMAND.apply()
+        claim_checkpoints(parsed)
     except (ValueError, HookError) as error:
         fail(str(error))
     print(line, flush=True)
     return parsed
+
+
+def claim_checkpoints(args: Namespace) -> None:
+    """Of a run that saves any, before it takes anything from a cluster."""
+    from klplug.hosting.folder import claim
+    from klplug_openrlhf.keys import CHECKPOINTS, KL_TYPE, SAVES, flag, read
+
+    if any(read(args, key, -1) > 0 for key in SAVES):
+        folder = read(args, CHECKPOINTS)
+        claim(folder, f"{flag(args, CHECKPOINTS)} {folder}", read(args, KL_TYPE))
 
 
 def add_options(parser: ArgumentParser) -> None:

@@ -17,10 +17,12 @@ from typing import Any
 import klplug
 from klplug import parse
 from klplug.hosting.cluster import after_ray_init, check_nodes
+from klplug.hosting.folder import claim
 from klplug.hosting.patching import Args, Call, Hook, HookError, Kwargs, Patch, bound
 from klplug.hosting.settings import SettingsError
 from klplug_verl import actor, hidden, moving, reference, stored, teacher, trainer
 from klplug_verl.host import HOST
+from klplug_verl.keys import CHECKPOINTS, SAVES, VALIDATES_ONLY, read
 from klplug_verl.plan import Plan
 from klplug_verl.settings import derive
 
@@ -36,6 +38,7 @@ def auto_set_device(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     try:
         line = resolve(config, written_overrides())
         if line is not None:
+            claim_checkpoints(config)
             after_ray_init(check_cluster)
     except (ValueError, HookError) as error:
         # As argparse does; Hydra would print a page of traceback.
@@ -46,6 +49,13 @@ def auto_set_device(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     )
     print(unused if line is None else line, flush=True)
     return result
+
+
+def claim_checkpoints(config: Any) -> None:
+    """Of a run that saves any, before it takes anything from a cluster."""
+    if read(config, SAVES, -1) > 0 and not read(config, VALIDATES_ONLY):
+        folder = read(config, CHECKPOINTS)
+        claim(folder, f"{CHECKPOINTS}={folder}", config.klplug.kl_type)
 
 
 _BEFORE_PLUGINS = (

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -37,6 +40,11 @@ RESUME = {"openrlhf": ["--ckpt.load_enable"], "verl": ["trainer.resume_mode=auto
 LATEST = {
     "openrlhf": Path("policy/checkpoints/_actor/latest"),
     "verl": Path("policy/latest_checkpointed_iteration.txt"),
+}
+# Where it keeps klplug's state of a step: OpenRLHF in DeepSpeed's file, beside the weights.
+STATE = {
+    "openrlhf": "policy/checkpoints/_actor/global_step{}/mp_rank_00_model_states.pt",
+    "verl": "policy/global_step_{}/klplug.json",
 }
 FULL_DISK = r"""
 folder=$1 latest=$2; shift 2
@@ -77,10 +85,18 @@ class Disturbed:
         return self.process.wait(PATIENCE)
 
     def wait_for_step(self, step: int) -> None:
-        """Until that step is logged, or the run has ended."""
+        self._wait_until(lambda: any(metrics["step"] >= step for metrics in self.steps))
+
+    def wait_for_words(self, pattern: str) -> None:
+        self._wait_until(lambda: re.search(pattern, self.text) is not None)
+
+    def _wait_until(self, logged: Callable[[], bool]) -> None:
         end = time.monotonic() + PATIENCE
-        while not any(metrics["step"] >= step for metrics in self.steps):
-            assert self.process.poll() is None and time.monotonic() < end, run.last_lines(self.log)
+        while True:
+            has_ended = self.process.poll() is not None
+            if logged():
+                return
+            assert not has_ended and time.monotonic() < end, run.last_lines(self.log)
             time.sleep(0.5)
 
     def named(self, title: str) -> psutil.Process:
@@ -88,6 +104,31 @@ class Disturbed:
         found = [p for p in self.processes.alive() if title in " ".join(p.cmdline())]
         assert found, [p.cmdline() for p in self.processes.alive()]
         return found[0]
+
+
+@dataclass
+class Checkpoint:
+    """The newest whole one in the folder of a run.
+
+    Attributes:
+        step: after which it was saved.
+        file: that has klplug's state.
+        kept: that state.
+    """
+
+    step: int
+    file: Path
+    kept: dict[str, Any]
+
+    @classmethod
+    def newest(cls, host: str, folder: Path) -> Checkpoint:
+        step = int((folder / LATEST[host]).read_text().removeprefix("global_step"))
+        file = folder / STATE[host].format(step)
+        if host == "verl":
+            return cls(step, file, json.loads(file.read_text()))
+        import torch
+
+        return cls(step, file, torch.load(file, weights_only=False)["klplug"])
 
 
 @contextmanager

@@ -6,6 +6,7 @@ OpenRLHF's own CLI module runs up to the point where it would start Ray.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from klplug_openrlhf import launcher
 from klplug_openrlhf.plan import Plan
 
 from klplug import parse
+from tests.hosting.test_folder import another_run
 from tests.openrlhf.command_line import settled
 
 
@@ -384,6 +386,17 @@ def test_mistakes_are_one_clear_line(
     error = error_of(run, capsys, *words)
     for word in told:
         assert word in error
+
+
+def test_a_run_that_saves_needs_a_folder_of_its_own(
+    run: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = (*KL, "--ckpt.path", str(tmp_path))
+    with another_run(tmp_path):
+        run(*words)
+        for when in ("--ckpt.save_steps", "--eval.steps"):
+            error = error_of(run, capsys, *words, when, "1")
+            assert f"--ckpt.path {tmp_path}: another run saves its checkpoints there" in error
 
 
 def test_klplug_disable_stops_the_launcher(

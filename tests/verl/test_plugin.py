@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
-from klplug_verl.hooks import PATCH, TESTED
+from klplug_verl.hooks import PATCH, TESTED, claim_checkpoints
 from klplug_verl_guard import asked, unquoted
+from omegaconf import OmegaConf
 
 from klplug.hosting.patching import Hook, HookError, Patch
+from klplug.hosting.settings import SettingsError
 from recipes import cpu_shim
+from tests.hosting.test_folder import another_run
 
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = ("-m", "verl.trainer.main_ppo")
@@ -139,6 +142,16 @@ def test_quotes_that_hydra_needs(word: str, readable: bool) -> None:
         with pytest.raises(OverrideParseException):
             OverridesParser.create().parse_overrides([word])
         assert unquoted(["main_ppo.py", word]) == word
+
+
+def test_a_run_that_saves_needs_a_folder_of_its_own(tmp_path: Path) -> None:
+    trainer = {"default_local_dir": str(tmp_path), "save_freq": 1, "val_only": False}
+    with another_run(tmp_path):
+        for saves_none in ({"save_freq": -1}, {"val_only": True}):
+            claim_checkpoints(OmegaConf.create({"trainer": trainer | saves_none}))
+        config = OmegaConf.create({"trainer": trainer, "klplug": {"kl_type": "k2_as_loss"}})
+        with pytest.raises(SettingsError, match=r"trainer\.default_local_dir=.*: another run"):
+            claim_checkpoints(config)
 
 
 # Whole processes.
