@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import sys
+from contextlib import suppress
 from pathlib import Path
+from subprocess import TimeoutExpired
 
 import pytest
 
@@ -12,14 +13,15 @@ from recipes.quickstart import run
 from recipes.quickstart.settings import HERE, settings
 from recipes.shared.processes import HostProcesses
 from tests.cluster.nodes import SECOND, WITH_KLPLUG, Cluster, on_cpu
-from tests.cluster.test_two_nodes import OVER_TWO
-from tests.conftest import NAMED
-from tests.faults.runs import ADAPTIVE, RESUME, Disturbed
+from tests.cluster.test_two_nodes import ON_EACH, OVER_TWO
+from tests.faults.runs import ADAPTIVE, RESUME, Checkpoint, Disturbed
+
+# Ray's words, or those of the ranks' own connection, which may notice first.
+GONE = r"died|marked dead|Raylet is terminated|closed by peer"
 
 
 @pytest.mark.slow
-# verl may wait for ever for answers that were being drawn on the node.
-@pytest.mark.parametrize("host", [host for host in NAMED if host == "openrlhf"])
+@ON_EACH
 def test_a_node_that_leaves_is_named_and_a_resume_goes_on(host: str, tmp_path: Path) -> None:
     """Its raylet is killed, as a machine that loses its power; then it joins again."""
     made = settings(host=host, steps=3, kl_type="k1_in_reward", ranks=2)
@@ -44,17 +46,20 @@ def test_a_node_that_leaves_is_named_and_a_resume_goes_on(host: str, tmp_path: P
             first.wait_for_step(2)
             (raylet,) = [p for p in processes.alive() if is_raylet_of(SECOND, p.cmdline())]
             raylet.kill()
+            first.wait_for_words(GONE)
+            if host == "verl":  # it may wait for ever for answers that were being drawn there
+                with suppress(TimeoutExpired):
+                    first.process.wait(30)
+                first.process.terminate()
             assert first.wait() != 0
-        done = first.steps[-1]["step"]
-        assert first.steps[0]["klplug/kl_coef"] == 0.01 and done < 3
-        # Ray's words, or those of the ranks' own connection, which may notice first.
-        named = re.search(r"died|Raylet is terminated|closed by peer", first.text)
-        assert SECOND in first.text and named
+        assert SECOND in first.text and first.steps[-1]["step"] < 3
+        checkpoint = Checkpoint.newest(host, tmp_path)
         with cluster.node(sys.executable, variables, "--num-gpus=1"):
             second = started(*RESUME[host])
             assert second.wait() == 0, run.last_lines(second.log)
-    assert second.steps[0]["step"] in (done, done + 1) and second.steps[-1]["step"] == 3
-    assert second.steps[0]["klplug/kl_coef"] < 0.01
+    # Once for each node whose Ray reads these logs.
+    assert sorted({m["step"] for m in second.steps}) == list(range(checkpoint.step + 1, 4))
+    assert second.steps[0]["klplug/kl_coef"] == checkpoint.kept["value"]
     assert "WARNING: resuming" not in second.text
 
 
