@@ -16,6 +16,7 @@ import runpy
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import wrapt
@@ -61,6 +62,7 @@ def parse_args(
     if estimator is None:
         return original(*args, **kwargs)
     from klplug import parse
+    from klplug.hosting.folder import claim
     from klplug.hosting.patching import HookError
     from klplug_openrlhf.hooks import COMMAND, PATCH
     from klplug_openrlhf.settings import derive
@@ -72,21 +74,29 @@ def parse_args(
         line = derive(parsed, written_options(parser))
         PATCH.check(parse(vars(parsed)["klplug.kl_type"]).requires)
         COMMAND.apply()
-        claim_checkpoints(parsed)
+        checkpoints = claims_of(parsed)
+        if checkpoints and Path(checkpoints[0]).is_dir():
+            claim(*checkpoints)
+        _claims[:] = [checkpoints] if checkpoints else []
     except (ValueError, HookError) as error:
         fail(str(error))
     print(line, flush=True)
     return parsed
 
 
-def claim_checkpoints(args: Namespace) -> None:
-    """Of a run that saves any, before it takes anything from a cluster."""
-    from klplug.hosting.folder import claim
+# Of the command: a folder that is there is claimed as its words are read, before anything is taken
+# from a cluster. One that is not is made when Ray is up: OpenRLHF has yet to check those words.
+_claims: list[tuple[str, str, str]] = []
+
+
+def claims_of(args: Namespace) -> tuple[str, str, str] | None:
+    """What ``claim`` is given of a run that saves any checkpoints."""
     from klplug_openrlhf.keys import CHECKPOINTS, KL_TYPE, SAVES, flag, read
 
-    if any(read(args, key, -1) > 0 for key in SAVES):
-        folder = read(args, CHECKPOINTS)
-        claim(folder, f"{flag(args, CHECKPOINTS)} {folder}", read(args, KL_TYPE))
+    if not any(read(args, key, -1) > 0 for key in SAVES):
+        return None
+    folder = read(args, CHECKPOINTS)
+    return folder, f"{flag(args, CHECKPOINTS)} {folder}", read(args, KL_TYPE)
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -139,6 +149,7 @@ def init_ray(
     with a page of Ray's own.
     """
     from klplug.hosting.cluster import check_nodes
+    from klplug.hosting.folder import claim
     from klplug.hosting.settings import SettingsError
 
     runtime_env = dict(kwargs.pop("runtime_env", None) or {})
@@ -153,6 +164,8 @@ def init_ray(
     context = original(*args, runtime_env=runtime_env, **kwargs)
     try:
         check_nodes("openrlhf", SETUP_HOOK.rpartition(".")[0])
+        for checkpoints in _claims:
+            claim(*checkpoints)
     except SettingsError as error:
         fail(str(error))
     return context
