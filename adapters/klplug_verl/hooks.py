@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -38,8 +39,9 @@ def auto_set_device(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     try:
         line = resolve(config, written_overrides())
         if line is not None:
-            claim_checkpoints(config)
-            after_ray_init(check_cluster)
+            # A folder that is not there is made when Ray is up: verl has yet to check the config.
+            claim_checkpoints(config, make=False)
+            after_ray_init(partial(check_cluster, config))
     except (ValueError, HookError) as error:
         # As argparse does; Hydra would print a page of traceback.
         print(f"klplug: error: {error}", file=sys.stderr, flush=True)
@@ -51,10 +53,12 @@ def auto_set_device(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     return result
 
 
-def claim_checkpoints(config: Any) -> None:
-    """Of a run that saves any, before it takes anything from a cluster."""
+def claim_checkpoints(config: Any, make: bool) -> None:
+    """Of a run that saves any; ``make`` the folder, or look at one that is there."""
     if read(config, SAVES, -1) > 0 and not read(config, VALIDATES_ONLY):
         folder = read(config, CHECKPOINTS)
+        if not make and not Path(folder).is_dir():
+            return
         claim(folder, f"{CHECKPOINTS}={folder}", config.klplug.kl_type)
 
 
@@ -65,10 +69,12 @@ _BEFORE_PLUGINS = (
 )
 
 
-def check_cluster() -> None:
-    """Stop unless verl finds klplug on every node of the cluster that it has just connected to."""
+def check_cluster(config: Any = None) -> None:
+    """Stop unless every node just connected to has klplug; then claim the config's folder."""
     try:
         check_nodes("verl", __name__, "" if _is_there(_V1) else _BEFORE_PLUGINS)
+        if config is not None:
+            claim_checkpoints(config, make=True)
     except SettingsError as error:
         print(f"klplug: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

@@ -148,10 +148,10 @@ def test_a_run_that_saves_needs_a_folder_of_its_own(tmp_path: Path) -> None:
     trainer = {"default_local_dir": str(tmp_path), "save_freq": 1, "val_only": False}
     with another_run(tmp_path):
         for saves_none in ({"save_freq": -1}, {"val_only": True}):
-            claim_checkpoints(OmegaConf.create({"trainer": trainer | saves_none}))
+            claim_checkpoints(OmegaConf.create({"trainer": trainer | saves_none}), make=True)
         config = OmegaConf.create({"trainer": trainer, "klplug": {"kl_type": "k2_as_loss"}})
         with pytest.raises(SettingsError, match=r"trainer\.default_local_dir=.*: another run"):
-            claim_checkpoints(config)
+            claim_checkpoints(config, make=False)
 
 
 # Whole processes.
