@@ -371,8 +371,8 @@ def _differentiate(
     without = {name: no_kl if name in _OF_KL_ALONE else unused for name in vars(kept)}
     kept = _Kept(**{name: x.masked_fill(without[name], 0.0) for name, x in vars(kept).items()})
     common = of_kl * kept.mean_slope + of_entropy * kept.entropy + of_log_probs
-    step = max(1, min(len(targets), policy.plan.rows, policy.plan.tile))
     plan = policy.plan
+    step = max(1, min(len(targets), plan.rows, plan.tile))
     for columns in policy.columns(step):
         matrix = policy.weight[columns]
         of_matrix = torch.zeros_like(matrix, dtype=policy.dtype)

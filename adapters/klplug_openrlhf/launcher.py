@@ -16,7 +16,6 @@ import runpy
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import wrapt
@@ -74,10 +73,9 @@ def parse_args(
         line = derive(parsed, written_options(parser))
         PATCH.check(parse(vars(parsed)["klplug.kl_type"]).requires)
         COMMAND.apply()
-        checkpoints = claims_of(parsed)
-        if checkpoints and Path(checkpoints[0]).is_dir():
-            claim(*checkpoints)
-        _claims[:] = [checkpoints] if checkpoints else []
+        _claims[:] = claims_of(parsed)
+        for checkpoints in _claims:
+            claim(*checkpoints, make=False)
     except (ValueError, HookError) as error:
         fail(str(error))
     print(line, flush=True)
@@ -89,14 +87,14 @@ def parse_args(
 _claims: list[tuple[str, str, str]] = []
 
 
-def claims_of(args: Namespace) -> tuple[str, str, str] | None:
-    """What ``claim`` is given of a run that saves any checkpoints."""
+def claims_of(args: Namespace) -> list[tuple[str, str, str]]:
+    """What ``claim`` is given: of a run that saves any checkpoints, its one folder."""
     from klplug_openrlhf.keys import CHECKPOINTS, KL_TYPE, SAVES, flag, read
 
     if not any(read(args, key, -1) > 0 for key in SAVES):
-        return None
+        return []
     folder = read(args, CHECKPOINTS)
-    return folder, f"{flag(args, CHECKPOINTS)} {folder}", read(args, KL_TYPE)
+    return [(folder, f"{flag(args, CHECKPOINTS)} {folder}", read(args, KL_TYPE))]
 
 
 def add_options(parser: ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import klplug
 from klplug import parse
@@ -41,11 +41,9 @@ def auto_set_device(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
         if line is not None:
             # A folder that is not there is made when Ray is up: verl has yet to check the config.
             claim_checkpoints(config, make=False)
-            after_ray_init(partial(check_cluster, config))
+            after_ray_init(partial(connected, config))
     except (ValueError, HookError) as error:
-        # As argparse does; Hydra would print a page of traceback.
-        print(f"klplug: error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        fail(error)
     unused = (
         f"klplug {klplug.__version__} inactive: no klplug.kl_type, so verl's own KL is as it is"
     )
@@ -53,13 +51,26 @@ def auto_set_device(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     return result
 
 
+def fail(error: Exception) -> NoReturn:
+    """As argparse does; Hydra would print a page of traceback."""
+    print(f"klplug: error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2) from None
+
+
 def claim_checkpoints(config: Any, make: bool) -> None:
-    """Of a run that saves any; ``make`` the folder, or look at one that is there."""
+    """The folder of a run that saves any."""
     if read(config, SAVES, -1) > 0 and not read(config, VALIDATES_ONLY):
         folder = read(config, CHECKPOINTS)
-        if not make and not Path(folder).is_dir():
-            return
-        claim(folder, f"{CHECKPOINTS}={folder}", config.klplug.kl_type)
+        claim(folder, f"{CHECKPOINTS}={folder}", config.klplug.kl_type, make)
+
+
+def connected(config: Any) -> None:
+    """To the cluster: its nodes are asked for klplug, and the folder is made."""
+    check_cluster()
+    try:
+        claim_checkpoints(config, make=True)
+    except SettingsError as error:
+        fail(error)
 
 
 _BEFORE_PLUGINS = (
@@ -69,15 +80,12 @@ _BEFORE_PLUGINS = (
 )
 
 
-def check_cluster(config: Any = None) -> None:
-    """Stop unless every node just connected to has klplug; then claim the config's folder."""
+def check_cluster() -> None:
+    """Stop unless verl finds klplug on every node of the cluster that it has just connected to."""
     try:
         check_nodes("verl", __name__, "" if _is_there(_V1) else _BEFORE_PLUGINS)
-        if config is not None:
-            claim_checkpoints(config, make=True)
     except SettingsError as error:
-        print(f"klplug: error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        fail(error)
 
 
 def written_overrides() -> dict[str, Any]:

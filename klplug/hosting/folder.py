@@ -12,21 +12,24 @@ from klplug.hosting.settings import SettingsError
 LOCK = "klplug.lock"
 
 
-def claim(folder: str | Path, named: str, kl_type: object) -> None:
+def claim(folder: str | Path, named: str, kl_type: object, make: bool = True) -> None:
     """Keep other runs from this folder for as long as this process lives, however it ends.
 
     The checkpoints of two would be mixed: a policy of one beside a coefficient of the other.
     Nothing is claimed where this machine can't write, or where files have no locks.
 
     Args:
-        folder: made if need be.
         named: the setting as a user writes it, for the message.
         kl_type: of this run, for the message to another.
+        make: the folder if need be. Else one that is not there is left alone: no run has it yet,
+            and the host may still refuse this one.
 
     Raises:
         SettingsError: names the folder, the run that has it, and what to do.
     """
     path = Path(folder) / LOCK
+    if not make and not path.parent.is_dir():
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # left open: closed, it is let go

@@ -53,6 +53,14 @@ def test_a_folder_that_a_run_has_is_refused_until_it_ends(tmp_path: Path) -> Non
     assert f"process {os.getpid()} on " in (folder / LOCK).read_text()
 
 
+def test_a_folder_that_is_not_there_is_made_only_where_it_is_asked_for(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    claim(folder, "--out", "k2_as_loss", make=False)
+    assert not folder.exists()
+    claim(folder, "--out", "k2_as_loss")
+    assert (folder / LOCK).exists()
+
+
 def test_where_nothing_can_be_written_the_host_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     claim(tmp_path / "file" / "checkpoints", "--out", "k2_as_loss")
