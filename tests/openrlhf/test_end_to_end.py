@@ -240,15 +240,6 @@ def test_the_oldest_release_that_is_served(
         assert f"active in {process}" in log
 
 
-def test_a_reference_of_the_users_own(
-    trained: Callable[..., tuple[list[Metrics], str]], tmp_path: Path
-) -> None:
-    place = moved(tmp_path)
-    steps, log = trained("k2_as_loss", "--klplug.ref_model", str(place))
-    assert f"ref_model={place}" in log and log.count("active in a policy actor") == 1
-    assert steps[0]["klplug/kl_before_update"] > 0.001  # it does not start at the reference
-
-
 def test_the_references_own_answers_stand_in_for_it(
     trained: Callable[..., tuple[list[Metrics], str]], tmp_path: Path
 ) -> None:
@@ -276,18 +267,20 @@ def test_a_teacher_beside_the_reference(
     assert steps[0]["klplug/coef_max"] > 0
 
 
-def test_a_reference_that_moves_is_saved_and_resumed(
+def test_a_reference_of_the_users_own_that_moves_is_saved_and_resumed(
     trained: Callable[..., tuple[list[Metrics], str]], tmp_path: Path
 ) -> None:
     """Each step starts where the one before ended: a KL of 0, but for the first step's."""
+    place = moved(tmp_path)
     words = (
-        "--klplug.ref_model", str(moved(tmp_path)), "--klplug.ref_update", "reset:1",
+        "--klplug.ref_model", str(place), "--klplug.ref_update", "reset:1",
         "--ckpt.save_steps", "2", "--ckpt.path", str(tmp_path / "checkpoints"),
     )  # fmt: skip
     half = str(2 * TINY.prompts)
     first, log = trained("k2_as_loss", *words, "--data.max_samples", half, steps=4)
-    assert " ref_update=reset:1;" in log and [m["step"] for m in first] == [1, 2]
-    assert first[0]["klplug/kl_before_update"] > 0.001
+    assert f" ref_model={place} ref_update=reset:1;" in log
+    assert log.count("active in a policy actor") == 1 and [m["step"] for m in first] == [1, 2]
+    assert first[0]["klplug/kl_before_update"] > 0.001  # it does not start at the reference
     assert abs(first[1]["klplug/kl_before_update"]) < 1e-6
 
     resumed, log = trained("k2_as_loss", *words, "--ckpt.load_enable", steps=4)

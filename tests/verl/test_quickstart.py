@@ -238,14 +238,6 @@ def two_steps(folder: Path, *more: str, kl_type: str = "k2_as_loss") -> tuple[li
 
 
 @pytest.mark.slow
-def test_a_reference_of_the_users_own(tmp_path: Path) -> None:
-    place = moved(tmp_path)
-    steps, text = two_steps(tmp_path, f"+klplug.ref_model={place}")
-    assert f"ref_model={place}" in text and text.count("active in a worker") == 1
-    assert steps[0]["klplug/kl_before_update"] > 0.001  # it does not start at the reference
-
-
-@pytest.mark.slow
 def test_the_references_own_answers_stand_in_for_it(tmp_path: Path) -> None:
     """Nothing but a whole run shows that no reference is loaded, and that its workers read them."""
     path = drawn(tmp_path)
@@ -286,10 +278,11 @@ def test_an_entropy_gate_under_a_pid(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_reference_that_moves(tmp_path: Path) -> None:
+def test_a_reference_of_the_users_own_that_moves(tmp_path: Path) -> None:
     """The second step starts where the first one ended: a KL of 0."""
-    words = (f"+klplug.ref_model={moved(tmp_path)}", "+klplug.ref_update=reset:1")
-    steps, text = two_steps(tmp_path, *words)
-    assert " ref_update=reset:1;" in text
-    assert steps[0]["klplug/kl_before_update"] > 0.001
+    place = moved(tmp_path)
+    steps, text = two_steps(tmp_path, f"+klplug.ref_model={place}", "+klplug.ref_update=reset:1")
+    assert f" ref_model={place} ref_update=reset:1;" in text
+    assert text.count("active in a worker") == 1
+    assert steps[0]["klplug/kl_before_update"] > 0.001  # it does not start at the reference
     assert abs(steps[1]["klplug/kl_before_update"]) < steps[0]["klplug/kl_before_update"] / 100
