@@ -3,13 +3,13 @@
 The reference's engine adds to its log-probs the hidden states of the answers' tokens, one more
 nested tensor of its output; with vocab=topk:K the top K tokens in their place. The trainer's queue
 brings them to the policy with all other tensors of the batch. The KL is made where the policy's own
-states enter its output layer: there FSDP has the whole matrix, in the forward and again in the
-backward.
+states enter its output layer, or verl's fused kernel in its place: there FSDP has the whole matrix,
+in the forward and again in the backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from klplug import ExactKL, KLSpec
 from klplug.hosting import hidden as hosting
-from klplug.hosting.hidden import Comparison, Matrix, output_layer
+from klplug.hosting.hidden import Comparison, Matrix, below, output_layer
 from klplug.hosting.memory import check_room
 from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.spec import TermSpec
@@ -68,7 +68,10 @@ def connect(spec: KLSpec, worker: Any) -> None:
     shared = Shared(term, is_base=worker.ref is None)
     for own in (worker.actor, worker.ref):
         if own is not None:
-            output_layer(own.engine.module)  # a model without one stops here, before any answer
+            # A model that shows none of them stops here, before any answer.
+            output_layer(own.engine.module)
+            if own.engine.model_config.use_fused_kernels:
+                below(own.engine.module)
             own.engine.klplug_exact = shared
 
 
@@ -100,13 +103,23 @@ def forward_step(original: Call, engine: Any, args: Args, kwargs: Kwargs) -> Any
         micro = Micro(shared, engine, given["micro_batch"])
         token = _MICRO.set(micro)
         try:
-            with hosting.entering(output_layer(engine.module), micro.enter):
+            with states_of(engine, micro.enter):
                 return original(*args, **kwargs)
         finally:
             _MICRO.reset(token)
     if _BASE.get() if shared.is_base else engine.engine_config.forward_only:
         return _with_states(original, engine, shared, given)
     return original(*args, **kwargs)
+
+
+def states_of(engine: Any, keep: Callable[[Tensor], None]) -> Any:
+    """Call ``keep`` with the hidden states that logits are made of, in each forward.
+
+    verl's fused kernels make log-probs of them, past the output layer.
+    """
+    if engine.model_config.use_fused_kernels:
+        return hosting.leaving(below(engine.module), keep)
+    return hosting.entering(output_layer(engine.module), keep)
 
 
 @dataclass(frozen=True)
@@ -179,7 +192,7 @@ def _with_states(original: Call, engine: Any, shared: Shared, given: dict[str, A
         if term.top is None and not shared.is_base and shared.matrix is None:
             shared.matrix = Matrix.of(engine.module).copied()
 
-    with hosting.entering(layer, keep):
+    with states_of(engine, keep):
         loss, output = original(**given)
     _expect_one_call(len(states), "the reference")
     rows = list(torch.split(states[0], places.answers.tolist()))

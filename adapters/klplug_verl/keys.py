@@ -36,7 +36,6 @@ SEQUENCE_PARALLEL = tuple(
     for side in (ACTOR, REF)
     for inner in ("", "fsdp_config.")
 )
-FUSED = "actor_rollout_ref.model.use_fused_kernels"
 MODEL = "actor_rollout_ref.model.path"
 ADAPTERS = (
     "actor_rollout_ref.model.lora_adapter_path",

@@ -20,7 +20,6 @@ from klplug_verl.keys import (
     DISTILLS,
     DISTILLS_BESIDE,
     ESTIMATOR,
-    FUSED,
     KL_COEF,
     KL_CTRL,
     LEGACY,
@@ -369,13 +368,6 @@ def hidden_states_out_of_reach(plan: Plan, settings: Settings) -> Said:
         "alone. Use fsdp or fsdp2, or leave vocab out"
     )
     yield from _on_another_engine(f"kl_type {plan.spec}", settings, why)
-    if settings.get(FUSED, False):
-        yield (
-            FUSED,
-            f"kl_type {plan.spec} with {FUSED}=True: vocab={plan.vocab} is refused: these kernels "
-            "make log-probs past the output layer, where klplug takes the hidden states. Set it "
-            "False, or leave vocab out",
-        )
     for key in SEQUENCE_PARALLEL:
         if key.startswith(REF) and not settings.wrote(key):
             continue  # it follows the policy's

@@ -62,10 +62,31 @@ def output_layer(model: Any) -> nn.Module:
     return layer  # type: ignore[no-any-return]
 
 
+def below(model: Any) -> nn.Module:
+    """The layers that make the hidden states of which the output layer makes logits."""
+    layers = model.get_decoder()
+    if layers is None or any(part is output_layer(model) for part in layers.modules()):
+        raise RuntimeError(
+            f"vocab=exact: {type(model).__name__} does not show the layers below its output layer "
+            "(get_decoder), where klplug takes the hidden states if a kernel makes the log-probs"
+        )
+    return layers  # type: ignore[no-any-return]
+
+
 @contextmanager
 def entering(layer: nn.Module, keep: Callable[[Tensor], None]) -> Iterator[None]:
     """Call ``keep`` with the hidden states that enter an output layer in each forward."""
     handle = layer.register_forward_pre_hook(lambda _, args: keep(args[0]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def leaving(layers: nn.Module, keep: Callable[[Tensor], None]) -> Iterator[None]:
+    """``entering`` of a model whose output layer is never called: a kernel takes its matrix."""
+    handle = layers.register_forward_hook(lambda _, args, output: keep(output[0]))
     try:
         yield
     finally:

@@ -37,6 +37,7 @@ def overrides(
     dynamic: int | None = None,
     micro_batch: int = 8,
     dtype: str = "fp32",
+    fused: bool = False,
 ) -> list[str]:
     """The settings of a run that this process can train."""
     sides = ("actor_rollout_ref.actor", "actor_rollout_ref.ref")
@@ -60,6 +61,7 @@ def overrides(
         f"{ROLLOUT}name=hf",
         f"{ROLLOUT}temperature=0.8",
         f"actor_rollout_ref.model.use_remove_padding={packed}",
+        f"actor_rollout_ref.model.use_fused_kernels={fused}",
         "actor_rollout_ref.model.enable_gradient_checkpointing=False",
         "+actor_rollout_ref.model.override_config.attn_implementation="
         + (PACKED if packed else "sdpa"),

@@ -175,6 +175,7 @@ def gradient_of_states(kl_type: str, own: States, given: Batch, layout: str = LA
     engine.module = OutputLayer(torch.cat(packed), own.weight)
     engine.use_ulysses_sp = engine.pad_to_length = False
     engine._autocast_dtype = torch.float32
+    engine.model_config = SimpleNamespace(use_fused_kernels=False)
     engine.get_data_parallel_group = lambda: None
     term = exact_term(as_loss)
     if term is not None:

@@ -5,6 +5,7 @@ What must come out is computed by a plain transformers model, with whole matrice
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,15 @@ def expected(reference: Path) -> dict[str, tuple[Tensor, float]]:
     return {divergence: plain(reference, divergence) for divergence in ("k2", "js", "top")}
 
 
+@pytest.fixture
+def forward(monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+    """Whose forward the model's class has: verl puts its fused kernels there."""
+    from transformers import Qwen2ForCausalLM
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "forward", Qwen2ForCausalLM.forward)
+    return lambda: Qwen2ForCausalLM.forward.__module__
+
+
 def apart(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
@@ -98,6 +108,9 @@ CASES: dict[str, dict[str, Any]] = {
     "packed, cut in four": {"packed": True, "micro_batch": 2},
     "cut in four": {"micro_batch": 2},
     "cut by tokens": {"dynamic": 32},
+    "fused": {"fused": True},
+    "fused, fsdp": {"fused": True, "strategy": "fsdp"},
+    "fused, packed, cut in four": {"fused": True, "packed": True, "micro_batch": 2},
     "packed, cut by tokens": {"packed": True, "dynamic": 32},
 }
 
@@ -105,11 +118,16 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_the_gradient_is_that_of_the_kl_over_the_vocabulary(
-    reference: Path, expected: dict[str, tuple[Tensor, float]], case: str, trainer: str
+    reference: Path,
+    expected: dict[str, tuple[Tensor, float]],
+    case: str,
+    trainer: str,
+    forward: Callable[[], str],
 ) -> None:
     found, metrics = THROUGH[trainer](
         Run(*overrides("exact_as_loss", reference, trainer=trainer, **CASES[case]))
     )
+    assert forward().startswith("verl.") == ("fused" in case)
     gradient, mean = expected["k2"]
     assert mean > 0.05
     assert metrics["klplug/exact_kl"] == pytest.approx(mean, rel=1e-4)
@@ -155,13 +173,17 @@ def test_in_bfloat16_states_take_two_bytes_and_the_gradient_is_close(
     assert apart(found, gradient) < 0.05
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_with_lora_the_reference_is_the_policy_without_its_adapter(trainer: str) -> None:
+def test_with_lora_the_reference_is_the_policy_without_its_adapter(
+    trainer: str, fused: bool, forward: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against peft's own model of the same adapter."""
     from peft import LoraConfig, get_peft_model
 
     run = Run(
-        *overrides("exact_as_loss", None, trainer=trainer),
+        # verl 0.8's fused kernels take packed rows alone.
+        *overrides("exact_as_loss", None, trainer=trainer, fused=fused, packed=fused),
         "actor_rollout_ref.model.lora_rank=4",
         "actor_rollout_ref.model.lora_alpha=8",
         "actor_rollout_ref.model.target_modules=[q_proj,down_proj]",
@@ -177,28 +199,33 @@ def test_with_lora_the_reference_is_the_policy_without_its_adapter(trainer: str)
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
             (found,) = (p for own, p in trained.items() if own.endswith(name.split("model.", 2)[2]))
             getattr(found, "_local_tensor", found).copy_(parameter)
+    gradient, metrics = THROUGH[trainer](run)
+    assert forward().startswith("verl.") == fused
+    monkeypatch.undo()
     with model.disable_adapter():
         log_q = log_softmax(model).detach()
     mean = mean_kl(log_softmax(model), log_q)
     (COEF * mean).backward()
     assert float(mean.detach()) > 0.05
-    gradient, metrics = THROUGH[trainer](run)
     assert metrics["klplug/exact_kl"] == pytest.approx(float(mean.detach()), rel=1e-4)
     assert apart(gradient, gradients(model)) < 1e-4
     assert metrics["klplug/exact_bytes"] == sum(ANSWERS) * 128 * 4
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "case",
+    ["fsdp2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("fsdp", "fused", "fused, fsdp"))],
+)
 def test_two_ranks_give_the_gradient_of_one(
-    reference: Path, expected: dict[str, tuple[Tensor, float]], strategy: str, tmp_path: Path
+    reference: Path, expected: dict[str, tuple[Tensor, float]], case: str, tmp_path: Path
 ) -> None:
-    words = overrides("exact_as_loss", reference, strategy=strategy, micro_batch=2)
+    words = overrides("exact_as_loss", reference, micro_batch=2, **CASES[case])
     (gradient, other), metrics = on_two_ranks(
         "tests.verl.exact", tmp_path, *words, "trainer.n_gpus_per_node=2"
     )
     whole, mean = expected["k2"]
     assert metrics["klplug/exact_kl"] == pytest.approx(mean, rel=1e-4)
-    if strategy == "fsdp2":
+    if "strategy" not in CASES[case]:
         assert apart(gradient, whole) < 1e-4
     else:  # each has a part of it
         norm = (gradient.norm().square() + other.norm().square()).sqrt()

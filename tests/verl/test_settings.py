@@ -238,10 +238,6 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
         ["vocab=exact", "strategy=megatron", "Use fsdp or fsdp2"],
     ),
     (
-        own("exact_as_loss", f"{MODEL}.use_fused_kernels=True"),
-        ["vocab=exact", "use_fused_kernels=True", "Set it False"],
-    ),
-    (
         own("exact_as_loss", f"{ACTOR}.ulysses_sequence_parallel_size=2"),
         ["vocab=exact", f"{ACTOR}.ulysses_sequence_parallel_size=2", "cut over ranks"],
     ),
