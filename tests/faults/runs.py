@@ -87,14 +87,17 @@ class Disturbed:
     def wait_for_step(self, step: int) -> None:
         self._wait_until(lambda: any(metrics["step"] >= step for metrics in self.steps))
 
+    def wait_for_a_checkpoint(self) -> None:
+        self._wait_until((self.log.parent / LATEST[self.host]).exists)
+
     def wait_for_words(self, pattern: str) -> None:
         self._wait_until(lambda: re.search(pattern, self.text) is not None)
 
-    def _wait_until(self, logged: Callable[[], bool]) -> None:
+    def _wait_until(self, reached: Callable[[], bool]) -> None:
         end = time.monotonic() + PATIENCE
         while True:
             has_ended = self.process.poll() is not None
-            if logged():
+            if reached():
                 return
             assert not has_ended and time.monotonic() < end, run.last_lines(self.log)
             time.sleep(0.5)

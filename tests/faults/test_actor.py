@@ -21,6 +21,7 @@ def test_a_run_whose_actor_is_killed_ends_and_goes_on_from_its_checkpoint(
     """SIGKILL, as the kernel sends it where memory is out."""
     with running(host, tmp_path) as run:
         run.wait_for_step(1)
+        run.wait_for_a_checkpoint()  # on OpenRLHF it comes after the step's line
         run.named(ACTOR[host]).kill()
         assert run.wait() != 0
         assert ACTOR[host] in run.text and "died" in run.text
