@@ -1,8 +1,8 @@
 """docs/evidence.md, its figures and README's table: `python -m recipes.reproduce.page`.
 
 Nothing in the page is written by hand but its sentences, in `words.py`: each number is of
-`results/GRID*.jsonl` of the grids tier1, exact and smollm2, or of `results/enumerable.jsonl`. What
-is missing is said to be missing.
+`results/GRID*.jsonl` of the grids tier1, exact, verl-exact and smollm2, or of
+`results/enumerable.jsonl`. What is missing is said to be missing.
 """
 
 import argparse
@@ -65,6 +65,7 @@ ABLE_LANGUAGE = (ACCURACY, GREEDY, pass_at(4))
 def page(
     rows: Sequence[Row],
     exact: Sequence[Row] = (),
+    verl: Sequence[Row] = (),
     language: Sequence[Row] = (),
     enumerated: Results | None = None,
 ) -> str:
@@ -73,7 +74,8 @@ def page(
     Args:
         rows: Of tier 1, any number.
         exact: Of the grid `exact`, any number; without one there is no section on it.
-        language: Of the grid `smollm2`, the same.
+        verl: Of the grid `verl-exact`, any number, for the same section.
+        language: Of the grid `smollm2`, as `exact`.
         enumerated: Of the enumerable task.
     """
     runs = Runs(rows)
@@ -95,7 +97,7 @@ def page(
         *paragraphs(found),
         "## Tier 1: seven formulations, kl_coef 0.5, 4 updates per rollout",
         *(tier1_blocks(runs) if rows else ["No run was made yet."]),
-        *(exact_blocks(exact, runs) if exact else []),
+        *(exact_blocks(exact, runs, verl) if exact else []),
         *(language_blocks(language) if language else []),
     ]
     if rows and (absent := missing_blocks("tier1", rows)):
@@ -174,19 +176,24 @@ def tier1_blocks(runs: Runs) -> list[str]:
     return blocks
 
 
-def exact_blocks(rows: Sequence[Row], beside: Runs) -> list[str]:
-    """The section on `grids/exact.yaml`; k2 with 4 updates is tier 1's."""
-    runs = Runs([*rows, *beside.of(K2).values()])
+def exact_blocks(rows: Sequence[Row], beside: Runs, verl: Sequence[Row]) -> list[str]:
+    """The section on `grids/exact.yaml`, whose k2 with 4 updates is tier 1's, and on
+    `grids/verl-exact.yaml`."""
+    runs, other = Runs([*rows, *beside.of(K2).values()]), Runs(verl)
     moved = [*(m for m in MOVED if m != TOKENS), SWING, CPU_SECONDS]
     blocks = [
         "## The exact KL beside the sampled one",
         words.ON_EXACT,
-        verdict_table(exact_findings(runs)),
+        verdict_table(exact_findings(runs, other)),
     ]
     for updates in sorted({row["settings"]["updates"] for row in rows}):
         blocks.append(f"With {updates} updates per rollout:")
         blocks += tables(runs, (K2, EXACT), updates, moved=moved)
-    return [*blocks, provenance(rows), *missing_blocks("exact", rows)]
+    if verl:
+        blocks += ["On verl, with 4 updates per rollout:"]
+        blocks += tables(other, (K2, EXACT), moved=moved)
+    blocks += [provenance([*rows, *verl])]
+    return [*blocks, *missing_blocks("exact", rows), *missing_blocks("verl-exact", verl)]
 
 
 def language_blocks(rows: Sequence[Row]) -> list[str]:
@@ -337,14 +344,14 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments.results.is_dir():
         parser.error(f"--results {arguments.results}: no such folder")
     try:
-        rows, exact, language = (
-            rows_of(name, arguments.results) for name in ("tier1", "exact", "smollm2")
+        rows, exact, verl, language = (
+            rows_of(name, arguments.results) for name in ("tier1", "exact", "verl-exact", "smollm2")
         )
     except DriveError as error:
         print(f"page: error: {error}", file=sys.stderr)
         return 2
     enumerated = Results(arguments.results / "enumerable.jsonl")
-    arguments.page.write_text(page(rows, exact, language, enumerated), "utf-8")
+    arguments.page.write_text(page(rows, exact, verl, language, enumerated), "utf-8")
     if rows:
         runs = Runs(rows)
         arguments.images.mkdir(parents=True, exist_ok=True)
@@ -352,7 +359,7 @@ def main(argv: list[str] | None = None) -> int:
         frontier_figure(runs, arguments.images / "evidence-frontier.svg")
         readme = markdown.filled(arguments.readme, {"evidence": short_table(runs)})
         arguments.readme.write_text(readme, "utf-8")
-    print(f"{arguments.page}: {len(rows) + len(exact) + len(language)} runs")
+    print(f"{arguments.page}: {sum(map(len, (rows, exact, verl, language)))} runs")
     return 0
 
 

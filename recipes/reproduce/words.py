@@ -50,10 +50,10 @@ own, without klplug.
 ON_EXACT = """\
 `k2_as_loss` estimates each token's KL from the token that was sampled. `k2_as_loss,vocab=exact`
 ([the exact KL](exact.md)) sums it over the vocabulary: the same target, without that token's
-noise. These runs are of the same host, policy and task, with kl_coef 0.5. `k2_as_loss` with 4
-updates has tier 1's runs. The swing is the standard deviation, over the last ten rollouts, of the
-mean log-ratio that klplug logs (`klplug/k1`, nats per token). CPU-seconds are those of the whole
-run, its evaluations included.
+noise. These runs are of the same policy and task, with kl_coef 0.5, on OpenRLHF and on verl
+with FSDP2. On OpenRLHF `k2_as_loss` with 4 updates has tier 1's runs. The swing is the
+standard deviation, over the last ten rollouts, of the mean log-ratio that klplug logs (`klplug/k1`,
+nats per token). CPU-seconds are those of the whole run, its evaluations included.
 """
 ON_LANGUAGE = """\
 SmolLM2-135M-Instruct learns sums of two numbers, on the same host: kl_coef 0.5, 30 rollouts of 2

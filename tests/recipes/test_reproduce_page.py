@@ -39,10 +39,12 @@ def row(
     pass16: float = 0.9,
     entropy: float = 2.0,
     commit: str = "a" * 40,
+    host: str = "openrlhf",
     **changes: Any,
 ) -> dict[str, Any]:
     coef = None if kl_type == "none" else kl_coef
-    run = settings(kl_type=kl_type, kl_coef=coef, seed=seed, updates=updates, save_every=10)
+    varied = {"kl_type": kl_type, "kl_coef": coef, "seed": seed, "updates": updates}
+    run = settings(host=host, save_every=10, **varied)
 
     def evaluated(step: int, value: float, drift: float) -> dict[str, Any]:
         return {
@@ -186,7 +188,7 @@ def test_the_swing_is_of_one_quantity_whatever_the_estimator() -> None:
             made = swinging(kl_type, seed, 0.02, 16)
             made["training"]["kl"] = logged * 15
             rows.append(made)
-    found = next(f for f in exact_findings(Runs(rows)) if f.part == "x3")
+    found = next(f for f in exact_findings(Runs(rows), Runs([])) if f.part == "x3")
     assert (found.measured, found.verdict) == (
         "swing of the KL a factor 1, 1 to 1 (3 seeds)",
         "not decided",
@@ -198,7 +200,7 @@ def test_the_swing_of_a_run_that_diverged_is_the_largest_there_is() -> None:
     for seed in (1, 2, 3):
         rows += [swinging("k2_as_loss", seed, 0.01 * seed, 64)]
         rows += [{**swinging("exact_as_loss", seed, 0.001, 64), "status": "diverged"}]
-    found = next(f for f in exact_findings(Runs(rows)) if f.part == "x4")
+    found = next(f for f in exact_findings(Runs(rows), Runs([])) if f.part == "x4")
     # The largest is seed 3's: 3, 1.5 and 1 times that of the run beside it; 4.5 is their product.
     assert found.measured.startswith(f"swing of the KL a factor {4.5 ** (1 / 3):.3g}, ")
     assert found.verdict == "not decided"
@@ -209,7 +211,8 @@ def test_the_exact_kl_is_compared_with_the_sampled_one() -> None:
     exact = [row("exact_as_loss", seed, 0.71, 1.5) for seed in (1, 2, 3)]
     for seed in (1, 2, 3):
         exact += [swinging("k2_as_loss", seed, 0.02, 16), swinging("exact_as_loss", seed, 0.01, 16)]
-    verdicts = {f.part: (f.measured, f.verdict) for f in exact_findings(Runs([*tier1, *exact]))}
+    found = exact_findings(Runs([*tier1, *exact]), Runs([]))
+    verdicts = {f.part: (f.measured, f.verdict) for f in found}
     assert verdicts["x1"][1] == "reproduced"
     assert verdicts["x2"][1] == "not decided"  # the same norm in each
     assert verdicts["x3"] == ("swing of the KL a factor 0.5, 0.5 to 0.5 (3 seeds)", "reproduced")
@@ -219,6 +222,25 @@ def test_the_exact_kl_is_compared_with_the_sampled_one() -> None:
     absent = "- `k2_as_loss,vocab=exact`, kl_coef 0.5, 64 updates: seeds 1, 2, 3\n"
     assert absent in text and "16 updates: seed" not in text
     assert "The exact KL" not in page(tier1)
+
+
+def test_the_exact_kl_on_verl_has_its_own_runs() -> None:
+    rows = [row("k2_as_loss", seed, 0.7, 1.0) for seed in (1, 2, 3)]
+    exact = [row("exact_as_loss", seed, 0.71, 1.5) for seed in (1, 2, 3)]
+    verl = [row("k2_as_loss", seed, 0.7, 1.0, host="verl") for seed in (1, 2, 3)]
+    verl += [row("exact_as_loss", seed, 0.6, 1.5, host="verl") for seed in (1, 2, 3)]
+    for made in verl[3:]:
+        made["training"]["actor_grad_norm"] = [0.05] * 30
+    found = exact_findings(Runs([*rows, *exact]), Runs(verl))
+    verdicts = {f.part: (f.measured, f.verdict) for f in found}
+    assert verdicts["x1"][1] == "reproduced"
+    assert verdicts["x5"][0].startswith("accuracy -10.0 points")
+    assert verdicts["x5"][1] == "not reproduced"
+    assert verdicts["x6"] == ("gradient norm a factor 0.5, 0.5 to 0.5 (3 seeds)", "reproduced")
+    text = page(rows, exact, verl[:5])
+    assert "On verl, with 4 updates per rollout:" in text
+    assert "- `k2_as_loss,vocab=exact`, kl_coef 0.5, 4 updates: seed 3\n" in text
+    assert "On verl, with" not in page(rows, exact)
 
 
 def of_language(kl_type: str, kl: float, error: float, **changes: Any) -> dict[str, Any]:
