@@ -92,13 +92,16 @@ class KLTerm:
         """``value``, differentiable by the term's ``log_probs``: its derivative is ``gradient``.
 
         Raises:
-            RuntimeError: ``log_probs`` had no gradient when the term was made.
+            RuntimeError: ``log_probs`` had no gradient when the term was made, and the term acts
+                through them.
         """
         pathwise = self._acting.pathwise
-        if self.spec.terms and not self._log_probs.requires_grad and pathwise is None:
+        scored = any(not t.over_vocabulary or t.horizon == "sequence" for t in self.spec.terms)
+        if (scored or pathwise is None) and self.spec.terms and not self._log_probs.requires_grad:
+            what = "no gradient" if pathwise is None else "the gradient of exact_kl alone"
             raise RuntimeError(
-                f"the loss of kl_type {str(self.spec)!r} would have no gradient: kl_term was "
-                "called under no_grad, or with log_probs that need none. To measure, read value"
+                f"the loss of kl_type {str(self.spec)!r} would have {what}: kl_term was called "
+                "under no_grad, or with log_probs that need none. To measure, read value"
             )
         # It may be asked for under no_grad: what counts is how kl_term was called.
         with torch.enable_grad():

@@ -255,7 +255,12 @@ class Pass(torch.autograd.Function):
                     _add_product(of_kl[rows], gradient, matrix)
             del z, r  # the next ones are made before the names are free
         ctx.plan = plan
-        ctx.save_for_backward(targets, *tensors, kept, of_kl)
+        if plan.differentiated:
+            saved = (targets, *tensors, kept, of_kl)
+            # As a reference's hidden states may be, a tensor of inference mode can't be saved.
+            ctx.save_for_backward(
+                *(x.clone() if x is not None and x.is_inference() else x for x in saved)
+            )
         ctx.set_materialize_grads(False)
         # No views of one tensor: autograd lets nobody write into such.
         kl, entropy, log_probs, ref_log_probs = (x.clone() for x in kept[:4])
@@ -325,6 +330,7 @@ def _sums(
         for total, part in zip(expected, parts, strict=False):
             total += part
     plan.reduced_(expected)
+    value.clamp_(min=0)  # no divergence is less, but for the rounding of its terms
     return torch.stack(
         (value, entropy, *log_probs, mean_slope, maxima[0], log_sums[0], maxima[1], log_sums[1])
     )

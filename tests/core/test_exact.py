@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import klplug
 from benchmarks.measure import peak_bytes
@@ -445,6 +446,22 @@ def test_near_the_reference_float32_keeps_its_digits(name: str) -> None:
     assert (same == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_none_is_negative_where_rounding_is_all_there_is(name: str, dtype: torch.dtype) -> None:
+    """A few sharp tokens, as far from the reference as the last digits of a logit."""
+    draw = torch.Generator().manual_seed(6)
+    identity, targets = torch.eye(3, dtype=dtype), torch.zeros(2000, dtype=torch.long)
+    r = 20 * torch.randn((2000, 3), generator=draw).to(dtype)
+    z = r + 8 * torch.finfo(dtype).eps * torch.randn(r.shape, generator=draw).to(dtype)
+    kl = klplug.exact_kl(z, identity, r, identity, targets, **NAMES[name]).kl
+    ids = r.topk(2).indices
+    of_top = r.log_softmax(-1).gather(-1, ids)
+    bound = klplug.topk_kl(z, identity, targets, ids, of_top, **NAMES[name]).kl
+    for found in (kl, bound):
+        assert (found >= 0).all() and (found > 0).any()
+
+
 def test_the_registry_has_the_same_coefficients() -> None:
     """On moderate tokens the slope is p times the estimator's coefficient as a loss."""
     log_ratio = torch.linspace(-3, 3, 61, dtype=torch.float64)
@@ -569,6 +586,33 @@ def test_on_a_device_a_target_that_is_no_token_has_no_log_prob(
         assert_equal([one[told]], [other[told]])
     own, expected = (x[0].sum() + x[2][told].sum() for x in (mine, theirs))
     assert_equal(gradients(own, inputs), gradients(expected, inputs))
+
+
+@pytest.mark.parametrize("names", ["ref_hidden targets", "ref_weight ref_bias"])
+def test_a_reference_of_inference_mode(names: str) -> None:
+    inputs = drawn() | biases()
+    with torch.inference_mode():
+        made = {name: inputs[name].clone() for name in names.split()}
+    mine, theirs = klplug.exact_kl(**inputs | made), naive(**inputs)
+    assert_equal(mine, theirs)
+    assert_equal(gradients(weighted(mine), inputs), gradients(weighted(theirs), inputs))
+    with torch.inference_mode():
+        assert_equal(klplug.exact_kl(**inputs), theirs)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_made_again_by_a_checkpoint(reentrant: bool, trained: bool) -> None:
+    inputs = drawn()
+    leaves = [inputs["hidden"], inputs["weight"].requires_grad_(trained)][: 1 + trained]
+
+    def function(*given: Tensor) -> tuple[Tensor, ...]:
+        return tuple(klplug.exact_kl(*given))
+
+    expected = gradients(weighted(naive(**inputs)), inputs)
+    mine = checkpoint(function, *inputs.values(), use_reentrant=reentrant)
+    weighted(mine).backward()
+    assert_equal([x.grad for x in leaves], expected)
 
 
 def test_without_gradients() -> None:

@@ -124,6 +124,19 @@ def test_a_detached_exact_kl_is_an_error_and_not_a_term_that_does_nothing() -> N
         klplug.kl_term("exact_as_loss", **given)
 
 
+@pytest.mark.parametrize("other", ["exact_as_loss,horizon=sequence", "k2_as_loss,ratio=none"])
+def test_detached_log_probs_are_an_error_where_half_of_a_term_goes_through_them(other: str) -> None:
+    given = tensors()
+    given["log_probs"] = given["log_probs"].detach()
+    own = klplug.kl_term("exact_as_loss", **given)
+    (gradient,) = torch.autograd.grad(own.loss.sum(), given["exact_kl"])
+    assert torch.equal(gradient, given["response_mask"].float())  # all of its gradient
+    for kl_type in (other, f"0.5*exact_as_loss,ratio=old+{other}"):
+        term = klplug.kl_term(kl_type, **given)
+        with pytest.raises(RuntimeError, match=r"would have (no|the) gradient"):
+            _ = term.loss
+
+
 @pytest.mark.parametrize("kl_type", ["exact_as_loss,ratio=old", "exact_as_loss,horizon=sequence"])
 def test_masked_tokens_reach_nothing_and_enter_no_product(kl_type: str) -> None:
     """Row 0 has a hole: the token after it has the ratio of the one before it."""
