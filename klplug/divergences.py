@@ -95,9 +95,11 @@ def alpha_divergence(alpha: float, factor: float = 1.0) -> Divergence:
         return exponent.clamp_(max=math.log(torch.finfo(log_p.dtype).max) - 40).exp_()
 
     def value(log_p: Tensor, log_ratio: Tensor, p: Tensor) -> Tensor:
+        # Less the one of p and q that it is near: their difference has the digits.
         q = (log_p - log_ratio).exp_()
-        powers = difference(between(log_p, log_ratio), q, alpha * log_ratio)
-        powers -= alpha * difference(p, q, log_ratio)
+        nearest, power = (q, alpha) if alpha <= 0.5 else (p, alpha - 1)
+        powers = difference(between(log_p, log_ratio), nearest, power * log_ratio)
+        powers -= power * difference(p, q, log_ratio)
         return powers.mul_(factor / (alpha * (alpha - 1)))
 
     def slope(log_p: Tensor, log_ratio: Tensor, p: Tensor) -> Tensor:

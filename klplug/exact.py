@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from klplug.divergences import DIVERGENCES, Divergence, named_divergence
-from klplug.tiles import Scaling
+from klplug.tiles import Normaliser, Scaling, sum_of_exponentials
 from klplug.vocabulary import Head, Pass, Plan, Top, slices, widest
 
 # Logits of one policy held at once, and those that elementwise work is done on at once: on a CPU
@@ -210,7 +210,9 @@ def top_log_probs(
             logits = head.all_logits(rows)
             top = logits.topk(k)
             ids[rows] = top.indices
-            log_probs[rows] = top.values - logits.logsumexp(-1, keepdim=True)
+            maximum = top.values[:, :1]
+            log_sum = sum_of_exponentials(logits, maximum).log_()[:, None]
+            log_probs[rows] = Normaliser(maximum, log_sum).log_softmax(top.values)
     return ids, log_probs
 
 

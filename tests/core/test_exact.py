@@ -446,6 +446,16 @@ def test_near_the_reference_float32_keeps_its_digits(name: str) -> None:
     assert (same == 0).all()
 
 
+@pytest.mark.parametrize(("limit", "name"), [(1.0, "reverse"), (0.0, "forward")])
+def test_alpha_near_its_limits_keeps_its_digits(limit: float, name: str) -> None:
+    """A difference of numbers that are alike, over one that is next to nothing."""
+    inputs = drawn(torch.float32)
+    expected = naive(**drawn(), f=F[name])[0].detach()
+    for away in (1e-6, -1e-6):
+        kl = klplug.exact_kl(**inputs, divergence="alpha", alpha=limit + away).kl.detach()
+        assert_equal([kl], [expected], 5e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_none_is_negative_where_rounding_is_all_there_is(name: str, dtype: torch.dtype) -> None:

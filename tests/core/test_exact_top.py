@@ -208,6 +208,15 @@ def test_what_a_reference_sends(scaling: Inputs) -> None:
 # ── Numbers ─────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("level", [0.0, 60.0, 12288.0])
+def test_what_is_sent_of_large_logits_has_all_its_digits(level: float) -> None:
+    """A log-sum-exp as one number has those of the logits alone: 1e-3 at 12288."""
+    logits = level + torch.arange(20.0).flip(0)
+    log_probs = klplug.top_log_probs(logits[None], torch.eye(20), K)[1]
+    expected = logits.double().log_softmax(-1)[None, :K]
+    torch.testing.assert_close(log_probs.double(), expected, rtol=0, atol=5e-7)
+
+
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_halves_are_neither_rounded_nor_summed_up_in_halves(
