@@ -11,6 +11,7 @@ import ast
 import contextlib
 import os
 import re
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -205,7 +206,10 @@ def settings(table: Table, launched: Parsed, version_from: str = "installed") ->
     # A script that lies beside a package may be for another release of it.
     guessed = version_from in ("guessed", "beside")
     rejected = [] if guessed else unknown_settings("OpenRLHF", table, missing)
-    rejected += [Rejected(setting, "a word that belongs to no flag") for setting in launched.bare]
+    rejected += [
+        Rejected(setting, f"{reprlib.repr(setting.key)} is a word that belongs to no flag")
+        for setting in launched.bare
+    ]
     rejected += [
         Rejected(setting, f"OpenRLHF {table.version} has no trainer without Ray: 0.5 was the last")
         for setting in _without_trainer(table, launched.launch)

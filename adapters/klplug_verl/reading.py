@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -379,9 +380,9 @@ def settings(table: Table, launched: Parsed, version_from: str) -> Settings:
     rejected += [
         Rejected(
             s,
-            "not a key=value override"
+            f"{reprlib.repr(s.key)} is not a key=value override"
             if s.value is None
-            else "Hydra takes a comma for several values, unless the value is quoted",
+            else f"in {s.key} Hydra takes a comma for several values, unless the value is quoted",
         )
         for s in launched.bare
         # What a broken continuation leaves on its line has its own finding.
@@ -849,7 +850,8 @@ def _bad_values(settings: Settings) -> list[Rejected]:
         and not (batch.unknown or mini.unknown or dynamic.unknown or settings.on(DYNAMIC))
         and settings.number(TRAIN_BATCH, 1) < settings.number(MINI_BATCH, 1)
     ):
-        rejected.append(Rejected(mini, f"it must not exceed data.train_batch_size={batch.value}"))
+        why = f"{mini} must not exceed data.train_batch_size={batch.value}"
+        rejected.append(Rejected(mini, why))
     return rejected
 
 

@@ -289,13 +289,14 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([*_VERL, "nonsense"], "not a key=value override"),
+        ([*_VERL, "nonsense"], "'nonsense' is not a key=value override"),
+        ([*_VERL, "of two\nlines"], r"'of two\nlines' is not a key"),
         ([*_VERL, *_LOSS, "actor_rollout_ref.actor.kl_loss_type=full"], "NotImplementedError"),
         ([*_VERL, *_LOSS, "actor_rollout_ref.actor.kl_loss_type=k4"], "kl_penalty knows kl, k1"),
         ([*_VERL, *_LOSS, "actor_rollout_ref.actor.kl_loss_coef=much"], "takes a number"),
         ([*_VERL, "actor_rollout_ref.rollout.n=0"], "a whole number of at least 1"),
-        ([*_VERL, "+klplug.kl_type=k2_as_loss,ratio=none"], "Hydra takes a comma"),
-        ([*_ORL, "k2", "--algo.kl.use_loss"], "belongs to no flag"),
+        ([*_VERL, "+klplug.kl_type=k2_as_loss,ratio=none"], "in klplug.kl_type Hydra takes"),
+        ([*_ORL, "k2", "--algo.kl.use_loss"], "'k2' is a word that belongs to no flag"),
         ([*_ORL, "--train.batch_size", "0"], "a whole number of at least 1"),
         ([*_VERL, "actor_rollout_ref.actor.loss_agg_mode=mean"], "takes token-mean"),
         ([*_ORL, "--algo.kl.estimator", "k4"], "takes k1, k2, k3"),

@@ -135,7 +135,8 @@ def test_a_batch_below_the_mini_batch_stops_verls_own_trainer(tmp_path: Path) ->
     ):
         path.write_text(f"python3 -m {trainer} {_SMALL} {more}\n")
         said = _refusals(audit(path, host_version="0.9.1"))
-        assert any("must not exceed" in message for message in said) == stops
+        named = "ppo_mini_batch_size=16 must not exceed data.train_batch_size=8"
+        assert any(named in message for message in said) == stops
     # A release that is guessed may be 0.2, which makes one update of what there is.
     assert not _refusals(_audit(tmp_path, f"python3 -m verl.trainer.main_ppo {_SMALL}"))
 
