@@ -73,7 +73,7 @@ LARGE = Recipe(
     instruction="\nAnswer with the number only.",
     cut_off_reward=-0.5,
 )
-# It is right on a quarter of `sums` from the start, so there is something to learn.
+# It is right on a third of `sums` from the start, so there is something to learn.
 LARGE_SUMS = replace(
     LARGE,
     steps=30,

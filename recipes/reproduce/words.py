@@ -5,11 +5,11 @@ from dataclasses import dataclass
 LEAST_SEEDS = 3  # of a verdict
 
 INTRODUCTION = """\
-Does the formulation of the KL matter in training? Each run on this page is a run of the real host:
-OpenRLHF with DeepSpeed, Ray and vLLM, on a CPU. The policy has 0.75 M parameters and learns
-arithmetic word problems. The hypotheses, their outcomes and the rule of the verdicts were committed
-before the runs: `recipes/reproduce/HYPOTHESES.md`. One small policy and one task show large effects
-only.
+Does the formulation of the KL matter in training? Each run on this page is a run of a real host on
+a CPU: OpenRLHF with DeepSpeed, Ray and vLLM, unless a section names verl. The policy has 0.75 M
+parameters and learns arithmetic word problems, but for the language model at the end. The
+hypotheses, their outcomes and the rule of the verdicts were committed before the runs:
+`recipes/reproduce/HYPOTHESES.md`. One small policy and one task show large effects only.
 """
 FORMULATIONS = """\
 | `kl_type` | what it is |
@@ -56,7 +56,7 @@ standard deviation, over the last ten rollouts, of the mean log-ratio that klplu
 nats per token). CPU-seconds are those of the whole run, its evaluations included.
 """
 ON_LANGUAGE = """\
-SmolLM2-135M-Instruct learns sums of two numbers, on the same host: kl_coef 0.5, 30 rollouts of 2
+SmolLM2-135M-Instruct learns sums of two numbers, on OpenRLHF: kl_coef 0.5, 30 rollouts of 2
 problems with 8 answers each, 4 updates per rollout. One seed decides nothing, so there is no
 verdict. A difference of two KLs is compared with the noise of measuring them, on 64 problems with
 one answer each. What another seed would give is not known. Accuracy has 4 answers to each problem.
