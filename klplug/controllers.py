@@ -61,7 +61,7 @@ class FixedKL:
 
 
 class ScheduledKL:
-    """From ``kl_coef`` to ``end`` in ``steps`` updates of the policy, and ``end`` from then on.
+    """From ``kl_coef`` to ``end`` in ``steps`` steps, and ``end`` from then on.
 
     With x the share of the steps that are done, ``linear`` is ``start (1 - x) + end x``, and
     ``cosine`` the same with ``(1 - cos(pi x)) / 2`` for x. The KL moves neither.
@@ -70,8 +70,7 @@ class ScheduledKL:
         kl_ctrl: linear or cosine.
         kl_coef: the coefficient of the first update.
         end: the last coefficient; 0 lets the policy go.
-        steps: updates of the policy from the first to the last, counted where the host counts
-            them: once a rollout.
+        steps: from the first to the last, as the host counts them: one for each rollout.
     """
 
     def __init__(self, kl_ctrl: str, kl_coef: float, end: float, steps: float) -> None:
@@ -261,7 +260,7 @@ SETTINGS = {
     "kl_horizon": "answers to adapt over (10000)",
     "kl_band": "half the width of the band, as a share of kl_target (0.2)",
     "kl_end": "the last coefficient",
-    "kl_steps": "updates of the policy until then",
+    "kl_steps": "steps of the host until then, one for each rollout",
 }
 """What a controller may be told, in words, for command lines and documentation."""
 

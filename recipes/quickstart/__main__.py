@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     add("--ranks", type=int, default=1, help="data-parallel ranks (default: 1)")
     add("--updates", type=int, default=1, help="optimiser steps per rollout (default: 1)")
     add("--save-every", type=int, default=0, help="steps between copies (default: the last only)")
-    add("--out", type=Path, help="folder of the run (default: runs/quickstart[-MODEL])")
+    add("--out", type=Path, help="folder of the run (default: runs/quickstart[-verl][-MODEL])")
     add("--overwrite", action="store_true", help="replace what another run left in --out")
     return made
 
