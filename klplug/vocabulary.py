@@ -257,10 +257,7 @@ class Pass(torch.autograd.Function):
         ctx.plan = plan
         if plan.differentiated:
             saved = (targets, *tensors, kept, of_kl)
-            # As a reference's hidden states may be, a tensor of inference mode can't be saved.
-            ctx.save_for_backward(
-                *(x.clone() if x is not None and x.is_inference() else x for x in saved)
-            )
+            ctx.save_for_backward(*map(_savable, saved))
         ctx.set_materialize_grads(False)
         # No views of one tensor: autograd lets nobody write into such.
         kl, entropy, log_probs, ref_log_probs = (x.clone() for x in kept[:4])
@@ -287,6 +284,13 @@ class Pass(torch.autograd.Function):
             if hidden is not None:
                 hidden = plan.reduced_(hidden).to(policy.hidden.dtype)
         return None, None, hidden, gradients.weight, gradients.bias, None, None, None
+
+
+def _savable(x: Tensor | None) -> Tensor | None:
+    """For the backward: of inference mode, as a reference's hidden states may be, a copy."""
+    if torch.compiler.is_compiling() or x is None or not x.is_inference():  # a trace can't ask it
+        return x
+    return x.clone()
 
 
 def _sums(

@@ -611,6 +611,20 @@ def test_a_reference_of_inference_mode(names: str) -> None:
 
 
 @pytest.mark.parametrize("trained", [False, True])
+def test_compiled_as_a_whole_where_nobody_looks_at_tokens(
+    trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU."""
+    monkeypatch.setattr(exact, "_may_be_read", lambda _: False)
+    inputs = drawn()
+    inputs["weight"].requires_grad_(trained)
+    mine = torch.compile(klplug.exact_kl, fullgraph=True, backend="aot_eager")(**inputs)
+    theirs = naive(**inputs)
+    assert_equal(mine, theirs)
+    assert_equal(gradients(weighted(mine), inputs), gradients(weighted(theirs), inputs))
+
+
+@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_made_again_by_a_checkpoint(reentrant: bool, trained: bool) -> None:
     inputs = drawn()
