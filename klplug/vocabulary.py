@@ -386,6 +386,7 @@ def _differentiate(
     for columns in policy.columns(step):
         matrix = policy.weight[columns]
         of_matrix = torch.zeros_like(matrix, dtype=policy.dtype)
+        of_bias = of_matrix.new_zeros(len(matrix))
         for rows in slices(len(targets), step):
             z, r = policy.logits(rows, columns), None
             beyond: tuple[Tensor, ...] = ()
@@ -413,9 +414,11 @@ def _differentiate(
             if gradients.weight is not None:
                 _add_product(of_matrix, gradient.T, policy.hidden[rows])
             if gradients.bias is not None:
-                gradients.bias[columns] += gradient.sum(0)
+                of_bias += gradient.sum(0)
         if gradients.weight is not None:
             gradients.weight[columns] = of_matrix
+        if gradients.bias is not None:
+            gradients.bias[columns] = of_bias
 
 
 def slices(length: int, step: int) -> Iterator[slice]:

@@ -307,6 +307,22 @@ def test_halves_are_neither_rounded_nor_summed_up_in_halves(
     assert_equal(found, expected, max(1e-5, torch.finfo(dtype).eps))
 
 
+def test_the_gradient_of_a_bias_is_not_summed_up_in_halves() -> None:
+    """Of 1000 tokens, four at a time: a sum in bfloat16 would come to stand still."""
+    tokens, chunk = 1000, 4
+    inputs = drawn(torch.bfloat16, tokens=tokens)
+    targets = torch.zeros(tokens, dtype=torch.long)
+    bias = torch.zeros(VOCABULARY, dtype=torch.bfloat16, requires_grad=True)
+    given = {
+        name: inputs[name].detach() for name in ("hidden", "weight", "ref_hidden", "ref_weight")
+    }
+    log_probs = klplug.exact_kl(**given, targets=targets, bias=bias, chunk=chunk).log_probs
+    (found,) = torch.autograd.grad(log_probs.sum(), bias)
+    p = (given["hidden"].double() @ given["weight"].double().T).softmax(-1)
+    expected = torch.nn.functional.one_hot(targets, VOCABULARY).double().sub(p).sum(0)
+    assert_equal([found], [expected], torch.finfo(torch.bfloat16).eps)
+
+
 def test_autocast_does_not_reach_it() -> None:
     inputs = drawn(torch.float32)
     alone = klplug.exact_kl(**inputs)
