@@ -308,8 +308,8 @@ def test_halves_are_neither_rounded_nor_summed_up_in_halves(
 
 
 def test_the_gradient_of_a_bias_is_not_summed_up_in_halves() -> None:
-    """Of 1000 tokens, four at a time: a sum in bfloat16 would come to stand still."""
-    tokens, chunk = 1000, 4
+    """Of 2000 tokens, 40 at a time: a sum in bfloat16 would come to stand still."""
+    tokens, chunk = 2000, 40
     inputs = drawn(torch.bfloat16, tokens=tokens)
     targets = torch.zeros(tokens, dtype=torch.long)
     bias = torch.zeros(VOCABULARY, dtype=torch.bfloat16, requires_grad=True)
