@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -25,6 +26,8 @@ class Seen:
         name: of the term in its metrics, empty for the whole.
         counted: the tokens that the caller counts.
         numbers: those of them that are numbers.
+        acting: those in the KL, an infinite pi/ref at its limit too; ``None`` where these are
+            ``numbers``.
         log_ratio: of those, to the term's reference; ``None`` where the whole has none to ref.
         coefficient: what stands beside an advantage; ``None`` where sampled tokens have none, or
             not the whole of it.
@@ -34,6 +37,7 @@ class Seen:
         is_bound: whether that is a lower bound, of the reference's top tokens.
         saturating: of weight and coefficient those that may hold the dtype's largest number where
             ref/pi does not.
+        steep: whether weight or coefficient may be more than 1.8e19, whose square float32 has not.
         capped, bounded: bool, where it acted.
         sample_weight: how much each token counts; ``None`` without ``weight=``.
         inputs: the caller's tensors by name, anything where masked.
@@ -50,10 +54,16 @@ class Seen:
     is_bound: bool = False
     weight: Tensor | None = None
     saturating: Sequence[Tensor] = ()
+    steep: bool = False
     capped: Tensor | None = None
     bounded: Tensor | None = None
     sample_weight: Tensor | None = None
+    acting: Tensor | None = None
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def in_the_kl(self) -> Tensor:
+        return self.numbers if self.acting is None else self.acting
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +91,7 @@ def _seen(part: Part, batch: Batch) -> Seen:
     gradient, over = part.acting.gradient(), spec.over_vocabulary
     bounded = None
     if estimate.unbounded is not None:
-        bounded = (estimate.unbounded.abs() > spec.bound) & estimate.numbers
+        bounded = (estimate.unbounded.abs() > spec.bound) & estimate.mask
     own_token = spec.placement == "as_loss" and spec.horizon == "token"
     # Over whole answers the weights are inside the sum: what competes with an advantage is it.
     coefficient = part.acting.coefficient if own_token else gradient
@@ -103,9 +113,11 @@ def _seen(part: Part, batch: Batch) -> Seen:
         is_bound=spec.top is not None,
         weight=None if importance is None else importance.weight,
         saturating=_saturating(spec, importance, None if over else coefficient),
+        steep=_uncapped(importance) or spec.estimator not in ("k1", "k2", "abs"),
         capped=None if importance is None else importance.capped(),
         bounded=bounded,
         sample_weight=None if spec.weight == "none" else batch.masked(weight_name(spec)),
+        acting=None if estimate.mask is estimate.numbers else estimate.mask,
         inputs=inputs,
     )
 
@@ -114,7 +126,7 @@ def _saturating(
     spec: TermSpec, importance: ImportanceWeight | None, coefficient: Tensor | None
 ) -> list[Tensor]:
     found = []
-    if importance is not None and importance.cap > HUGE:
+    if importance is not None and _uncapped(importance):
         found.append(importance.weight)
     # As losses the other derivatives grow no faster than ref/pi.
     own_token = spec.placement == "as_loss" and spec.horizon == "token"
@@ -122,6 +134,10 @@ def _saturating(
     if coefficient is not None and not (own_token and spec.estimator not in ("chi2", "alpha")):
         found.append(coefficient)
     return found
+
+
+def _uncapped(importance: ImportanceWeight | None) -> bool:
+    return importance is not None and importance.cap > HUGE
 
 
 def _principled(part: Part, batch: Batch, gradient: Tensor) -> Tensor:
@@ -161,6 +177,9 @@ def _whole(terms: Sequence[Seen], batch: Batch) -> Seen:
     gradient = principled = finite(sum((term.gradient for term in terms), zero))
     if any(term.principled is not term.gradient for term in terms):
         principled = finite(sum((term.principled for term in terms), zero))
+    acting = None
+    if any(term.acting is not None for term in terms):
+        acting = functools.reduce(torch.logical_or, (term.in_the_kl for term in terms))
     over = next((term for term in terms if term.expected is not None), None)
     inputs = {name: tensor for term in terms for name, tensor in term.inputs.items()}
     if not terms and log_ratio is not None:
@@ -173,9 +192,11 @@ def _whole(terms: Sequence[Seen], batch: Batch) -> Seen:
         # Beside a KL over the vocabulary the sampled tokens' coefficients are not the whole of it.
         coefficient=gradient if over is None else None,
         saturating=(gradient,) if over is None else (),
+        steep=any(term.steep for term in terms),
         gradient=gradient,
         principled=principled,
         expected=None if over is None else over.expected,
         is_bound=over is not None and over.is_bound,
+        acting=acting,
         inputs=inputs,
     )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from klplug.numerics import finite_, largest, masked_
+from klplug.numerics import HUGE, finite_, largest, masked_
 from klplug.seen import Seen
 
 PREFIX = "klplug/"
@@ -45,10 +45,19 @@ class Tally:
 
     @staticmethod
     def merged(tallies: Iterable[Tally]) -> Tally:
-        """One tally of all tokens of all ``tallies`` (at least one)."""
+        """One tally of all tokens of all ``tallies`` (at least one).
+
+        Raises:
+            ValueError: they are not of one term with the same tensors.
+        """
         first, *others = tallies
         sums, maxima = dict(first.sums), dict(first.maxima)
         for other in others:
+            if apart := sorted(other.sums.keys() ^ sums.keys()):
+                raise ValueError(
+                    "tallies can be merged of one kl_type and one set of tensors only: not all "
+                    f"have {', '.join(apart)}"
+                )
             for name, value in other.sums.items():
                 sums[name] = sums[name] + value.to(sums[name].device)
             for name, value in other.maxima.items():
@@ -74,7 +83,8 @@ class Tally:
         weight met the cap, whose c met the bound, one of whose numbers is the dtype's largest.
         ``klplug/sample_weight_mean``: mean of what ``weight=`` makes tokens count, where there is
         one.
-        ``klplug/nonfinite_share``: share of counted tokens with a nan or an infinite number;
+        ``klplug/nonfinite_share``: share of counted tokens with a nan or an infinite number, those
+        at which a term has its limit too;
         ``klplug/nonfinite/<tensor>`` is 1 for each tensor that had one.
         ``klplug/gradient_cosine``: between the term's gradient and the principled one, over tokens;
         1 where neither has any. ``klplug/gradient_norm_ratio``: its norm over the principled one's;
@@ -84,7 +94,8 @@ class Tally:
         ``kl``, ``k1``, ``k2``, ``k3`` and ``abs`` are always to ref, and absent where no reference
         is at hand. The terms of a sum, and a term to another policy, have all of them under
         ``klplug/<term>/``, <term> being ``str(term)`` with ``.`` for ``,``, ``-`` for ``=`` and
-        ``x`` for ``*``; the shares and weights of the whole are then those of the worst term.
+        ``:``, ``x`` for ``*``; the shares and weights of the whole are then those of the worst
+        term.
         """
         names = sorted(k.removesuffix("tokens") for k in self.sums if k.endswith("tokens"))
         means = self._means(names)
@@ -102,15 +113,17 @@ class Tally:
         """By key, the means per token, (names,) each; anything where there is no reference."""
         sums = self.sums
         tokens = torch.stack([sums[f"{name}tokens"] for name in names])
+        acting = torch.stack([sums[f"{name}acting"] for name in names])
         never = torch.zeros_like(sums["tokens"])
-        otherwise = {"weight": "tokens", "weight_square": "tokens"}  # where there is none, w is 1
+        otherwise = {"weight": "acting", "weight_square": "acting"}  # where there is none, w is 1
         rows = [
             sums.get(name + key, sums.get(name + otherwise.get(key, ""), never))
             for key in _SUMS
             for name in names
         ]
+        per = [tokens if key in _OF_RATIO else acting for key in _SUMS]
         # Not clamp(min=1): a host that averages over ranks hands in sums of less than a token.
-        means = torch.stack(rows).view(len(_SUMS), -1) / tokens.clamp(min=1e-30)
+        means = torch.stack(rows).view(len(_SUMS), -1) / torch.stack(per).clamp(min=1e-30)
         found = dict(zip(_SUMS, means, strict=True))
         # Of all that are counted: the tokens that were none are not among those of the means.
         counted = torch.stack([sums[f"{name}counted"] for name in names])
@@ -126,8 +139,9 @@ _MADE_OF = {
     "sample_weight_mean": "sample_weight",
 }
 """The sum without which a metric is absent: where there is no reference, or no coefficient."""
+_OF_RATIO = ("k1", "k1_square", "k3", "abs", "growth_square", "k3_growth", "exact", "topk")
 _SUMS = (
-    *("k1", "k1_square", "k3", "abs", "growth_square", "k3_growth", "exact", "topk"),
+    *_OF_RATIO,
     *("sample_weight", "coef", "weight", "weight_square", "capped", "bounded", "overflow"),
     *("gradient_square", "principled_square", "gradient_principled", "gradient_size", "top_size"),
 )
@@ -157,9 +171,9 @@ def estimate(means: Mapping[str, Tensor]) -> Tensor:
     covariance = torch.addcmul(means["k3_growth"], k3, growth, value=-1)
     # k3 - (1 - b) (w - 1), which near the reference has more digits than k1 + b (w - 1).
     fitted = torch.addcmul(k3, covariance / variance, growth, value=-1)
-    steady = ((1 + growth).square() > 2 * variance) & (growth > -0.2)
-    # Where all w are one number there is no slope to see. Nor where one is so large that the
-    # variance, the difference of two such squares, is none.
+    steady = ((1 + growth).square() > 2 * variance) & (growth > -0.2) & (square < HUGE**2)
+    # Where all w are one number there is no slope to see. Nor where one is so large that its
+    # square is beyond float32.
     slope = variance > EVEN * square
     return torch.where(steady & slope, fitted, k1).nan_to_num(nan=0.0)
 
@@ -215,8 +229,9 @@ def tally(seen: Sequence[Seen]) -> Tally:
     _add(others, (x for s in seen for x in (s.weight, s.expected, s.sample_weight)))
     given = [*(s.principled for s in apart), *others, *sizes]
     flags: list[Tensor] = []
-    of_numbers = _adjacent(flags, [s.numbers for s in acting])
-    _add(flags, (x for s in seen for x in (s.numbers, s.counted, s.capped, s.bounded)))
+    of_acting = _adjacent(flags, [s.in_the_kl for s in acting])
+    given_flags = ((s.in_the_kl, s.numbers, s.counted, s.capped, s.bounded) for s in seen)
+    _add(flags, (x for of_one in given_flags for x in of_one))
 
     squares = [*_named("square", given), *_named("growth_square", ratios)]
     first = [*_named("product", forces[: len(apart)]), *_named("sum", given[len(apart) :])]
@@ -236,11 +251,18 @@ def tally(seen: Sequence[Seen]) -> Tally:
     sums = like.new_empty((len(rows), len(like)))
     lengths = [len(squares), len(first), len(second), len(flags)]
     squared, first_sums, second_sums, counts = torch.split(sums, lengths)
+    wide = torch.float32 if like.device.type == "mps" else torch.float64  # where there is
+    totals = like.new_empty(len(rows), dtype=wide)
+    summed = len(squares) if any(s.steep for s in seen) else 0
 
     x = torch.stack(given, out=of_first[: len(given)])
     torch.neg(size[: len(ratios)], out=growth).expm1_()  # w - 1: ``estimate``
     torch.add(growth, size[: len(ratios)], out=k3)
-    torch.linalg.vector_norm(of_first[: len(squares)], dim=-1, out=squared).square_()
+    norm = torch.linalg.vector_norm
+    if summed:
+        norm(of_first[:summed], dim=(-2, -1), dtype=wide, out=totals[:summed]).square_()
+    else:
+        norm(of_first[: len(squares)], dim=-1, out=squared).square_()
     if apart:
         x[: len(apart)].mul_(size[of_forces][: len(apart)])
     torch.sum(of_first, -1, out=first_sums)
@@ -254,13 +276,12 @@ def tally(seen: Sequence[Seen]) -> Tally:
         torch.ge(_largest_of(s, size_of, growth_of), largest(like), out=row)
     bits = torch.stack(flags).view(torch.uint8)
     torch.sum(bits, -1, dtype=like.dtype, out=counts)
-    less, threshold = _largest(size[of_forces], counts[of_numbers].sum(-1, dtype=torch.long))
+    less, threshold = _largest(size[of_forces], counts[of_acting].sum(-1, dtype=torch.long))
     torch.sub(size[of_forces], threshold[:, None, None], out=top).clamp_(min=0)
     torch.sum(of_second, -1, out=second_sums)
 
-    # The sum of a row may be inf, and of two such rows no number. float64 where there is.
-    wide = torch.float32 if like.device.type == "mps" else torch.float64
-    totals = sums.nan_to_num_(0.0).sum(-1, dtype=wide)
+    # The sum of a row may be inf, and of two such rows no number.
+    torch.sum(sums[summed:].nan_to_num_(0.0), -1, dtype=wide, out=totals[summed:])
     tops = totals[len(squares) + len(first) :][: len(forces)]
     tops.addcmul_(less, threshold, value=-1)
     if like.dtype == wide:
@@ -281,6 +302,7 @@ def _asked(s: Seen) -> dict[str, tuple[str, object]]:
     x, c, force = s.log_ratio, s.coefficient, s.gradient
     return {
         "tokens": ("count", s.numbers),
+        "acting": ("count", s.in_the_kl),
         "counted": ("count", s.counted),
         "capped": ("count", s.capped),
         "bounded": ("count", s.bounded),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -173,6 +175,71 @@ def test_one_token_that_fell_far_leaves_the_estimate_k1(log_ratio: float) -> Non
     log_probs[0, 0] = log_ratio
     term = kl_term("k2_as_loss,ratio=none", log_probs, torch.zeros(1, 8), torch.ones(1, 8))
     assert term.metrics["klplug/kl"].item() == pytest.approx(log_probs.mean().item(), rel=1e-6)
+
+
+def found_at(
+    kl_type: str, log_ratio: list[float], old: list[float] | None = None
+) -> dict[str, float]:
+    """The metrics where the reference is 0; ``old`` is the log-weight, on-policy where left out."""
+    x = torch.tensor([log_ratio])
+    weight = torch.zeros_like(x) if old is None else torch.tensor([old])
+    term = kl_term(kl_type, torch.zeros_like(x), -x, torch.ones_like(x), old_log_probs=-weight)
+    return {n.removeprefix("klplug/"): v.item() for n, v in term.metrics.items()}
+
+
+@pytest.mark.parametrize("infinite", [1, 3, 4])
+def test_a_token_at_its_limit_counts_once_in_weights_and_coefficients(infinite: int) -> None:
+    """js has c = log 2 where the reference rules a token out, and a weight of 1 on-policy."""
+    log_ratio = [0.5] * (4 - infinite) + [math.inf] * infinite
+    near = math.log(2 * math.exp(0.5) / (math.exp(0.5) + 1))
+    for kl_type, coefficients in (
+        ("js_as_loss", (near, math.log(2))),
+        ("k2_as_loss,bound=0.25", (0.25, 0.25)),
+        ("0.5*js_as_loss+k2_as_loss,bound=0.25", (near / 2 + 0.25, math.log(2) / 2 + 0.25)),
+    ):
+        found = found_at(kl_type, log_ratio)
+        mean = (coefficients[0] * (4 - infinite) + coefficients[1] * infinite) / 4
+        assert found["coef_mean"] == pytest.approx(mean, rel=1e-6)
+        assert found["coef_mean"] <= found["coef_max"] * (1 + 1e-6)
+        assert found["weight_mean"] == found["ess"] == 1
+        assert found["bounded_share"] == (1 if "bound" in kl_type else 0)
+        assert found["nonfinite_share"] == infinite / 4
+        assert found["top_share"] == pytest.approx(max(coefficients) / (4 * mean), rel=1e-6)
+
+
+def test_squares_beyond_float32_are_squares() -> None:
+    """A weight of e^60 is all of the batch's; k3's c of e^50 points where c = x does."""
+    found = found_at("k2_as_loss,cap=none", [0.2, -0.2, 0.3, 0.1], old=[60.0, 0.0, 0.0, 0.0])
+    assert found["ess"] == pytest.approx(1 / 4)
+    found = found_at("k2_as_loss,cap=none", [0.2, -0.2, 0.3, 0.1], old=[60.0, 60.0, 0.0, 0.0])
+    assert found["ess"] == pytest.approx(2 / 4)
+    for kl_type in ("k3_as_loss", "k3_as_loss+0.001*k2_as_loss"):
+        log_ratio = [-50.0, 30.0, -0.3, 0.2]
+        c = [1 - math.exp(-x) + (0.001 * x if "+" in kl_type else 0) for x in log_ratio]
+        p = [x * (1.001 if "+" in kl_type else 1) for x in log_ratio]
+        cosine = sum(a * b for a, b in zip(c, p, strict=True)) / math.hypot(*c) / math.hypot(*p)
+        found = found_at(kl_type, log_ratio)
+        assert found["gradient_cosine"] == pytest.approx(cosine, rel=1e-5)
+        ratio = math.hypot(*c) / math.hypot(*p)
+        assert found["gradient_norm_ratio"] == pytest.approx(ratio, rel=1e-5)
+
+
+def test_tallies_of_unlike_tensors_do_not_merge() -> None:
+    """A micro-batch without a reference has no k1: over both's tokens it would be too small."""
+    x = torch.zeros(1, 2)
+    with_ref, without = (
+        kl_term("k2_as_loss,reference=old", x, ref, x + 1, old_log_probs=x - 1).tally
+        for ref in (x - 1, None)
+    )
+    for pair in ((with_ref, without), (without, with_ref)):
+        with pytest.raises(ValueError, match=r"not all have .*k1"):
+            Tally.merged(pair)
+
+
+@pytest.mark.parametrize("log_ratio", [[-44.8, 0.2, -0.2], [-60.0, -60.4, -60.0]])
+def test_where_no_square_can_be_summed_the_estimate_is_k1(log_ratio: list[float]) -> None:
+    found = found_at("k2_as_loss,ratio=none", log_ratio)
+    assert found["kl"] == pytest.approx(sum(log_ratio) / 3, rel=1e-6)
 
 
 @pytest.mark.parametrize("kl_type", [k for k in GRID if "+" not in k and "reference" not in k])

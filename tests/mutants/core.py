@@ -202,13 +202,15 @@ METRICS = (
         ("to_go = to_go if weight is None else weight * to_go", "pass"),
         ("coefficient=None if over else coefficient", "coefficient=coefficient"),
         ("is_bound=spec.top is not None,", "is_bound=False,"),
+        ("steep=_uncapped(importance) or", "steep=False and"),
+        ("(term.in_the_kl for term in terms)", "(term.numbers for term in terms)"),
         tests=("tally", "term", "numbers", "exact_term"),
     )
     + of(
         "tally",
         ("maxima[name] = torch.maximum(maxima", "maxima[name] = torch.add(maxima"),
         ("sums[name] = sums[name] + value", "sums[name] = value"),
-        ("tokens.clamp(min=1e-30)", "tokens.clamp(min=1)"),
+        ("torch.stack(per).clamp(min=1e-30)", "torch.stack(per).clamp(min=1)"),
         ("largest(like), out=row", "largest(like) ** 0.5, out=row"),
         ("size[id(x)] if x is s.coefficient else x for", "x for"),
         (
@@ -222,6 +224,8 @@ METRICS = (
         ("& (growth > -0.2)", "& (growth > -2)"),
         ("torch.where(steady & slope, fitted, k1)", "fitted"),
         ("torch.where(steady & slope, fitted, k1)", "k3"),
+        ("& (square < HUGE**2)", ""),
+        ("tokens if key in _OF_RATIO else acting", "tokens"),
         (
             'minus = torch.div(tokens, -round(1 / TOP), rounding_mode="floor")',
             "minus = tokens / -round(1 / TOP)",
@@ -229,7 +233,8 @@ METRICS = (
         ("(counted - tokens) / counted.clamp", "(counted - tokens) / tokens.clamp"),
         ("masked_(x, whole.counted)", "x"),
         ("out=squared).square_()", "out=squared)"),
-        ("sums.nan_to_num_(0.0).sum", "sums.sum"),
+        ("out=totals[:summed]).square_()", "out=totals[:summed])"),
+        ("sums[summed:].nan_to_num_(0.0)", "sums[summed:]"),
         ("cosine, ratio = (ratios[:2] + nothing)", "cosine, ratio = ratios[:2]"),
         ('"weight_square": ("square", s.weight)', '"weight_square": ("sum", s.weight)'),
         (".mul_(size[of_forces][: len(apart)])", ".square_()"),
