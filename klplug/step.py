@@ -120,6 +120,7 @@ def policy_loss(
 
     Raises:
         ValueError: a term in the reward: it belongs to the advantages that are handed in.
+        RuntimeError: ``exact_kl`` carries a gradient, and ``log_probs`` none.
     """
     spec = parse(spec)
     if any(term.placement == "in_reward" for term in spec.terms):
@@ -162,4 +163,11 @@ def policy_loss(
         value, gradient = value + kl_coef * part.value, gradient + kl_coef * part.gradient
     # Not by autograd, to which the gradient of a saturated exponent is no number.
     loss = with_gradient(log_probs, finite(value), finite(gradient))
-    return loss if term.pathwise is None else loss + kl_coef * term.pathwise
+    if term.pathwise is None:
+        return loss
+    if not log_probs.requires_grad:
+        raise RuntimeError(
+            f"the policy loss with kl_type {str(spec)!r} would have the gradient of exact_kl "
+            "alone: log_probs need none"
+        )
+    return loss + kl_coef * term.pathwise

@@ -135,6 +135,11 @@ def test_detached_log_probs_are_an_error_where_half_of_a_term_goes_through_them(
         term = klplug.kl_term(kl_type, **given)
         with pytest.raises(RuntimeError, match=r"would have (no|the) gradient"):
             _ = term.loss
+    update = {"advantages": given["old_log_probs"], "kl_coef": 0.1}
+    with pytest.raises(RuntimeError, match=r"policy loss .* would have the gradient of exact_kl"):
+        klplug.policy_loss("exact_as_loss", **given, **update)
+    with torch.no_grad():  # to measure
+        assert not klplug.policy_loss("exact_as_loss", **given, **update).requires_grad
 
 
 @pytest.mark.parametrize("kl_type", ["exact_as_loss,ratio=old", "exact_as_loss,horizon=sequence"])
