@@ -52,7 +52,7 @@ def posterior_log_probs(samples: Samples, beta: float) -> Tensor:
     assert log_probs is not None and ref_log_probs is not None and rewards is not None
     assert samples.group_ids is not None
     mask = samples.mask
-    toward_ref = (ref_log_probs - log_probs).double()
+    toward_ref = ref_log_probs.double() - log_probs.double()  # halves would lose digits first
     # A token that is no number leaves the KL; one that ref rules out has a weight of 0.
     toward_ref = masked(toward_ref, mask & (toward_ref < math.inf)).sum(-1)
     tilt = rewards.double() / number

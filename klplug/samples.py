@@ -126,14 +126,16 @@ def _positive(samples: Samples, _: str) -> Tensor:
 
 def _difficulty(samples: Samples, _: str) -> Tensor:
     """1 - exp(-e p) where A > 0, p the share of the group that is right; 1 elsewhere, and where p
-    is 0 or 1."""
+    is 0 or 1. A row without tokens is no answer, and one whose reward is nan is neither."""
     assert samples.advantages is not None and samples.rewards is not None
-    right = (samples.rewards >= 1).to(samples.advantages.dtype)
+    right = (samples.rewards >= 1).to(_widened(samples.advantages).dtype)
     share = right.clone()
+    known = (samples.mask.any(-1) & ~samples.rewards.isnan()).tolist()
     groups = list(samples.group_ids) if samples.group_ids is not None else []
     for name in dict.fromkeys(groups):
-        rows = [row for row, other in enumerate(groups) if other == name]
-        share[rows] = right[rows].mean()
+        rows = [row for row, other in enumerate(groups) if other == name and known[row]]
+        if rows:
+            share[rows] = right[rows].mean()
     inside = (share > 0) & (share < 1)
     shaped = (1 - (-math.e * share).exp()).where(inside, 1.0).unsqueeze(-1)
     return shaped.where(samples.advantages > 0, 1.0)
@@ -142,7 +144,8 @@ def _difficulty(samples: Samples, _: str) -> Tensor:
 def _below_quantile(samples: Samples, quantile: str) -> Tensor:
     """1 for the ``quantile`` of all counted tokens that has the least entropy, else 0."""
     assert samples.entropy is not None
-    counted = samples.entropy[samples.mask].sort().values
+    counted = samples.entropy[samples.mask]
+    counted = counted[counted.abs() < math.inf].sort().values
     if not len(counted):
         return samples.mask.to(samples.entropy.dtype)
     threshold = counted[math.ceil(float(quantile) * len(counted)) - 1]
@@ -156,19 +159,24 @@ def _entropy_floor(samples: Samples, floor: str) -> Tensor:
     counted = counted[counted.abs() < math.inf]
     mean = counted.sum() / max(len(counted), 1)
     factor = (float(floor) / (mean + 0.1)).clamp(min=0.5)
-    return factor.to(samples.entropy.dtype).expand(len(samples.mask))
+    return factor.to(_widened(samples.entropy).dtype).expand(len(samples.mask))
 
 
 def _root(samples: Samples, _: str) -> Tensor:
     """d sqrt(D) / dD = 1 / (2 sqrt(D)), D the mean of U + 1/U - 2; 0 where D is."""
     assert samples.log_probs is not None and samples.ref_log_probs is not None
-    log_ratio = samples.log_probs - samples.ref_log_probs
+    log_ratio = _widened(samples.log_probs) - _widened(samples.ref_log_probs)
     log_ratio = log_ratio.where(samples.mask & (log_ratio.abs() < math.inf), 0.0)
     answers = samples.mask.any(-1)
     of_answer = chi2(finite(log_ratio.sum(-1)))[answers]
     divergence = of_answer.double().sum() / max(len(of_answer), 1)
     weight = divergence.sqrt().mul(2).reciprocal().where(divergence > 0, 0.0)
     return weight.to(log_ratio.dtype).expand(len(answers))
+
+
+def _widened(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x if x.element_size() == 8 and x.is_floating_point() else x.float()
 
 
 def _of_mask(samples: Samples, name: str) -> Tensor:

@@ -171,6 +171,36 @@ def test_difficulty_is_that_of_view_r1() -> None:
     torch.testing.assert_close(found, expected[:, None].expand(10, 2))
 
 
+@pytest.mark.parametrize("without", ["tokens", "a reward"])
+def test_what_is_no_answer_makes_no_question_harder(without: str) -> None:
+    """Three answers are right, and one row has no tokens or no reward: all are, so no weight is
+    other than 1. Beside a wrong one the share is 3/4."""
+    mask = torch.ones(5, 2, dtype=torch.bool)
+    mask[3] = without != "tokens"
+    none = math.nan if without == "a reward" else 0.0
+    advantages = torch.tensor([1, 1, 1, 0, -1])  # integers are numbers too
+    for wrong, weight in ((1.0, 1.0), (0.0, 1 - math.exp(-math.e * 0.75))):
+        rewards = torch.tensor([1.0, 1.0, 1.0, none, wrong])
+        samples = Samples(
+            mask, advantages=advantages[:, None] * mask, rewards=rewards, group_ids=[7] * 5
+        )
+        found = sample_weights("k2_as_loss,weight=difficulty", samples)["difficulty"]
+        expected = torch.tensor([weight, weight, weight, 1.0, 1.0])[:, None] * mask
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_root_of_halves_has_all_their_digits(dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    log_probs, ref = (torch.randn(2, 4, 9, generator=draw) - 2).to(dtype)
+    log_u = (log_probs.double() - ref.double()).sum(-1)
+    right = 1 / (2 * (log_u.exp() + (-log_u).exp() - 2).mean().sqrt())
+    samples = Samples(torch.ones(4, 9).bool(), log_probs=log_probs, ref_log_probs=ref)
+    found = sample_weights("chi2_as_loss,horizon=answer,weight=root", samples)["root"]
+    assert_close = torch.testing.assert_close
+    assert_close(found, right.float().expand(4, 9), rtol=1e-5, atol=0)
+
+
 def test_entropy_keeps_the_least_of_all_counted_tokens() -> None:
     entropy = torch.tensor([[0.1, 2.0, 0.3, 9.0], [1.0, 0.2, math.nan, math.nan]])
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool()
@@ -198,12 +228,13 @@ def test_a_token_without_a_number_leaves_the_other_tokens_weights_as_they_are() 
     """As if it were masked: neither 0 for all, by which the KL would be gone, nor the run's end."""
     mask = torch.ones(2, 3, dtype=torch.bool)
     less = mask.clone()
-    less[0, 1] = False
+    less[0, 1:] = False
     draw = torch.Generator().manual_seed(0)
     entropy, log_probs, ref = torch.rand(3, 2, 3, generator=draw, dtype=torch.float64)
     for bad in (math.nan, math.inf, -math.inf):
         holes = [x.masked_fill(~less, bad) for x in (entropy, ref)]
         for kl_type in (
+            "k2_as_loss,weight=entropy",
             "k2_as_loss,weight=entropy_floor",
             "chi2_as_loss,horizon=answer,weight=root",
         ):
