@@ -21,7 +21,7 @@ from queue import SimpleQueue
 
 import hypothesis  # noqa: F401  (loaded once, and torch with it, for all that is forked)
 import pytest
-import torch  # noqa: F401
+import torch
 
 from tests.mutants import Mutant
 from tests.mutants.core import CORE
@@ -119,6 +119,7 @@ def main() -> int:
             "these stand nowhere, or more than once:", *stale or ["none was asked for"], sep="\n  "
         )
         return 2
+    torch.set_num_threads(1)  # a process that is forked has none of its parent's threads
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(options.jobs) as pool:
         trees: SimpleQueue[Path] = SimpleQueue()
