@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from klplug.numerics import number_of
+
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "token-sum")
 
 
@@ -41,6 +43,7 @@ def aggregate(
     Raises:
         ValueError: an unknown mode, shapes that differ, or a count or divisor that is not positive,
             missing or not of that mode.
+        TypeError: ``x`` or the mask is no tensor, or a count or divisor no number.
     """
     if mode not in AGGREGATIONS:
         raise ValueError(
@@ -53,10 +56,15 @@ def aggregate(
         )
     if count is not None and mode == "token-sum":
         raise ValueError("aggregation mode 'token-sum' takes no count: its divisor is all")
-    for name, number in (("count", count), ("divisor", divisor)):
-        # A count on a device is not looked at.
-        if isinstance(number, (int, float)) and not 0 < number < math.inf:
-            raise ValueError(f"{name}={number!r} must be a positive number")
+    for name, given in (("count", count), ("divisor", divisor)):
+        # A tensor, which may be on a device, is not looked at.
+        if given is None or isinstance(given, Tensor):
+            continue
+        number = number_of(given)
+        if number is None:
+            raise TypeError(f"{name} must be a positive number, got {given!r}")
+        if not 0 < number < math.inf:
+            raise ValueError(f"{name}={given!r} must be a positive number")
     for name, tensor in (("x", x), ("response_mask", response_mask)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -67,6 +75,8 @@ def aggregate(
     mask = response_mask != 0
     # A sum of many would lose digits in bfloat16, and the range of float16.
     x = torch.where(mask, x.to(torch.promote_types(x.dtype, torch.float32)), 0.0)
+    if isinstance(count, Tensor):
+        count = count + (count == 0)  # a whole batch without tokens: 0, as without a count
     if divisor is not None:
         return x.sum() / divisor
     lengths = mask.sum(-1)

@@ -97,13 +97,32 @@ class ScheduledKL:
         Raises:
             ValueError: it is no count.
         """
-        done = state.get("done")
+        done = _saved(state, "done")
         if isinstance(done, bool) or not isinstance(done, int) or done < 0:
             raise ValueError(
                 f"the saved state of the KL controller has done={done!r}, which must be a count of "
                 "steps"
             )
         self.done = done
+
+
+def _fed(name: str, value: Any) -> float:
+    """``value`` as a float; a tensor or an array may have it."""
+    try:
+        number = number_of(value.item() if hasattr(value, "item") else value)
+    except (RuntimeError, ValueError):  # it has several
+        number = None
+    if number is None:
+        raise TypeError(f"a KL controller was fed {name}={value!r}, which must be a number")
+    return number
+
+
+def _saved(state: Any, name: str) -> Any:
+    if not isinstance(state, Mapping):
+        raise ValueError(
+            f"the saved state of the KL controller is {state!r}, and must be what state_dict gave"
+        )
+    return state.get(name)
 
 
 class _Driven:
@@ -117,13 +136,17 @@ class _Driven:
         self.target = target
         self._said: set[str] = set()
 
+    @property
+    def _ends(self) -> tuple[float, float]:
+        least = min(self._start, sys.float_info.min)
+        return max(self._start * LOWEST, least), min(self._start * HIGHEST, sys.float_info.max)
+
     def _move(self, by: float, kl: float) -> None:
         """Multiply the coefficient by ``e^by``: in logarithms, where no exponent is too large."""
         if not abs(by) > 0:  # not even by rounding, nor by what is no number
             return
         log_value = math.log(self.value) + by
-        lowest = max(self._start * LOWEST, sys.float_info.min)
-        highest = min(self._start * HIGHEST, sys.float_info.max)
+        lowest, highest = self._ends
         for end, met in (
             (lowest, log_value <= math.log(lowest)),
             (highest, log_value >= math.log(highest)),
@@ -147,19 +170,26 @@ class _Driven:
         return {"kl_ctrl": self.kl_ctrl, "value": self.value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved coefficient.
+        """Go on from a saved coefficient; from the nearer end, said, if it is beyond this start's.
 
         Raises:
             ValueError: it is not a positive, finite number.
         """
-        value: Any = state.get("value")
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (is_number and 0 < value <= sys.float_info.max):
+        value = _saved(state, "value")
+        number = number_of(value)
+        if number is None or not 0 < number <= sys.float_info.max:
             raise ValueError(
                 f"the saved state of the KL controller has value={value!r}, which must be a "
                 "positive number"
             )
-        self.value = float(value)
+        lowest, highest = self._ends
+        self.value = min(max(number, lowest), highest)
+        if self.value != number:
+            self._say(
+                f"kl_coef={self.value:.3g}",
+                f"is as far as the {self.kl_ctrl} controller goes from its start "
+                f"{self._start:g}; the saved state has {number:g}",
+            )
 
 
 class AdaptiveKL(_Driven):
@@ -184,15 +214,20 @@ class AdaptiveKL(_Driven):
         self.horizon = horizon
 
     def update(self, kl: float, n_samples: int) -> None:
-        """Move the coefficient by one step's KL, nats per token, of so many answers."""
+        """Move the coefficient by one step's KL, nats per token, of so many answers.
+
+        Raises:
+            TypeError: either is no number.
+        """
+        kl, answers = _fed("kl", kl), _fed("n_samples", n_samples)
         if not math.isfinite(kl):  # a diverged batch says nothing about how far to move
             return
-        pace = max(0, n_samples) / self.horizon
+        pace = max(0.0, answers) / self.horizon
         if pace > 1:
             self._say(
                 "kl_horizon",
-                f"{self.horizon:g} is less than the {n_samples} answers of a step, and is counted "
-                f"in answers: kl_coef can change by e^{0.2 * pace:.3g} in one step",
+                f"{self.horizon:g} is less than the {answers:.15g} answers of a step, and is "
+                f"counted in answers: kl_coef can change by e^{0.2 * pace:.3g} in one step",
             )
         self._move(min(max(kl / self.target - 1, -0.2), 0.2) * pace, kl)
 
@@ -226,8 +261,13 @@ class PIDKL(_Driven):
         self._before: float | None = None
 
     def update(self, kl: float, n_samples: int) -> None:
-        """Move the coefficient by one step's KL, nats per token; without answers there is none."""
-        if not (math.isfinite(kl) and n_samples > 0):
+        """Move the coefficient by one step's KL, nats per token; without answers there is none.
+
+        Raises:
+            TypeError: either is no number.
+        """
+        kl, answers = _fed("kl", kl), _fed("n_samples", n_samples)
+        if not (math.isfinite(kl) and answers > 0):
             return
         off = kl / self.target - 1
         error = math.copysign(min(max(abs(off) - self.band, 0.0), 1.0), off)
@@ -245,14 +285,15 @@ class PIDKL(_Driven):
         Raises:
             ValueError: they are no numbers.
         """
-        super().load_state_dict(state)
-        error = state.get("error")
-        if error is not None and not (isinstance(error, (int, float)) and -1 <= error <= 1):
+        error = _saved(state, "error")
+        before = number_of(error)
+        if error is not None and (before is None or not -1 <= before <= 1):
             raise ValueError(
                 f"the saved state of the KL controller has error={error!r}, which must be a number "
                 "from -1 to 1"
             )
-        self._before = error
+        super().load_state_dict(state)
+        self._before = before
 
 
 SETTINGS = {

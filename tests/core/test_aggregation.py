@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,6 +61,8 @@ def test_a_constant_divisor() -> None:
         ("token-sum", {"divisor": 0.0}, "divisor=0.0 must be a positive"),
         ("token-sum", {"divisor": 3, "count": 2}, "takes no count"),
         ("token-mean", {"count": 0}, "count=0 must be a positive"),
+        ("token-mean", {"count": np.int64(0)}, "count=.*0.* must be a positive"),
+        ("token-sum", {"divisor": np.float32("nan")}, "divisor=.*nan.* must be a positive"),
         ("token-mean", {"count": math.nan}, "count=nan must be"),
     ],
 )
@@ -90,3 +93,20 @@ def test_a_sum_of_many_has_the_range_and_the_digits_of_float32(dtype: torch.dtyp
     assert aggregate(x, x, "seq-mean-token-sum").item() == 70_001
     assert aggregate(x, x).item() == 1
     assert reward_to_go(x)[0, 0].item() == 70_001
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
+def test_a_whole_batch_without_tokens_is_0_by_its_count_too(mode: str) -> None:
+    """Ranks add up their counts in a tensor: 0 of 0 would be a nan in the loss."""
+    x = X.clone().requires_grad_()
+    loss = aggregate(x, torch.zeros_like(MASK), mode, count=torch.tensor(0))
+    loss.backward()
+    assert loss == 0 and not x.grad.any()
+
+
+@pytest.mark.parametrize(
+    "given", [{"count": "3"}, {"count": True}, {"mode": "token-sum", "divisor": [9]}]
+)
+def test_a_count_of_another_kind_is_named(given: dict[str, object]) -> None:
+    with pytest.raises(TypeError, match=r"(count|divisor) must be a positive number, got"):
+        aggregate(X, MASK, **given)

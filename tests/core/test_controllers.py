@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 
 from klplug import AdaptiveKL, FixedKL, kl_controller
 
@@ -71,6 +72,7 @@ def test_no_start_and_no_input_ends_it(kl_ctrl: str, start: float, kl: float, n:
         controller.update(kl, n)  # type: ignore[arg-type]
         controller.update(0.1, n)  # type: ignore[arg-type]  # on target: 0 times whatever n is
     assert 0 < controller.value < math.inf
+    assert start / 1e4 * (1 - 1e-9) <= controller.value <= start * 1e4 * (1 + 1e-9)
     if not (math.isfinite(kl) and n > 0):
         assert controller.value == start
 
@@ -79,6 +81,41 @@ def test_no_start_and_no_input_ends_it(kl_ctrl: str, start: float, kl: float, n:
 def test_a_saved_coefficient_that_is_none_is_named(value: object) -> None:
     with pytest.raises(ValueError, match="saved state of the KL controller has value="):
         AdaptiveKL(0.1, 0.05, 1000).load_state_dict({"kl_ctrl": "adaptive", "value": value})
+
+
+@pytest.mark.parametrize("kl_ctrl", ["adaptive", "pid"])
+@pytest.mark.parametrize(("saved", "held"), [(1e9, 10.0), (1e-30, 1e-7), (3.0, 3.0)])
+def test_a_saved_coefficient_beyond_the_ends_is_held_and_said(
+    kl_ctrl: str, saved: float, held: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    controller = kl_controller(kl_ctrl, 1e-3, kl_target=0.1)
+    controller.load_state_dict({"value": np.float64(saved), "error": None})
+    assert controller.value == pytest.approx(held, rel=1e-12)
+    assert capsys.readouterr().out.count("kl_coef=") == (saved != held)
+
+
+@pytest.mark.parametrize("kl_ctrl", ["adaptive", "pid"])
+def test_what_a_controller_is_fed_is_a_number(kl_ctrl: str) -> None:
+    """A tensor's or an array's one number is; what is none is named, and moves nothing."""
+    moved, *others = (kl_controller(kl_ctrl, 0.1, kl_target=0.1) for _ in range(4))
+    moved.update(0.25, 64)
+    given = ((torch.tensor(0.25), 64), (np.array([0.25]), torch.tensor([64])), (0.25, np.int32(64)))
+    for controller, (kl, n) in zip(others, given, strict=True):
+        controller.update(kl, n)
+        assert controller.value == moved.value and type(controller.value) is float
+    before = moved.value
+    for kl, n, name in (
+        (None, 64, "kl=None"),
+        ("0.2", 64, "kl='0.2'"),
+        (torch.ones(2), 64, "kl=tensor"),
+        (0.2, None, "n_samples=None"),
+    ):
+        with pytest.raises(TypeError, match=f"{name}.* must be a number"):
+            moved.update(kl, n)
+    moved.update(10**400, 64)  # inf to a float: a diverged batch
+    assert moved.value == before
+    moved.update(0.25, 10**400)
+    assert before < moved.value <= 0.1 * 1e4
 
 
 def test_state_survives() -> None:
@@ -263,6 +300,9 @@ def test_killed_and_resumed_is_the_same_as_never_killed(kl_ctrl: str) -> None:
         ("cosine", {"value": 0.1, "done": 1.5}, "done=1.5"),
         ("pid", {"value": 0.1, "error": 2}, "error=2, which must be a number from -1 to 1"),
         ("pid", {"value": 0.0, "error": 0.1}, "value=0.0"),
+        ("pid", {"value": 0.1, "error": True}, "error=True"),
+        ("adaptive", None, "state of the KL controller is None, and must be what state_dict gave"),
+        ("cosine", [1], r"state of the KL controller is \[1\]"),
     ],
 )
 def test_a_saved_state_that_is_none_is_named(

@@ -290,9 +290,11 @@ CONTROLLERS = of(
     ("if not math.isfinite(kl):  # a diverged", "if False:  # a diverged"),
     ("self.value = math.exp(log_value)", "self.value = 1 + log_value"),
     ("(lowest, log_value <= math.log(lowest)),", "(lowest, False),"),
-    ("max(0, n_samples)", "n_samples"),
+    ("max(0.0, answers)", "answers"),
     ("if not abs(by) > 0:", "if not by:"),
-    ("is_number and 0 < value <=", "is_number and value <="),
+    ("not 0 < number <= sys", "not number <= sys"),
+    ("min(max(number, lowest), highest)", "number"),
+    ("least = min(self._start, sys", "least = max(self._start, sys"),
     ('{"kl_horizon": 10_000}', '{"kl_horizon": 1_000}'),
     tests=("controllers",),
 )
