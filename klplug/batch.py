@@ -68,7 +68,9 @@ class Given:
                 raise ValueError(f"kl_type {str(spec)!r} needs {name}, which is missing")
         self._check_tensors(self.weights(spec))
         kl_coef = self.kl_coef
-        if not isinstance(kl_coef, (Tensor, type(None))):
+        if isinstance(kl_coef, Tensor):
+            self._check_coefficient(kl_coef)
+        elif kl_coef is not None:
             number = number_of(kl_coef)
             if number is None:
                 kind = type(kl_coef).__name__
@@ -115,6 +117,20 @@ class Given:
                 raise ValueError(f"{name} must be of a floating-point dtype, got {tensor.dtype}")
             if name == "segment_ids" and (tensor.is_floating_point() or tensor.is_complex()):
                 raise ValueError(f"segment_ids must be integers, got {tensor.dtype}")
+
+    def _check_coefficient(self, kl_coef: Tensor) -> None:
+        shape, of_log_probs = tuple(kl_coef.shape), tuple(self.log_probs.shape)
+        sizes = zip(reversed(shape), reversed(of_log_probs), strict=False)
+        if len(shape) > 2 or any(size not in (1, whole) for size, whole in sizes):
+            raise ValueError(
+                f"kl_coef has shape {shape}, and must be one number, or one for each of "
+                f"log_probs' {of_log_probs}"
+            )
+        # On a device a look would wait for it, and what is compiled has no numbers to look at.
+        may_look = kl_coef.device.type == "cpu" and not torch.compiler.is_compiling()
+        if may_look and not kl_coef.isfinite().all():
+            wrong = kl_coef[~kl_coef.isfinite()].flatten()[0].item()
+            raise ValueError(f"kl_coef={wrong!r} must be finite")
 
     def _check_weights(self, spec: KLSpec) -> None:
         weights = self.weights(spec)

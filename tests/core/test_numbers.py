@@ -431,6 +431,26 @@ def test_a_coefficient_that_is_no_number_is_refused(kl_type: str, kl_coef: float
         klplug.policy_loss(kl_type, **tensors, kl_coef=kl_coef)
 
 
+@pytest.mark.parametrize("kl_type", ["k2_as_loss", "k2_as_loss,head=combined"])
+def test_a_coefficient_in_a_tensor_is_one_number_or_each_token_s(kl_type: str) -> None:
+    tensors = batch()
+    del tensors["rollout_log_probs"], tensors["group_ids"]
+    (size, length), number = tensors["log_probs"].shape, torch.tensor(0.5)
+
+    def loss(kl_coef: object) -> torch.Tensor:
+        return klplug.policy_loss(kl_type, **tensors, kl_coef=kl_coef)
+
+    for shape in ((), (1,), (length,), (size, 1), (size, length)):
+        torch.testing.assert_close(loss(number.expand(shape)), loss(0.5))
+    # Spread over a loss of that shape, each token would count several times.
+    for shape in ((size, 1, 1), (length + 1,), (size + 1, 1)):
+        with pytest.raises(ValueError, match="kl_coef has shape"):
+            loss(number.expand(shape))
+    for wrong in (NAN, INF):
+        with pytest.raises(ValueError, match=f"kl_coef={wrong} must be finite"):
+            loss(torch.tensor([[0.5]] * (size - 1) + [[wrong]]))
+
+
 @pytest.mark.parametrize("name", ["old_log_probs", "advantages"])
 def test_a_policy_loss_without_what_it_is_made_of_is_refused(name: str) -> None:
     tensors = batch()

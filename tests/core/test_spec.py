@@ -282,6 +282,8 @@ def test_a_spec_is_frozen_and_parses_to_itself() -> None:
         ("alpha_as_loss,alpha=0", ["alpha=0", "'forward_as_loss'"]),
         ("alpha_as_loss,alpha=1", ["alpha=1", "'k2_as_loss'"]),
         ("alpha_as_loss,alpha=inf", ["alpha=inf", "finite"]),
+        ("alpha_in_reward,alpha=1e25", ["alpha=1e+25", "between 1e-15 and 1e15"]),
+        ("alpha_as_loss,alpha=-1e-300", ["alpha=-1e-300", "between 1e-15 and 1e15"]),
         ("alpha_as_loss,alpha=none", ["alpha", "no number"]),
         ("k3_as_loss,horizon=sequence", ["'forward_as_loss,horizon=sequence'"]),
         ("none,cap=3", ["none", "cap"]),
