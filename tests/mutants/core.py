@@ -123,6 +123,7 @@ TERM = of(
     ("self.spec.terms and not self._log_probs", "False and not self._log_probs"),
     ("lambda: self._acting.coefficient.clone()", "lambda: self._acting.coefficient"),
     ("return loss if pathwise is None else loss + pathwise", "return loss"),
+    ("(scored or pathwise is None)", "(pathwise is None)"),
     ("gradient = gradient.clamp(-limit, limit).to(ctx.dtype)", "gradient = gradient.to(ctx.dtype)"),
     ('("group_ids",) if term.baseline == "group"', '() if term.baseline == "group"'),
     tests=("term", "numbers", "exact_term", "technique"),
@@ -263,6 +264,33 @@ EXACT = of(
     tests=("exact_top",),
 )
 
+PASS = (
+    of(
+        "vocabulary",
+        ("value.clamp_(min=0)", "value"),
+        ("x is None or not x.is_inference()", "True"),
+        ("of_bias = of_matrix.new_zeros", "of_bias = matrix.new_zeros"),
+        ("torch.where(scale != 0, of_kl * scale, hidden, out=hidden)", "hidden += of_kl * scale"),
+        ("no_kl & (of_entropy == 0) & (of_log_probs == 0)", "no_kl"),
+        ("of_kl * kept.mean_slope + of_entropy", "of_kl * kept.mean_slope - of_entropy"),
+        tests=("exact",),
+    )
+    + of(
+        "tiles",
+        ("(self.temperature / self.softcap)", "(1 / self.softcap)"),
+        ("else gradient.div_(self.temperature)", "else gradient"),
+        ("addcmul_(p, mean_slope, value=-1)", "sub(p)"),
+        tests=("exact",),
+    )
+    + of(
+        "divergences",
+        ("(q, alpha) if alpha <= 0.5 else (p, alpha - 1)", "(q, alpha)"),
+        ("log_ratio.clamp(max=largest)", "log_ratio"),
+        ("clamp_(-largest, largest)", "clamp_(-1, 1)"),
+        tests=("exact_top", "exact"),
+    )
+)
+
 TOP = of(
     "vocabulary",
     ("at.reference.minus(at.policy) - self.log_rest[at.rows]", "at.reference.minus(at.policy)"),
@@ -345,6 +373,7 @@ CORE = (
     *STORED,
     *METRICS,
     *EXACT,
+    *PASS,
     *TOP,
     *AGGREGATION,
     *CONTROLLERS,
