@@ -164,10 +164,28 @@ def test_the_forward_kl_is_measured_whatever_acts(kl_type: str) -> None:
     assert metrics["klplug/active"] == 1
 
 
+def test_weights_and_coefficients_are_of_the_term_that_acts() -> None:
+    """u being pi/ref: a token's weight is u, and its coefficient the slope of u - 1 - log u."""
+    problem = uniform()
+    log_probs, ref = (problem.log_probs(p) for p in (problem.policy().detach(), problem.ref()))
+    kl = stored_kl("forward_as_loss,cap=none", log_probs, ref, problem.mask)
+    metrics = stored_metrics(kl.tally)
+    weight = (log_probs - ref).exp()[problem.mask]
+    ess = weight.sum() ** 2 / (len(weight) * weight.square().sum())
+    assert metrics["klplug/source/ess"].item() == pytest.approx(ess.item(), rel=1e-9)
+    slope = (1 - 1 / weight).abs()
+    for name, expected in (("mean", slope.mean()), ("max", slope.max())):
+        assert metrics[f"klplug/source/coef_{name}"].item() == pytest.approx(expected.item())
+
+
 def test_no_name_is_that_of_a_kl_on_the_policys_own_answers() -> None:
     problem = uniform()
     log_probs, ref = (problem.log_probs(p) for p in (problem.policy().detach(), problem.ref()))
     own = kl_term("js_as_loss", log_probs, ref, problem.mask, old_log_probs=ref).metrics
+    alike = (
+        "klplug/source/active",
+        "klplug/source/nonfinite",
+    )  # of all answers: one name is theirs
     for kl_type in ("js_as_loss", "0.7*forward_as_loss+0.3*js_as_loss"):
         found = stored_metrics(stored_kl(kl_type, log_probs, ref, problem.mask).tally)
         assert {name for name in found if not name.startswith("klplug/source/")} == {
@@ -175,6 +193,7 @@ def test_no_name_is_that_of_a_kl_on_the_policys_own_answers() -> None:
             *(name for name in own if name.startswith("klplug/nonfinite")),
         }
         assert not {name.rpartition("/")[2] for name in found} & {"kl", "k1", "k2", "k3", "abs"}
+        assert not [name for name in found if name.startswith(alike)]
     shares = ("weight_mean", "ess", "capped_share", "coef_mean", "coef_max", "top_share")
     assert {f"klplug/source/{name}" for name in shares} <= set(found)
 
