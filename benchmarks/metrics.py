@@ -34,7 +34,7 @@ HEADING = f"""# What the metrics take
 of {os.cpu_count()} CPU cores, torch {torch.__version__.partition("+")[0]}. First the time of a
 term's forward, `klplug.aggregate` and backward, then that of its metrics over it: of each the
 shortest of {ROUNDS} rounds, in seconds of the CPU. Memory is the peak of the whole, without the
-metrics and with them, in tensors of the size of the log-probs. Other work ran beside it.
+metrics and with them, in tensors of the size of the log-probs.
 
 | kl_type | forward and backward, us | metrics, ratio | operations | memory | with metrics |
 | --- | --- | --- | --- | --- | --- |"""
