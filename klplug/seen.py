@@ -26,8 +26,7 @@ class Seen:
         name: of the term in its metrics, empty for the whole.
         counted: the tokens that the caller counts.
         numbers: those of them that are numbers.
-        acting: those in the KL, an infinite pi/ref at its limit too; ``None`` where these are
-            ``numbers``.
+        in_the_kl: those and the ones at their limit, where pi/ref is infinite.
         log_ratio: of those, to the term's reference; ``None`` where the whole has none to ref.
         coefficient: what stands beside an advantage; ``None`` where sampled tokens have none, or
             not the whole of it.
@@ -46,6 +45,7 @@ class Seen:
     name: str
     counted: Tensor
     numbers: Tensor
+    in_the_kl: Tensor
     log_ratio: Tensor | None
     coefficient: Tensor | None
     gradient: Tensor
@@ -58,12 +58,7 @@ class Seen:
     capped: Tensor | None = None
     bounded: Tensor | None = None
     sample_weight: Tensor | None = None
-    acting: Tensor | None = None
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def in_the_kl(self) -> Tensor:
-        return self.numbers if self.acting is None else self.acting
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +99,7 @@ def _seen(part: Part, batch: Batch) -> Seen:
         name=str(spec).translate(_IN_A_KEY) + "/",
         counted=batch.counted,
         numbers=estimate.numbers,
+        in_the_kl=estimate.mask,
         # Of the posterior a token has but a share.
         log_ratio=None if spec.reference == "posterior" else estimate.log_ratio,
         coefficient=None if over else coefficient,
@@ -117,7 +113,6 @@ def _seen(part: Part, batch: Batch) -> Seen:
         capped=None if importance is None else importance.capped(),
         bounded=bounded,
         sample_weight=None if spec.weight == "none" else batch.masked(weight_name(spec)),
-        acting=None if estimate.mask is estimate.numbers else estimate.mask,
         inputs=inputs,
     )
 
@@ -177,9 +172,9 @@ def _whole(terms: Sequence[Seen], batch: Batch) -> Seen:
     gradient = principled = finite(sum((term.gradient for term in terms), zero))
     if any(term.principled is not term.gradient for term in terms):
         principled = finite(sum((term.principled for term in terms), zero))
-    acting = None
-    if any(term.acting is not None for term in terms):
-        acting = functools.reduce(torch.logical_or, (term.in_the_kl for term in terms))
+    in_the_kl = numbers
+    if any(term.in_the_kl is not term.numbers for term in terms):
+        in_the_kl = functools.reduce(torch.logical_or, (term.in_the_kl for term in terms))
     over = next((term for term in terms if term.expected is not None), None)
     inputs = {name: tensor for term in terms for name, tensor in term.inputs.items()}
     if not terms and log_ratio is not None:
@@ -188,6 +183,7 @@ def _whole(terms: Sequence[Seen], batch: Batch) -> Seen:
         name="",
         counted=batch.counted,
         numbers=numbers,
+        in_the_kl=in_the_kl,
         log_ratio=log_ratio,
         # Beside a KL over the vocabulary the sampled tokens' coefficients are not the whole of it.
         coefficient=gradient if over is None else None,
@@ -197,6 +193,5 @@ def _whole(terms: Sequence[Seen], batch: Batch) -> Seen:
         principled=principled,
         expected=None if over is None else over.expected,
         is_bound=over is not None and over.is_bound,
-        acting=acting,
         inputs=inputs,
     )

@@ -230,8 +230,8 @@ def tally(seen: Sequence[Seen]) -> Tally:
     given = [*(s.principled for s in apart), *others, *sizes]
     flags: list[Tensor] = []
     of_acting = _adjacent(flags, [s.in_the_kl for s in acting])
-    given_flags = ((s.in_the_kl, s.numbers, s.counted, s.capped, s.bounded) for s in seen)
-    _add(flags, (x for of_one in given_flags for x in of_one))
+    for s in seen:
+        _add(flags, (s.in_the_kl, s.numbers, s.counted, s.capped, s.bounded))
 
     squares = [*_named("square", given), *_named("growth_square", ratios)]
     first = [*_named("product", forces[: len(apart)]), *_named("sum", given[len(apart) :])]

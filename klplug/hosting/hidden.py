@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from klplug import ExactKL, exact_kl, top_log_probs, topk_kl
 from klplug.hosting.memory import gigabytes
@@ -64,8 +64,8 @@ def output_layer(model: Any) -> nn.Module:
 
 def below(model: Any) -> nn.Module:
     """The layers that make the hidden states of which the output layer makes logits."""
-    layers = model.get_decoder()
-    if layers is None or any(part is output_layer(model) for part in layers.modules()):
+    layers, layer = model.get_decoder(), output_layer(model)
+    if layers is None or any(part is layer for part in layers.modules()):
         raise RuntimeError(
             f"vocab=exact: {type(model).__name__} does not show the layers below its output layer "
             "(get_decoder), where klplug takes the hidden states if a kernel makes the log-probs"
@@ -73,24 +73,15 @@ def below(model: Any) -> nn.Module:
     return layers  # type: ignore[no-any-return]
 
 
-@contextmanager
-def entering(layer: nn.Module, keep: Callable[[Tensor], None]) -> Iterator[None]:
-    """Call ``keep`` with the hidden states that enter an output layer in each forward."""
-    handle = layer.register_forward_pre_hook(lambda _, args: keep(args[0]))
-    try:
-        yield
-    finally:
-        handle.remove()
+def entering(layer: nn.Module, keep: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call ``keep`` with the hidden states that enter an output layer in each forward, until the
+    ``with`` ends."""
+    return layer.register_forward_pre_hook(lambda _, args: keep(args[0]))
 
 
-@contextmanager
-def leaving(layers: nn.Module, keep: Callable[[Tensor], None]) -> Iterator[None]:
+def leaving(layers: nn.Module, keep: Callable[[Tensor], None]) -> RemovableHandle:
     """``entering`` of a model whose output layer is never called: a kernel takes its matrix."""
-    handle = layers.register_forward_hook(lambda _, args, output: keep(output[0]))
-    try:
-        yield
-    finally:
-        handle.remove()
+    return layers.register_forward_hook(lambda _, args, output: keep(output[0]))
 
 
 def exact_term(spec: KLSpec) -> TermSpec | None:

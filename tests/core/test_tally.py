@@ -18,7 +18,7 @@ TENSORS = ("log_probs", "ref_log_probs", "old_log_probs", "response_mask")
 
 
 def metrics(gradient: Tensor, principled: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    seen = Seen("", mask, mask, principled, gradient, gradient, principled)
+    seen = Seen("", mask, mask, mask, principled, gradient, gradient, principled)
     return {n.removeprefix("klplug/"): value for n, value in tally([seen]).metrics().items()}
 
 
@@ -56,7 +56,7 @@ def test_the_top_of_many_tokens_is_near_the_sorted_one(spread: str, shape: tuple
     size *= mask
     counted = mask.sum()
     exact = size.flatten().topk(int((TOP * counted).ceil())).values.sum().item()
-    found = tally([Seen("", mask, mask, size, size, size, size)]).sums["top_size"].item()
+    found = tally([Seen("", mask, mask, mask, size, size, size, size)]).sums["top_size"].item()
     assert exact * (1 - 1e-12) <= found <= min(size.sum().item(), 1.02 * exact)
     if size.numel() < SAMPLE:
         assert found == pytest.approx(exact, rel=1e-12)
