@@ -75,8 +75,8 @@ class Given:
             if number is None:
                 kind = type(kl_coef).__name__
                 raise TypeError(f"kl_coef must be a number or a tensor, got {kind}")
-            if not math.isfinite(number):
-                raise ValueError(f"kl_coef={number!r} must be finite")
+            if not 0 <= number < math.inf:
+                raise ValueError(f"kl_coef={number!r} must be finite, and not negative")
         self._check_weights(spec)
         self._check_exact(spec)
         compared = [term for term in spec.terms if term.baseline in ("batch", "group")]
@@ -128,9 +128,9 @@ class Given:
             )
         # On a device a look would wait for it, and what is compiled has no numbers to look at.
         may_look = kl_coef.device.type == "cpu" and not torch.compiler.is_compiling()
-        if may_look and not kl_coef.isfinite().all():
-            wrong = kl_coef[~kl_coef.isfinite()].flatten()[0].item()
-            raise ValueError(f"kl_coef={wrong!r} must be finite")
+        if may_look and not (allowed := (kl_coef >= 0) & kl_coef.isfinite()).all():
+            wrong = kl_coef[~allowed].flatten()[0].item()
+            raise ValueError(f"kl_coef={wrong!r} must be finite, and not negative")
 
     def _check_weights(self, spec: KLSpec) -> None:
         weights = self.weights(spec)

@@ -1,7 +1,8 @@
 """What a KL term reports: 0-d tensors, made without a device sync, that merge exactly.
 
 A term keeps sums and maxima over its counted tokens. Micro-batches and ranks are merged as those,
-and only then divided: a maximum by max, an effective sample size from its two sums.
+and only then divided: a maximum by max, an effective sample size from its two sums. The one
+exception is ``top_share``: merged, its top is each micro-batch's own, which can't be more.
 
 The gradient's yardstick is the *principled* one: what the same term would have with ``c = x``, the
 one coefficient of KL(pi||ref).
@@ -89,7 +90,7 @@ class Tally:
         ``klplug/gradient_cosine``: between the term's gradient and the principled one, over tokens;
         1 where neither has any. ``klplug/gradient_norm_ratio``: its norm over the principled one's;
         0 where there is nothing to compare with. ``klplug/top_share``: of all |gradient|, what the
-        top 1 % of tokens have.
+        top 1 % of tokens have; merged, the top 1 % of each micro-batch.
 
         ``kl``, ``k1``, ``k2``, ``k3`` and ``abs`` are always to ref, and absent where no reference
         is at hand. The terms of a sum, and a term to another policy, have all of them under

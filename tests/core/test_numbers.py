@@ -422,12 +422,12 @@ def test_a_coefficient_and_a_clip_range_of_another_librarys_are_numbers(kl_type:
         klplug.policy_loss(kl_type, **tensors, kl_coef=True)
 
 
-@pytest.mark.parametrize("kl_coef", [NAN, INF, -INF, 10**400])
+@pytest.mark.parametrize("kl_coef", [NAN, INF, -INF, 10**400, -0.01])
 @pytest.mark.parametrize("kl_type", ["k2_as_loss", "k2_as_loss,head=combined"])
 def test_a_coefficient_that_is_no_number_is_refused(kl_type: str, kl_coef: float) -> None:
     tensors = batch()
     del tensors["rollout_log_probs"], tensors["group_ids"]
-    with pytest.raises(ValueError, match=r"kl_coef=-?(nan|inf) must be finite"):
+    with pytest.raises(ValueError, match=r"kl_coef=-?(nan|inf|0.01) must be finite, and not neg"):
         klplug.policy_loss(kl_type, **tensors, kl_coef=kl_coef)
 
 
@@ -446,7 +446,7 @@ def test_a_coefficient_in_a_tensor_is_one_number_or_each_token_s(kl_type: str) -
     for shape in ((size, 1, 1), (length + 1,), (size + 1, 1)):
         with pytest.raises(ValueError, match="kl_coef has shape"):
             loss(number.expand(shape))
-    for wrong in (NAN, INF):
+    for wrong in (NAN, INF, -0.5):
         with pytest.raises(ValueError, match=f"kl_coef={wrong} must be finite"):
             loss(torch.tensor([[0.5]] * (size - 1) + [[wrong]]))
 
