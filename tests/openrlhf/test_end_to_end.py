@@ -174,25 +174,19 @@ def test_monitor_measures_a_kl_that_nothing_holds(
     assert steps[2]["kl"] == 0  # of the loss, in which there is none
 
 
-def test_two_references_under_a_schedule(
+def test_two_references_under_a_schedule_and_a_weight_of_the_whole_step(
     trained: Callable[..., tuple[list[Metrics], str]],
 ) -> None:
-    kl_type = "0.7*k2_as_loss+0.3*k2_as_loss,reference=old"
+    kl_type = "0.3*k2_as_loss,reference=old+0.7*k2_as_loss,weight=difficulty"
     schedule = "--klplug.kl_ctrl linear --klplug.kl_end 0 --klplug.kl_steps 4"
     steps, log = trained(kl_type, *schedule.split(), steps=3)
     assert f"kl_type={kl_type} kl_coef=0.01" in log and "ReferenceModelActor" in log
-    assert [m["klplug/kl_coef"] for m in steps] == pytest.approx([0.01, 0.0075, 0.005])
-    assert steps[2]["klplug/0.7xk2_as_loss/k3"] > 0  # moved; the first step is warm-up
-    assert "klplug/0.3xk2_as_loss.reference-old/k3" in steps[2]
-
-
-def test_a_weight_that_is_made_of_the_whole_step(
-    trained: Callable[..., tuple[list[Metrics], str]],
-) -> None:
-    steps, log = trained("k2_as_loss,weight=difficulty", steps=3)
     assert "weight=difficulty (klplug" in log
-    assert all(0 < m["klplug/sample_weight_mean"] <= 1 for m in steps)
-    assert steps[2]["klplug/k3"] > 0  # the policy has moved; the first step is warm-up
+    assert [m["klplug/kl_coef"] for m in steps] == pytest.approx([0.01, 0.0075, 0.005])
+    weighted = "klplug/0.7xk2_as_loss.weight-difficulty"
+    assert all(0 < m[f"{weighted}/sample_weight_mean"] <= 1 for m in steps)
+    assert steps[2][f"{weighted}/k3"] > 0  # moved; the first step is warm-up
+    assert "klplug/0.3xk2_as_loss.reference-old/k3" in steps[2]
 
 
 def test_an_entropy_gate_under_a_pid(trained: Callable[..., tuple[list[Metrics], str]]) -> None:
@@ -254,36 +248,32 @@ def test_the_references_own_answers_stand_in_for_it(
     assert 0.9 < steps[0]["klplug/source/weight_mean"] < 1.1
 
 
-def test_a_teacher_beside_the_reference(
+def test_a_teacher_beside_a_reference_of_the_users_own_that_moves_saved_and_resumed(
     trained: Callable[..., tuple[list[Metrics], str]], tmp_path: Path
 ) -> None:
-    """Its engine is built and asked in the reference's own process, which no other test starts."""
+    """Each step's reference is where the one before ended, a KL of 0; the teacher stays.
+
+    The teacher's engine is built and asked in the reference's own process, which no other test
+    starts.
+    """
     kl_type = "0.5*k2_as_loss+0.5*k2_as_loss,reference=teacher"
     place = moved(tmp_path)
-    steps, log = trained(kl_type, "--klplug.teacher", str(place))
-    assert f"teacher={place}" in log and len(steps) == 2
-    assert abs(steps[0]["klplug/kl_before_update"]) < 1e-6  # to the reference, the policy's start
-    assert steps[0]["klplug/0.5xk2_as_loss.reference-teacher/k1"] > 0.001
-    assert steps[0]["klplug/coef_max"] > 0
-
-
-def test_a_reference_of_the_users_own_that_moves_is_saved_and_resumed(
-    trained: Callable[..., tuple[list[Metrics], str]], tmp_path: Path
-) -> None:
-    """Each step starts where the one before ended: a KL of 0, but for the first step's."""
-    place = moved(tmp_path)
     words = (
+        "--klplug.teacher", str(place),
         "--klplug.ref_model", str(place), "--klplug.ref_update", "reset:1",
         "--ckpt.save_steps", "2", "--ckpt.path", str(tmp_path / "checkpoints"),
     )  # fmt: skip
     half = str(2 * TINY.prompts)
-    first, log = trained("k2_as_loss", *words, "--data.max_samples", half, steps=4)
-    assert f" ref_model={place} ref_update=reset:1;" in log
+    first, log = trained(kl_type, *words, "--data.max_samples", half, steps=4)
+    assert f"ref_model={place}" in log and "ref_update=reset:1" in log and f"teacher={place}" in log
     assert log.count("active in a policy actor") == 1 and [m["step"] for m in first] == [1, 2]
     assert first[0]["klplug/kl_before_update"] > 0.001  # it does not start at the reference
     assert abs(first[1]["klplug/kl_before_update"]) < 1e-6
+    assert first[0]["klplug/coef_max"] > 0
 
-    resumed, log = trained("k2_as_loss", *words, "--ckpt.load_enable", steps=4)
+    resumed, log = trained(kl_type, *words, "--ckpt.load_enable", steps=4)
     assert "the reference goes on as the checkpoint has it, last moved after step 2" in log
     assert [m["step"] for m in resumed] == [3, 4]
     assert all(abs(m["klplug/kl_before_update"]) < 1e-6 for m in resumed)
+    to_teacher = "klplug/0.5xk2_as_loss.reference-teacher/k1"
+    assert all(m[to_teacher] > 0.001 for m in [*first, *resumed])

@@ -172,23 +172,16 @@ def test_monitor_measures_a_kl_that_nothing_holds(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_references_over_several_updates(tmp_path: Path) -> None:
-    kl_type = "0.7*k2_as_loss+0.3*k2_as_loss,reference=old"
-    summary, steps, _ = quickstart(tmp_path / "run", kl_type=kl_type, steps=2, updates=2)
-    assert summary["klplug_active"] is True and summary["kl_type"] == kl_type
-    # Only the second update of a step has left the policy of its start.
-    assert steps[1]["klplug/0.7xk2_as_loss/k3"] > 0
-    assert 0 < steps[1]["klplug/0.3xk2_as_loss.reference-old/k3"] < steps[1]["klplug/k3"]
-
-
-@pytest.mark.slow
-def test_a_weight_that_is_made_of_the_whole_step(tmp_path: Path) -> None:
-    kl_type = "k2_as_loss,weight=difficulty"
-    summary, steps, log = quickstart(tmp_path / "run", kl_type=kl_type, steps=2)
+def test_two_references_over_several_updates_and_a_weight_of_the_whole_step(tmp_path: Path) -> None:
+    kl_type = "0.3*k2_as_loss,reference=old+0.7*k2_as_loss,weight=difficulty"
+    summary, steps, log = quickstart(tmp_path / "run", kl_type=kl_type, steps=2, updates=2)
     assert summary["klplug_active"] is True and summary["kl_type"] == kl_type
     assert "weight=difficulty (klplug" in log
-    assert all(0 < step["klplug/sample_weight_mean"] <= 1 for step in steps)
-    assert steps[1]["klplug/k3"] > 0
+    weighted = "klplug/0.7xk2_as_loss.weight-difficulty"
+    assert all(0 < step[f"{weighted}/sample_weight_mean"] <= 1 for step in steps)
+    # Only the second update of a step has left the policy of its start.
+    assert steps[1][f"{weighted}/k3"] > 0
+    assert 0 < steps[1]["klplug/0.3xk2_as_loss.reference-old/k3"] < steps[1]["klplug/k3"]
 
 
 @pytest.mark.slow
@@ -251,18 +244,6 @@ def test_the_references_own_answers_stand_in_for_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_teacher_beside_the_reference(tmp_path: Path) -> None:
-    """Its log-probs go through verl's own queue, for which other tests have a stand-in."""
-    kl_type = "0.5*k2_as_loss+0.5*k2_as_loss,reference=teacher"
-    place = moved(tmp_path)
-    steps, text = two_steps(tmp_path, f"+klplug.teacher={place}", kl_type=kl_type)
-    assert f" teacher={place};" in text and len(steps) == 2
-    assert abs(steps[0]["klplug/kl_before_update"]) < 1e-4  # to the reference, the policy's start
-    assert steps[0]["klplug/0.5xk2_as_loss.reference-teacher/k1"] > 0.001
-    assert steps[0]["klplug/coef_max"] > 0
-
-
-@pytest.mark.slow
 def test_an_entropy_gate_under_a_pid(tmp_path: Path) -> None:
     """SAFE's two parts: the entropies go through verl's own queue."""
     words = ("+klplug.kl_ctrl=pid", "+klplug.kl_target=1")
@@ -278,11 +259,19 @@ def test_an_entropy_gate_under_a_pid(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_reference_of_the_users_own_that_moves(tmp_path: Path) -> None:
-    """The second step starts where the first one ended: a KL of 0."""
+def test_a_teacher_beside_a_reference_of_the_users_own_that_moves(tmp_path: Path) -> None:
+    """The second step's reference is where the first one ended, a KL of 0; the teacher stays.
+
+    Its log-probs go through verl's own queue, for which other tests have a stand-in.
+    """
+    kl_type = "0.5*k2_as_loss+0.5*k2_as_loss,reference=teacher"
     place = moved(tmp_path)
-    steps, text = two_steps(tmp_path, f"+klplug.ref_model={place}", "+klplug.ref_update=reset:1")
-    assert f" ref_model={place} ref_update=reset:1;" in text
+    words = (f"teacher={place}", f"ref_model={place}", "ref_update=reset:1")
+    steps, text = two_steps(tmp_path, *(f"+klplug.{word}" for word in words), kl_type=kl_type)
+    assert all(f" {word}" in text for word in words) and len(steps) == 2
     assert text.count("active in a worker") == 1
     assert steps[0]["klplug/kl_before_update"] > 0.001  # it does not start at the reference
     assert abs(steps[1]["klplug/kl_before_update"]) < steps[0]["klplug/kl_before_update"] / 100
+    to_teacher = "klplug/0.5xk2_as_loss.reference-teacher/k1"
+    assert all(step[to_teacher] > 0.001 for step in steps)
+    assert steps[0]["klplug/coef_max"] > 0
