@@ -68,7 +68,7 @@ test-mathematics test-tools test-openrlhf test-verl test-cluster bench: export O
 # Cheap checks first. The hosts' run side by side; what each prints comes together at its end.
 test: lint test-core
 ifneq ($(strip $(TEST_HOSTS)),)
-	$(call say,$(TEST_HOSTS): real training steps$(comma) then two or three whole runs each; about 16 minutes)
+	$(call say,$(TEST_HOSTS): real training steps$(comma) then two whole runs each; about 15 minutes)
 	@$(MAKE) --no-print-directory -j2 --output-sync=target $(TEST_HOSTS:%=test-%) test-cluster
 endif
 

@@ -30,11 +30,6 @@ from tests.conftest import NAMED
 
 pytestmark = pytest.mark.slow
 ON_EACH = pytest.mark.parametrize("host", NAMED)
-# Of the two, OpenRLHF's stands for both in `make test`.
-SMOKE_ON_ONE = pytest.mark.parametrize(
-    "host",
-    [pytest.param(host, marks=pytest.mark.smoke) if host == "openrlhf" else host for host in NAMED],
-)
 
 # As each host's command connects: OpenRLHF's launcher wraps ray.init, verl's hook waits for it.
 CONNECT = {
@@ -93,7 +88,7 @@ def test_a_worker_of_another_node_runs_klplugs_function(cluster: Cluster, host: 
     assert f"on {SECOND}" in error_of(other) and f"klplug {klplug.__version__};" in error_of(other)
 
 
-@SMOKE_ON_ONE
+@ON_EACH
 def test_a_node_without_klplug_stops_the_command_unless_the_job_brings_it(
     cluster: Cluster, host: str, tmp_path: Path
 ) -> None:
