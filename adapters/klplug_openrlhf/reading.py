@@ -1,4 +1,4 @@
-"""OpenRLHF: its flags, flat up to 0.10.1 and dotted after, and what its trainer makes of them.
+"""OpenRLHF: what its trainer makes of its flags, flat up to 0.10.1 and dotted after.
 
 Sources, in OpenRLHF 0.11.2: ``models/utils.py`` (``compute_approx_kl``),
 ``trainer/ppo_utils/experience_maker.py`` (``compute_advantages_and_returns``),
@@ -7,14 +7,12 @@ Sources, in OpenRLHF 0.11.2: ``models/utils.py`` (``compute_approx_kl``),
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import os
 import re
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from klplug.audit import run as aspects
@@ -29,11 +27,12 @@ from klplug.audit.settings import (
     unknown_settings,
 )
 from klplug.audit.shell import Word
-from klplug.audit.tables import Source, Table, flattened
+from klplug.audit.tables import Table, before
 from klplug.controllers import CONTROLS
 from klplug.hosting.settings import Unknown
 from klplug.spec import parse
 from klplug_openrlhf import sources
+from klplug_openrlhf.command import Parsed, full_name, is_alone, lacking, without_trainer
 from klplug_openrlhf.host import HOST
 from klplug_openrlhf.keys import (
     ASYNC,
@@ -52,7 +51,6 @@ from klplug_openrlhf.keys import (
     KL_TYPE,
     LOSS_AGG,
     NO_STD,
-    OWN,
     PACKING,
     POLICY_LOSS,
     ROLLOUT_BATCH,
@@ -88,114 +86,6 @@ ASPECTS = {
 }
 
 
-@dataclass(frozen=True)
-class Parsed:
-    """The flags of one command, under the names they were written by."""
-
-    flags: tuple[tuple[str, tuple[Word, ...], Word], ...]
-    holes: tuple[tuple[Setting, str], ...]
-    through_klplug: bool
-    bare: tuple[Setting, ...] = ()  # words that belong to no flag
-    launch: Launch | None = None  # the command; of a config file on its own there is none
-
-
-def parsed(launch: Launch) -> Parsed:
-    """What a command says."""
-    return replace(arguments(launch.args, launch.trainer == HOST.launcher), launch=launch)
-
-
-def arguments(args: Iterable[Word], through_klplug: bool) -> Parsed:
-    """argparse's view of a command line."""
-    flags: list[tuple[str, list[Word], Word]] = []
-    holes, bare = [], []
-    for word in args:
-        if match := re.match(r"--([\w.-]+)(?:=(.*))?$", word.text, re.DOTALL):
-            values = [] if match[2] is None else [_part(word, match[2])]
-            flags.append((match[1], values, word))
-        elif word.unknown and re.fullmatch(r"\$\{?[\w@*\[\]]+\}?|\$\(.*\)|`.*`", word.text):
-            if flags and not flags[-1][1]:
-                flags[-1][1].append(word)
-            else:
-                holes.append((Setting(word.text, None, word.line, True), word.unknown[0]))
-        elif flags:
-            flags[-1][1].append(word)
-        else:
-            bare.append(Setting(word.text, None, word.line, True))
-    return Parsed(
-        tuple((name, tuple(values), word) for name, values, word in flags),
-        tuple(holes),
-        through_klplug,
-        tuple(bare),
-    )
-
-
-def _part(word: Word, text: str) -> Word:
-    return Word(text, word.line, word.unknown)
-
-
-def is_config(content: Mapping[str, Any]) -> bool:
-    heads = {str(key).partition(".")[0] for key in content}
-    ours = "klplug" in heads and heads & {"actor", "rollout", "train"}
-    return bool("algo" in heads or ours or set(content) & {*FLAT, *FLAT.values()})
-
-
-def parsed_yaml(content: Mapping[str, Any], lines: Mapping[str, int], path: Path) -> Parsed:
-    """Flags kept in a file, nested or flat."""
-    flags: list[tuple[str, tuple[Word, ...], Word]] = []
-    for key, value in flattened(dict(content)).items():
-        values = value if isinstance(value, list) else [value]
-        word = Word(f"--{key}", lines.get(key))
-        if value is True:
-            flags.append((key, (), word))
-        elif value is not False and value is not None:
-            flags.append((key, tuple(Word(str(v), lines.get(key)) for v in values), word))
-    return Parsed(tuple(flags), (), any(key == KL_TYPE for key, _, _ in flags))
-
-
-_ALONE = r"(?:.*/)?openrlhf[./]cli[./]train_ppo(?:\.py)?"
-# Up to 0.5 there is a trainer without Ray, with the same KL: trainer/ppo_trainer.py and
-# NaiveExperienceMaker. Its parser has another default, in the wheels of 0.4.6 and 0.5.9.
-_ALONE_ROLLOUT = 512
-
-
-def _alone(launch: Launch | None) -> bool:
-    return launch is not None and re.fullmatch(_ALONE, launch.trainer) is not None
-
-
-def _without_trainer(table: Table, launch: Launch | None) -> list[Setting]:
-    """The trainer of a command, where a release lacks it."""
-    if launch is None or not _alone(launch):
-        return []
-    if table.source is not None:
-        there = (table.source.folder / "cli" / "train_ppo.py").is_file()
-    else:
-        there = _before(table.version, (0, 6))
-    return [] if there else [Setting("", None, launch.words[launch.main].line, True)]
-
-
-def misses(table: Table, launched: Parsed) -> list[Setting]:
-    """What a release would refuse of a command: flags, and a trainer that it does not have."""
-    return [*_without_trainer(table, launched.launch), *lacking(table, launched)]
-
-
-def lacking(table: Table, launched: Parsed) -> list[Setting]:
-    """Flags that argparse would refuse: unknown, or an ambiguous abbreviation."""
-    return [
-        Setting(name, " ".join(v.text for v in values) or True, word.line, True)
-        for name, values, word in launched.flags
-        if _full_name(table, name, launched.through_klplug) is None
-    ]
-
-
-def _full_name(table: Table, name: str, through_klplug: bool) -> str | None:
-    if through_klplug and name in OWN:
-        return name
-    if name in table.defaults:
-        return name
-    near = [known for known in table.defaults if known.startswith(name)]
-    return near[0] if len(near) == 1 else None
-
-
 def settings(table: Table, launched: Parsed, version_from: str = "installed") -> Settings:
     """The flags under their dotted names, whichever the release writes."""
     dotted = {flat: name for name, flat in FLAT.items()}
@@ -212,10 +102,10 @@ def settings(table: Table, launched: Parsed, version_from: str = "installed") ->
     ]
     rejected += [
         Rejected(setting, f"OpenRLHF {table.version} has no trainer without Ray: 0.5 was the last")
-        for setting in _without_trainer(table, launched.launch)
+        for setting in without_trainer(table, launched.launch)
     ]
     for name, values, word in launched.flags:
-        full = _full_name(table, name, launched.through_klplug)
+        full = full_name(table, name, launched.through_klplug)
         if full is None:
             continue
         unknown = tuple(reason for value in values for reason in value.unknown)
@@ -246,7 +136,7 @@ def settings(table: Table, launched: Parsed, version_from: str = "installed") ->
         defaults[KIND] = "k1"
     if ESTIMATOR not in defaults:  # before 0.5
         defaults[ESTIMATOR] = "gae"
-    if _alone(launched.launch):
+    if is_alone(launched.launch):
         defaults[ROLLOUT_BATCH] = _ALONE_ROLLOUT
     return Settings(
         replace(table, defaults=defaults),
@@ -269,6 +159,8 @@ def _variable_of(launch: Launch | None, flag: str) -> str | None:
     return None if found is None else found[1]
 
 
+# Of the trainer without Ray, whose parser has another default in the wheels of 0.4.6 and 0.5.9.
+_ALONE_ROLLOUT = 512
 _K3 = "use_kl_estimator_k3"
 _FLOATS = (COEF, GAMMA, TARGET, KL_COEF, *CONTROL)
 
@@ -369,13 +261,13 @@ def _served(settings: Settings) -> bool:
     """Whether klplug has hooks for this trainer and release."""
     source = settings.table.source
     changed = source is not None and bool(source.changed)
-    return not (changed or _is_foreign(settings) or _before(settings.table.version, (0, 9)))
+    return not (changed or _is_foreign(settings) or before(settings.table.version, (0, 9)))
 
 
 def _nearest(settings: Settings, terms: list[Term]) -> Iterable[tuple[str, str]]:
     """OpenRLHF's own flags that come near, for a release that klplug has no hooks for."""
     if not any(term.as_loss for term in terms):
-        clamp = "" if _before(settings.table.like, (0, 8)) else ", clamped at 10 nats per token"
+        clamp = "" if before(settings.table.like, (0, 8)) else ", clamped at 10 nats per token"
         kind = KIND if settings.table.knows(settings.named(KIND)[2:]) else None
         if kind is not None:
             yield f"without klplug{clamp}", f"{settings.named(KIND)} k1"
@@ -404,10 +296,6 @@ _NEVER_WHITENED = ("rloo", "group_norm", "dr_grpo")
 _NEED_GROUP = ("rloo", "reinforce_baseline", "group_norm", "dr_grpo")
 
 
-def _before(version: str, release: tuple[int, int]) -> bool:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < release
-
-
 def _updates(settings: Settings) -> float:
     """Whole optimizer steps per pass; a smaller rollout fills one step over several."""
     answers = settings.number(ROLLOUT_BATCH, 1) * settings.number(N, 1)
@@ -433,7 +321,7 @@ def _advantage(settings: Settings, n: int | None) -> Advantage:
         "dr_grpo": Scale(mean),
         "reinforce_baseline": Scale(mean),
     }.get(name, Scale())
-    alone = ("group_norm", "dr_grpo") if _before(settings.table.like, (0, 8)) else _NEVER_WHITENED
+    alone = ("group_norm", "dr_grpo") if before(settings.table.like, (0, 8)) else _NEVER_WHITENED
     whitens = name not in alone and not settings.on(NO_STD)
     gamma = settings.number(GAMMA, 1.0)
     return Advantage(
@@ -476,7 +364,7 @@ def _terms(settings: Settings, through_klplug: bool, rejected: list[Rejected]) -
             kind=settings[UNBIASED] if as_loss and unbiased else kind,
             amount=settings[COEF],
             straight_through=as_loss and unbiased and name != "k2",
-            clamped=not (as_loss and unbiased) and not _before(settings.table.like, (0, 8)),
+            clamped=not (as_loss and unbiased) and not before(settings.table.like, (0, 8)),
             without_baseline=not as_loss,
             dropped=_dropped(settings, as_loss),
         )
@@ -493,7 +381,7 @@ def _dropped(settings: Settings, as_loss: bool) -> str:
         never = source is not None and sources.NEVER in source.facts
         return "compute_reward of the package beside the script does not read it" if never else ""
     detached = (
-        not _before(settings.table.version, (0, 6)) and _before(settings.table.version, (0, 7))
+        not before(settings.table.version, (0, 6)) and before(settings.table.version, (0, 7))
         if source is None
         else sources.DETACHED in source.facts
     )
@@ -585,85 +473,3 @@ def _unknown(settings: Settings) -> dict[str, tuple[tuple[Setting, str], ...]]:
         for aspect in set(ASPECTS.values()):
             unknown.setdefault(aspect, []).append((setting, reason))
     return {aspect: tuple(reasons) for aspect, reasons in unknown.items()}
-
-
-MARKS = ("cli/train_ppo_ray.py", sources.MODELS)
-"""What a folder has that is OpenRLHF's package, and what a copy of another name has too."""
-
-
-def version(package: Path) -> str:
-    """The release that a checkout says it is; empty where it does not."""
-    path = package.parent / "version.txt"
-    return path.read_text().strip() if path.is_file() else ""
-
-
-def source(package: Path) -> Source:
-    return sources.source(package)
-
-
-def table(package: Path) -> dict[str, Any]:
-    """What a release knows: the flags that its script adds to its parser. Nothing is run."""
-    defaults: dict[str, Any] = {}
-    choices: dict[str, list[Any]] = {}
-    switches: dict[str, bool] = {}
-    module = ast.parse((package / MARKS[0]).read_text())
-    for call, names in _calls(module, {}):
-        if not ast.unparse(call.func).endswith(".add_argument"):
-            continue
-        options = {word.arg: _literal(word.value, names) for word in call.keywords}
-        action = options.get("action")
-        for name in (_literal(argument, names) for argument in call.args):
-            if not str(name).startswith("--"):
-                continue
-            flag = str(name)[2:]
-            switch = action in ("store_true", "store_false")
-            defaults[flag] = options.get("default", action == "store_false" if switch else None)
-            if options.get("choices") is not None:
-                choices[flag] = list(options["choices"])
-            if switch:
-                switches[flag] = action == "store_true"
-    return {"defaults": defaults, "choices": choices, "switches": switches}
-
-
-def _calls(node: ast.AST, names: dict[str, Any]) -> Iterator[tuple[ast.Call, dict[str, Any]]]:
-    """Every call, and what the loops around it over written values give names to."""
-    if isinstance(node, ast.For):
-        for value in _literal(node.iter, names) or [None]:
-            bound = {**names, **_bound(node.target, value)}
-            for statement in node.body:
-                yield from _calls(statement, bound)
-        return
-    if isinstance(node, ast.Call):
-        yield node, names
-    for child in ast.iter_child_nodes(node):
-        yield from _calls(child, names)
-
-
-def _bound(target: ast.expr, value: Any) -> dict[str, Any]:
-    """What a loop over written values gives names to."""
-    if isinstance(target, ast.Name):
-        return {target.id: value}
-    bound: dict[str, Any] = {}
-    if isinstance(target, ast.Tuple) and isinstance(value, (list, tuple)):
-        for each, part in zip(target.elts, value, strict=False):
-            bound |= _bound(each, part)
-    return bound
-
-
-def _literal(node: ast.expr, names: Mapping[str, Any]) -> Any:
-    """A value as written; ``None`` for what only a run makes, as the time."""
-    if isinstance(node, ast.Name):
-        return names.get(node.id)
-    if isinstance(node, ast.JoinedStr):
-        parts = (
-            part.value
-            for part in node.values
-            if isinstance(part, (ast.Constant, ast.FormattedValue))
-        )
-        return "".join(str(_literal(p, names) if isinstance(p, ast.expr) else p) for p in parts)
-    if isinstance(node, ast.Call) and ast.unparse(node.func) == "int" and len(node.args) == 1:
-        return int(_literal(node.args[0], names) or 0)
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        return None

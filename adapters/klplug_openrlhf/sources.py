@@ -1,13 +1,16 @@
-"""Whether a copy of OpenRLHF applies its KL as a release does, from its code as syntax trees.
+"""What a copy of OpenRLHF is: its release, its flags, and whether it applies its KL as a release.
 
-The code of a release, and of a few copies that were read beside it, is known by its digest
-(``klplug.audit.source``). Of other code nothing is said but that it is another.
+All is read from its code as syntax trees. The code of a release, and of a few copies that were read
+beside it, is known by its digest (``klplug.audit.source``). Of other code nothing is said but that
+it is another.
 """
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from klplug.audit.source import calls, digest, function, tree
 from klplug.audit.tables import Source
@@ -93,3 +96,81 @@ def _reads_a_kl(function: ast.AST) -> bool:
     """Whether a function reads a KL, or the log-probs of one, in what it is given."""
     names = (n for n in ast.walk(function) if isinstance(n, ast.Name))
     return any(n.id in ("kl", "log_probs") and isinstance(n.ctx, ast.Load) for n in names)
+
+
+MARKS = ("cli/train_ppo_ray.py", MODELS)
+"""What a folder has that is OpenRLHF's package, and what a copy of another name has too."""
+
+
+def version(package: Path) -> str:
+    """The release that a checkout says it is; empty where it does not."""
+    path = package.parent / "version.txt"
+    return path.read_text().strip() if path.is_file() else ""
+
+
+def table(package: Path) -> dict[str, Any]:
+    """What a release knows: the flags that its script adds to its parser. Nothing is run."""
+    defaults: dict[str, Any] = {}
+    choices: dict[str, list[Any]] = {}
+    switches: dict[str, bool] = {}
+    module = ast.parse((package / MARKS[0]).read_text())
+    for call, names in _calls(module, {}):
+        if not ast.unparse(call.func).endswith(".add_argument"):
+            continue
+        options = {word.arg: _literal(word.value, names) for word in call.keywords}
+        action = options.get("action")
+        for name in (_literal(argument, names) for argument in call.args):
+            if not str(name).startswith("--"):
+                continue
+            flag = str(name)[2:]
+            switch = action in ("store_true", "store_false")
+            defaults[flag] = options.get("default", action == "store_false" if switch else None)
+            if options.get("choices") is not None:
+                choices[flag] = list(options["choices"])
+            if switch:
+                switches[flag] = action == "store_true"
+    return {"defaults": defaults, "choices": choices, "switches": switches}
+
+
+def _calls(node: ast.AST, names: dict[str, Any]) -> Iterator[tuple[ast.Call, dict[str, Any]]]:
+    """Every call, and what the loops around it over written values give names to."""
+    if isinstance(node, ast.For):
+        for value in _literal(node.iter, names) or [None]:
+            bound = {**names, **_bound(node.target, value)}
+            for statement in node.body:
+                yield from _calls(statement, bound)
+        return
+    if isinstance(node, ast.Call):
+        yield node, names
+    for child in ast.iter_child_nodes(node):
+        yield from _calls(child, names)
+
+
+def _bound(target: ast.expr, value: Any) -> dict[str, Any]:
+    """What a loop over written values gives names to."""
+    if isinstance(target, ast.Name):
+        return {target.id: value}
+    bound: dict[str, Any] = {}
+    if isinstance(target, ast.Tuple) and isinstance(value, (list, tuple)):
+        for each, part in zip(target.elts, value, strict=False):
+            bound |= _bound(each, part)
+    return bound
+
+
+def _literal(node: ast.expr, names: Mapping[str, Any]) -> Any:
+    """A value as written; ``None`` for what only a run makes, as the time."""
+    if isinstance(node, ast.Name):
+        return names.get(node.id)
+    if isinstance(node, ast.JoinedStr):
+        parts = (
+            part.value
+            for part in node.values
+            if isinstance(part, (ast.Constant, ast.FormattedValue))
+        )
+        return "".join(str(_literal(p, names) if isinstance(p, ast.expr) else p) for p in parts)
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "int" and len(node.args) == 1:
+        return int(_literal(node.args[0], names) or 0)
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return None

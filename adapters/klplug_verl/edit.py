@@ -7,8 +7,9 @@ from typing import Any
 
 from klplug.audit.advice import advised
 from klplug.audit.settings import Settings
+from klplug.audit.tables import before
 from klplug.hosting.settings import Edit
-from klplug_verl.host import WITHOUT_PLUGINS, before
+from klplug_verl.host import WITHOUT_PLUGINS
 from klplug_verl.keys import (
     CTRL_TARGET,
     CTRL_TYPE,

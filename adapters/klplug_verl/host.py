@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import re
 from collections.abc import Mapping
 
 from klplug.hosting.host import Host, of_teacher
@@ -11,11 +10,6 @@ from klplug.spec import KLSpec
 
 WITHOUT_PLUGINS = ("0.7.", "0.8.")
 """Releases that know no entry points, and load what ``VERL_USE_EXTERNAL_MODULES`` names."""
-
-
-def before(version: str, release: tuple[int, int]) -> bool:
-    """Whether a version is of a minor before this one."""
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < release
 
 
 def served(spec: KLSpec) -> str:

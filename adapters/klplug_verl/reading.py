@@ -1,4 +1,4 @@
-"""verl: Hydra overrides and config files, and what its trainer makes of them.
+"""verl: what its trainer makes of the settings that a command or a config file has.
 
 Sources, in verl 0.9.1: ``trainer/ppo/core_algos.py`` (``kl_penalty``, the advantage estimators),
 ``trainer/ppo/ray_trainer.py`` (``apply_kl_penalty``), ``workers/utils/losses.py`` (``ppo_loss``).
@@ -6,22 +6,16 @@ Sources, in verl 0.9.1: ``trainer/ppo/core_algos.py`` (``kl_penalty``, the advan
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
-
-import yaml
+from collections.abc import Iterable
+from dataclasses import replace
 
 from klplug.audit import run as aspects
 from klplug.audit.run import Advantage, Controller, Run, Scale, Term
 from klplug.audit.settings import (
-    Launch,
     Rejected,
     Setting,
     Settings,
@@ -29,14 +23,12 @@ from klplug.audit.settings import (
     scalar,
     unknown_settings,
 )
-from klplug.audit.shell import Word
-from klplug.audit.tables import Source, Table, flattened, load_yaml
+from klplug.audit.tables import Table, before
 from klplug.controllers import CONTROLS
-from klplug.hosting.settings import Unknown
-from klplug.spec import KLSpec, TermSpec, parse
-from klplug_verl import configs, sources, trainers
+from klplug_verl import sources, trainers
+from klplug_verl.command import Parsed, appended, lacking
 from klplug_verl.edit import without_klplug
-from klplug_verl.host import HOST, before
+from klplug_verl.host import HOST
 from klplug_verl.keys import (
     ACTOR,
     BYPASS,
@@ -55,7 +47,6 @@ from klplug_verl.keys import (
     ESTIMATOR,
     FETCHED,
     GAMMA,
-    GDPO_KEYS,
     KL_COEF,
     KL_CTRL,
     KL_TARGET,
@@ -76,8 +67,15 @@ from klplug_verl.keys import (
     USE_REWARD,
     N,
 )
-from klplug_verl.plan import coefficients
-from klplug_verl.trainers import ITERATIVE, Trainer
+from klplug_verl.terms import (
+    is_verls,
+    reward_switch,
+    terms_of,
+    terms_of_teacher,
+    theirs,
+    whole_kl_type,
+)
+from klplug_verl.trainers import Trainer
 
 ASPECTS = {
     USE_LOSS: aspects.KL,
@@ -109,259 +107,10 @@ ASPECTS = {
     CTRL_TARGET: aspects.CONTROLLER,
 }
 
-_STOCK = HOST.stock
 _STRATEGIES = {"dp": "fsdp"}  # what the files of the group model_engine set
 _KL_KEYS = (LOSS_TYPE, LOSS_COEF, PENALTY, CTRL_COEF, CTRL_TYPE, CTRL_TARGET, CTRL_HORIZON)
 N_AGENT = "actor_rollout_ref.rollout.n_agent"
 _COUNTS = (TRAIN_BATCH, MINI_BATCH, EPOCHS)
-_OPENED = ("ray_kwargs", "hydra", "klplug")
-
-
-@dataclass(frozen=True)
-class Parsed:
-    """The arguments of one ``main_ppo``, taken apart: settings, and config files they name."""
-
-    written: dict[str, Setting]
-    spelled: dict[str, tuple[Word, ...]]  # by key, the words of the command that set it
-    added: frozenset[str]  # written with '+' or '++': they need not exist
-    bare: tuple[Setting, ...]  # arguments that Hydra would not take
-    unread: tuple[Setting, ...]
-    holes: tuple[tuple[Setting, str], ...]  # whole arguments that can't be known
-    appended: frozenset[str] = frozenset()  # written with one '+': they must not exist
-    flags: Mapping[str, Word] = field(default_factory=dict)  # --config-name, -path and -dir
-    own_config: bool = False  # settings beyond verl's, of a recipe or of a config file
-    launch: Launch | None = None  # the command; of a config file on its own there is none
-
-
-def parsed(launch: Launch) -> Parsed:
-    """What a command sets, over the config file that it, or its trainer, names."""
-    given = replace(arguments(launch.args), launch=launch)
-    if launch.foreign or trainers.row(launch.trainer) is not None:
-        given = replace(given, own_config=True)
-    return _over_config(given, launch)
-
-
-def arguments(args: Iterable[Word]) -> Parsed:
-    """Hydra's view of a command line."""
-    written: dict[str, Setting] = {}
-    spelled: dict[str, tuple[Word, ...]] = {}
-    added: set[str] = set()
-    appended: set[str] = set()
-    bare, holes = [], []
-    flags: dict[str, Word] = {}
-    args = tuple(args)
-    multirun = any(word.text in ("-m", "--multirun") for word in args)
-    words = iter(args)
-    for word in words:
-        text = word.text
-        flag = re.match(r"(--config-(?:path|name|dir)|-c[pnd])(?:=(.*))?$", text, re.DOTALL)
-        if flag:
-            value = word if flag[2] is not None else next(words, Word(""))
-            given = flag[2] if flag[2] is not None else value.text
-            flags[_HYDRA_FLAGS[flag[1]]] = replace(value, text=given.strip("'\""))
-        elif re.match(r"--?[a-zA-Z]|~", text):
-            continue  # other flags of Hydra's, and settings that it takes out
-        elif match := re.match(r"(\+{0,2})([\w@./-]+)=(.*)$", text, re.DOTALL):
-            settings = _values(match[2], match[3], word)
-            written |= settings
-            for key in settings:
-                spelled[key] = (*spelled.get(key, ()), word)
-            if match[1]:
-                added |= settings.keys()
-            if match[1] == "+":
-                appended |= settings.keys()
-            if _sweeps(match[3]) and not (multirun or word.unknown):
-                bare.append(Setting(match[2], match[3], word.line, True))
-        elif word.unknown:
-            holes.append((Setting(text, None, word.line, True), word.unknown[0]))
-        else:
-            bare.append(Setting(text, None, word.line, True))
-    return Parsed(
-        written,
-        spelled,
-        frozenset(added),
-        tuple(bare),
-        (),
-        tuple(holes),
-        frozenset(appended),
-        flags,
-    )
-
-
-def _values(key: str, text: str, word: Word) -> dict[str, Setting]:
-    """What one override sets: a mapping sets each of its keys."""
-    if text.startswith("{") and not word.unknown:
-        with contextlib.suppress(yaml.YAMLError):
-            content = load_yaml(text.replace(":", ": "))
-            if isinstance(content, dict) and content:
-                return {
-                    name: Setting(name, value, word.line, True)
-                    for name, value in flattened(content, key).items()
-                }
-    return {key: Setting(key, scalar(text), word.line, True, word.unknown)}
-
-
-def _sweeps(text: str) -> bool:
-    """True for a value that Hydra takes for several: a comma outside of quotes and brackets."""
-    return "," in text and not re.match(r"\s*['\"\[{]", text)
-
-
-_HYDRA_FLAGS = {
-    **{"--config-path": "path", "--config-name": "name", "--config-dir": "dir"},
-    **{"-cp": "path", "-cn": "name", "-cd": "dir"},
-}
-
-
-def is_config(content: Mapping[str, Any]) -> bool:
-    heads = {str(key).partition(".")[0] for key in content}
-    return bool(heads & {"actor_rollout_ref", "algorithm"})
-
-
-def parsed_yaml(content: Mapping[str, Any], lines: Mapping[str, int], path: Path) -> Parsed:
-    """What a config file on its own sets, over those that its defaults name."""
-    written = _from_yaml(content, lines)
-    unread: tuple[Setting, ...] = ()
-    if "defaults" in content:
-        config = configs.read(path, path.parent)
-        below = _values_of(config.settings, True)
-        # What stands in the file itself has a line.
-        own = {k: s for k, s in written.items() if k in below and s.value == below[k].value}
-        written, unread = below | own, _unread_defaults(path, config)
-    return Parsed(written, {}, frozenset(written), (), unread, (), own_config=True)
-
-
-def _from_yaml(content: Mapping[str, Any], lines: Mapping[str, int]) -> dict[str, Setting]:
-    """The settings in a config file, with the line of each."""
-    body = {key: value for key, value in content.items() if key not in ("defaults", "hydra")}
-    return {
-        key: Setting(key, scalar(value) if isinstance(value, str) else value, lines.get(key), True)
-        for key, value in flattened(body).items()
-    }
-
-
-def _over_config(given: Parsed, launch: Launch) -> Parsed:
-    """The settings of the config file that is taken, under those of the command itself.
-
-    Where neither the command names one nor the trainer's source lies beside the script, verl's own
-    defaults are all there is.
-    """
-    trainer, flags = launch.words[launch.main], given.flags
-    source = configs.entry(trainer, launch.folder)
-    own = None if source is None else configs.main(source)
-    asked = "name" in flags or "path" in flags
-    if own is None and not asked:
-        return given
-    path = configs.named(flags, launch.folder, trainer, own)
-    brought = None if path is None else configs.stock(path)
-    if path is None and (asked or (own is not None and configs.is_verls(own.folder))):
-        name = flags.get("name", Word((own and own.name) or configs.MAIN)).text
-        brought = configs.STOCK.get(name.removesuffix(".yaml"))
-    if brought is not None:
-        return replace(given, written=_values_of(brought, asked) | given.written)
-    if path is None:
-        return replace(given, unread=(_unread(flags, own, trainer),), own_config=True)
-    config = configs.read(path, launch.folder)
-    return replace(
-        given,
-        written=_values_of(config.settings, asked) | given.written,
-        unread=_unread_defaults(path, config),
-        own_config=True,
-    )
-
-
-def _values_of(config: Mapping[str, Any], asked: bool) -> dict[str, Setting]:
-    """Settings of a config file: written by whoever asked for it, or defaults of the trainer."""
-    return {
-        key: Setting(key, scalar(value) if isinstance(value, str) else value, None, asked)
-        for key, value in config.items()
-    }
-
-
-def _unread_defaults(path: Path, config: configs.Config) -> tuple[Setting, ...]:
-    return tuple(Setting(f"{path.name}'s default", name) for name in config.missing)
-
-
-def _unread(flags: Mapping[str, Word], own: configs.Main | None, trainer: Word) -> Setting:
-    """What names a config file that is not there."""
-    for flag in ("name", "path"):
-        if flag in flags:
-            word = flags[flag]
-            return Setting(f"--config-{flag}", word.text, word.line, True, word.unknown)
-    name = own.name if own is not None else None
-    return Setting("hydra.main's config_name", name, trainer.line, True)
-
-
-def misses(table: Table, launched: Parsed) -> list[Setting]:
-    """Overrides that Hydra would refuse: of keys that are not there, or that '+' adds again."""
-    return [*lacking(table, launched), *appended(table, launched)]
-
-
-def appended(table: Table, launched: Parsed) -> list[Setting]:
-    """Overrides with one '+', of keys that have a value already: Hydra refuses them."""
-    if launched.own_config:
-        return []
-    return [
-        launched.written[key] for key in launched.appended if table.defaults.get(key) is not None
-    ]
-
-
-def lacking(table: Table, launched: Parsed) -> list[Setting]:
-    """Overrides of no key of the release, with no '+' before it."""
-    if launched.own_config:
-        return []
-    return [
-        setting
-        for key, setting in launched.written.items()
-        if key not in launched.added
-        and not table.knows(key)
-        and key.partition(".")[0] not in _OPENED
-        and not _inside_open(table, key)
-        and not _config_group(key)
-    ]
-
-
-def _config_group(key: str) -> bool:
-    """True for Hydra's choice of a file of a group (``group@package=``), which is no setting."""
-    return key == ENGINE or "/" in key or "@" in key
-
-
-def _inside_open(table: Table, key: str) -> bool:
-    """True inside a setting whose default is a mapping without keys of its own, which is open."""
-    parts = key.split(".")
-    heads = (".".join(parts[:at]) for at in range(1, len(parts)))
-    return any(isinstance(table.defaults.get(head), dict) for head in heads)
-
-
-MARKS = ("trainer/config/ppo_trainer.yaml", sources.CORE)
-"""What a folder has that is verl's package, and what a copy of another name has too."""
-
-
-def version(package: Path) -> str:
-    """The release that a package says it is; empty where it does not."""
-    path = package / "version" / "version"
-    return path.read_text().strip() if path.is_file() else ""
-
-
-def source(package: Path) -> Source:
-    return sources.source(package)
-
-
-def table(package: Path) -> dict[str, Any]:
-    """What a release knows: verl's own configs, flat; other engines' only add names."""
-    folder = package / "trainer" / "config"
-    main = folder / "_generated_ppo_trainer.yaml"
-    names = sorted(folder.glob("_generated_ppo_*_trainer.yaml"))
-    others = [path for path in names if path != main and path.is_file()]
-    if main.is_file():
-        contents = [load_yaml(path.read_text()) for path in [main, *others]]
-    else:  # before 0.5
-        paths = (folder / "ppo_trainer.yaml", folder / "ppo_megatron_trainer.yaml")
-        contents = [dict(configs.read(path, folder).settings) for path in paths if path.is_file()]
-    defaults: dict[str, Any] = {}
-    for content in contents:
-        for key, value in flattened(content).items():
-            defaults.setdefault(key, value)
-    return {"defaults": defaults, "choices": {}, "switches": {}}
 
 
 def settings(table: Table, launched: Parsed, version_from: str) -> Settings:
@@ -422,8 +171,8 @@ def run(settings: Settings) -> Run:
         or mode in _ALWAYS_BY_ANSWER
         or (mode == "gspo" and before(settings.table.version, (0, 9)))
     )
-    terms, rejected = _terms(settings)
-    terms += _teacher(settings)
+    terms, rejected = terms_of(settings)
+    terms += terms_of_teacher(settings)
     rejected += [*_bad_values(settings), *settings.rejected]
     refused = [
         Rejected(settings[r.key or _asked_by(settings)], r.words)
@@ -493,7 +242,7 @@ def _asks_klplug(settings: Settings, terms: list[Term]) -> bool:
     row, launch = trainers.row(settings.trainer), settings.launch
     recipes = row is not None and row.served and launch is not None and not launch.foreign
     return (
-        _is_verls(settings)
+        is_verls(settings)
         or recipes
         or settings[KL_TYPE].written
         or any(term.from_klplug for term in terms)
@@ -631,205 +380,6 @@ _GROUPS = (
 )
 
 
-def _terms(settings: Settings) -> tuple[list[Term], list[Rejected]]:
-    rejected: list[Rejected] = []
-    own = settings[KL_TYPE]
-    if own.written and not own.unknown:
-        return _klplug_terms(settings, own, rejected)
-    terms = []
-    # A kl_type in one of verl's own keys decides over the other place too.
-    is_klplugs = any(_full(settings.text(key)) is not None for key in (PENALTY, LOSS_TYPE))
-    for switch, on, kind, amount, placement in (
-        (*_reward_switch(settings), PENALTY, CTRL_COEF, "in_reward"),
-        (USE_LOSS, settings.on(USE_LOSS), LOSS_TYPE, LOSS_COEF, "as_loss"),
-    ):
-        name = settings.text(kind)
-        full = _full(name)
-        if full is None and (is_klplugs or not on):
-            continue
-        spec, straight, clamped = _stock(name, placement, settings.table)
-        if spec is None and placement == "as_loss":
-            spec = _theirs(name, settings)
-        if full is not None and [term.placement for term in full.terms] == [placement]:
-            (spec,) = full.terms
-        if spec is None and _is_verls(settings):
-            rejected.append(Rejected(settings[kind], _why_no_estimator(name, settings.table)))
-        alone = settings.on(DISTILLS) and not settings.on(DISTILLS_BESIDE)
-        dropped = "distillation without task rewards throws the policy loss away" if alone else ""
-        if placement == "in_reward":
-            dropped = dropped or _dropped(settings)
-        elif sources.NO_LOSS in _facts(settings):
-            dropped = dropped or "the actor of the verl beside the script has no KL loss"
-        terms.append(
-            Term(
-                spec=spec,
-                coef=settings.coefficient(amount),
-                where=settings[switch],
-                kind=settings[kind],
-                amount=settings[amount],
-                straight_through=straight,
-                clamped=clamped,
-                dropped=dropped,
-                joins_after=full is not None
-                and spec is not None
-                and spec.reward_norm == "none"
-                and settings[ESTIMATOR].value != "gae",
-                from_klplug=full is not None,
-                subtracted=placement == "as_loss" and sources.SUBTRACTED in _facts(settings),
-            )
-        )
-    return terms, rejected
-
-
-def _facts(settings: Settings) -> tuple[str, ...]:
-    source = settings.table.source
-    return () if source is None else source.facts
-
-
-def _reward_switch(settings: Settings) -> tuple[str, bool]:
-    """What turns the KL in the reward on, and whether it does."""
-    facts = _facts(settings)
-    if sources.ALWAYS_REWARD in facts:
-        return CTRL_COEF, True
-    if sources.NEVER in facts:
-        return USE_REWARD, settings.on(USE_REWARD)
-    if sources.SWITCHED in facts or (
-        sources.UNLESS_LOSS not in facts and USE_REWARD in settings.table.defaults
-    ):
-        return USE_REWARD, settings.on(USE_REWARD)
-    # Before 0.3.1 verl has it in the reward, unless it has it in the loss.
-    return USE_LOSS, not settings.on(USE_LOSS)
-
-
-def _teacher(settings: Settings) -> list[Term]:
-    """Distillation's KL to the teacher: backpropagated, or each token's advantage."""
-    if not settings.on(DISTILLS):
-        return []
-    mode = settings[DISTIL_MODE]
-    estimator = HOST.stock["as_loss"].get(str(mode.value), "").partition("_")[0]
-    by_policy, clamped = settings.on(DISTIL_POLICY), estimator == "k3"
-    if mode.value == "forward_kl_topk" and not by_policy:
-        name, clamped = "forward_as_loss,ratio=none", False
-    elif not estimator:
-        return []
-    elif not by_policy:
-        name = f"{estimator}_as_loss,ratio=none"
-    elif estimator == "k1":
-        # Each token's own log-ratio as its advantage: the gradient of k2, with PPO's ratio.
-        name = "k2_as_loss"
-    else:
-        name = f"{estimator}_in_reward"
-    (spec,) = parse(name).terms
-    beside = settings.on(DISTILLS_BESIDE)
-    return [
-        Term(
-            spec=spec,
-            coef=settings.coefficient(DISTIL_COEF) if beside else 1.0,
-            where=settings[DISTILLS],
-            kind=mode,
-            amount=settings[DISTIL_COEF],
-            clamped=clamped,
-            joins_after=by_policy,
-        )
-    ]
-
-
-def _dropped(settings: Settings) -> str:
-    """Why a KL in the reward never reaches the advantages."""
-    launch = settings.launch
-    other = None if launch is None or launch.foreign else trainers.row(launch.trainer)
-    if other is not None and other.drops:
-        return other.drops
-    if sources.NEVER in _facts(settings):
-        return "the trainer of the verl beside the script never calls apply_kl_penalty"
-    if settings.text(ESTIMATOR) == "gdpo" and settings[GDPO_KEYS].value:
-        return (
-            "gdpo makes advantages of the rewards under gdpo_reward_keys, and not of the reward "
-            "that the KL is subtracted from"
-        )
-    return ""
-
-
-def _full(name: str) -> KLSpec | None:
-    """A whole kl_type in one of verl's own keys, which turns klplug on."""
-    if name.removesuffix("+") in _STOCK["in_reward"]:
-        return None
-    try:
-        return parse(name)
-    except ValueError:
-        return None
-
-
-def _klplug_terms(
-    settings: Settings, own: Setting, rejected: list[Rejected]
-) -> tuple[list[Term], list[Rejected]]:
-    try:
-        spec = parse(str(own.value))
-    except ValueError:
-        return [], rejected  # klplug refuses it, in its own words
-    amount = settings[KL_COEF]
-    with contextlib.suppress(Unknown):
-        if amount.value is None and (said := coefficients(spec, settings)):
-            amount = settings[said[0][0]]
-    coef = settings.coefficient(amount.key)
-    terms = [
-        Term(
-            spec=term,
-            coef=term.factor * coef,
-            where=own,
-            kind=own,
-            amount=amount,
-            joins_after=term.reward_norm == "none" and settings[ESTIMATOR].value != "gae",
-            from_klplug=True,
-        )
-        for term in spec.terms
-    ]
-    return terms, rejected
-
-
-def _stock(name: str, placement: str, table: Table) -> tuple[TermSpec | None, bool, bool]:
-    """verl's ``kl_penalty``: (the same gradient, straight-through, clamped)."""
-    base, plus = name.removesuffix("+"), name.endswith("+")
-    if base not in _names(table) or (plus and before(table.like, (0, 8))):
-        return None, False, False
-    straight = plus and placement == "as_loss"
-    # A value in the reward has no gradient of its own: '+' changes nothing there.
-    (spec,) = parse(_STOCK[placement][name if straight else base]).terms
-    return spec, straight, spec.estimator == "k3" and not straight
-
-
-def _theirs(name: str, settings: Settings) -> TermSpec | None:
-    """An estimator of a fork's, of the code that was read and as it was read."""
-    row, source = trainers.row(settings.trainer), settings.table.source
-    known = row is not None and source is not None and name in source.kept
-    if not (known and settings.on(ITERATIVE)):
-        return None
-    assert row is not None
-    kl_type = row.estimators.get(name)
-    return None if kl_type is None else parse(kl_type).terms[0]
-
-
-def _names(table: Table) -> tuple[str, ...]:
-    """The estimators that ``kl_penalty`` knows; k1, k2 and k3 are names since 0.4."""
-    names = tuple(_STOCK["in_reward"])
-    old = before(table.like, (0, 4))
-    return tuple(name for name in names if not (old and re.fullmatch("k[123]", name)))
-
-
-def _why_no_estimator(name: str, table: Table) -> str:
-    if name.endswith("+") and name[:-1] in _names(table) and not before(table.like, (0, 6)):
-        return (
-            f"verl {table.version} documents the suffix '+' and does not take it off: "
-            "kl_penalty raises NotImplementedError at the first step (0.8.0 mended it)"
-        )
-    if name == "full":
-        return "verl's kl_penalty raises NotImplementedError for 'full' at the first step"
-    return (
-        f"verl's kl_penalty knows {', '.join(_names(table))}; for another name it raises "
-        "NotImplementedError at the first step"
-    )
-
-
 def _bad_values(settings: Settings) -> list[Rejected]:
     rejected = []
     modes = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean"]
@@ -839,7 +389,7 @@ def _bad_values(settings: Settings) -> list[Rejected]:
         rejected.append(Rejected(agg, f"loss_agg_mode takes {', '.join(modes)}"))
     fetches = _fetches(settings)
     counts = (MINI_BATCH, EPOCHS, N) if fetches else (*_COUNTS, N)
-    if _is_verls(settings):  # another may count its batches itself
+    if is_verls(settings):  # another may count its batches itself
         rejected += settings.not_numbers((LOSS_COEF, CTRL_COEF, GAMMA), counts)
     ctrl = settings[CTRL_TYPE]
     if not ctrl.unknown and ctrl.value not in ("fixed", "adaptive"):
@@ -862,13 +412,7 @@ def _compares_batches(settings: Settings) -> bool:
     update of what there is; other trainers count batches in their own way.
     """
     known = settings.version_from != "guessed"
-    return known and _is_verls(settings) and not before(settings.table.version, (0, 3))
-
-
-def _is_verls(settings: Settings) -> bool:
-    """Whether ``main_ppo`` itself runs it, of whose code this file speaks."""
-    launch = settings.launch
-    return launch is None or not (launch.foreign or trainers.row(launch.trainer))
+    return known and is_verls(settings) and not before(settings.table.version, (0, 3))
 
 
 def _notes(settings: Settings, other: Trainer | None) -> Iterable[tuple[str, Setting]]:
@@ -983,12 +527,12 @@ def _unknown(
             unknown.setdefault(aspect, []).append((setting, reason))
     for switch, kind in ((USE_REWARD, PENALTY), (USE_LOSS, LOSS_TYPE)):
         setting = settings[kind]
-        named = _full(settings.text(kind)) or settings.text(kind).removesuffix("+") in STOCK
-        named = named or _theirs(settings.text(kind), settings) is not None
-        if not named and not setting.unknown and settings.on(switch) and not _is_verls(settings):
+        named = whole_kl_type(settings.text(kind)) or settings.text(kind).removesuffix("+") in STOCK
+        named = named or theirs(settings.text(kind), settings) is not None
+        if not named and not setting.unknown and settings.on(switch) and not is_verls(settings):
             reason = f"{setting} is not one of verl's own"
             unknown.setdefault(aspects.KL, []).append((setting, reason))
-    for key in () if _is_verls(settings) else _COUNTS:
+    for key in () if is_verls(settings) else _COUNTS:
         setting = settings[key]
         if setting.value is None and key in settings.written and not setting.unknown:
             reason = f"{setting}: the trainer itself decides it"
@@ -1019,7 +563,7 @@ def _changed(settings: Settings) -> Iterable[tuple[Setting, str]]:
     source = settings.table.source
     if source is None:
         return
-    own, reward, loss = source.folder.name, _reward_switch(settings)[1], settings.on(USE_LOSS)
+    own, reward, loss = source.folder.name, reward_switch(settings)[1], settings.on(USE_LOSS)
     asked = [settings.text(kind) for on, kind in ((reward, PENALTY), (loss, LOSS_TYPE)) if on]
     for name, bears in source.changed:
         if bears == sources.ANY_KL:

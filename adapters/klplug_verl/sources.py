@@ -1,16 +1,19 @@
-"""Whether a copy of verl applies its KL as a release does, from its code as syntax trees.
+"""What a copy of verl is: its release, its settings, and whether it applies its KL as a release.
 
-The code of a release, and of a few copies that were read beside it, is known by its digest
-(``klplug.audit.source``). Of other code nothing is said but that it is another.
+The last is read from its code as syntax trees. The code of a release, and of a few copies that were
+read beside it, is known by its digest (``klplug.audit.source``). Of other code nothing is said but
+that it is another.
 """
 
 from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import Any
 
 from klplug.audit.source import calls, digest, function, taken, tree
-from klplug.audit.tables import Source
+from klplug.audit.tables import Source, flattened, load_yaml
+from klplug_verl import configs
 
 UNLESS_LOSS = "in the reward unless use_kl_loss"
 ALWAYS_REWARD = "in the reward always"
@@ -82,6 +85,33 @@ _LOSS_UNLESS = {
 
 # What a changed function bears on.
 ALWAYS, ANY_KL, OF_REWARD, OF_LOSS = "always", "any KL", "a KL in the reward", "a KL as a loss"
+
+MARKS = ("trainer/config/ppo_trainer.yaml", CORE)
+"""What a folder has that is verl's package, and what a copy of another name has too."""
+
+
+def version(package: Path) -> str:
+    """The release that a package says it is; empty where it does not."""
+    path = package / "version" / "version"
+    return path.read_text().strip() if path.is_file() else ""
+
+
+def table(package: Path) -> dict[str, Any]:
+    """What a release knows: verl's own configs, flat; other engines' only add names."""
+    folder = package / "trainer" / "config"
+    main = folder / "_generated_ppo_trainer.yaml"
+    names = sorted(folder.glob("_generated_ppo_*_trainer.yaml"))
+    others = [path for path in names if path != main and path.is_file()]
+    if main.is_file():
+        contents = [load_yaml(path.read_text()) for path in [main, *others]]
+    else:  # before 0.5
+        paths = (folder / "ppo_trainer.yaml", folder / "ppo_megatron_trainer.yaml")
+        contents = [dict(configs.read(path, folder).settings) for path in paths if path.is_file()]
+    defaults: dict[str, Any] = {}
+    for content in contents:
+        for key, value in flattened(content).items():
+            defaults.setdefault(key, value)
+    return {"defaults": defaults, "choices": {}, "switches": {}}
 
 
 def source(package: Path) -> Source:

@@ -135,12 +135,12 @@ def _read(
 
     def report_on(number: int) -> Report:
         one = found[number]
-        reading, ways = one.host.room("reading"), one.ways
+        reading, command, ways = one.host.room("reading"), one.host.room("command"), one.ways
         if script is not None and number == 0:
             lost = _unreached(script, ways, {key.partition(".")[0] for key in reading.ASPECTS})
             ways = [replace(way, unreached=lost) for way in ways]
         reports = [
-            _report(one.host, reading.parsed(way), host_version, way.folder, way.package)
+            _report(one.host, command.parsed(way), host_version, way.folder, way.package)
             for way in ways
         ]
         done = together(reports, ways[0].conditions) if len(ways) > 1 else reports[0]
@@ -295,11 +295,11 @@ def _unreached(
 def _report(
     host: Host, parsed: Any, version: str | None, folder: Path, package: str = ""
 ) -> Report:
-    """The report on what a host's ``reading`` took from a command or a file in a folder."""
-    reading = host.room("reading")
+    """The report on what a host's ``command`` took from a command or a file in a folder."""
+    command, reading = host.room("command"), host.room("reading")
 
     def misses(table: Table) -> int:
-        return len(reading.misses(table, parsed))
+        return len(command.misses(table, parsed))
 
     table, origin = _table(host.name, version, folder, package, misses)
     settings = reading.settings(table, parsed, origin)
@@ -342,13 +342,13 @@ def _of_yaml(path: Path, text: str, name: str | None, version: str | None) -> Re
         raise AuditError(f"{path}: {named}")
     if host is None:
         readable = [host for host in hosts().values() if host.config]
-        host = next((h for h in readable if h.room("reading").is_config(content)), None)
+        host = next((h for h in readable if h.room("command").is_config(content)), None)
     if host is None:
         heads = sorted({str(key).partition(".")[0] for key in content})
         raise AuditError(
             f"{path}: neither {' nor '.join(configs)}; its keys are {', '.join(heads[:8])}"
         )
-    parsed = host.room("reading").parsed_yaml(content, lines, path)
+    parsed = host.room("command").parsed_yaml(content, lines, path)
     return _report(host, parsed, version, path.parent)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -99,6 +100,11 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
 
 
+def before(version: str, release: tuple[int, int]) -> bool:
+    """Whether a version is of a minor before this one."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < release
+
+
 @cache
 def stored(host: str, version: str) -> Table:
     content = json.loads((hosts()[host].tables / f"{version}.json").read_text())
@@ -154,10 +160,10 @@ def given(host: str, version: str) -> Table:
     if here is not None and here.version == version:
         return here
     asked = _release(version)
-    before = [known for known in versions(host) if asked and _release(known) <= asked]
+    older = [known for known in versions(host) if asked and _release(known) <= asked]
     minor = [known for known in versions(host) if asked and _release(known)[:2] == asked[:2]]
-    if before and (not minor or before[0] in minor):
-        return stored(host, before[0])
+    if older and (not minor or older[0] in minor):
+        return stored(host, older[0])
     if minor:
         return stored(host, minor[-1])
     raise AuditError(
@@ -186,8 +192,7 @@ def beside(host: str, folder: Path, fork: str = "") -> Table | None:
     Raises:
         AuditError: it is there, and can't be read.
     """
-    reading = hosts()[host].room("reading")
-    marks: tuple[str, ...] = getattr(reading, "MARKS", ())
+    marks: tuple[str, ...] = getattr(hosts()[host].room("sources"), "MARKS", ())
     for name in dict.fromkeys(name for name in (host, fork) if name and marks):
         # Of another name, a package that has the host's first file may be anybody's.
         place = _above(folder, name, marks[:1] if name == host else marks)
@@ -214,11 +219,11 @@ def _above(folder: Path, name: str, marks: Sequence[str]) -> Path | None:
 
 @cache
 def _package(host: str, package: Path) -> Table:
-    reading = hosts()[host].room("reading")
+    sources = hosts()[host].room("sources")
     try:
         content = read(host, package)
-        source: Source = reading.source(package)
-        version: str = reading.version(package)
+        source: Source = sources.source(package)
+        version: str = sources.version(package)
     except OSError as error:
         raise AuditError(f"{error.filename or package}: {error.strerror or error}") from None
     except SyntaxError as error:
@@ -239,7 +244,7 @@ def _nearest(host: str, keys: Collection[str]) -> str:
 
 def read(host: str, package: Path) -> dict[str, Any]:
     """The content of a table, from the folder of the host's package."""
-    content: dict[str, Any] = hosts()[host].room("reading").table(package)
+    content: dict[str, Any] = hosts()[host].room("sources").table(package)
     return content
 
 

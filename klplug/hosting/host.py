@@ -52,8 +52,9 @@ class Host:
         name: its package, which is also its distribution.
         title: its name as people write it.
         tested: the releases that klplug was tested with, the newest first.
-        adapter: klplug's package for it, with its rooms: ``plan`` and ``refusals``; ``reading``
-            and ``edit`` where the audit serves it; ``tables/``, a file per release.
+        adapter: klplug's package for it, with its rooms: ``plan`` and ``refusals``;
+            ``command``, ``reading``, ``edit`` and ``sources`` where the audit serves it;
+            ``tables/``, a file per release.
         packages: all of klplug's packages for it, which a directory of that name would hide.
         trainers: patterns of the words that start a trainer klplug serves.
         other_trainers: patterns of those that start one it does not.

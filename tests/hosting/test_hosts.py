@@ -17,7 +17,10 @@ HOSTS = list(hosts().values())
 def test_a_row_names_what_there_is(host: Host) -> None:
     for package in host.packages:
         assert importlib.util.find_spec(package) is not None
-    for room in ("keys", "plan", "refusals", "settings", "reading", "edit", "actor", "trainer"):
+    for room in (
+        *("keys", "plan", "refusals", "settings", "actor", "trainer"),
+        *("command", "reading", "edit", "sources"),
+    ):
         assert importlib.util.find_spec(f"{host.adapter}.{room}") is not None
     assert {path.stem for path in host.tables.glob("*.json")} >= set(host.tested)
     assert host.hooks is not None and host.hooks.host == host.name

@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 import pytest
 import torch
-from klplug_openrlhf import reading as model
+from klplug_openrlhf import command, reading, sources
 from klplug_openrlhf.keys import FLAT
 from klplug_openrlhf.sources import DETACHED
 from torch import Tensor
@@ -85,7 +85,7 @@ def test_flags_are_read_as_argparse_has_them(version: str) -> None:
 
 @pytest.mark.parametrize("version", versions("openrlhf"))
 def test_the_kl_of_every_release_is_known_by_its_code(version: str) -> None:
-    found = model.source(release("openrlhf", version) / "openrlhf")
+    found = sources.source(release("openrlhf", version) / "openrlhf")
     assert found.changed == ()
     # 0.9 has the code of 0.10.
     assert found.like in versions("openrlhf")
@@ -115,7 +115,7 @@ def test_flags_are_those_of_argparse(name: str) -> None:
     theirs = vars(parser(package()).parse_args([word.text for word in given]))
     table = installed("openrlhf")
     assert table is not None
-    ours = model.settings(table, model.arguments(given, through_klplug=False))
+    ours = reading.settings(table, command.arguments(given, through_klplug=False))
     assert not ours.rejected
     for key in FLAT:
         assert ours[key].value == theirs.get(key), key
@@ -138,8 +138,8 @@ def test_what_argparse_refuses_is_rejected(
 ) -> None:
     table = installed("openrlhf")
     assert table is not None
-    rejected = model.settings(
-        table, model.arguments([Word(f) for f in flags], through_klplug=False)
+    rejected = reading.settings(
+        table, command.arguments([Word(f) for f in flags], through_klplug=False)
     ).rejected
     try:
         parser(package()).parse_args(flags)

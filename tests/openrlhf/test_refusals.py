@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from klplug_openrlhf import reading
+from klplug_openrlhf import command, reading
 from klplug_openrlhf.launcher import add_options, written_options
 from klplug_openrlhf.refusals import ROWS
 from klplug_openrlhf.settings import derive
@@ -78,7 +78,7 @@ def settings(flags: list[str]) -> Settings:
     table = installed("openrlhf")
     assert table is not None
     launch = Launch(tuple(Word(word) for word in [*MAIN, *flags]), 2, Path("."))
-    return reading.settings(table, reading.parsed(launch))
+    return reading.settings(table, command.parsed(launch))
 
 
 def test_every_row_is_among_the_mistakes() -> None:

@@ -42,7 +42,7 @@ ALLOWED = {
     "adapters/hydra_plugins": ("klplug_verl_guard",),
 }
 # Rooms of an adapter that the audit reads a command with: they load neither torch nor the host.
-LIGHT = ("host", "keys", "plan", "refusals", "reading", "edit")
+LIGHT = ("host", "keys", "plan", "refusals", "command", "reading", "edit", "sources")
 LIGHT_MAY = ("klplug", "klplug.hosting", "klplug.audit", "yaml")
 
 FILES = sorted(

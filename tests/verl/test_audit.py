@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from klplug_verl import reading as model
-from klplug_verl import sources
+from klplug_verl import command, reading, sources
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -119,15 +118,15 @@ def words(path: Path) -> list[Word]:
 
 @pytest.mark.parametrize("path", sorted(SCRIPTS.glob("verl-*.sh")), ids=lambda path: path.stem)
 def test_settings_are_those_of_hydra(path: Path) -> None:
-    launched = model.parsed(Launch(tuple(words(path)), 0, path.parent))
+    launched = command.parsed(Launch(tuple(words(path)), 0, path.parent))
     table = installed("verl")
     assert table is not None
-    ours = model.settings(table, launched, "installed")
+    ours = reading.settings(table, launched, "installed")
     overrides = [w.text for w in words(path) if "=" in w.text and not w.text.startswith("--")]
     if "megatron" in path.stem:
         overrides.append("model_engine=megatron")
     theirs = config(*overrides)
-    for key in model.ASPECTS:
+    for key in reading.ASPECTS:
         assert ours[key].value == OmegaConf.select(theirs, key), key
 
 

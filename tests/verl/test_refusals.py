@@ -69,7 +69,7 @@ def test_every_row_is_among_the_mistakes() -> None:
 
 
 def _settings(overrides: list[str]):  # type: ignore[no-untyped-def]
-    from klplug_verl import reading
+    from klplug_verl import command, reading
 
     from klplug.audit.settings import Launch
     from klplug.audit.shell import Word
@@ -77,7 +77,7 @@ def _settings(overrides: list[str]):  # type: ignore[no-untyped-def]
     words = tuple(Word(word) for word in [*MAIN, GROUP, *overrides])
     table = installed("verl")
     assert table is not None
-    return reading.settings(table, reading.parsed(Launch(words, 2, Path("."))), "installed")
+    return reading.settings(table, command.parsed(Launch(words, 2, Path("."))), "installed")
 
 
 @pytest.mark.parametrize("path", sorted(SCRIPTS.glob("verl-*.sh")), ids=lambda path: path.stem)

@@ -1,30 +1,13 @@
-"""What a command of the toy trainer says, and what the trainer makes of it."""
+"""What the toy trainer makes of its settings."""
 
 from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
 
 from klplug import parse
 from klplug.audit.run import Advantage, Run, Term
 from klplug.audit.settings import Launch, Rejected, Setting, Settings, scalar
 from klplug.audit.tables import Table
+from klplug_toy.command import misses
 from klplug_toy.host import HOST
-
-OWN = ("klplug.kl_type", "klplug.kl_coef")
-
-
-def parsed(launch: Launch) -> Launch:
-    return launch
-
-
-def misses(table: Table, launch: Launch) -> list[Setting]:
-    flags = (word for word in launch.args if word.text.startswith("--"))
-    return [
-        Setting(w.text, True, w.line, True)
-        for w in flags
-        if w.text[2:] not in (*table.defaults, *OWN)
-    ]
 
 
 def settings(table: Table, launch: Launch, version_from: str) -> Settings:
@@ -60,11 +43,3 @@ def run(settings: Settings) -> Run:
         rejected=settings.rejected,
         refused=tuple(Rejected(settings[r.key or "klplug.kl_type"], r.words) for r in refused),
     )
-
-
-def table(package: Path) -> dict[str, Any]:
-    from toyrl.train import parser
-
-    flags = [action for action in parser()._actions if action.option_strings != ["-h", "--help"]]
-    defaults = {action.option_strings[0][2:]: action.default for action in flags}
-    return {"defaults": defaults, "choices": {}, "switches": {}}
