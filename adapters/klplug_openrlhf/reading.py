@@ -316,7 +316,7 @@ def _advantage(settings: Settings, n: int | None) -> Advantage:
     """The group's mean and std come before a KL in the reward joins, whitening after."""
     name = settings.text(ESTIMATOR)
     mean = 0 if n == 1 else 1
-    before = {
+    scale = {
         "group_norm": Scale(mean, -mean),
         "dr_grpo": Scale(mean),
         "reinforce_baseline": Scale(mean),
@@ -326,7 +326,7 @@ def _advantage(settings: Settings, n: int | None) -> Advantage:
     gamma = settings.number(GAMMA, 1.0)
     return Advantage(
         setting=settings[ESTIMATOR],
-        before=before,
+        before=scale,
         after=Scale(0, 0, -1 if whitens else 0),
         groups=name in _NEED_GROUP,
         # The others set gamma to 1, and say so in the log.
