@@ -8,7 +8,7 @@ each of the answer's ``observation_tokens``, comes in ``info`` too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -176,7 +176,9 @@ def carry(plan: Plan, experiences: list[Any], group_ids: list[int], beta: float)
         samples = of_step(plan.spec, experiences, group_ids)
         whole = sample_weights(plan.spec, samples)
         if plan.spec.has_the_reward:
-            whole[POSTERIOR] = posterior_log_probs(samples, beta)
+            # As OpenRLHF has changed them since ``attach``, by its penalties on an answer's length.
+            rewards = torch.cat([e.rewards for e in experiences])
+            whole[POSTERIOR] = posterior_log_probs(replace(samples, rewards=rewards), beta)
     made = by_experience(whole, experiences)
     for experience, own in zip(experiences, made, strict=True):
         info, mask = experience.info, experience.action_mask != 0

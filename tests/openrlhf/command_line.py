@@ -44,6 +44,8 @@ FLAT = keys.FLAT | {
     "logger.logging_steps": "logging_steps",
     "ref.num_gpus_per_node": "ref_num_gpus_per_node",
     "ref.num_nodes": "ref_num_nodes",
+    "reward.overlong_buffer_len": "overlong_buffer_len",
+    "reward.overlong_penalty_factor": "overlong_penalty_factor",
     "reward.remote_url": "remote_rm_url",
     "reward.stop_properly_penalty_coef": "stop_properly_penalty_coef",
     "rollout.batch_size": "rollout_batch_size",

@@ -14,6 +14,7 @@ from klplug_openrlhf.samples import ENTROPY, INFO, REWARDS
 from torch import Tensor
 
 from tests.openrlhf import test_exact
+from tests.openrlhf.command_line import change
 from tests.openrlhf.test_exact import COEF, experience, lending, models, shipped  # noqa: F401
 from tests.openrlhf.trainer import LENGTH, Bench
 
@@ -106,12 +107,35 @@ def test_the_engine_is_given_the_weighted_kl(
     assert not {INFO, ENTROPY, REWARDS} & set(step.metrics)
 
 
-def test_the_engine_is_given_the_kl_to_the_posterior(bench: Bench, models: list[Path]) -> None:
+def penalised(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """OpenRLHF's two penalties on length, and the rewards by its ``apply_length_penalties``."""
+    plain = test_exact.samples
+
+    def samples(seed: int = 0) -> list[Any]:
+        made = plain(seed)
+        for each, truncated in zip(made, ([True, False], [False, False]), strict=True):
+            each.truncated = torch.tensor(truncated)
+        assert [int(n) for each in made for n in each.response_length] == [13, 11, 7, 5]
+        return made
+
+    monkeypatch.setattr(test_exact, "samples", samples)
+    change(bench.args, "rollout.max_new_tokens", 16)
+    change(bench.args, "reward.overlong_buffer_len", 8.0)
+    change(bench.args, "reward.overlong_penalty_factor", 1.0)
+    change(bench.args, "reward.stop_properly_penalty_coef", -0.5)
+    return [-0.5, REWARDS_GIVEN[1] - (11 - (16 - 8)) / 8, *REWARDS_GIVEN[2:]]
+
+
+@pytest.mark.parametrize("penalties", [False, True], ids=["as given", "penalised"])
+def test_the_engine_is_given_the_kl_to_the_posterior(
+    bench: Bench, models: list[Path], penalties: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """JS between whole answers, Z by the other answer of each pair, and no policy loss."""
     kl_type = "js_as_loss,reference=posterior"
+    rewards = torch.tensor(penalised(bench, monkeypatch) if penalties else REWARDS_GIVEN)
     given = experience(bench, models[1], kl_type)
     assert (given.advantages != 0).any()
-    mask, rewards = given.action_mask, torch.tensor(REWARDS_GIVEN)
+    mask = given.action_mask
     tilted = (given.base_action_log_probs * mask).sum(-1) + rewards / COEF
     log_weight = tilted - (given.action_log_probs * mask).sum(-1)
     posterior = tilted - log_weight[[1, 0, 3, 2]]
