@@ -239,6 +239,7 @@ ROWS = (
     weight_of_no_group,
     posterior_of_no_group,
     posterior_beside_another_loss,
+    hosting.posterior_without_a_coefficient,
     hosting.two_baselines,
     hosting.baseline_of_nothing,
     hidden_states_in_pieces,

@@ -407,6 +407,7 @@ ROWS = (
     weight_of_no_group,
     posterior_of_no_group,
     posterior_beside_another_loss,
+    hosting.posterior_without_a_coefficient,
     no_entropies,
     legacy_worker,
     hosting.controller_of_nothing,

@@ -166,6 +166,17 @@ def teacher_alone(plan: Asked, settings: Settings) -> Said:
         )
 
 
+def posterior_without_a_coefficient(plan: Asked, settings: Settings) -> Said:
+    """A schedule may end at 0, and there is no exp(r/0)."""
+    if plan.spec.has_the_reward and plan.kl_end == 0:
+        key = "klplug.kl_end"
+        yield (
+            key,
+            f"kl_type {plan.spec}: {settings.named(key)} is 0, and reference=posterior is "
+            "ref exp(r/kl_coef)/Z, which has no value there. End above 0",
+        )
+
+
 # Rows of every host, once it says which settings of its own they are about.
 
 

@@ -302,6 +302,12 @@ MISTAKES: list[tuple[tuple[str, ...], list[str]]] = [
             (*KL[:1], "k2_as_loss,ratio=rollout", *KL[2:], "--vllm.num_engines", "0"),
             ["--vllm.num_engines", "ratio=old"],
         ),
+        *(
+            ((*KL[:1], "js_as_loss,reference=posterior", *KL[2:], "--klplug.kl_ctrl", schedule,
+              "--klplug.kl_end", end, "--klplug.kl_steps", "9"),
+             ["--klplug.kl_end is 0", "kl_type js_as_loss,reference=posterior", "End above 0"])
+            for schedule, end in (("linear", "0"), ("cosine", "0.0"))
+        ),
         (
             ("--klplug.kl_type", "none", "--klplug.ref_model", "teacher"),
             ["--klplug.ref_model is teacher", "kl_type none has no KL to a reference model"],

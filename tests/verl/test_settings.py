@@ -229,6 +229,18 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
         own("js_as_loss,reference=posterior", f"{ACTOR}.policy_loss.loss_mode=gspo"),
         ["loss_mode is gspo", "no policy loss beside it", "Use vanilla"],
     ),
+    *(
+        (
+            own(
+                "js_as_loss,reference=posterior",
+                f"+klplug.kl_ctrl={schedule}",
+                f"+klplug.kl_end={end}",
+                "+klplug.kl_steps=9",
+            ),
+            ["klplug.kl_end is 0", "kl_type js_as_loss,reference=posterior", "End above 0"],
+        )
+        for schedule, end in (("linear", "0"), ("cosine", "0.0"))
+    ),
     (
         own("k2_as_loss,weight=entropy", "algorithm.rollout_correction.bypass_mode=True"),
         ["algorithm.rollout_correction.bypass_mode=True", "weight=entropy needs"],
