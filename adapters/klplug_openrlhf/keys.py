@@ -16,6 +16,7 @@ from klplug.hosting.stored import SETTINGS as SOURCE_SETTINGS
 
 FLAT = {
     "actor.dual_clip": "dual_clip",
+    "actor.gradient_checkpointing_enable": "gradient_checkpointing",
     "actor.loss_agg_mode": "loss_agg_mode",
     "actor.policy_loss_type": "policy_loss_type",
     "actor.model_name_or_path": "pretrain",
@@ -60,6 +61,7 @@ NO_STD = "algo.advantage.no_std_norm"
 IS_LEVEL, IS_ENABLE = "algo.advantage.is_correction_level", "algo.advantage.is_correction_enable"
 POLICY_LOSS, LOSS_AGG = "actor.policy_loss_type", "actor.loss_agg_mode"
 DUAL_CLIP = "actor.dual_clip"
+RECOMPUTES = "actor.gradient_checkpointing_enable"
 ROLLOUT_BATCH, N = "rollout.batch_size", "rollout.n_samples_per_prompt"
 TRAIN_BATCH, EPOCHS = "train.batch_size", "train.max_epochs"
 ASYNC = "train.async_enable"

@@ -24,9 +24,11 @@ from klplug_openrlhf.keys import (
     KL_TYPE,
     LORA,
     POLICY_LOSS,
+    RECOMPUTES,
     REF_UPDATE,
     RING,
     ROLLOUT_BATCH,
+    SOURCE,
     STOCK_ESTIMATORS,
     TARGET,
     TENSOR_PARALLEL,
@@ -212,6 +214,19 @@ def weights_of_another_kind(plan: Plan, settings: Settings) -> Said:
             )
 
 
+def stored_answers_in_a_ring(plan: Plan, settings: Settings) -> Said:
+    """ring-flash-attn has the answers' lengths of one forward at a time, in a global."""
+    size = settings.get(RING, 1)
+    if plan.source is not None and size > 1 and settings.get(RECOMPUTES, False):
+        yield (
+            RECOMPUTES,
+            f"{settings.named(SOURCE)} is {plan.source}, with {settings.named(RING)} {size} and "
+            f"{settings.named(RECOMPUTES)}: the backward computes the layers of the policy's own "
+            "answers again, and ring attention has the lengths of the stored ones by then. Leave "
+            "one out",
+        )
+
+
 def truncated_sampler(plan: Plan, settings: Settings) -> Said:
     return hosting.truncated_sampler(plan, cut_sampler(settings))
 
@@ -243,5 +258,6 @@ ROWS = (
     hosting.two_baselines,
     hosting.baseline_of_nothing,
     hidden_states_in_pieces,
+    stored_answers_in_a_ring,
     truncated_sampler,
 )

@@ -357,6 +357,12 @@ MISTAKES: list[tuple[tuple[str, ...], list[str]]] = [
             ["--klplug.source is own.jsonl", "--klplug.kl_ctrl is adaptive", "linear or cosine"],
         ),
         (
+            (*KL[:1], "js_as_loss", *KL[2:], "--klplug.source", "own.jsonl",
+             "--ds.ring_attn_size", "2", "--actor.gradient_checkpointing_enable"),
+            ["--klplug.source is own.jsonl, with --ds.ring_attn_size 2 and",
+             "--actor.gradient_checkpointing_enable: the backward", "Leave one out"],
+        ),
+        (
             (*KL[:1], "k2_as_loss+k2_as_loss,reference=teacher", *KL[2:]),
             ["reference=teacher needs --klplug.teacher, the path of a second frozen model"],
         ),
