@@ -17,6 +17,7 @@ from klplug_openrlhf.keys import (
     KL_HORIZON,
     KL_TYPE,
     LOSS_AGG,
+    NO_STD,
     ROLLOUT_BATCH,
     TARGET,
     TOP_P,
@@ -42,7 +43,8 @@ def cut(settings: Settings) -> hosting.Cut:
 
 
 def whitened(plan: Plan | None, settings: Settings) -> Said:
-    return hosting.whitened(plan, settings, ESTIMATOR, WHITENED_ESTIMATORS)
+    if not settings.get(NO_STD, False):
+        yield from hosting.whitened(plan, settings, ESTIMATOR, WHITENED_ESTIMATORS)
 
 
 def divided_by_length(plan: Plan | None, settings: Settings) -> Said:

@@ -61,6 +61,7 @@ from klplug_openrlhf.keys import (
     USE_LOSS,
     N,
 )
+from klplug_openrlhf.notes import WHITENED_ESTIMATORS
 from klplug_openrlhf.plan import coefficient
 
 ASPECTS = {
@@ -292,7 +293,6 @@ def _through_klplug(settings: Settings) -> bool:
     return settings.launch.trainer == HOST.launcher
 
 
-_NEVER_WHITENED = ("rloo", "group_norm", "dr_grpo")
 _NEED_GROUP = ("rloo", "reinforce_baseline", "group_norm", "dr_grpo")
 
 
@@ -321,8 +321,7 @@ def _advantage(settings: Settings, n: int | None) -> Advantage:
         "dr_grpo": Scale(mean),
         "reinforce_baseline": Scale(mean),
     }.get(name, Scale())
-    alone = ("group_norm", "dr_grpo") if before(settings.table.like, (0, 8)) else _NEVER_WHITENED
-    whitens = name not in alone and not settings.on(NO_STD)
+    whitens = name in _whitened(settings) and not settings.on(NO_STD)
     gamma = settings.number(GAMMA, 1.0)
     return Advantage(
         setting=settings[ESTIMATOR],
@@ -334,6 +333,12 @@ def _advantage(settings: Settings, n: int | None) -> Advantage:
         discount_setting=settings[GAMMA],
         whitens=whitens,
     )
+
+
+def _whitened(settings: Settings) -> tuple[str, ...]:
+    """Estimators whose advantages this release brings to a standard deviation of 1."""
+    with_rloo = before(settings.table.like, (0, 8))
+    return (*WHITENED_ESTIMATORS, "rloo") if with_rloo else WHITENED_ESTIMATORS
 
 
 def _terms(settings: Settings, through_klplug: bool, rejected: list[Rejected]) -> list[Term]:
@@ -456,7 +461,7 @@ def _unknown(settings: Settings) -> dict[str, tuple[tuple[Setting, str], ...]]:
                 unknown.setdefault(aspects.UPDATES, []).append((setting, reason))
     for key, known, aspect in (
         (KIND, STOCK_ESTIMATORS, aspects.KL),
-        (ESTIMATOR, (*_NEED_GROUP, "gae", "reinforce"), aspects.ADVANTAGE),
+        (ESTIMATOR, (*_NEED_GROUP, "gae", "reinforce", "flash_reinforce"), aspects.ADVANTAGE),
     ):
         setting = settings[key]
         if _is_foreign(settings) and not setting.unknown and setting.value not in known:

@@ -78,6 +78,8 @@ def test_what_no_openrlhf_has_of_it_is_not_known(tmp_path: Path) -> None:
     advantages = f"{started} --advantage_estimator mine"
     assert _audit(tmp_path, advantages).gradient is None
     assert _audit(tmp_path, f"{advantages} --use_kl_loss --kl_estimator k2").gradient == "reverse"
+    known = f"{started} --advantage_estimator flash_reinforce"  # of OpenRLHF 0.11
+    assert _audit(tmp_path, known).gradient == "reverse"
 
 
 @pytest.mark.parametrize(

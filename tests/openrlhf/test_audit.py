@@ -255,7 +255,8 @@ def test_the_dead_zone_is_that_of_every_release(name: str, version: str) -> None
 
 @pytest.mark.usefixtures("patched")
 @pytest.mark.parametrize(
-    "estimator", ["group_norm", "dr_grpo", "rloo", "reinforce", "reinforce_baseline"]
+    "estimator",
+    ["group_norm", "dr_grpo", "rloo", "reinforce", "reinforce_baseline", "flash_reinforce"],
 )
 def test_the_factors_are_those_in_the_formulas(
     estimator: str, monkeypatch: pytest.MonkeyPatch
@@ -291,4 +292,6 @@ def test_the_factors_are_those_in_the_formulas(
         sigma = (groups[1].std(), moved[1].std()) if divided else (1.0, 1.0)
         own = (rewarded(1, 0.3)[5, start] * sigma[1] - plain[5, start] * sigma[0]) / 0.3
         relative = float(str(said.beta_relative).split()[0])
-        assert float(own) == pytest.approx(BETA / relative, rel=1e-4)
+        # A mean of all answers has this one too: 12 here, and hundreds in a run.
+        batch_mean = 11 / 12 if estimator == "flash_reinforce" else 1.0
+        assert float(own) == pytest.approx(BETA / relative * batch_mean, rel=1e-4)

@@ -43,6 +43,7 @@ UNSAID = [
     own(BY_THE_SAMPLER, "--rollout.temperature", "0.7"),
     own(BY_THE_SAMPLER, "--train.async_enable"),
     own("k2_as_loss", *ADAPTIVE, "--klplug.kl_horizon", "256"),
+    [*LAUNCH["whitened"], "--algo.advantage.no_std_norm"],
 ]
 
 
