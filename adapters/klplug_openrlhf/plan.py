@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import klplug
 from klplug import KLSpec, parse
 from klplug.controllers import SETTINGS as CONTROLLER_SETTINGS
 from klplug.hosting.settings import Asked, Settings, SettingsError, Unknown
-from klplug.spec import sum_of
+from klplug.spec import TermSpec, sum_of
 from klplug_openrlhf.keys import (
     COEF,
     KIND,
@@ -59,8 +60,11 @@ class Plan(Asked):
 
     @property
     def in_reward_plain(self) -> KLSpec:
-        """What is in the reward without its baseline."""
-        return sum_of(replace(term, baseline="none") for term in self.in_reward.terms)
+        """What is in the reward without its baselines: terms that are one then are added up."""
+        factors: dict[TermSpec, float] = defaultdict(float)
+        for term in self.in_reward.terms:
+            factors[replace(term.alone, baseline="none")] += term.factor
+        return sum_of(replace(term, factor=f) for term, f in factors.items() if f)
 
     @property
     def combined(self) -> KLSpec:

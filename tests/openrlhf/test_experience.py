@@ -326,6 +326,24 @@ def test_whole_answers_are_compared_with_their_group_once(
     assert same == (aggregation == "seq-mean-token-mean")
 
 
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
+@pytest.mark.parametrize("other", [0.5, -0.25, -0.75])
+def test_terms_that_differ_in_their_baseline_alone_add_up(
+    other: float, aggregation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, changes = Samples(), {"actor__loss_agg_mode": aggregation}
+    baseline = "k1_in_reward,baseline=group"
+    both = f"0.75*k1_in_reward+{other}*{baseline}"
+    ours, plain, compared, without = (
+        advantages(kl, samples, monkeypatch, **changes)[0]
+        for kl in (both, "k1_in_reward", baseline, "none")
+    )
+    added_up = 0.75 * (plain - without) + other * (compared - without)
+    torch.testing.assert_close(ours - without, added_up, rtol=1e-4, atol=1e-6)
+    if aggregation == "token-mean":
+        assert added_up.abs().max() > 1e-3
+
+
 def test_the_sampler_as_reference_needs_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     samples = Samples()
     args = arguments()

@@ -84,6 +84,17 @@ def test_monitor_measures_what_a_kl_would_and_moves_nothing(bench: Bench) -> Non
         assert f"klplug/{name}" not in without.metrics
 
 
+@pytest.mark.parametrize("other", [0.5, -0.75])
+def test_terms_in_the_reward_that_differ_in_their_baseline_have_acted_already(
+    bench: Bench, other: float
+) -> None:
+    experience = bench.experience()
+    both = bench.step(experience, f"0.75*k1_in_reward+{other}*k1_in_reward,baseline=group")
+    one, without = bench.step(experience, "k1_in_reward"), bench.step(experience, "none")
+    assert torch.equal(both.at_log_probs, without.at_log_probs)
+    assert both.metrics["klplug/k1"] == one.metrics["klplug/k1"] != 0
+
+
 @pytest.mark.parametrize(
     ("kl_type", "stock", "log_ratio"),
     [
