@@ -75,8 +75,8 @@ def truncated_sampler(plan: Plan | None, settings: Settings) -> Said:
 def stale_samples(plan: Plan | None, settings: Settings) -> Said:
     if plan is None or not settings.get(ASYNC, False):
         return
-    in_reward = settings.get(IS_LEVEL, "off") != "off" or bool(settings.get(IS_ENABLE, False))
-    yield from hosting.stale_samples(plan, ASYNC, in_reward)
+    corrects = settings.get(IS_LEVEL, "off") != "off" or bool(settings.get(IS_ENABLE, False))
+    yield from hosting.stale_samples(plan, ASYNC, corrects)
 
 
 def short_horizon(plan: Plan | None, settings: Settings) -> Said:

@@ -472,7 +472,7 @@ def _rollout_mismatch(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     if not run.corrects_rollout:
         return
     for term in _losses(run):
-        if run.ratio_of(term) != "rollout":
+        if not run.rollout_corrected(term):
             yield (
                 "The weight for the rollout engine's mismatch multiplies the policy loss and not "
                 "the KL loss, so the two are taken under different policies.",
@@ -488,15 +488,12 @@ def _rollout_mismatch(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     aspects.CORRECTION,
 )
 def _stale(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    yield from _noted(run, "stale_samples")
     if run.stale is None:
         return
     for term in run.active:
-        covered = term.as_loss or not (run.corrects_rollout or run.rollout_is_old)
-        if covered and run.ratio_of(term) != "rollout":
-            yield (
-                f"{STALE}.",
-                run.stale,
-            )
+        if not (term.from_klplug or run.rollout_corrected(term)):
+            yield f"{STALE}.", run.stale
 
 
 @rule(

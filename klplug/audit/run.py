@@ -281,7 +281,8 @@ class Run:
 
     def rollout_corrected(self, term: Term) -> bool:
         """Samples are weighted from the rollout engine's own probabilities, for this term."""
-        if term.as_loss:
+        assert term.spec is not None
+        if term.as_loss and term.spec.head != "combined":
             return self.ratio_of(term) == "rollout"
         return self.corrects_rollout or self.rollout_is_old
 

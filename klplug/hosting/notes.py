@@ -63,16 +63,16 @@ def truncated_sampler(plan: Asked | None, found: Cut) -> Said:
             )
 
 
-def stale_samples(plan: Asked, setting: str, in_reward: bool) -> Said:
-    """Of asynchronous rollouts.
+def stale_samples(plan: Asked, setting: str, in_policy_loss: bool) -> Said:
+    """Of asynchronous rollouts, which stored answers are none of.
 
     Args:
         setting: by which they are asynchronous.
-        in_reward: whether the host itself weighs what is in the reward.
+        in_policy_loss: whether the host itself weighs its policy loss, with the KL that is in it.
     """
-    for term in plan.spec.terms:
-        weighted = in_reward if term.placement == "in_reward" else weighs_the_sampler(term)
-        if not weighted:
+    for term in plan.spec.terms if plan.source is None else ():
+        inside = term.placement == "in_reward" or term.head == "combined"
+        if not (in_policy_loss if inside else weighs_the_sampler(term)):
             yield setting, STALE
             return
 

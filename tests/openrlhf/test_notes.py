@@ -18,17 +18,27 @@ def own(kl_type: str, *flags: str) -> list[str]:
     return [*DEFAULTS, *ROLLOUT, "--klplug.kl_type", kl_type, "--klplug.kl_coef", "0.1", *flags]
 
 
+ASYNC = "--train.async_enable"
+CORRECTED = ("--algo.advantage.is_correction_level", "token")
+# finding: what has it, with a word of it.
 SAID = {
-    "truncated-sampler": (own(BY_THE_SAMPLER, "--rollout.top_p", "0.9"), "--rollout.top_p 0.9"),
-    "stale-samples": (own("k2_as_loss", "--train.async_enable"), "some updates old"),
-    "extrapolation": (
-        own("1.5*k2_as_loss+-0.5*k2_as_loss,reference=old"),
-        "the policy at the start of the step: extrapolation, for",
-    ),
-    "short-horizon": (
-        own("k2_as_loss", *ADAPTIVE, "--klplug.kl_horizon", "128"),
-        "factor of e^0.4",
-    ),
+    "truncated-sampler": [
+        (own(BY_THE_SAMPLER, "--rollout.top_p", "0.9"), "--rollout.top_p 0.9"),
+    ],
+    "stale-samples": [
+        (own("k2_as_loss", ASYNC), "some updates old"),
+        (own("k2_as_loss", ASYNC, *CORRECTED), "some updates old"),
+        (own("k2_as_loss,head=combined", ASYNC), "some updates old"),
+    ],
+    "extrapolation": [
+        (
+            own("1.5*k2_as_loss+-0.5*k2_as_loss,reference=old"),
+            "the policy at the start of the step: extrapolation, for",
+        ),
+    ],
+    "short-horizon": [
+        (own("k2_as_loss", *ADAPTIVE, "--klplug.kl_horizon", "128"), "factor of e^0.4"),
+    ],
 }
 # Its own findings say these of stock runs too, and otherwise.
 LAUNCH = {
@@ -41,7 +51,9 @@ LAUNCH = {
 UNSAID = [
     own("k2_as_loss", "--rollout.top_p", "0.9"),
     own(BY_THE_SAMPLER, "--rollout.temperature", "0.7"),
-    own(BY_THE_SAMPLER, "--train.async_enable"),
+    own(BY_THE_SAMPLER, ASYNC),
+    own("k1_in_reward", ASYNC, *CORRECTED),
+    own("k2_as_loss,head=combined", ASYNC, *CORRECTED),
     own("k2_as_loss", *ADAPTIVE, "--klplug.kl_horizon", "256"),
     [*LAUNCH["whitened"], "--algo.advantage.no_std_norm"],
 ]
@@ -53,9 +65,10 @@ def notes(flags: list[str]) -> list[str]:
     return [said.removeprefix("klplug: note: ") for said in line.splitlines()[1:]]
 
 
-@pytest.mark.parametrize("finding", SAID)
-def test_the_launch_and_the_audit_say_the_same(finding: str) -> None:
-    flags, word = SAID[finding]
+@pytest.mark.parametrize(
+    ("finding", "flags", "word"), [(f, *case) for f, cases in SAID.items() for case in cases]
+)
+def test_the_launch_and_the_audit_say_the_same(finding: str, flags: list[str], word: str) -> None:
     (said,) = notes(flags)
     assert word in said
     found = {f.id: f.message for f in audit([*MAIN, *flags]).findings}
@@ -70,10 +83,23 @@ def test_nothing_is_said_where_there_is_nothing_to_say(flags: list[str]) -> None
 
 
 def test_every_row_is_among_them() -> None:
-    cases = [*(flags for flags, _ in SAID.values()), *LAUNCH.values()]
+    cases = [*(flags for cases in SAID.values() for flags, _ in cases), *LAUNCH.values()]
     host = hosts()["openrlhf"]
     said = {note.id for flags in cases for note in host.noted(settings(flags), True)}
     assert said == {row.__name__ for row in ROWS}
+
+
+def test_stored_answers_are_no_rollouts() -> None:
+    flags = own("js_as_loss", ASYNC, "--klplug.source", "own.jsonl")
+    assert not list(hosts()["openrlhf"].noted(settings(flags), True))
+    assert "stale-samples" not in {f.id for f in audit([*MAIN, *flags]).findings}
+
+
+def test_what_is_in_the_policy_loss_has_its_correction() -> None:
+    for head, corrected in (("combined", True), ("separate", False)):
+        said = audit([*MAIN, *own(f"k2_as_loss,head={head}", *CORRECTED)])
+        assert said.rollout_corrected is corrected
+        assert ("rollout-mismatch" in {f.id for f in said.findings}) is not corrected
 
 
 def test_the_audit_says_a_short_horizon_of_openrlhfs_own_controller() -> None:

@@ -13,6 +13,7 @@ from tests.verl.trainer import derived
 MODEL = "actor_rollout_ref.model."
 DTYPE = "fsdp_config.mixed_precision.param_dtype"
 ADAPTIVE = ("+klplug.kl_ctrl=adaptive", "+klplug.kl_target=0.1")
+CORRECTED = "algorithm.rollout_correction.rollout_is=token"
 BY_THE_SAMPLER = "k2_as_loss,ratio=rollout"
 
 # finding: what has it, with a word of it.
@@ -25,9 +26,12 @@ SAID = {
     "stale-samples": [
         (own("k2_as_loss", "trainer.v1.trainer_mode=separate_async"), "some updates old"),
         (own("k1_in_reward", "trainer.v1.trainer_mode=colocate_async"), "some updates old"),
-        (
-            own("k2_as_loss,head=clipped", "trainer.v1.trainer_mode=separate_async"),
-            "some updates old",
+        *(
+            (
+                own(f"k2_as_loss,head={head}", "trainer.v1.trainer_mode=separate_async", *more),
+                "some updates old",
+            )
+            for head, *more in (("combined",), ("clipped",), ("clipped", CORRECTED))
         ),
     ],
     "lora-reference": [
@@ -60,10 +64,9 @@ UNSAID = [
     own(BY_THE_SAMPLER, f"{ROLLOUT}temperature=0.7"),
     own(BY_THE_SAMPLER, RAW, TOP_P),
     own(BY_THE_SAMPLER, "trainer.v1.trainer_mode=separate_async"),
-    own(
-        "k1_in_reward",
-        "trainer.v1.trainer_mode=separate_async",
-        "algorithm.rollout_correction.rollout_is=token",
+    *(
+        own(kl_type, "trainer.v1.trainer_mode=separate_async", CORRECTED)
+        for kl_type in ("k1_in_reward", "k2_as_loss,head=combined")
     ),
     own("k2_as_loss,reference=rollout", f"{MODEL}lora_adapter_path=ckpt/sft"),
     own("k2_as_loss,reference=rollout", f"+actor_rollout_ref.ref.{DTYPE}=fp32"),
@@ -107,6 +110,13 @@ def test_every_row_is_among_them() -> None:
         for note in hosts()["verl"].noted(_settings(overrides), True)
     }
     assert said == {row.__name__ for row in ROWS}
+
+
+def test_stored_answers_are_no_rollouts() -> None:
+    asynchronous = "trainer.v1.trainer_mode=separate_async"
+    overrides = own("js_as_loss", asynchronous, "+klplug.source=own.jsonl")
+    assert not list(hosts()["verl"].noted(_settings(overrides), True))
+    assert "stale-samples" not in {f.id for f in report(overrides).findings}
 
 
 STOCK_LOSS = [
