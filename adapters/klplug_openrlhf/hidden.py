@@ -81,7 +81,7 @@ def of_answers(hidden: Tensor, action_mask: Tensor, attention_mask: Tensor) -> T
         kept = attention_mask.flatten().cumsum(0)
         if hidden.shape[:2] != (1, int(kept[-1])):
             raise RuntimeError(
-                f"vocab=exact: the output layer was given hidden states of shape "
+                "for a KL over the vocabulary the output layer was given hidden states of shape "
                 f"{tuple(hidden.shape)} for token ids of shape {tuple(attention_mask.shape)}"
             )
         position = kept[position] - 1

@@ -51,13 +51,14 @@ def output_layer(model: Any) -> nn.Module:
     layer = model.get_output_embeddings()
     if layer is None or getattr(layer, "weight", None) is None:
         raise RuntimeError(
-            f"vocab=exact: {type(model).__name__} shows no output layer with a weight "
-            "(get_output_embeddings), and klplug needs its output matrix"
+            f"{type(model).__name__} shows no output layer with a weight (get_output_embeddings), "
+            "and a KL over the vocabulary needs its output matrix"
         )
     if any(hasattr(layer, name) for name in ("base_layer", "modules_to_save")):
         raise RuntimeError(
-            f"vocab=exact: the output layer of {type(model).__name__} has an adapter, and its "
-            "matrix is not all that makes the logits. Leave it out of the adapter's modules"
+            f"the output layer of {type(model).__name__} has an adapter, and a KL over the "
+            "vocabulary needs a matrix that alone makes the logits. Leave it out of the adapter's "
+            "modules"
         )
     return layer  # type: ignore[no-any-return]
 
@@ -67,8 +68,9 @@ def below(model: Any) -> nn.Module:
     layers, layer = model.get_decoder(), output_layer(model)
     if layers is None or any(part is layer for part in layers.modules()):
         raise RuntimeError(
-            f"vocab=exact: {type(model).__name__} does not show the layers below its output layer "
-            "(get_decoder), where klplug takes the hidden states if a kernel makes the log-probs"
+            f"{type(model).__name__} does not show the layers below its output layer "
+            "(get_decoder), where a KL over the vocabulary has its hidden states if a kernel makes "
+            "the log-probs"
         )
     return layers  # type: ignore[no-any-return]
 
@@ -166,21 +168,21 @@ class Comparison:
         self, term: TermSpec, log_probs: Tensor, ref_log_probs: Tensor, made: ExactKL
     ) -> None:
         """Stop where they are not what the engine makes its logits of; of each token a number."""
-        self._check("the policy", log_probs, made.log_probs)
+        self._check(term, "the policy", log_probs, made.log_probs)
         own = made.ref_log_probs
         if term.top is not None:  # of a token that was not sent there is nothing to compare
             ref_log_probs, own = ref_log_probs[~own.isnan()], own[~own.isnan()]
-        self._check("the reference", ref_log_probs, own)
+        self._check(term, "the reference", ref_log_probs, own)
 
-    def _check(self, whose: str, engines: Tensor, own: Tensor) -> None:
+    def _check(self, term: TermSpec, whose: str, engines: Tensor, own: Tensor) -> None:
         if whose in self.done or not len(own):
             return
         apart = float((engines.detach() - own.detach()).abs().mean())
         if not apart < APART:
             raise RuntimeError(
-                f"vocab=exact: the log-probs of {whose} from its hidden states and output matrix "
-                f"are {apart:.3g} nats from the engine's own (allowed: {APART}). Its logits are "
-                "scaled, or its answers placed, in a way that klplug does not know"
+                f"vocab={term.vocab}: the log-probs of {whose} from its hidden states and output "
+                f"matrix are {apart:.3g} nats from the engine's own (allowed: {APART}). Its logits "
+                "are scaled, or its answers placed, in a way that klplug does not know"
             )
         self.done.add(whose)
 

@@ -283,6 +283,17 @@ def test_another_matrix_than_the_engines_stops_the_run(bench: Bench, models: lis
         bench.step(given, "exact_as_loss", COEF)
 
 
+def test_other_tokens_than_the_engines_stop_the_run(bench: Bench, models: list[Path]) -> None:
+    kl_type = "k2_as_loss,vocab=topk:32"
+    given = experience(bench, models[1], kl_type)
+    below = torch.tensor([0.0] * 32 + [1.0] * 32)  # ids, and log-probs a nat too low
+    sent = (own.sent - below for own in given.info[hidden.INFO])
+    given.info[hidden.INFO] = [hidden.Reference(each, None) for each in sent]
+    words = "^vocab=topk:32: the log-probs of the reference .* nats from the engine's own"
+    with pytest.raises(RuntimeError, match=words):
+        bench.step(given, kl_type, COEF)
+
+
 @pytest.mark.parametrize("kl_type", ["exact_as_loss", "k2_as_loss,vocab=topk:3"])
 def test_a_model_without_an_output_layer_is_named_before_training(
     bench: Bench, kl_type: str, monkeypatch: pytest.MonkeyPatch
@@ -291,7 +302,7 @@ def test_a_model_without_an_output_layer_is_named_before_training(
     configure(bench.args, "k2_as_loss", COEF)
     bench.make()
     configure(bench.args, kl_type, COEF)
-    with pytest.raises(RuntimeError, match="Qwen2ForCausalLM shows no output layer"):
+    with pytest.raises(RuntimeError, match=r"^Qwen2ForCausalLM shows no output layer"):
         bench.make()
 
 

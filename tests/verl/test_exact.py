@@ -326,7 +326,7 @@ def test_an_output_layer_with_an_adapter_is_refused_by_name() -> None:
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(loaded(POLICY), LoraConfig(r=2, target_modules=["lm_head", "q_proj"]))
-    with pytest.raises(RuntimeError, match=r"output layer .* has an adapter"):
+    with pytest.raises(RuntimeError, match=r"^the output layer .* has an adapter"):
         output_layer(model)
 
 
