@@ -109,11 +109,12 @@ def follower(actor: Any) -> Follower:
 def save(actor: Any, folder: str, step: int, policies: str) -> None:
     """Write this rank's part beside the policy's checkpoint.
 
-    OpenRLHF deletes old checkpoints; what lies beside one that is gone goes too.
+    OpenRLHF deletes old checkpoints; what lies beside one that is gone goes too, where this machine
+    sees the policy's.
     """
     parts = {name: part(p) for name, p in parameters(actor).items()}
     Place.of_this_rank(Path(folder)).save(step, follower(actor).kept(parts))
-    if torch.distributed.get_rank() == 0:
+    if torch.distributed.get_rank() == 0 and Path(policies).is_dir():
         for other in Path(folder).parent.iterdir():
             if other != Path(folder) and not Path(policies, other.name).exists():
                 shutil.rmtree(other, ignore_errors=True)

@@ -281,6 +281,18 @@ def test_old_ones_go_with_the_policys(bench: Bench, models: list[Path], tmp_path
     assert kept == ["global_step2", "global_step3"]  # that of before, until the next is written
 
 
+def test_all_stay_where_the_policys_lie_on_another_machine(
+    bench: Bench, models: list[Path], tmp_path: Path
+) -> None:
+    own = pair(bench, models)
+    made = trainer(own, "reset:1", tmp_path)
+    for number in range(1, 4):
+        step(made, number)
+        saved(made, number)
+    kept = sorted(folder.name for folder in (tmp_path / "_reference").iterdir())
+    assert kept == ["global_step1", "global_step2", "global_step3"]
+
+
 def test_the_matrix_that_was_lent_is_lent_again(
     bench: Bench, models: list[Path], tmp_path: Path
 ) -> None:
