@@ -150,8 +150,9 @@ def length_tilts(plan: Plan, settings: Settings) -> Said:
             ESTIMATOR,
             f"kl_type {plan.spec} with {settings.named(ESTIMATOR)} {estimator} and a policy loss "
             f"that divides by the answer's length ({dividing}) would tilt the optimum to long "
-            "answers, and there is no group to take a baseline from. Leave that out, or use one of "
-            f"{', '.join(GROUP_ESTIMATORS)}, or k2_as_loss",
+            "answers: whole answers are compared with the others of their group under "
+            f"{', '.join(GROUP_ESTIMATORS)} alone. Leave that out, or use one of these, or "
+            "k2_as_loss",
         )
 
 
