@@ -11,11 +11,13 @@ place of the likelihood's -1: at the reference its noise is 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from klplug.numerics import finite
+from klplug.estimators import ESTIMATORS, Function, alpha_divergence
+from klplug.numerics import finite, finite_, masked_, saturating_exp
 from klplug.spec import KLSpec, TermSpec, parse
 
 if TYPE_CHECKING:
@@ -89,17 +91,13 @@ class StoredKL:
 
     Attributes:
         term: as ``kl_term`` makes it, with the reference in the place of the policy that sampled.
+        value: estimate of the divergence, nats per token, detached: weighted, as the samples are.
         tally: sums and maxima; ``stored_metrics`` names what is made of them.
     """
 
     term: KLTerm
+    value: Tensor
     tally: Tally
-
-    @property
-    def value(self) -> Tensor:
-        """Estimate of the divergence, nats per token, detached: weighted, as the samples are."""
-        parts = [finite(part.weight * part.value) for part in self.term.parts]
-        return finite(sum(parts[1:], parts[0]))
 
     @property
     def loss(self) -> Tensor:
@@ -139,7 +137,35 @@ def stored_kl(
     forward = kl_term("monitor", ref_log_probs, log_probs.detach(), response_mask).tally
     sums = {k: v for k, v in term.tally.sums.items() if k.rpartition("/")[2] not in _OF_SAMPLES}
     sums |= {name: forward.sums[name] for name in _OF_SAMPLES}
-    return StoredKL(term, Tally(sums, term.tally.maxima))
+    log_ratio = log_probs.detach().to(term.value.dtype) - ref_log_probs.detach()
+    values = [_value(part, log_ratio) for part in term.parts]
+    value = finite(sum(values[1:], values[0]))
+    return StoredKL(term, value, Tally(sums, term.tally.maxima))
+
+
+def _value(term: KLTerm, log_ratio: Tensor) -> Tensor:
+    """``w f(u)/u`` of one term, as ``f(u) exp(log w - log u)``: where u is nearly 0, no product of
+    its parts is a number of the dtype, and f(u) itself is."""
+    (spec,) = term.spec.terms
+    importance = term._acting.importance
+    assert importance is not None
+    log_weight, mask = importance.log_weight, importance.mask
+    # No weight that is above 1 underflows, and no cap that drops is below 1.
+    kept = mask & ((importance.weight > 0) | (log_weight < 0))
+    if spec.horizon == "answer":
+        log_ratio = log_weight
+    value = spec.factor * _of_reference(spec)(-log_ratio)
+    if spec.horizon == "answer":  # an even share of it, as its term has
+        value = value / mask.sum(-1, keepdim=True)
+    before = saturating_exp(log_weight.clamp(max=math.log(importance.cap)) - log_ratio)
+    return masked_(finite_(value * before), kept)
+
+
+def _of_reference(spec: TermSpec) -> Function:
+    """Of ``-x``, f(u): the value that u f(1/u), the divergence with its policies swapped, has."""
+    if spec.alpha is not None:
+        return alpha_divergence(1 - spec.alpha).value
+    return ESTIMATORS["k1" if spec.estimator == "forward" else spec.estimator].value
 
 
 def stored_metrics(tally: Tally) -> dict[str, Tensor]:

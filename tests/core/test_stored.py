@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import mpmath
 import pytest
 import torch
 from torch import Tensor
@@ -110,6 +111,46 @@ def test_the_value_is_of_the_divergence(problem: Problem, name: str) -> None:
     found = (problem.answer_probability(problem.ref())[:, None] * kl.value).sum()
     expected = (problem.reach(problem.ref()) * problem.per_prefix(name)).sum()
     assert found.item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+# f(u) of the textbook, by mpmath's numbers, which neither underflow nor overflow.
+PRECISE = {
+    "forward": lambda u: -mpmath.log(u),
+    "js": lambda u: u * mpmath.log(u) - (u + 1) * mpmath.log((u + 1) / 2),
+    "hellinger": lambda u: (mpmath.sqrt(u) - 1) ** 2,
+    "tv": lambda u: abs(u - 1) / 2,
+    "alpha": lambda u: (mpmath.sqrt(u) - u / 2 - mpmath.mpf(1) / 2) / (-mpmath.mpf(1) / 4),
+}
+
+
+@pytest.mark.parametrize("x", [-400.0, -110.0, -95.0, -20.0, -0.5, 1.5])
+@pytest.mark.parametrize("name", PRECISE)
+def test_the_value_is_right_where_the_weight_is_no_number(name: str, x: float) -> None:
+    """float32 has no u below 1e-45, and no f(u)/u of some digits far before. f(u) is at most 1."""
+    u, options = mpmath.exp(x), ["", ",level=prefix", ",horizon=sequence"]
+    expected = [float(PRECISE[name](u)), float(u * PRECISE[name](u))]
+    for kl_type in (f"{name}_as_loss,cap=none{option}" for option in options):
+        of_first, of_second = expected[0], expected[kl_type.endswith(("prefix", "sequence"))]
+        value = stored_kl(kl_type, *log_ratios([x, x])).value
+        assert value.tolist() == [pytest.approx([of_first, of_second], rel=2e-6, abs=1e-30)]
+    if name != "forward":
+        value = stored_kl(f"{name}_as_loss,cap=none,horizon=answer", *log_ratios([x / 4] * 4)).value
+        assert value.tolist() == [pytest.approx([expected[0] / 4] * 4, rel=2e-6)]
+
+
+def log_ratios(x: list[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """A policy of these to a reference, and a mask."""
+    ref = torch.full((1, len(x)), -1.0)
+    return (ref + torch.tensor([x])).requires_grad_(), ref, torch.ones(1, len(x))
+
+
+def test_what_a_cap_drops_is_no_part_of_the_value() -> None:
+    """Products of the ratio e^4, which is more than 2: neither token counts, as none acts."""
+    kl = stored_kl("js_as_loss,horizon=sequence,cap=2,mode=mask", *log_ratios([4.0, 0.5]))
+    assert kl.value.tolist() == [[0, 0]] and kl.term.gradient.tolist() == [[0, 0]]
+    kl = stored_kl("hellinger_as_loss,cap=2", *log_ratios([4.0, 0.5]))
+    held = 2 * (1 - math.exp(-2.0)) ** 2  # for the sample counts twice, and not e^4 times
+    assert kl.value.tolist() == [pytest.approx([held, (math.exp(0.25) - 1) ** 2], rel=1e-6)]
 
 
 def test_at_the_reference_no_sample_has_a_gradient() -> None:
