@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from numbers import Real
 
 import torch
 from torch import Tensor
+
+from klplug.numerics import has_a_size, number_of
 
 Density = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -87,12 +88,14 @@ def _tv_slope(log_p: Tensor, log_ratio: Tensor, p: Tensor) -> Tensor:
 def alpha_divergence(alpha: float, factor: float = 1.0) -> Divergence:
     """``factor`` times D_a: f = (t^a - a t - (1 - a)) / (a (a - 1)); see the estimator ``alpha``.
 
-    ``p^a q^(1-a)`` is held where a sum over any vocabulary is still finite.
+    ``p^a q^(1-a)`` is held where a sum over any vocabulary is still finite; it is infinite where
+    a > 1 and q is 0.
     """
 
     def between(log_p: Tensor, log_ratio: Tensor) -> Tensor:
         exponent = log_p + (alpha - 1) * log_ratio
-        return exponent.clamp_(max=math.log(torch.finfo(log_p.dtype).max) - 40).exp_()
+        powers = exponent.clamp_(max=math.log(torch.finfo(log_p.dtype).max) - 40).exp_()
+        return powers if alpha < 1 else powers.masked_fill_(log_ratio == math.inf, math.inf)
 
     def value(log_p: Tensor, log_ratio: Tensor, p: Tensor) -> Tensor:
         # Less the one of p and q that it is near: their difference has the digits.
@@ -130,9 +133,13 @@ _INSTEAD = {
 def named_divergence(name: str, alpha: float | None) -> Divergence:
     if name == "alpha":
         alpha = 0.5 if alpha is None else alpha
-        if not isinstance(alpha, Real) or not math.isfinite(alpha) or alpha in (0, 1):
-            raise ValueError(f"alpha={alpha!r} must be a finite number, and neither 0 nor 1")
-        return alpha_divergence(alpha)
+        number = number_of(alpha)
+        if number is None or number == 1 or not has_a_size(number):
+            raise ValueError(
+                f"alpha={alpha!r} must be a finite number, of a size between 1e-15 and 1e15, and "
+                "neither 0 nor 1"
+            )
+        return alpha_divergence(number)
     if alpha is not None:
         raise ValueError(f"alpha={alpha!r} is for divergence='alpha', not for {name!r}")
     if name not in list(DIVERGENCES):  # a list has names that can't be hashed, too

@@ -74,7 +74,9 @@ def exact_kl(
     ``kl = sum_v pi (log pi - log ref)`` for ``k2``, in the direction KL(pi||ref); for a divergence
     ``sum_v ref f(pi/ref)``. Logits are ``softcap tanh((hidden weight^T + bias)/softcap) /
     temperature``. Value and gradient are exact, for the given prefixes: nothing is estimated, so
-    neither has a bias. Differentiated is the policy; the reference is held fixed.
+    neither has a bias. Differentiated is the policy; the reference is held fixed. One thing is held
+    that no metric counts: with chi2 and an alpha above 1, and with a negative one, ``p^a q^(1-a)``
+    of a token at e^48.7 of float32, a KL that no training has.
 
     Logits are made a chunk at a time and, where the output matrix is trained, made again in the
     backward, for any per-token weights that come to ``kl``, ``entropy`` and ``log_probs``. Where it
@@ -90,7 +92,7 @@ def exact_kl(
             look would wait for the device, another number has log-probs of nan.
         divergence: ``k2`` (the reverse KL), ``forward``, ``js``, ``jeffreys``, ``chi2``,
             ``hellinger``, ``tv`` or ``alpha``, each as the estimator of that name.
-        alpha: for ``alpha``, 1/2 if left out; neither 0 nor 1.
+        alpha: for ``alpha``, 1/2 if left out; of a size between 1e-15 and 1e15, and not 1.
         bias, ref_bias: (V,), finite.
         temperature: divides the logits of both, after ``softcap``.
         softcap: bound of the logits of both, where the model has one.
@@ -98,7 +100,8 @@ def exact_kl(
             tokens on a CPU, between 2^22 and 2^24, and 2^27 elsewhere. It decides memory, and no
             number beyond rounding.
         group: a process group over which the vocabulary is cut into equal shards, in the order of
-            the ranks. ``weight``, ``bias`` and the reference's are the rank's own rows, everything
+            the ranks; on a GPU, where a look would wait for it, nobody asks whether they are equal.
+            ``weight``, ``bias`` and the reference's are the rank's own rows, everything
             else is whole and the same on all ranks; so are the results, and the gradient of
             ``hidden``, which is summed over the group here.
 
@@ -150,8 +153,8 @@ def topk_kl(
         ref_log_probs: (N, K), log ref of these tokens in nats, normalised over the reference's
             whole vocabulary at the same temperature. What they leave of 1 is ref_rest. Less than
             the rounding of their dtype counts as that: so hand them in as float32, not as halves.
-            -inf is a token that the reference never writes. There k2 and jeffreys are infinite, and
-            ``kl_term`` leaves such a place out.
+            -inf is a token that the reference never writes. There k2, jeffreys, chi2 and an alpha
+            above 1 are infinite, and ``kl_term`` leaves such a place out.
 
     Returns:
         ``ExactKL``: four (N,) tensors in float32, or float64 where an input is float64.
@@ -283,7 +286,7 @@ def _check_policy(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, group: Any
 ) -> None:
     _check_head("", hidden, weight, bias, hidden)
-    _check_group(group)
+    _check_group(group, weight)
     _check_tokens("targets", targets, (len(hidden),), hidden, weight, group)
 
 
@@ -331,11 +334,22 @@ def _check_floats(name: str, tensor: Any) -> None:
         )
 
 
-def _check_group(group: Any) -> None:
+def _check_group(group: Any, weight: Tensor) -> None:
     if group is not None and not isinstance(group, getattr(dist, "ProcessGroup", ())):
         raise TypeError(
             f"group={group!r} must be a torch.distributed.ProcessGroup that this process is in, or "
             "None"
+        )
+    if group is None or not _may_be_read(weight):
+        return
+    # Each rank would cut its tokens into chunks of its own, and wait for others' forever.
+    sizes = torch.tensor([len(weight), -len(weight)])
+    dist.all_reduce(sizes, dist.ReduceOp.MAX, group=group)
+    most, least = int(sizes[0]), -int(sizes[1])
+    if most != least:
+        raise ValueError(
+            f"weight has {len(weight)} rows on this rank, and from {least} to {most} over the "
+            "group; allowed: shards of one size"
         )
 
 

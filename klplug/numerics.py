@@ -35,6 +35,11 @@ def number_of(value: Any) -> float | None:
         return math.inf if value == abs(value) else -math.inf
 
 
+def has_a_size(alpha: float) -> bool:
+    """Whether an alpha divergence of it has a value: float32 has its products with log-ratios."""
+    return 1 / HUGE <= abs(alpha) <= HUGE
+
+
 def largest(x: Tensor) -> float:
     """The largest finite number of ``x``'s dtype."""
     return _LARGEST[x.element_size()]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from klplug.axes import AXES
-from klplug.numerics import HUGE, LEAST
+from klplug.numerics import LEAST, has_a_size
 
 if TYPE_CHECKING:
     from klplug.spec import TermSpec
@@ -135,7 +135,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "alpha-infinite",
-        lambda t: t.alpha not in (None, 0) and not 1 / HUGE <= abs(t.alpha or 0) <= HUGE,
+        lambda t: t.alpha is not None and t.alpha != 0 and not has_a_size(t.alpha),
         "alpha={alpha} is refused: it must be finite, and its size between 1e-15 and 1e15",
     ),
     Refusal(

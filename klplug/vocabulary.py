@@ -12,6 +12,7 @@ from torch import Tensor
 
 from klplug import tiles
 from klplug.divergences import Divergence
+from klplug.numerics import HUGE
 from klplug.tiles import Kind, Normaliser, Scaling
 
 
@@ -147,9 +148,9 @@ class Top:
         return cls(policy.local(ids), log_probs, log_rest)
 
     def without(self, rows: Tensor) -> Top:
-        """The same, with log-probs of zero at some tokens."""
+        """The same, with probabilities of zero at some tokens."""
         log_probs, log_rest = (
-            x.masked_fill(rows[:, None], 0.0) for x in (self.log_probs, self.log_rest)
+            x.masked_fill(rows[:, None], -HUGE) for x in (self.log_probs, self.log_rest)
         )
         return Top(self.ids, log_probs, log_rest)
 
@@ -374,12 +375,19 @@ def _differentiate(
     of_kl, of_entropy, of_log_probs = (
         torch.zeros_like(kept.kl) if w is None else w.to(kept.kl.dtype) for w in weights
     )
-    # A token without a weight: 0 times what it holds would be nan, were that no number.
+    # A token without a weight: 0 times what it holds would be nan, were that no number. It has
+    # zeros instead, and of what it lacks, policy or reference, no probability at any token.
     no_kl = of_kl == 0
     unused = no_kl & (of_entropy == 0) & (of_log_probs == 0)
     policy, reference = policy.without(unused), reference.without(no_kl)
     without = {name: no_kl if name in _OF_KL_ALONE else unused for name in vars(kept)}
-    kept = _Kept(**{name: x.masked_fill(without[name], 0.0) for name, x in vars(kept).items()})
+    instead = {"maximum": HUGE, "ref_maximum": HUGE}
+    kept = _Kept(
+        **{
+            name: x.masked_fill(without[name], instead.get(name, 0.0))
+            for name, x in vars(kept).items()
+        }
+    )
     common = of_kl * kept.mean_slope + of_entropy * kept.entropy + of_log_probs
     plan = policy.plan
     step = max(1, min(len(targets), plan.rows, plan.tile))

@@ -537,6 +537,22 @@ def test_a_token_without_a_kl_leaves_the_other_results_theirs(trained: bool) -> 
     assert_equal(*sums)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("whose", ["bias", "ref_bias"])
+def test_a_token_without_weight_has_no_bias_either(whose: str, name: str) -> None:
+    """float32 has no exp(100). Of the others nothing is used, or their log-probs alone."""
+    for used in (slice(0, 1), slice(None)):
+        found = []
+        for dtype in (torch.float32, torch.float64):
+            given = drawn(dtype)
+            given[whose] = torch.zeros(VOCABULARY, dtype=dtype)
+            given[whose][3] = 100
+            x = klplug.exact_kl(**given, **NAMES[name])
+            of_kl = 0 * x.kl.sum() if dtype == torch.float32 else 0
+            found.append(gradients(x.log_probs[used].sum() + of_kl, given))
+        assert_equal(*found, tolerance=1e-5)
+
+
 def test_no_tokens_at_all() -> None:
     inputs = drawn(tokens=0)
     result = klplug.exact_kl(**inputs)
@@ -727,7 +743,28 @@ def test_two_ranks_with_half_of_the_vocabulary_each(tmp_path: Path) -> None:
         assert_halves(of_first[:2], of_second[:2], expected, whole)
         for *_, in_forward, in_backward in (of_first, of_second):
             # Five tokens of eleven local logits are a chunk of 55: three chunks.
-            assert (in_forward, in_backward) == (3 * 3, 1)
+            # And one to ask whether all shards are of one size.
+            assert (in_forward, in_backward) == (1 + 3 * 3, 1)
+
+
+def one_of_unlike_ranks(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
+    inputs = drawn()
+    own = slice(0, 12) if rank == 0 else slice(12, VOCABULARY)
+    inputs |= {name: inputs[name][own] for name in ("weight", "ref_weight")}
+    with pytest.raises(ValueError) as refused:
+        klplug.exact_kl(**inputs, group=dist.group.WORLD)
+    Path(f"{folder}/{rank}").write_text(str(refused.value))
+    dist.destroy_process_group()
+
+
+def test_shards_of_unlike_size_are_refused_on_every_rank(tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(
+        one_of_unlike_ranks, args=(str(tmp_path),), nprocs=2, start_method="fork"
+    )
+    for rank, size in ((0, 12), (1, 11)):
+        words = f"weight has {size} rows on this rank, and from 11 to 12 over the group"
+        assert words in (tmp_path / str(rank)).read_text()
 
 
 # ── What is refused ─────────────────────────────────────────────────────────────────────────────
@@ -739,6 +776,8 @@ REFUSED: list[tuple[Inputs, str]] = [
     ({"divergence": "abs"}, "'tv' is half of it"),
     ({"divergence": "kl"}, "known: k2, forward"),
     ({"divergence": "alpha", "alpha": 1}, "neither 0 nor 1"),
+    # 1e-40 has no digits in float32, and 1e20 no products: kl_types of these are refused too.
+    *(({"divergence": "alpha", "alpha": x}, "between 1e-15 and 1e15") for x in (1e-40, -1e20)),
     ({"alpha": 0.3}, "is for divergence='alpha'"),
     ({"divergence": ["k2"]}, r"\['k2'\] has no form over the vocabulary; known: k2"),
     ({"divergence": "alpha", "alpha": "half"}, "alpha='half' must be a finite number"),

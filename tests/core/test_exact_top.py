@@ -335,15 +335,30 @@ def test_a_token_that_the_reference_never_writes(name: str, trained: bool) -> No
         given["weight"].requires_grad_(trained)
     mine, theirs = (klplug.topk_kl(**given, **NAMES[name]) for given in (inputs, near))
     others = torch.arange(TOKENS) != 3
-    infinite = name in ("reverse", "jeffreys")
+    infinite = name in ("reverse", "jeffreys", "chi2", "alpha,alpha=2")
     if infinite:
         assert mine.kl[3] == torch.inf
-    elif name not in ("chi2", "alpha,alpha=2"):  # held where float64 ends, as for any token
+    else:
         assert_equal([mine.kl], [theirs.kl])
-    kept = others if infinite or mine.kl[3] > 1e100 else others | ~others
+    kept = others if infinite else others | ~others
     sums = (x.kl[kept].sum() + (x.entropy + x.log_probs).sum() for x in (mine, theirs))
     found, expected = (gradients(x, y) for x, y in zip(sums, (inputs, near), strict=True))
     assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_token_without_a_kl_and_large_logits_leaves_the_others_theirs(name: str) -> None:
+    """Beside a token that has a KL: its own logits are 100, whose exponential float32 has not."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        hidden = (100 * torch.eye(5, dtype=dtype)[[0, 0]]).requires_grad_()
+        weight = torch.eye(5, dtype=dtype, requires_grad=True)
+        ids, log_ref = torch.tensor([[1, 2]] * 2), torch.tensor([[0.3, 0.3]] * 2).log()
+        x = klplug.topk_kl(hidden, weight, ids[:, 0] - 1, ids, log_ref, **NAMES[name])
+        found.append(torch.autograd.grad(x.log_probs[1] + 0 * x.kl[0], (hidden, weight)))
+    # The token is the policy's own, with a probability of 1: its score is 0, and so is all else.
+    for gradient in (g for of_dtype in found for g in of_dtype):
+        assert gradient.abs().max() < 1e-30
 
 
 def test_no_tokens_at_all() -> None:

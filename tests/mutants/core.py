@@ -268,6 +268,8 @@ PASS = (
     of(
         "vocabulary",
         ("value.clamp_(min=0)", "value"),
+        ('{"maximum": HUGE, "ref_maximum": HUGE}', '{"maximum": HUGE}'),
+        ('{"maximum": HUGE, "ref_maximum": HUGE}', '{"ref_maximum": HUGE}'),
         ("x is None or not x.is_inference()", "True"),
         ("of_bias = of_matrix.new_zeros", "of_bias = matrix.new_zeros"),
         ("torch.where(scale != 0, of_kl * scale, hidden, out=hidden)", "hidden += of_kl * scale"),
@@ -286,6 +288,7 @@ PASS = (
         "divergences",
         ("(q, alpha) if alpha <= 0.5 else (p, alpha - 1)", "(q, alpha)"),
         ("log_ratio.clamp(max=largest)", "log_ratio"),
+        ("powers.masked_fill_(log_ratio == math.inf, math.inf)", "powers"),
         ("clamp_(-largest, largest)", "clamp_(-1, 1)"),
         tests=("exact_top", "exact"),
     )
@@ -293,6 +296,7 @@ PASS = (
 
 TOP = of(
     "vocabulary",
+    ("x.masked_fill(rows[:, None], -HUGE)", "x.masked_fill(rows[:, None], 0.0)"),
     ("at.reference.minus(at.policy) - self.log_rest[at.rows]", "at.reference.minus(at.policy)"),
     (
         "own = log_p.gather(-1, index.clamp(max=log_p.shape[-1] - 1)) - log_ref",
