@@ -231,8 +231,6 @@ class Batch:
         """The counted tokens at which every tensor but a reference is a number."""
         policies = {policy for policy in map(policy_of, spec.terms) if policy is not None}
         references = {term.reference for term in spec.terms}
-        if "posterior" in references:
-            references.add("ref")  # which it is made of
         # A token without one of several references leaves all terms of a sum.
         compared = policies | references if len(references) > 1 else policies
         numbers = [
@@ -242,12 +240,15 @@ class Batch:
         for name in ("advantages", "return_baseline", "exact_kl", *weights):
             if name in self.others:
                 numbers.append(self.others[name])
+        usable = self.counted
+        if "posterior" in references:  # made of ref, it rules out what that does
+            usable = usable & ~self.others["ref_log_probs"].isnan()
         if not numbers:
-            return self.counted
+            return usable
         together = numbers[0]
         for number in numbers[1:]:
             together = together + number  # no number as soon as one of them is none
-        return self.counted & (together.abs() < math.inf)
+        return usable & (together.abs() < math.inf)
 
     def log_ratio(self, policy: str) -> Tensor:
         """``log_probs`` less those of another policy; anything where masked."""

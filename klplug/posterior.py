@@ -54,16 +54,18 @@ def posterior_log_probs(samples: Samples, beta: float) -> Tensor:
     mask = samples.mask
     toward_ref = ref_log_probs.double() - log_probs.double()  # halves would lose digits first
     # A token that is no number leaves the KL; one that ref rules out has a weight of 0.
-    toward_ref = masked(toward_ref, mask & (toward_ref < math.inf)).sum(-1)
+    numbers = mask & (toward_ref < math.inf)
+    toward_ref = masked(toward_ref, numbers).sum(-1)
     tilt = rewards.double() / number
-    numbers = group_numbers(samples.group_ids, toward_ref).tolist()
+    groups = group_numbers(samples.group_ids, toward_ref).tolist()
     log_weights = tilt + toward_ref
     # An answer whose reward is no number leaves the KL, and the others' Z.
-    known = mask.any(-1) & (log_weights < math.inf)
-    log_z = _of_others(log_weights, numbers, known.tolist())
-    share = ((tilt - log_z) / mask.sum(-1).clamp(min=1)).unsqueeze(-1)
+    known = numbers.any(-1) & (log_weights < math.inf)
+    log_z = _of_others(log_weights, groups, known.tolist())
+    share = ((tilt - log_z) / numbers.sum(-1).clamp(min=1)).unsqueeze(-1)
     dtype = torch.promote_types(ref_log_probs.dtype, torch.float32)
-    return masked((ref_log_probs + share).to(dtype), mask)
+    posterior = (ref_log_probs + share).masked_fill(~numbers, math.nan)
+    return masked(posterior.to(dtype), mask)
 
 
 def _of_others(log_weights: Tensor, groups: list[int], present: list[bool]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from klplug.batch import Batch, weight_name
-from klplug.gradients import Acting, Estimate, answer_log_ratio
+from klplug.gradients import Acting, Estimate
 from klplug.numerics import HUGE, finite, finite_, masked, masked_
 from klplug.spec import TermSpec
 from klplug.weights import ImportanceWeight
@@ -143,8 +143,7 @@ def _principled(part: Part, batch: Batch, gradient: Tensor) -> Tensor:
     if estimate.scale is not None:
         log_ratio = finite_(estimate.scale * log_ratio)
     if spec.reference == "posterior":  # whose reward is of the whole answer, at each of its tokens
-        whole = masked(answer_log_ratio(batch, estimate), estimate.mask)
-        whole = whole if estimate.scale is None else estimate.scale * whole
+        whole = masked(finite(batch.answers.whole(log_ratio)), estimate.mask)
         return finite_(whole if weight is None else weight * whole)
     if spec.placement == "as_loss" and spec.horizon == "token":
         if estimate.own is log_ratio:

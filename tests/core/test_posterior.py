@@ -124,6 +124,48 @@ def test_a_reward_that_is_no_number_leaves_the_other_answers_as_they_are(reward:
     assert not found[1][given.mask[1]].isfinite().any()
 
 
+@pytest.mark.parametrize("name", ["log_probs", "ref_log_probs"])
+def test_a_token_that_is_no_number_leaves_its_answer_the_others(name: str) -> None:
+    """As if it were masked: all of r/beta - log Z lies on the tokens that are left."""
+    given = samples()
+    given.mask[2, 1] = True
+    for tensor in (given.log_probs, given.ref_log_probs):
+        assert tensor is not None
+        tensor[2, 1] = -0.5
+    masked = replace(given, mask=given.mask.clone())
+    masked.mask[2, 1] = False
+    getattr(given, name)[2, 1] = NAN
+    found, expected = (posterior_log_probs(x, BETA) for x in (given, masked))
+    assert found[2, 1].isnan()  # so that the KL, too, leaves it
+    torch.testing.assert_close(found[masked.mask], expected[masked.mask], rtol=1e-12, atol=0)
+    getattr(given, name)[2] = NAN  # and an answer of which none is left is none
+    masked.mask[2] = False
+    found, expected = (posterior_log_probs(x, BETA) for x in (given, masked))
+    torch.testing.assert_close(found[masked.mask], expected[masked.mask], rtol=1e-12, atol=0)
+
+
+# f'(u) - f'(1) of the textbook as u = pi/p goes to infinity.
+SLOPES = {"js": math.log(2), "tv": 0.5, "hellinger": 1.0, "forward": 1.0, "alpha": 2.0}
+
+
+@pytest.mark.parametrize("estimator", SLOPES)
+def test_an_answer_that_the_reference_rules_out_is_pushed_down_by_the_limit(estimator: str) -> None:
+    """The posterior, too, rules out all of it, by whichever of its tokens."""
+    given = samples(torch.float32)
+    assert given.log_probs is not None and given.ref_log_probs is not None
+    given.ref_log_probs[0, 1] = -math.inf
+    term = kl_term(
+        f"{estimator}_as_loss,ratio=none,reference=posterior",
+        given.log_probs,
+        given.ref_log_probs,
+        given.mask,
+        posterior_log_probs=posterior_log_probs(given, BETA),
+    )
+    assert term.coefficient[0].tolist() == pytest.approx([SLOPES[estimator]] * 3)
+    assert term.metrics["klplug/nonfinite/ref_log_probs"] == 1
+    assert term.metrics["klplug/gradient_norm_ratio"] > 1e-3  # of the yardstick's numbers alone
+
+
 @pytest.mark.parametrize("beta", [0.0, -1.0, NAN, math.inf, 10**400, True, "0.1", None])
 def test_a_coefficient_that_is_none_is_told(beta: Any) -> None:
     with pytest.raises(ValueError, match="which must be a positive number"):
