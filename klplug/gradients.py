@@ -20,7 +20,7 @@ tokens before. All of them are detached but ``grad D_t``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -89,24 +89,27 @@ class Acting:
         return self.mask.to(self.value.dtype) if self.weight is None else self.weight
 
 
-def acting(spec: TermSpec, batch: Batch, estimate: Estimate) -> Acting:
+def acting(
+    spec: TermSpec, batch: Batch, estimate: Estimate, inside: Tensor | None = None
+) -> Acting:
     """What the term ``spec`` does, by where it acts, times its factor and its sample weight.
 
     The value has the factor alone: it is an estimate of a KL, whichever of its tokens are weighed.
+    ``inside`` is of ``inside_the_policy_loss``.
     """
-    alone = _acting(spec, batch, estimate)
+    alone = _acting(spec, batch, estimate, inside)
     if alone.pathwise is not None and estimate.scale is not None:
         alone = replace(alone, pathwise=estimate.scale * alone.pathwise)
     return alone if spec.factor == 1 else replace(alone, value=finite_(spec.factor * alone.value))
 
 
-def _acting(spec: TermSpec, batch: Batch, estimate: Estimate) -> Acting:
+def _acting(spec: TermSpec, batch: Batch, estimate: Estimate, inside: Tensor | None) -> Acting:
     if spec.over_vocabulary:
         return _over_the_vocabulary(spec, batch, estimate)
     if spec.placement == "in_reward":
         return _in_the_reward(spec, batch, estimate)
     if spec.head in ("combined", "clipped"):
-        return _under_a_head(spec, batch, estimate)
+        return _under_a_head(spec, batch, estimate, inside)
     if spec.horizon != "token":
         return _whole_answer(spec, batch, estimate)
     return _own_token(spec, batch, estimate)
@@ -176,21 +179,38 @@ def _in_the_reward(spec: TermSpec, batch: Batch, estimate: Estimate) -> Acting:
     return Acting(estimate.mask, estimate.value, coefficient, gradient)
 
 
-def _under_a_head(spec: TermSpec, batch: Batch, estimate: Estimate) -> Acting:
+def _under_a_head(
+    spec: TermSpec, batch: Batch, estimate: Estimate, inside: Tensor | None
+) -> Acting:
     """``rho_t c_t``, and 0 where PPO's clip drops it; over whole answers c_t is the sum to go."""
     ratio = _importance(spec, batch, estimate.mask)
     assert ratio is not None and batch.clip is not None
-    coefficient = estimate.own
-    if spec.horizon == "sequence":
-        coefficient = masked_(returns(estimate, batch), estimate.mask)
-    slope = coefficient
+    slope = coefficient = _under_the_ratio(spec, batch, estimate)
     if spec.head == "combined":
         assert batch.given.kl_coef is not None
-        slope = batch.given.kl_coef * coefficient - batch.masked("advantages")
+        together = coefficient if inside is None else inside
+        slope = batch.given.kl_coef * together - batch.masked("advantages")
     importance = clipped_weight(ratio, slope, batch.clip)
     weight = importance.weight
     gradient = finite_(weight * coefficient)
     return Acting(estimate.mask, estimate.value, coefficient, lambda: gradient, weight, importance)
+
+
+def inside_the_policy_loss(
+    estimates: Sequence[tuple[TermSpec, Estimate]], batch: Batch
+) -> Tensor | None:
+    """The sum of c of all that is ``head=combined``, which is what its one clip looks at; ``None``
+    where that is a term alone."""
+    within = [(spec, estimate) for spec, estimate in estimates if spec.head == "combined"]
+    if len(within) < 2:
+        return None
+    return finite_(torch.stack([_under_the_ratio(s, batch, e) for s, e in within]).sum(0))
+
+
+def _under_the_ratio(spec: TermSpec, batch: Batch, estimate: Estimate) -> Tensor:
+    if spec.horizon != "sequence":
+        return estimate.own
+    return masked_(returns(estimate, batch), estimate.mask)
 
 
 def _over_the_vocabulary(spec: TermSpec, batch: Batch, estimate: Estimate) -> Acting:

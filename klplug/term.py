@@ -10,7 +10,15 @@ from torch import Tensor
 
 from klplug.answers import Answers
 from klplug.batch import Batch, ClipRange, Given, Groups, needed_by
-from klplug.gradients import Acting, acting, baseline, estimate_of, returns, sum_of
+from klplug.gradients import (
+    Acting,
+    acting,
+    baseline,
+    estimate_of,
+    inside_the_policy_loss,
+    returns,
+    sum_of,
+)
 from klplug.seen import Part, seen_of
 from klplug.spec import KLSpec, parse
 from klplug.tally import Tally, tally
@@ -242,10 +250,9 @@ def term_of(spec: KLSpec, given: Given) -> KLTerm:
     def made(spec: KLSpec, whole: Acting, of: list[Part], terms: tuple[KLTerm, ...] = ()) -> KLTerm:
         return KLTerm(spec, log_probs, whole, lambda: tally(seen_of(of, batch)), terms)
 
-    parts = []
-    for term in spec.terms:
-        estimate = estimate_of(term, batch)
-        parts.append(Part(term, estimate, acting(term, batch, estimate)))
+    estimates = [(term, estimate_of(term, batch)) for term in spec.terms]
+    inside = inside_the_policy_loss(estimates, batch)
+    parts = [Part(term, e, acting(term, batch, e, inside)) for term, e in estimates]
     terms = tuple(made(part.spec, part.acting, [part]) for part in parts)
     if len(terms) == 1:
         return terms[0]

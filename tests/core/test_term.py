@@ -385,6 +385,32 @@ def test_a_combined_term_drops_the_tokens_that_the_policy_loss_drops() -> None:
     assert not torch.equal(dropped["combined"], dropped["clipped"])
 
 
+@pytest.mark.parametrize("horizon", ["token", "sequence"])
+def test_terms_inside_the_policy_loss_have_one_clip(horizon: str) -> None:
+    """It looks at the advantage and all of their KL together, as the policy loss does."""
+    tensors = batch(shape=(8, 16))
+    tensors |= {"teacher_log_probs": tensors["ref_log_probs"].flip(0)}
+    of_each = [f"k2_as_loss,head=combined,horizon={horizon}{x}" for x in ("", ",reference=teacher")]
+    both, apart = kl_term("+".join(of_each), **tensors), [kl_term(x, **tensors) for x in of_each]
+    given = {k: v for k, v in tensors.items() if k not in ("rollout_log_probs", "group_ids")}
+
+    def of_loss(kl_type: str, advantages: Tensor) -> Tensor:
+        given["advantages"] = advantages
+        loss = klplug.policy_loss(kl_type, **given, kl_coef=BETA, clip_range=CLIP)
+        return torch.autograd.grad(loss.sum(), tensors["log_probs"])[0]
+
+    # What a step has where the surrogate alone acts: A - beta (c_1 + c_2) in its place.
+    c = sum(part.coefficient for part in apart)
+    expected = of_loss("none", tensors["advantages"] - BETA * c)
+    dropped = (expected == 0) & (tensors["response_mask"] != 0)
+    for part in both.parts:
+        assert torch.equal((part.weight == 0) & (tensors["response_mask"] != 0), dropped)
+    assert any(not torch.equal(x.weight, y.weight) for x, y in zip(apart, both.parts, strict=True))
+    rho = (tensors["log_probs"] - tensors["old_log_probs"]).detach().exp()
+    torch.testing.assert_close(both.gradient, (rho * c).masked_fill(expected == 0, 0.0))
+    torch.testing.assert_close(of_loss("+".join(of_each), tensors["advantages"]), expected)
+
+
 def test_a_large_bound_changes_nothing() -> None:
     tensors = batch()
     one, other = kl_term("k2_as_loss", **tensors), kl_term("k2_as_loss,bound=1000", **tensors)

@@ -58,19 +58,20 @@ GRADIENTS = of(
     ("weight is None else weight * compared)", "weight is None else compared)"),
     ("    weight = _still_answering(weight, estimate.mask)\n", ""),
     ("torch.where(weight > 0, weight, mask.to(weight.dtype))", "weight"),
+    ("together = coefficient if inside is None else inside", "together = coefficient"),
     ("finite_(coefficient - credited)", "finite_(coefficient - compared)"),
     ("finite_(batch.answers.to_go(coefficient))", "finite_(coefficient.clone())"),
     (
-        "coefficient = masked_(returns(estimate, batch), estimate.mask)",
-        "coefficient = returns(estimate, batch)",
+        "return masked_(returns(estimate, batch), estimate.mask)",
+        "return returns(estimate, batch)",
     ),
     (
-        "slope = batch.given.kl_coef * coefficient - batch.masked",
-        "slope = coefficient - batch.masked",
+        "slope = batch.given.kl_coef * together - batch.masked",
+        "slope = together - batch.masked",
     ),
     (
-        "batch.given.kl_coef * coefficient - batch.masked",
-        "batch.given.kl_coef * coefficient + batch.masked",
+        "batch.given.kl_coef * together - batch.masked",
+        "batch.given.kl_coef * together + batch.masked",
     ),
     (
         "added = estimate.later if before is None else finite_(before * estimate.later)",
