@@ -171,13 +171,12 @@ def _whole(terms: Sequence[Seen], batch: Batch) -> Seen:
     gradient = principled = finite(sum((term.gradient for term in terms), zero))
     if any(term.principled is not term.gradient for term in terms):
         principled = finite(sum((term.principled for term in terms), zero))
-    in_the_kl = numbers
-    if any(term.in_the_kl is not term.numbers for term in terms):
-        in_the_kl = functools.reduce(torch.logical_or, (term.in_the_kl for term in terms))
+    acting = list({id(term.in_the_kl): term.in_the_kl for term in terms}.values())
+    in_the_kl = functools.reduce(torch.logical_or, acting) if acting else numbers
     over = next((term for term in terms if term.expected is not None), None)
     inputs = {name: tensor for term in terms for name, tensor in term.inputs.items()}
-    if not terms and log_ratio is not None:
-        inputs = {"log_probs": batch.log_probs, "ref_log_probs": batch.others["ref_log_probs"]}
+    if log_ratio is not None:
+        inputs |= {"log_probs": batch.log_probs, "ref_log_probs": batch.others["ref_log_probs"]}
     return Seen(
         name="",
         counted=batch.counted,

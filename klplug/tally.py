@@ -49,12 +49,14 @@ class Tally:
         """One tally of all tokens of all ``tallies`` (at least one).
 
         Raises:
-            ValueError: they are not of one term with the same tensors.
+            ValueError: not all have the same sums and maxima, as those of one term with the same
+                tensors have. So have some other terms, which nothing here tells apart.
         """
         first, *others = tallies
         sums, maxima = dict(first.sums), dict(first.maxima)
         for other in others:
-            if apart := sorted(other.sums.keys() ^ sums.keys()):
+            unlike = (other.sums.keys() ^ sums.keys()) | (other.maxima.keys() ^ maxima.keys())
+            if apart := sorted(unlike):
                 raise ValueError(
                     "tallies can be merged of one kl_type and one set of tensors only: not all "
                     f"have {', '.join(apart)}"
@@ -96,7 +98,7 @@ class Tally:
         is at hand. The terms of a sum, and a term to another policy, have all of them under
         ``klplug/<term>/``, <term> being ``str(term)`` with ``.`` for ``,``, ``-`` for ``=`` and
         ``:``, ``x`` for ``*``; the shares and weights of the whole are then those of the worst
-        term.
+        term, ``nonfinite_share`` that of ref where it is worse.
         """
         names = sorted(k.removesuffix("tokens") for k in self.sums if k.endswith("tokens"))
         means = self._means(names)
@@ -197,7 +199,9 @@ def _of_gradients(means: Mapping[str, Tensor]) -> dict[str, Tensor]:
     most = {f"{key}_share": means[key] for key in shares}
     if len(nothing) > 1:  # of the whole, those of its worst term
         least = {k: torch.cat([v[1:].amin(0, keepdim=True), v[1:]]) for k, v in least.items()}
+        nonfinite = most.pop("nonfinite_share")  # of ref, too, where no term is to it
         most = {k: torch.cat([v[1:].amax(0, keepdim=True), v[1:]]) for k, v in most.items()}
+        most["nonfinite_share"] = torch.cat([nonfinite.amax(0, keepdim=True), nonfinite[1:]])
     return {
         "coef_mean": means["coef"],
         **least,

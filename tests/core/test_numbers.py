@@ -293,6 +293,30 @@ def test_the_sampler_as_reference_is_not_called_ref() -> None:
     assert beside["klplug/k1"] == plain["klplug/k1"] and beside["klplug/k3"] == plain["klplug/k3"]
 
 
+@pytest.mark.parametrize("reference", ["old", "rollout", "teacher"])
+def test_a_reference_that_only_the_metrics_have_is_no_part_of_the_others(reference: str) -> None:
+    """Where it is no number, the KL to it leaves, and is named."""
+    tensors = batch()
+    tensors |= {"teacher_log_probs": tensors["old_log_probs"] - 0.5}
+    kl_type, mask = f"k2_as_loss,ratio=none,reference={reference}", tensors["response_mask"].bool()
+    holes = tensors["ref_log_probs"].masked_fill(mask, NAN)
+    one = tensors["ref_log_probs"].clone()
+    one[0, 0] = NAN
+    clean = kl_term(kl_type, **tensors).metrics
+    of_ref = {f"klplug/{name}" for name in ("kl", "k1", "k2", "k3", "abs")}
+    for ref, share in ((holes, 1.0), (one, 1 / mask.sum().item())):
+        found = kl_term(kl_type, **tensors | {"ref_log_probs": ref}).metrics
+        assert found.pop("klplug/nonfinite/ref_log_probs") == 1
+        assert found.pop("klplug/nonfinite_share").item() == pytest.approx(share)
+        for name in found.keys() - of_ref:
+            torch.testing.assert_close(found[name], clean[name], msg=name)
+        if ref is one:
+            first = torch.zeros_like(mask)
+            first[0, 0] = True
+            x = (tensors["log_probs"].detach() - ref)[mask & ~first]
+            assert found["klplug/k1"].item() == pytest.approx(x.mean().item())
+
+
 @pytest.mark.parametrize("level", ["prefix", "sequence"])
 def test_weights_that_fall_together_are_seen(level: str) -> None:
     """8 answers of 8192 tokens whose sampler is 3.4e-4 nats above: a weight of 0.06 at the end."""

@@ -236,6 +236,14 @@ def test_tallies_of_unlike_tensors_do_not_merge() -> None:
             Tally.merged(pair)
 
 
+def test_tallies_of_unlike_maxima_do_not_merge() -> None:
+    one = torch.ones(())
+    pair = Tally({"tokens": one}, {"coef_max": one}), Tally({"tokens": one}, {})
+    for tallies in (pair, pair[::-1]):
+        with pytest.raises(ValueError, match="not all have coef_max"):
+            Tally.merged(tallies)
+
+
 @pytest.mark.parametrize("log_ratio", [[-44.8, 0.2, -0.2], [-60.0, -60.4, -60.0]])
 def test_where_no_square_can_be_summed_the_estimate_is_k1(log_ratio: list[float]) -> None:
     found = found_at("k2_as_loss,ratio=none", log_ratio)

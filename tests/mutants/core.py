@@ -206,7 +206,11 @@ METRICS = (
         ("coefficient=None if over else coefficient", "coefficient=coefficient"),
         ("is_bound=spec.top is not None,", "is_bound=False,"),
         ("steep=_uncapped(importance) or", "steep=False and"),
-        ("(term.in_the_kl for term in terms)", "(term.numbers for term in terms)"),
+        (
+            "{id(term.in_the_kl): term.in_the_kl for term in terms}",
+            "{id(term.numbers): term.numbers for term in terms}",
+        ),
+        ("if acting else numbers", "if False else numbers"),
         tests=("tally", "term", "numbers", "exact_term"),
     )
     + of(
