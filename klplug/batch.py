@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from klplug.answers import Answers
-from klplug.numerics import masked, masked_, number_of
+from klplug.numerics import MOST, masked, masked_, number_of
 from klplug.spec import KLSpec, TermSpec
 
 ClipRange: TypeAlias = "float | Sequence[float]"
@@ -75,8 +75,8 @@ class Given:
             if number is None:
                 kind = type(kl_coef).__name__
                 raise TypeError(f"kl_coef must be a number or a tensor, got {kind}")
-            if not 0 <= number < math.inf:
-                raise ValueError(f"kl_coef={number!r} must be finite, and not negative")
+            if not 0 <= number <= MOST:
+                raise ValueError(f"kl_coef={number!r} must be finite in float32, and not negative")
         self._check_weights(spec)
         self._check_exact(spec)
         compared = [term for term in spec.terms if term.baseline in ("batch", "group")]
@@ -128,9 +128,9 @@ class Given:
             )
         # On a device a look would wait for it, and what is compiled has no numbers to look at.
         may_look = kl_coef.device.type == "cpu" and not torch.compiler.is_compiling()
-        if may_look and not (allowed := (kl_coef >= 0) & kl_coef.isfinite()).all():
+        if may_look and not (allowed := (kl_coef >= 0) & (kl_coef.double() <= MOST)).all():
             wrong = kl_coef[~allowed].flatten()[0].item()
-            raise ValueError(f"kl_coef={wrong!r} must be finite, and not negative")
+            raise ValueError(f"kl_coef={wrong!r} must be finite in float32, and not negative")
 
     def _check_weights(self, spec: KLSpec) -> None:
         weights = self.weights(spec)
@@ -181,8 +181,11 @@ def low_and_high(clip_range: ClipRange) -> tuple[float, float]:
     # In two lists: torch.compile reads no walrus in one.
     found = [number_of(x) for x in pair]
     numbers = [x for x in found if x is not None]
-    if not len(pair) == len(numbers) == 2 or not all(0 <= x < math.inf for x in numbers):
-        raise ValueError(f"clip_range={clip_range!r} must be epsilon or (low, high), none negative")
+    if not len(pair) == len(numbers) == 2 or not all(0 <= x <= MOST for x in numbers):
+        raise ValueError(
+            f"clip_range={clip_range!r} must be epsilon or (low, high), none negative, and finite "
+            "in float32"
+        )
     low, high = numbers
     return low, high
 

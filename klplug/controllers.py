@@ -23,6 +23,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Protocol
 
 from klplug.numerics import number_of
@@ -98,12 +99,12 @@ class ScheduledKL:
             ValueError: it is no count.
         """
         done = _saved(state, "done")
-        if isinstance(done, bool) or not isinstance(done, int) or done < 0:
+        if isinstance(done, bool) or not isinstance(done, Integral) or int(done) < 0:
             raise ValueError(
                 f"the saved state of the KL controller has done={done!r}, which must be a count of "
                 "steps"
             )
-        self.done = done
+        self.done = int(done)
 
 
 def _fed(name: str, value: Any) -> float:

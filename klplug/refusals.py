@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from klplug.axes import AXES
-from klplug.numerics import LEAST, has_a_size
+from klplug.numerics import LEAST, MOST, has_a_size
 
 if TYPE_CHECKING:
     from klplug.spec import TermSpec
@@ -124,7 +124,7 @@ def _of_tokens(term: TermSpec) -> bool:
 
 
 def _positive(value: float) -> bool:
-    return value >= LEAST  # nan is not
+    return LEAST <= value <= MOST or value == math.inf  # nan is neither
 
 
 REFUSALS: tuple[Refusal, ...] = (

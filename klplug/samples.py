@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from klplug.estimators import chi2
@@ -148,7 +149,8 @@ def _below_quantile(samples: Samples, quantile: str) -> Tensor:
     counted = counted[counted.abs() < math.inf].sort().values
     if not len(counted):
         return samples.mask.to(samples.entropy.dtype)
-    threshold = counted[math.ceil(float(quantile) * len(counted)) - 1]
+    # Of the number as it is written: 0.55 of 20 is 11, and as floats a little more.
+    threshold = counted[math.ceil(Fraction(quantile) * len(counted)) - 1]
     return (samples.entropy <= threshold).to(samples.entropy.dtype)
 
 

@@ -351,8 +351,10 @@ def parse(text: str | KLSpec) -> KLSpec:
 
 @functools.lru_cache(maxsize=1024)
 def _parsed(text: str) -> KLSpec:
-    # Not the sign of an exponent, as in cap=1e+3.
-    parts = [part.strip() for part in re.split(r"(?<![0-9][eE])\+", text)]
+    # Not the sign of a number's exponent, as in cap=1e+3, and yet one behind weight=mask:v1e. Read
+    # from behind, for what a lookbehind looks for is of one length.
+    behind = re.split(r"\+(?![eE][0-9._]*[0-9.](?!\w))", text[::-1])
+    parts = [part[::-1].strip() for part in behind[::-1]]
     if len(parts) == 1:
         return _part(text.strip())
     if not all(parts):
@@ -495,7 +497,9 @@ def _checked(axis: Axis, value: Any) -> str | float:
 def _sized(axis: Axis, value: str) -> str:
     """``topk:064`` as ``topk:64``."""
     word, _, number = value.partition(":")
-    if not (number.isascii() and number.isdigit() and int(number) > 0):
+    number = number.lstrip("0")
+    # Of so many digits none is a vocabulary's, and of more than 4300 Python makes no number.
+    if not (number.isascii() and number.isdigit() and len(number) <= 15):
         raise Refused(
             f"kl_type option {axis.name}={value} needs a whole number of at least 1, as in "
             f"{axis.name}={word}:64",

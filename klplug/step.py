@@ -117,8 +117,9 @@ def policy_loss(
         clip_range: epsilon, or (low, high): the ratio is held in [1 - low, 1 + high].
 
     The others, and the errors, are ``kl_term``'s. Aggregate the result as the policy loss is. A
-    token whose log-prob or advantage is nan or infinite is 0 in it. The metrics of ``kl_term``
-    count such log-probs; such advantages only where the term needs them.
+    token whose log-prob or advantage is nan or infinite is 0 in the surrogate. It is in the KL
+    beside it where what that needs is a number. The metrics of ``kl_term`` count such log-probs and
+    advantages only where the term needs them.
 
     Raises:
         ValueError: a term in the reward: it belongs to the advantages that are handed in.

@@ -302,6 +302,8 @@ def reward_to_go(x: Tensor, segment_ids: Tensor | None = None) -> Tensor:
         raise ValueError(
             f"segment_ids has shape {tuple(segment_ids.shape)}, x has {tuple(x.shape)}"
         )
+    if segment_ids is not None and x.dim() != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}, and must be (B, T) with segment_ids")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     mask = torch.ones_like(x, dtype=torch.bool)
     return Answers.of(segment_ids, mask).to_go(x)

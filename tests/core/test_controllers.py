@@ -173,6 +173,9 @@ def test_a_number_of_any_library_is_saved_as_one(kind: type) -> None:
         assert json.loads(json.dumps(made.state_dict())) == made.state_dict()
         made.update(0.0, 1)
     assert made.value == 1.5
+    saved = made.state_dict()
+    made.load_state_dict(saved | {"done": np.int64(saved["done"])})
+    assert json.loads(json.dumps(made.state_dict())) == saved
 
 
 def test_without_a_horizon_it_is_that_of_both_hosts() -> None:

@@ -85,6 +85,8 @@ def test_what_it_needs() -> None:
         ("k2_as_loss,vocab=top", "Did you mean 'topk:K'.* Allowed: sample, exact, topk:K"),
         ("k2_as_loss,vocab=topk", "vocab=topk needs a whole number .* vocab=topk:64"),
         ("k2_as_loss,vocab=topk:0", "vocab=topk:0 needs a whole number of at least 1"),
+        # Of more than 4300 digits Python itself makes no number.
+        ("k2_as_loss,vocab=topk:" + 5000 * "9", "9 needs a whole number of at least 1"),
         ("k2_as_loss,vocab=topk:6.5", "vocab=topk:6.5 needs a whole number"),
         ("k2_as_loss,vocab=topk:-1", "vocab=topk:-1 needs a whole number"),
         ("exact_as_loss,vocab=topk:4", "Leave vocab out"),

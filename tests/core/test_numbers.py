@@ -446,12 +446,13 @@ def test_a_coefficient_and_a_clip_range_of_another_librarys_are_numbers(kl_type:
         klplug.policy_loss(kl_type, **tensors, kl_coef=True)
 
 
-@pytest.mark.parametrize("kl_coef", [NAN, INF, -INF, 10**400, -0.01])
+@pytest.mark.parametrize("kl_coef", [NAN, INF, -INF, 10**400, 1e39, -0.01])
 @pytest.mark.parametrize("kl_type", ["k2_as_loss", "k2_as_loss,head=combined"])
 def test_a_coefficient_that_is_no_number_is_refused(kl_type: str, kl_coef: float) -> None:
     tensors = batch()
     del tensors["rollout_log_probs"], tensors["group_ids"]
-    with pytest.raises(ValueError, match=r"kl_coef=-?(nan|inf|0.01) must be finite, and not neg"):
+    words = r"kl_coef=-?(nan|inf|0.01|1e\+39) must be finite in float32, and not neg"
+    with pytest.raises(ValueError, match=words):
         klplug.policy_loss(kl_type, **tensors, kl_coef=kl_coef)
 
 
@@ -473,6 +474,8 @@ def test_a_coefficient_in_a_tensor_is_one_number_or_each_token_s(kl_type: str) -
     for wrong in (NAN, INF, -0.5):
         with pytest.raises(ValueError, match=f"kl_coef={wrong} must be finite"):
             loss(torch.tensor([[0.5]] * (size - 1) + [[wrong]]))
+    with pytest.raises(ValueError, match=r"kl_coef=1e\+39 must be finite in float32"):
+        loss(torch.tensor(1e39, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", ["old_log_probs", "advantages"])
@@ -561,3 +564,5 @@ def test_what_is_summed_must_be_a_tensor() -> None:
         klplug.reward_to_go([1.0])
     with pytest.raises(ValueError, match=r"segment_ids has shape \(2,\), x has \(1, 2\)"):
         klplug.reward_to_go(x, torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"x has shape \(2,\), and must be \(B, T\) with segment"):
+        klplug.reward_to_go(x[0], torch.zeros(2, dtype=torch.long))

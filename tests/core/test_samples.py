@@ -213,6 +213,13 @@ def test_entropy_keeps_the_least_of_all_counted_tokens() -> None:
     assert not sample_weights("k2_as_loss,weight=entropy", none)["entropy"].any()
 
 
+def test_a_share_of_tokens_is_that_of_its_decimal_digits() -> None:
+    """55 % of 20 are 11; the float next to 0.55 is a little more."""
+    samples = Samples(torch.ones(1, 20).bool(), entropy=torch.arange(20.0)[None])
+    found = sample_weights("k2_as_loss,weight=entropy:0.55", samples)["entropy:0.55"]
+    assert found.tolist() == [[1] * 11 + [0] * 9]
+
+
 @pytest.mark.parametrize(("floor", "factor"), [("", 2 / 0.8), (":0.7", 0.875), (":0.1", 0.5)])
 def test_entropy_floor_is_safes_factor_of_the_whole_batch(floor: str, factor: float) -> None:
     """A mean entropy of 0.7 nats over four tokens, and SAFE's max(0.5, floor / (H + 0.1))."""

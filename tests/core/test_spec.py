@@ -32,6 +32,9 @@ from tests import one_meaning
         ("mse_as_loss,ratio=none", "k2_as_loss,ratio=none"),
         ("k3_in_reward + k3_as_loss", "k3_in_reward+k3_as_loss"),
         ("k2_as_loss,cap=1e+3+k1_in_reward", "k1_in_reward+k2_as_loss,cap=1000"),
+        # A + ends a name, whatever it ends in, and no number.
+        ("k2_as_loss,weight=mask:v1e+k3_as_loss", "k2_as_loss,weight=mask:v1e+k3_as_loss"),
+        ("1.e+1*k2_as_loss+k2_as_loss,weight=mask:_1E", "10*k2_as_loss+k2_as_loss,weight=mask:_1E"),
         ("k2_as_loss,cap=none", "k2_as_loss,cap=none"),
         ("k2_as_loss,horizon=sequence,level=prefix", "k2_as_loss,horizon=sequence"),
         ("k2_as_loss,bound=3,horizon=token", "k2_as_loss,bound=3"),
@@ -299,6 +302,9 @@ def test_a_spec_is_frozen_and_parses_to_itself() -> None:
         ("-1e-40*k2_as_loss+k3_as_loss", ["coefficient -1e-40", "finite and not 0 in float32"]),
         ("k2_as_loss,bound=1e-50", ["bound=1e-50", "positive number of float32"]),
         ("k2_as_loss,cap=1e-50", ["cap=1e-50", "positive number of float32"]),
+        # These are inf: a host that clamps at them would stop within its first step.
+        ("k2_as_loss,bound=1e39", ["bound=1e+39", "positive number of float32"]),
+        ("k2_as_loss,cap=1e39", ["cap=1e+39", "positive number of float32"]),
         ("1e999*k2_as_loss", ["coefficient inf", "finite"]),
         ("half*k2_as_loss", ["'half' before '*' is no number", "0.5*k2_as_loss"]),
         ("*k2_as_loss", ["'' before '*' is no number"]),

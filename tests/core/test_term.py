@@ -605,7 +605,7 @@ def test_the_baseline_of_a_step_is_the_batch_s_own_where_the_policy_is_the_sampl
         torch.testing.assert_close(own.coefficient, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("clip_range", [-0.1, (0.2, -1.0), (math.nan, 0.2)])
+@pytest.mark.parametrize("clip_range", [-0.1, (0.2, -1.0), (math.nan, 0.2), (0.2, 1e39)])
 def test_a_clip_range_that_is_none(clip_range: float) -> None:
     with pytest.raises(ValueError, match="clip_range"):
         klplug.kl_term("k2_as_loss,head=clipped", clip_range=clip_range, **batch())
