@@ -30,6 +30,7 @@ from klplug_verl.keys import (
     OTHERS,
     PLACES,
     STOCK,
+    TRAINER_MODE,
     Config,
     is_stock,
     read,
@@ -73,9 +74,12 @@ class Plan(Asked):
 
 
 def divides_by_length(settings: Settings) -> bool:
+    mode = settings.get(LOSS_MODE)
     return (
         settings.get(LOSS_AGG) == "seq-mean-token-mean"
-        or settings.get(LOSS_MODE) in MEAN_OF_ANSWER_LOSSES
+        or mode in MEAN_OF_ANSWER_LOSSES
+        # Before 0.9, which has this setting, it takes no aggregation.
+        or (mode == "gspo" and not settings.has(TRAINER_MODE))
     )
 
 

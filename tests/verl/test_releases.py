@@ -28,6 +28,7 @@ SAME = (
     "test_plugin.py::test_every_hook_is_there",
     "test_plugin.py::test_a_hook_that_moved_or_changed_is_named",
     "test_one_meaning.py",
+    "test_settings.py::test_a_policy_loss_divides_by_length_where_verls_own_does",
     "test_trainer.py::test_the_force_is_beta_whatever_the_groups_std",
     "test_trainer.py::test_the_coefficient_follows_the_measured_kl_in_every_placement",
     "test_trainer.py::test_a_loss_without_klplugs_kl_stops_the_run",

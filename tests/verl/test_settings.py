@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from klplug_verl.plan import Plan
 from klplug_verl.settings import derive
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
+from tests.verl.tensors import actor_config
 from tests.verl.trainer import derived, quoted
 
 COEF = "+klplug.kl_coef=0.01"
@@ -508,6 +510,23 @@ def test_a_mistake_is_told_with_what_is_allowed(overrides: list[str], words: lis
         derived(*overrides)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("mode", ["vanilla", "gspo", "gpg", "sapo", "geo_mean"])
+def test_a_policy_loss_divides_by_length_where_verls_own_does(mode: str) -> None:
+    """By the gradient of verl's own, of two answers of 1 and of 4 tokens."""
+    loss = POLICY_LOSS_REGISTRY.get(mode)
+    if loss is None:
+        return  # this verl has none
+    mask = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1]])
+    log_probs = torch.full_like(mask, -1.0, requires_grad=True)
+    config = actor_config(None, 0.0)
+    loss(log_probs.detach(), log_probs, mask, mask, "token-mean", config)[0].backward()
+    assert log_probs.grad is not None and log_probs.grad[0, 0] != 0
+    divides = not torch.isclose(log_probs.grad[0, 0], log_probs.grad[1, 0])
+    asked = own("k1_in_reward", f"{ACTOR}.policy_loss.loss_mode={mode}")
+    plan = Plan.of(derived(*asked, f"{ACTOR}.loss_agg_mode=token-mean")[0])
+    assert plan is not None and plan.divides_by_length is divides
 
 
 @pytest.mark.parametrize("estimator", ["gae", "reinforce_plus_plus", "optimal_token_baseline"])
