@@ -31,6 +31,7 @@ from klplug_verl.keys import (
     REF,
     REF_MODEL,
     REF_UPDATE,
+    RESAMPLES,
     SEQUENCE_PARALLEL,
     SOURCE,
     STRATEGY,
@@ -286,15 +287,27 @@ def stored_out_of_reach(plan: Plan, settings: Settings) -> Said:
 
 
 def policy_loss_thrown_away(plan: Plan, settings: Settings) -> Said:
+    """In which a KL as loss is, the advantages that one in the reward joins, and the metrics."""
     if (
-        plan.as_loss.terms
+        plan.is_active
         and settings.get(DISTILLS, False)
         and not settings.get(DISTILLS_BESIDE, False)
     ):
         yield (
             DISTILLS_BESIDE,
-            f"kl_type {plan.spec} with {DISTILLS_BESIDE}=False: verl "
-            "throws the policy loss away there, and a KL in it too",
+            f"kl_type {plan.spec} with {DISTILLS_BESIDE}=False: verl throws the policy loss away "
+            "there, and every KL in it or in its advantages too. Set it to True, or leave the "
+            "KL out",
+        )
+
+
+def resampled_rows(plan: Plan, settings: Settings) -> Said:
+    """verl draws rows anew once it has their advantages, and klplug's own tensors are not drawn."""
+    if plan.is_active and settings.get(RESAMPLES, False) and settings.get(ESTIMATOR) == "gae":
+        yield (
+            RESAMPLES,
+            f"kl_type {plan.spec} with {RESAMPLES}=True: verl draws the answers of a step anew "
+            "with its advantages, and a KL of theirs would be of others. Leave it out",
         )
 
 
@@ -422,6 +435,7 @@ ROWS = (
     reference_of_the_adapter,
     reference_of_legacy_worker,
     policy_loss_thrown_away,
+    resampled_rows,
     rollout_not_recorded,
     truncated_sampler,
 )

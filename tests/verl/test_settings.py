@@ -211,6 +211,11 @@ MEAN = f"{ACTOR}.loss_agg_mode=seq-mean-token-mean"
 
 MODEL = "actor_rollout_ref.model"
 
+THROWN = (
+    "distillation.enabled=True",
+    "distillation.distillation_loss.use_task_rewards=False",
+)
+
 MISTAKES: list[tuple[list[str], list[str]]] = [
     (own("k2_as_loss,reference=rollout", TOP_P), [f"{TOP_P}: the sampler's", "whole distribution"]),
     (own("k2_as_loss,ratio=none,reference=rollout", TOP_K), [f"{TOP_K}: the sampler's"]),
@@ -371,6 +376,11 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (
         own("k1_in_reward", MEAN, "actor_rollout_ref.rollout.n=1"),
         ["rollout.n=1", "long answers"],
+    ),
+    (own("k2_as_loss", *THROWN), ["use_task_rewards=False"]),
+    *(
+        ([*asked, *THROWN], ["use_task_rewards=False", "every KL in it or in its advantages"])
+        for asked in (own("k1_in_reward"), ["+klplug.kl_type=monitor"])
     ),
     (
         own(
