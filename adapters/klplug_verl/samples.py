@@ -66,21 +66,25 @@ def tensors_of(spec: KLSpec, data: Any) -> dict[str, Tensor]:
 def _padded(name: str, rows: list[Any], masks: list[Tensor]) -> Tensor | None:
     """(B, T) of rows of numbers, a number for each token; ``None`` where an answer has none.
 
+    A row without counted tokens needs none: verl pads a batch with such rows.
+
     Raises:
         ValueError: names the answer that has fewer or more, or no numbers.
     """
-    if not rows or any(row is None for row in rows):
+    counts = [bool(mask.any()) for mask in masks]
+    if not rows or any(row is None and own for row, own in zip(rows, counts, strict=True)):
         return None
     whole = torch.zeros(len(masks), max(map(len, masks)), device=masks[0].device)
     for answer, (row, mask) in enumerate(zip(rows, masks, strict=True)):
+        if not counts[answer]:
+            continue
         try:
             numbers = torch.as_tensor(row).float().flatten()
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(
                 f"{name!r} of answer {answer} is {row!r}, and no list of numbers"
             ) from None
-        counted = mask.nonzero()
-        if not (int(counted[-1]) + 1 if len(counted) else 0) <= len(numbers) <= len(mask):
+        if not int(mask.nonzero()[-1]) + 1 <= len(numbers) <= len(mask):
             raise ValueError(
                 f"{name!r} of answer {answer} has {len(numbers)} numbers, and its response "
                 f"{len(mask)} tokens: one for each is needed"

@@ -35,8 +35,10 @@ from klplug.hosting.moving import WHAT_TO_DO, Place
 from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.hosting.state import Reference, StateError
 from klplug.samples import weights_of
+from klplug.seen import _IN_A_KEY
 from klplug.spec import TermSpec
-from klplug.watch import Watch
+from klplug.tally import PREFIX
+from klplug.watch import NONFINITE, Watch
 from klplug_verl import hidden, moving, samples, teacher
 from klplug_verl.actor import BASELINE, POSTERIOR, STORED_SUMS, SUMS
 from klplug_verl.keys import COEF_KEY, is_stock
@@ -240,7 +242,7 @@ def _join(run: Run, data: Any, keys: Sequence[str]) -> None:
     sampled, run.sampled = mask if run.sampled is None else run.sampled, None
     as_loss, in_reward = run.plan.as_loss, run.plan.in_reward
     answers = _answers(keys)
-    _check_answers_are_rows(run.plan.spec, len(answers), len(keys))
+    _check_answers_are_rows(run.plan, len(answers), len(keys))
     named = run.named | samples.tensors_of(as_loss, data)
     made = samples.of_batch(as_loss, tensors, groups, named)
     run.carried |= samples.carried(made, as_loss)
@@ -254,10 +256,15 @@ def _join(run: Run, data: Any, keys: Sequence[str]) -> None:
     weights = _in_the_reward(run, data, sampled)
     tally = _term(shown, tensors, groups, sampled, weights).tally
     run.metrics = {key: float(value) for key, value in tally.metrics().items()}
-    if not run.is_as_loss:  # else the workers' metrics are watched
+    measured = run.controller.measured = run.metrics["klplug/kl"]
+    if not run.is_as_loss:
         run.watch.tell(run.metrics)
-    run.controller.measured = run.metrics["klplug/kl"]
-    run.metrics["klplug/kl_before_update"] = run.controller.measured
+    else:  # the workers' metrics have the plain names, and are watched
+        if in_reward.terms:
+            for line in run.watch.see(run.metrics):
+                print(line.replace("WARNING: ", "WARNING: in the reward, "), flush=True)
+        run.metrics = beside_the_workers(run.metrics, in_reward)
+    run.metrics["klplug/kl_before_update"] = measured
     run.n_answers = sum(bool(sampled[rows].any()) for rows in answers)
     for term in as_loss.terms:
         if term.baseline != "none":  # of the tokens that the workers train on
@@ -278,12 +285,39 @@ def _join(run: Run, data: Any, keys: Sequence[str]) -> None:
         tensors["returns"] = tensors["returns"] - penalty
 
 
-def _check_answers_are_rows(spec: KLSpec, n_answers: int, n_rows: int) -> None:
+def beside_the_workers(metrics: Mapping[str, float], in_reward: KLSpec) -> dict[str, float]:
+    """What is in the reward under its own names only: plain ones are of what is as loss.
+
+    But for the KL to ref, which the workers measure only where a term of theirs is to it, and for
+    what is said of a tensor by its name.
+    """
+    plain = {k: v for k, v in metrics.items() if k in _TO_REF or k.startswith(NONFINITE)}
+    named = {f"{PREFIX}{str(term).translate(_IN_A_KEY)}/" for term in in_reward.terms}
+    of_terms = {key: value for key, value in metrics.items() if key.startswith(tuple(named))}
+    if len(named) == 1 and not of_terms:
+        (name,) = named
+        of_terms = {
+            name + key.removeprefix(PREFIX): value
+            for key, value in metrics.items()
+            if key != ACTIVE and not key.startswith(NONFINITE)
+        }
+    return of_terms | plain
+
+
+_TO_REF = tuple(PREFIX + name for name in ("kl", "k1", "k2", "k3", "abs"))
+
+
+def _check_answers_are_rows(plan: Plan, n_answers: int, n_rows: int) -> None:
     """Where answers are looked at whole: an agent loop may cut one into several rows."""
+    spec, as_loss = plan.spec, plan.as_loss.terms
     whole = [("reference=posterior", "ref")] if spec.has_the_reward else []
-    whole += [(f"horizon={t.horizon}", "sequence") for t in spec.terms if t.horizon == "answer"]
+    whole += [(f"horizon={t.horizon}", "token") for t in as_loss if t.horizon != "token"]
     whole += [(f"baseline={t.baseline}", "none") for t in spec.terms if t.baseline != "none"]
     whole += [(f"weight={own.written}", "none") for own in weights_of(spec, "group_ids")]
+    whole += [(f"level={t.level}", "token") for t in as_loss if t.level not in (None, "token")]
+    # Of the rows of an answer verl takes the rewards of the last alone.
+    in_rewards = plan.in_reward.terms if not plan.bootstraps else ()
+    whole += [("reward_norm=group", "none") for t in in_rewards if t.reward_norm == "group"]
     if whole and n_answers < n_rows:
         (needs, instead), *_ = whole
         raise RuntimeError(

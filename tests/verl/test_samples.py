@@ -107,6 +107,22 @@ def test_an_agent_loop_has_a_number_for_each_token(kind: str) -> None:
             joined(made, data, KEYS)
 
 
+@pytest.mark.parametrize("wrong", [[0.5] * 6, None, "none"])
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_a_row_without_counted_tokens_needs_no_numbers(kind: str, wrong: Any) -> None:
+    """verl's v1 trainer pads a batch with rows of one such token and another's extra_fields."""
+    own = ("+klplug.kl_type='k2_as_loss,weight=mask:tool'", f"+klplug.kl_coef={BETA}")
+    made, mask = trainer(*own, kind=kind), batch().response_mask
+    mask[2] = 0
+    rows: list[Any] = [row[:n].tolist() for row, n in zip(TOOL, LENGTHS, strict=True)]
+    rows[2] = wrong
+    data = experience(batch(), SCORES, groups=("a", "a", "pad", "b"))
+    data.batch["response_mask"] = mask.clone()
+    of_an_agent_loop(made, data, rows)
+    found = joined(made, data, ("a_0_0", "a_1_0", "pad_0_0", "b_1_0"))[0].batch
+    torch.testing.assert_close(found[named("mask:tool").key] * mask, TOOL * mask)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_loss_has_the_weighted_kl(layout: str) -> None:
     given, kl_type = batch(), "k2_as_loss,weight=mask:tool"

@@ -194,7 +194,11 @@ def test_without_a_baseline_nothing_goes_with_them(kind: str) -> None:
     ("kl_type", "said"),
     [
         ("k1_in_reward,baseline=group", "baseline=group looks at.*Use baseline=none"),
-        ("chi2_as_loss,horizon=answer", "horizon=answer looks at.*Use horizon=sequence"),
+        ("chi2_as_loss,horizon=answer", "horizon=answer looks at.*Use horizon=token"),
+        ("k2_as_loss,horizon=sequence", "horizon=sequence looks at.*Use horizon=token"),
+        ("k2_as_loss,level=prefix", "level=prefix looks at.*Use level=token"),
+        ("k3_as_loss,level=sequence", "level=sequence looks at.*Use level=token"),
+        ("k1_in_reward,reward_norm=group", "reward_norm=group looks at.*Use reward_norm=none"),
     ],
 )
 def test_what_is_of_whole_answers_is_not_of_rows(kl_type: str, said: str) -> None:
@@ -202,7 +206,29 @@ def test_what_is_of_whole_answers_is_not_of_rows(kl_type: str, said: str) -> Non
     if not hasattr(made, "_compute_advantage"):
         return  # a row is an answer there
     with pytest.raises(RuntimeError, match=said):
-        joined(made, experience(batch(), SCORES), ("a_0_0", "a_0_1", "b_0_0", "b_1_0"))
+        joined(made, experience(batch(), SCORES), ROWS_OF_ONE)
+
+
+ROWS_OF_ONE = ("a_0_0", "a_0_1", "b_0_0", "b_1_0")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        klplug("k2_as_loss+k1_in_reward"),
+        klplug("k3_as_loss,head=clipped"),
+        # Values, and not a group's last rows, have the rewards there, in either order.
+        (*klplug("k1_in_reward,reward_norm=group"), "algorithm.adv_estimator=gae"),
+    ],
+)
+def test_what_is_of_tokens_may_be_of_rows(settings: tuple[str, ...]) -> None:
+    made = trainer(*settings)
+    if not hasattr(made, "_compute_advantage"):
+        return
+    data = experience(batch(), SCORES)
+    data.batch["values"] = torch.zeros_like(data.batch["old_log_probs"])
+    _, metrics = joined(made, data, ROWS_OF_ONE)
+    assert metrics["klplug/kl_before_update"] > 0
 
 
 @pytest.mark.parametrize(
@@ -420,6 +446,58 @@ def test_the_coefficient_follows_the_measured_kl_in_every_placement(
     assert made.actor_rollout_wg.sent == pytest.approx(
         [BETA * math.exp(0.02 * n) for n in range(3)]
     )
+
+
+OF_BOTH = {
+    "k3_in_reward,bound=2+k2_as_loss": ["k3_in_reward,bound=2"],
+    "k1_in_reward+k3_in_reward+k2_as_loss": ["k1_in_reward", "k3_in_reward"],
+}
+
+
+@pytest.mark.parametrize("kl_type", OF_BOTH)
+def test_beside_a_loss_the_rewards_terms_are_under_their_own_names(kl_type: str, kind: str) -> None:
+    made = trainer(*klplug(kl_type), kind=kind)
+    made.actor_rollout_wg = Workers()
+    data, given = experience(batch(), SCORES), batch()
+    data.batch["old_log_probs"] += 0.3  # not what the workers see
+    _, logged = joined(made, data, KEYS)
+    update(made, logged)
+    names = ("coef_mean", "gradient_cosine", "kl", "nonfinite_share")
+    workers = kl_term(
+        "k1_in_reward", given.old_log_probs, given.ref_log_probs, given.response_mask
+    ).metrics
+    policy = given.old_log_probs + 0.3
+    for written in OF_BOTH[kl_type]:
+        term = kl_term(written, policy, given.ref_log_probs, given.response_mask).metrics
+        key = written.replace(",", ".").replace("=", "-")
+        for name in names:
+            expected = float(term[f"klplug/{name}"])
+            assert logged[f"klplug/{key}/{name}"] == pytest.approx(expected, rel=1e-4)
+        assert not {f"klplug/{key}/active", f"klplug/{key}/nonfinite/log_probs"} & logged.keys()
+    for name in names:
+        assert logged[f"klplug/{name}"] == pytest.approx(float(workers[f"klplug/{name}"]), rel=1e-5)
+    start = kl_term("k1_in_reward", policy, given.ref_log_probs, given.response_mask).metrics
+    measured = float(start["klplug/kl"])
+    assert logged["klplug/kl_before_update"] == pytest.approx(measured, rel=1e-5)
+
+
+def test_beside_a_loss_that_is_to_another_the_kl_to_ref_is_the_starts(kind: str) -> None:
+    made = trainer(*klplug("k2_as_loss,reference=old+k1_in_reward"), kind=kind)
+    _, logged = joined(made, experience(batch(), SCORES), KEYS)
+    assert logged["klplug/kl"] == logged["klplug/kl_before_update"] > 0
+    assert logged["klplug/kl"] == logged["klplug/k1_in_reward/kl"]
+
+
+def test_beside_a_loss_the_reward_is_warned_of(
+    kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = trainer(*klplug("k2_in_reward+k2_as_loss"), kind=kind)
+    for _ in range(20):
+        joined(made, experience(batch(), SCORES), KEYS)
+    said = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+    assert [line.partition(" is ")[0] for line in said] == [
+        "klplug: WARNING: in the reward, klplug/gradient_cosine"
+    ]
 
 
 def test_a_loss_without_klplugs_kl_stops_the_run(kind: str) -> None:
