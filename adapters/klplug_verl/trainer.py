@@ -52,6 +52,7 @@ STATE_FILE = "klplug.json"
 class Run:
     """The trainer's plan, its controller, and what it measured at the start of this step.
 
+    ``local`` is of each local update so far of a step that has several (separate_async).
     ``sampled`` is the mask of what was sampled, where verl has masked tokens out of it since.
     ``carried`` is what the workers' micro-batches can't make: a baseline, sample weights.
     """
@@ -61,6 +62,7 @@ class Run:
     models: dict[str, Reference] = field(default_factory=dict)  # by role
     joined: bool = False
     n_answers: int = 0
+    local: list[tuple[float, int]] = field(default_factory=list)  # KL and answers of its updates
     sampled: Tensor | None = None
     carried: dict[str, Tensor] = field(default_factory=dict)  # for the workers, by their names
     named: dict[str, Tensor] = field(default_factory=dict)  # what sample weights read, by name
@@ -403,7 +405,7 @@ def update_actor(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> An
     step = _moved_after(run, trainer) if is_last else None
     words |= {} if step is None else {moving.STEP_KEY: step}
     batch = original(*args, **kwargs)
-    _updated(run, ACTIVE in given["metrics"], step)
+    _updated(run, ACTIVE in given["metrics"], step, is_last)
     return batch
 
 
@@ -439,7 +441,7 @@ def _moved_after(run: Run, trainer: Any) -> int | None:
     return trainer.global_steps if due else None
 
 
-def _updated(run: Run, workers_report: bool, step: int | None) -> None:
+def _updated(run: Run, workers_report: bool, step: int | None, is_last: bool = True) -> None:
     if run.is_as_loss and not workers_report:
         raise RuntimeError(
             f"kl_type {run.plan.spec} is set, but the workers computed no KL of klplug's: was "
@@ -447,8 +449,16 @@ def _updated(run: Run, workers_report: bool, step: int | None) -> None:
         )
     if step is not None:
         state.moved(run.models, step)
-    # Without a measured KL a schedule goes on all the same, and the others stay.
-    run.controller.update(math.nan, run.n_answers)
+    measured = run.controller.measured
+    run.local.append((math.nan if measured is None else measured, run.n_answers))
+    if not is_last:
+        return
+    n_answers = sum(n for _, n in run.local)
+    # Those of a step, as verl logs it. Without a measured KL a schedule goes on all the same, and
+    # the others stay.
+    run.controller.measured = sum(kl * (n / max(n_answers, 1)) for kl, n in run.local)
+    run.controller.update(math.nan, n_answers)
+    run.local = []
 
 
 def save_checkpoint(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:

@@ -709,6 +709,43 @@ def test_every_controller_moves_the_coefficient_once_a_step(
     assert made.actor_rollout_wg.sent == pytest.approx(sent)
 
 
+@pytest.mark.parametrize("kl_ctrl", ["adaptive", *MOVING])
+def test_a_step_of_several_updates_moves_the_coefficient_once(kl_ctrl: str) -> None:
+    """separate_async: one step is one rollout, whose answers come in several updates."""
+    settings = ADAPTIVE if kl_ctrl == "adaptive" else MOVING[kl_ctrl]
+    made = trainer(*klplug("k2_as_loss"), *settings)
+    if not hasattr(made, "parameter_sync_step"):
+        return  # this verl has no such step
+    made.actor_rollout_wg, made.parameter_sync_step = Workers(), 2
+    shares = OF_ITS_START.get(kl_ctrl, [math.exp(0.04 * step) for step in range(3)])
+    for share in shares:  # adaptive: 0.2 * 8 answers / 40
+        for made.local_trigger_step in range(2):
+            _, metrics = joined(made, experience(batch(), SCORES), KEYS)
+            assert metrics["klplug/kl_coef"] == pytest.approx(BETA * share)
+            update(made, metrics)
+    sent = [BETA * share for share in shares for _ in range(2)]
+    assert made.actor_rollout_wg.sent == pytest.approx(sent)
+
+
+def test_the_controller_of_several_updates_is_fed_the_kl_of_them_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = trainer(*klplug("k2_as_loss"), *ADAPTIVE)
+    if not hasattr(made, "parameter_sync_step"):
+        return
+    made.actor_rollout_wg, made.parameter_sync_step = Workers(), 2
+    fed, measured = [], []
+    own = made.klplug.controller.controller
+    monkeypatch.setattr(type(own), "update", lambda _, *given: fed.append(given))
+    for made.local_trigger_step, data in enumerate([experience(batch(), SCORES), padded()[0]]):
+        _, metrics = joined(made, data, (KEYS, PADDED_KEYS)[made.local_trigger_step])
+        measured.append(metrics["klplug/kl_before_update"])
+        update(made, metrics)
+    assert measured[0] != pytest.approx(measured[1], rel=0.01)
+    ((kl, answers),) = fed
+    assert answers == 7 and kl == pytest.approx((4 * measured[0] + 3 * measured[1]) / 7)
+
+
 def test_a_schedule_goes_with_a_kl_to_the_sampler(kind: str) -> None:
     made = trainer(*klplug("k2_as_loss,reference=rollout"), *MOVING["linear"], kind=kind)
     made.actor_rollout_wg = Workers()
