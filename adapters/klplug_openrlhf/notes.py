@@ -48,15 +48,7 @@ def whitened(plan: Plan | None, settings: Settings) -> Said:
 
 
 def divided_by_length(plan: Plan | None, settings: Settings) -> Said:
-    if plan is None:
-        return
-    dividing = ", ".join(dividing_by_length(settings))
-    if dividing and any(term.horizon != "token" for term in plan.as_loss.terms):
-        yield (
-            LOSS_AGG,
-            f"{dividing} divides by the answer's length, and the gradient of whole answers is "
-            "exact for sums over tokens only: it is tilted to long answers",
-        )
+    return hosting.divided_by_length(plan, LOSS_AGG, ", ".join(dividing_by_length(settings)))
 
 
 def dual_clip(plan: Plan | None, settings: Settings) -> Said:

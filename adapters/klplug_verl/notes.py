@@ -17,6 +17,7 @@ from klplug_verl.keys import (
     KL_HORIZON,
     KL_TYPE,
     LOGPROBS_MODE,
+    LOSS_AGG,
     REF,
     ROLLOUT_IS,
     TEMPERATURE,
@@ -52,12 +53,24 @@ def cut(settings: Settings) -> hosting.Cut:
     return None
 
 
+def bypass(settings: Settings) -> str:
+    """The setting by which the policy's log-probs at the start of a step are the sampler's."""
+    return f"{BYPASS}=True" if settings.get(BYPASS, False) else ""
+
+
 def whitened(plan: Plan | None, settings: Settings) -> Said:
     return hosting.whitened(plan, settings, ESTIMATOR, ("gae",))
 
 
 def truncated_sampler(plan: Plan | None, settings: Settings) -> Said:
-    return hosting.truncated_sampler(plan, cut(settings))
+    return hosting.truncated_sampler(plan, cut(settings), bypass(settings))
+
+
+def divided_by_length(plan: Plan | None, settings: Settings) -> Said:
+    """Of the aggregation alone: a loss mode that divides otherwise has its KL beside it."""
+    mode = settings.get(LOSS_AGG)
+    dividing = f"{LOSS_AGG}={mode}" if mode == "seq-mean-token-mean" else ""
+    return hosting.divided_by_length(plan, LOSS_AGG, dividing)
 
 
 def stale_samples(plan: Plan | None, settings: Settings) -> Said:
@@ -118,6 +131,7 @@ def extrapolation(plan: Plan | None, settings: Settings) -> Said:
 ROWS = (
     whitened,
     extrapolation,
+    divided_by_length,
     truncated_sampler,
     stale_samples,
     lora_reference,

@@ -41,7 +41,7 @@ from klplug_verl.keys import (
     N,
     is_stock,
 )
-from klplug_verl.notes import cut
+from klplug_verl.notes import bypass, cut
 from klplug_verl.plan import Plan, coefficients, divides_by_length
 
 REWARD_ESTIMATORS = (
@@ -369,7 +369,7 @@ def reference_out_of_reach(plan: Plan, settings: Settings) -> Said:
 
 
 def truncated_sampler(plan: Plan, settings: Settings) -> Said:
-    return hosting.truncated_sampler(plan, cut(settings))
+    return hosting.truncated_sampler(plan, cut(settings), bypass(settings))
 
 
 def hidden_states_out_of_reach(plan: Plan, settings: Settings) -> Said:

@@ -517,10 +517,10 @@ def _reference_dtype(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
 
 
 def _noted(run: Run, row: str) -> Iterator[Hit]:
-    """What the host's own list says of a run with a KL, once."""
-    said = [note for id, note in run.noted if id == row]
-    if said and run.active:
-        yield _sentence(said[0].reason), said[0].setting
+    """What the host's own list says of a run with a KL, each once."""
+    said = {note.reason: note.setting for id, note in run.noted if id == row}
+    if run.active:
+        yield from ((_sentence(reason), setting) for reason, setting in said.items())
 
 
 # Clamps.

@@ -22,23 +22,33 @@ def weighs_the_sampler(term: TermSpec) -> bool:
     return term.placement == "as_loss" and term.head == "separate" and term.ratio == "rollout"
 
 
-def truncated(plan: Asked, how: str) -> Iterator[str]:
+def truncated(plan: Asked, how: str, bypass: str = "") -> Iterator[str]:
     """Why the sampler's log-probs are not those of a policy, whose sampling ``how`` cuts or bends.
 
     A sampler that keeps a share S of the mass gives log pi - log S: pi/rollout is S, and not 1.
+
+    Args:
+        bypass: the setting by which old's log-probs are the sampler's; empty where they are not.
     """
     for term in plan.spec.terms:
-        if term.reference == "rollout":
+        if own := _cut(term.reference, how, bypass):
             yield (
-                f"kl_type {term} with {how}: the sampler's log-probs are then of another "
+                f"kl_type {term} with {own}: the sampler's log-probs are then of another "
                 "distribution than the policy's, so this KL pulls where the two policies are one"
             )
-        elif term.ratio == "rollout" and term.level in ("prefix", "sequence"):
+        elif (own := _cut(term.ratio, how, bypass)) and term.level in ("prefix", "sequence"):
             yield (
-                f"kl_type {term} with {how}: the sampler's log-probs are then of another "
+                f"kl_type {term} with {own}: the sampler's log-probs are then of another "
                 "distribution than the policy's, and a product of ratios to it fades with the "
                 "answer's length"
             )
+
+
+def _cut(policy: str | None, how: str, bypass: str) -> str:
+    """What cuts a policy's log-probs; empty where they are whole."""
+    if policy == "rollout":
+        return how
+    return f"{how} and {bypass}" if policy == "old" and bypass else ""
 
 
 Cut = tuple[str, str] | None
@@ -48,19 +58,49 @@ Cut = tuple[str, str] | None
 # Rows of every host, once it says which settings of its own they are about.
 
 
-def truncated_sampler(plan: Asked | None, found: Cut) -> Said:
-    """Of weights per token, each of which is off by its own S, and no more."""
+def truncated_sampler(plan: Asked | None, found: Cut, bypass: str = "") -> Said:
+    """Of weights per token, each of which is off by its own S, and no more; and of what is measured
+    at the start of a step, where those are the policy's log-probs.
+
+    Args:
+        bypass: as in ``truncated``.
+    """
     if plan is None or found is None:
         return
     key, how = found
     for term in plan.spec.terms:
-        if term.ratio == "rollout" and term.reference != "rollout" and term.level == "token":
+        own = _cut(term.ratio, how, bypass)
+        if own and not _cut(term.reference, how, bypass) and term.level == "token":
             yield (
                 key,
-                f"ratio=rollout with {how}: the sampler's log-probs are then of another "
+                f"ratio={term.ratio} with {own}: the sampler's log-probs are then of another "
                 "distribution than the policy's, so the weights are not 1 on its own samples "
                 "(klplug/weight_mean)",
             )
+    if bypass and plan.needs_reference:
+        yield (
+            key,
+            f"{bypass} with {how}: a KL in the reward, klplug/kl_before_update and what drives a "
+            "controller are then of the sampler's log-probs. Where it keeps the share S of the "
+            "probability, that is k1 - log S",
+        )
+
+
+def divided_by_length(plan: Asked | None, setting: str, dividing: str) -> Said:
+    """Of losses of whole answers.
+
+    Args:
+        setting: of the losses' aggregation.
+        dividing: what divides them, in words; empty where nothing does.
+    """
+    if plan is None or not dividing:
+        return
+    if any(term.horizon != "token" for term in plan.as_loss.terms):
+        yield (
+            setting,
+            f"{dividing} divides by the answer's length, and the gradient of whole answers is "
+            "exact for sums over tokens only: it is tilted to long answers",
+        )
 
 
 def stale_samples(plan: Asked, setting: str, in_policy_loss: bool) -> Said:

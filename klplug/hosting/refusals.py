@@ -271,13 +271,19 @@ def head_of_another_loss(plan: Asked, settings: Settings, loss: str, ppo: str) -
         )
 
 
-def truncated_sampler(plan: Asked, found: Cut) -> Said:
-    """A KL to a sampler, or a product of ratios to it, where sampling is cut or bent."""
+def truncated_sampler(plan: Asked, found: Cut, bypass: str = "") -> Said:
+    """A KL to a sampler, or a product of ratios to it, where sampling is cut or bent.
+
+    Args:
+        bypass: the setting by which old's log-probs are the sampler's; empty where they are not.
+    """
     if found is None:
         return
     key, how = found
-    for words in truncated(plan, how):
+    instead = f"leave {bypass} out, with" if bypass else "use"
+    for words in truncated(plan, how, bypass):
         yield (
             key,
-            f"{words}. Sample from the whole distribution, or use ratio=old and reference=ref",
+            f"{words}. Sample from the whole distribution, or {instead} ratio=old and "
+            "reference=ref",
         )

@@ -7,7 +7,7 @@ from klplug_verl.notes import ROWS
 
 from klplug.hosting.host import hosts
 from tests.verl.test_refusals import _settings, report
-from tests.verl.test_settings import RAW, ROLLOUT, TOP_K, TOP_P, own
+from tests.verl.test_settings import BYPASS, MEAN, RAW, ROLLOUT, TOP_K, TOP_P, own
 from tests.verl.trainer import derived
 
 MODEL = "actor_rollout_ref.model."
@@ -22,6 +22,8 @@ SAID = {
         (own(BY_THE_SAMPLER, TOP_P), "top_p=0.9"),
         (own(BY_THE_SAMPLER, TOP_K), "top_k=50"),
         (own(BY_THE_SAMPLER, RAW, f"{ROLLOUT}temperature=0.7"), "temperature=0.7"),
+        (own("k2_as_loss,ratio=none", TOP_P, BYPASS), "that is k1 - log S"),
+        (own("k1_in_reward", TOP_K, BYPASS), f"{BYPASS} with {TOP_K}: a KL in the reward,"),
     ],
     "stale-samples": [
         (own("k2_as_loss", "trainer.v1.trainer_mode=separate_async"), "some updates old"),
@@ -57,10 +59,16 @@ SAID = {
     ],
 }
 # Its own finding says it of stock runs too, and otherwise.
-LAUNCH = {"whitened": own("k1_in_reward", "algorithm.adv_estimator=gae")}
+LAUNCH = {
+    "whitened": own("k1_in_reward", "algorithm.adv_estimator=gae"),
+    "divided_by_length": own("k2_as_loss,horizon=sequence", MEAN),
+}
 UNSAID = [
     own("0.7*k2_as_loss+0.3*k2_as_loss,reference=old"),
     own("k2_as_loss", TOP_P),
+    own("k2_as_loss", BYPASS),
+    own("k2_as_loss", MEAN),
+    own("k2_as_loss,horizon=sequence"),
     own(BY_THE_SAMPLER, f"{ROLLOUT}temperature=0.7"),
     own(BY_THE_SAMPLER, RAW, TOP_P),
     own(BY_THE_SAMPLER, "trainer.v1.trainer_mode=separate_async"),
@@ -94,6 +102,20 @@ def test_the_launch_and_the_audit_say_the_same(
     found = {f.id: f.message for f in report(overrides).findings}
     assert found[finding] == f"{said}."
     assert "klplug-refuses" not in found
+
+
+def test_weights_to_old_are_to_the_sampler_where_verl_bypasses_it() -> None:
+    overrides = own("k2_as_loss", TOP_P, BYPASS)
+    weights, measured = notes(overrides)
+    assert weights.startswith(f"ratio=old with {TOP_P} and {BYPASS}: the sampler's log-probs")
+    assert "k1 - log S" in measured
+    found = [f.message for f in report(overrides).findings if f.id == "truncated-sampler"]
+    assert found == [f"{weights}.", f"{measured}."]
+
+
+def test_whole_answers_divided_by_length_are_said() -> None:
+    (said,) = notes(LAUNCH["divided_by_length"])
+    assert said.startswith(f"{MEAN} divides by the answer's length") and "tilted" in said
 
 
 @pytest.mark.parametrize("overrides", UNSAID)

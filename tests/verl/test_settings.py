@@ -20,6 +20,7 @@ ROLLOUT = "actor_rollout_ref.rollout."
 TAUGHT = "k2_as_loss+k2_as_loss,reference=teacher"
 TOP_P, TOP_K = f"{ROLLOUT}top_p=0.9", f"{ROLLOUT}top_k=50"
 RAW = f"{ROLLOUT}logprobs_mode=raw_logprobs"
+BYPASS = "algorithm.rollout_correction.bypass_mode=True"
 
 
 def own(kl_type: str, *more: str) -> list[str]:
@@ -218,6 +219,18 @@ THROWN = (
 
 MISTAKES: list[tuple[list[str], list[str]]] = [
     (own("k2_as_loss,reference=rollout", TOP_P), [f"{TOP_P}: the sampler's", "whole distribution"]),
+    (
+        own("k2_as_loss,horizon=sequence", TOP_P, BYPASS),
+        [f"{TOP_P} and {BYPASS}: the", "fades with the answer's", f"or leave {BYPASS} out, with"],
+    ),
+    (
+        own("k2_as_loss,level=prefix", TOP_K, BYPASS),
+        [f"{TOP_K} and {BYPASS}: the", "fades with the answer's"],
+    ),
+    (
+        own("k2_as_loss,reference=old", TOP_P, BYPASS),
+        [f"{TOP_P} and {BYPASS}: the", "pulls where the two policies are one"],
+    ),
     (own("k2_as_loss,ratio=none,reference=rollout", TOP_K), [f"{TOP_K}: the sampler's"]),
     (own("k2_as_loss,ratio=rollout,horizon=sequence", TOP_P), [TOP_P, "fades with the answer's"]),
     (
@@ -383,12 +396,8 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
         for asked in (own("k1_in_reward"), ["+klplug.kl_type=monitor"])
     ),
     (
-        own(
-            "k2_as_loss",
-            "distillation.enabled=True",
-            "distillation.distillation_loss.use_task_rewards=False",
-        ),
-        ["use_task_rewards=False"],
+        own("k1_in_reward", "algorithm.adv_estimator=gae", "algorithm.use_pf_ppo=True"),
+        ["algorithm.use_pf_ppo=True", "draws the answers of a step anew"],
     ),
     (
         own("k2_as_loss", "++trainer.use_legacy_worker_impl=auto", f"{ACTOR}.strategy=megatron"),
