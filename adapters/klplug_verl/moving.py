@@ -15,7 +15,7 @@ from torch import Tensor
 from klplug.hosting.moving import Follower, Place, check_alike
 from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.hosting.ref_update import RefUpdate
-from klplug_verl.keys import WORKERS_UPDATE
+from klplug_verl.keys import STILL, WORKERS_UPDATE
 
 STEP_KEY = "klplug_ref_step"  # in a batch's meta information: the step after which it follows
 _NODE = WORKERS_UPDATE.partition(".")[2]
@@ -81,20 +81,20 @@ def _cut_again(module: Any) -> None:
 
 
 def connect(worker: Any) -> None:
-    """Before the first step: whose engine follows whose."""
+    """Before the first step: whose engine follows whose, in a run of klplug's."""
     written = worker.config.get(_NODE)
-    if getattr(worker, "actor", None) is None:
+    if written is None or getattr(worker, "actor", None) is None:
         return
     if getattr(worker, "ref", None) is None:  # as in verl 0.7's own worker
-        if written is not None:
+        if written != STILL:
             raise RuntimeError(
                 f"klplug.ref_update={written}: verl made no reference in the policy's process, and "
                 "klplug moves it from there only"
             )
         return
-    decay = 0.0 if written is None else RefUpdate.parse(written).decay
+    decay = 0.0 if written == STILL else RefUpdate.parse(written).decay
     worker.actor.klplug_moving = Moving(worker.actor, worker.ref, Follower(decay))
-    if written is not None:
+    if written != STILL:
         shapes = (
             {name: tuple(own.shape) for name, own in parts(side).items()}
             for side in (worker.actor, worker.ref)

@@ -24,6 +24,7 @@ from klplug_verl.keys import (
     PENALTY,
     RECORDS,
     REF_MODEL,
+    STILL,
     TEACHER,
     TEMPERATURE,
     TEMPLATE,
@@ -95,7 +96,7 @@ def derive(config: Any, written: Mapping[str, Any]) -> str | None:
     _update(config, settings)
     for_workers = {
         WORKERS_REFERENCE: plan.ref_model,
-        WORKERS_UPDATE: plan.ref_update,
+        WORKERS_UPDATE: plan.ref_update or (STILL if plan.needs_reference else None),
         WORKERS_TEACHER: plan.teacher,
         WORKERS_SOURCE: plan.source,
     }

@@ -136,6 +136,13 @@ def test_the_workers_checkpoint_has_it(reference: Path, tmp_path: Path) -> None:
     without = Run(*words(None, reference, *contents))
     without.worker.load_checkpoint(str(tmp_path / "second"))  # it stays where it was left
     assert all(torch.equal(p, expected[n]) for n, p in whole(without, "reference").items())
+
+    own = [word for word in words(None, None, *contents) if "klplug" not in word]
+    stock = Run(*own, "actor_rollout_ref.actor.use_kl_loss=True")
+    before = whole(stock, "reference")
+    stock.worker.load_checkpoint(str(tmp_path / "second"))  # as without klplug
+    assert all(torch.equal(p, before[n]) for n, p in whole(stock, "reference").items())
+    assert not all(torch.equal(p, expected[n]) for n, p in before.items())
     (file,) = (tmp_path / "second").glob("klplug_reference*")
     file.rename(file.with_name("klplug_reference_world_size_2_rank_0.pt"))
     with pytest.raises(StateError, match=r"_1_rank_0.pt is missing.*\(there: .*_size_2_rank_0"):
@@ -267,3 +274,7 @@ def test_the_launch_line_says_it_and_the_workers_are_told() -> None:
     assert line is not None and " ref_update=ema:0.99,every=10;" in line
     assert config.actor_rollout_ref.klplug_ref_update == "ema:0.99,every=10"
     assert config.klplug.ref_update == "ema:0.99,every=10"
+    for kl_type, told in (("k2_as_loss", "none"), ("k2_as_loss,reference=old", None)):
+        config, _ = derived(*own(kl_type))
+        assert config.actor_rollout_ref.get("klplug_ref_update") == told
+        assert "ref_update" not in config.klplug
