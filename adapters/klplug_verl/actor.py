@@ -100,10 +100,19 @@ def clip_range(config: Any) -> tuple[float, float]:
 
 def numbers(tally: Tally, sums: str = SUMS, maxima: str = MAXIMA) -> dict[str, float]:
     """A tally as entries of verl's metrics, with one transfer from the device for all of them."""
-    parts = {sums + name: value for name, value in tally.sums.items()}
+    parts = {sums + _of_no_extremum(name): value for name, value in tally.sums.items()}
     parts |= {maxima + name: value for name, value in tally.maxima.items()}
     values = torch.stack([value.double() for value in parts.values()]).tolist()
     return dict(zip(parts, values, strict=True))
+
+
+def _of_no_extremum(name: str) -> str:
+    """Without a min or max in it, of which verl would take the extremum over ranks."""
+    return name.replace("m", "m_")
+
+
+def _as_it_was(name: str) -> str:
+    return name.replace("m_", "m")
 
 
 # ── Every engine, verl >= 0.8, and 0.7 with trainer.use_legacy_worker_impl=disable ──────────────
@@ -227,6 +236,7 @@ def reduce_metrics(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
         for key in [key for key in metrics if sums in key or maxima in key]:
             prefix = sums if sums in key else maxima
             name = key.partition(prefix)[2]
+            name = _as_it_was(name) if prefix == sums else name
             parts[prefix][name] = torch.tensor(float(metrics.pop(key)), dtype=torch.float64)
         if parts[sums]:
             own = {k: float(v) for k, v in named(Tally(parts[sums], parts[maxima])).items()}

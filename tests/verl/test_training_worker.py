@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from klplug_verl.actor import BASELINE, POSTERIOR
+from klplug_verl.actor import BASELINE, POSTERIOR, numbers
 from klplug_verl.teacher import LOG_PROBS
 from torch import Tensor
 
-from klplug import aggregate, kl_term, policy_loss
+from klplug import Tally, aggregate, kl_term, policy_loss
 from tests.one_meaning import STEPS
 from tests.ranks import on_two_ranks
 from tests.verl.engine import ANSWERS, Bench, nested
@@ -262,6 +262,39 @@ def test_metrics_merge_exactly_over_mini_batches_and_epochs(
         assert len(bench.gradients) == 2 * epochs
         for name in MERGED:
             assert metrics[name] == pytest.approx(whole[name], rel=1e-3, abs=1e-6), name
+
+
+def test_no_sum_is_named_for_an_extremum() -> None:
+    """verl takes the min or max over ranks of what has one of the words in its name."""
+    from verl.utils.metric import reduce_metrics
+
+    names = ("a-terminal/tokens", "max_mm_m/k1", "m", "_m_m__minmax")
+    tally = Tally({n: torch.tensor(float(i)) for i, n in enumerate(names)}, {})
+    sent = numbers(tally)
+    assert not any(word in key for key in sent for word in ("min", "max"))
+    assert len(sent) == len(names)
+    given = torch.rand(2, 1, 5, generator=torch.Generator().manual_seed(0)).log()
+    term = "k2_as_loss,weight=mask:terminal"
+    ranks = []
+    for share in given:
+        weights = {"mask:terminal": torch.rand(1, 5)}
+        ones = torch.ones(1, 5)
+        own = kl_term(
+            f"{term}+k3_as_loss",
+            share,
+            share - 0.3 * ones.cumsum(-1),
+            ones,
+            old_log_probs=share,
+            sample_weights=weights,
+        )
+        ranks.append(own.tally)
+    expected = Tally.merged(ranks).metrics()
+    found = reduce_metrics(
+        {f"actor/{key}": [numbers(own)[key] for own in ranks] for key in numbers(ranks[0])}
+    )
+    for name in ("kl", "coef_mean", "sample_weight_mean", "weight_mean"):
+        key = f"klplug/k2_as_loss.weight-mask-terminal/{name}"
+        assert found[key] == pytest.approx(float(expected[key]), rel=1e-5)
 
 
 def test_a_missing_tensor_is_named(bench: Bench, data: Any) -> None:
