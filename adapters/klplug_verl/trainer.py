@@ -99,12 +99,40 @@ def init(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> None:
     plan = Plan.of(config)
     if plan is None:
         return
+    _check_stages(plan, trainer)
     announce("the trainer", plan.spec, plan.kl_coef)
     if (term := exact_term(plan.spec)) is not None:
         print(hidden.foretell(term, config), flush=True)
     controller = MeasuredController(plan.controller())
     trainer.klplug = Run(plan, controller, plan.models())
     trainer.kl_ctrl_in_reward = trainer.klplug.controller
+
+
+def _check_stages(plan: Plan, trainer: Any) -> None:
+    """A recipe's trainer may have a ``fit`` of its own, which passes by those of ``RayPPOTrainer``.
+
+    Its workers compute a KL as loss all the same, at the coefficient that their config has.
+    """
+    from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+
+    if not isinstance(trainer, RayPPOTrainer) or type(trainer).fit is RayPPOTrainer.fit:
+        return
+    needs = [
+        *(f"{t} is in the reward" for t in plan.in_reward.terms),
+        *([f"kl_ctrl={plan.kl_ctrl} moves the coefficient"] if plan.kl_ctrl != "fixed" else []),
+        *([f"ref_update={plan.ref_update}"] if plan.ref_update is not None else []),
+        *(f"baseline={t.baseline}" for t in plan.as_loss.terms if t.baseline != "none"),
+        *(f"weight={own.written}" for own in weights_of(plan.spec)),
+        *(["reference=posterior"] if plan.spec.has_the_reward else []),
+        *(["reference=teacher"] if plan.needs_teacher else []),
+        *([f"vocab={plan.vocab}"] if plan.over_vocabulary else []),
+    ]
+    if needs:
+        raise RuntimeError(
+            f"kl_type {plan.spec}: {needs[0]}, and {type(trainer).__name__} has a fit of its own, "
+            "which klplug does not reach. Use verl.trainer.main_ppo, or k2_as_loss with "
+            "kl_ctrl=fixed"
+        )
 
 
 def compute_advantage(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:

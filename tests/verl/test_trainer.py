@@ -648,6 +648,37 @@ def test_the_trainer_resolves_a_config_that_no_command_did(kind: str) -> None:
     assert built.config.actor_rollout_ref.actor.kl_loss_type == "k2_as_loss"
 
 
+class OfARecipe:
+    """As RayDAPOTrainer's: its own fit calls workers and compute_advantage itself."""
+
+    def fit(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (klplug("k1_in_reward"), "k1_in_reward is in the reward"),
+        ((*klplug("k2_as_loss"), *ADAPTIVE), "kl_ctrl=adaptive moves the coefficient"),
+        ((*klplug("k2_as_loss"), "+klplug.ref_update=reset:2"), "ref_update=reset:2"),
+        (klplug("k2_as_loss,horizon=sequence,baseline=group"), "baseline=group"),
+        (klplug("k2_as_loss,weight=positive"), "weight=positive"),
+        (klplug("js_as_loss,reference=posterior"), "reference=posterior"),
+        (klplug("exact_as_loss"), "vocab=exact"),
+    ],
+)
+def test_a_trainer_with_a_fit_of_its_own_stops_where_its_stages_are_needed(
+    settings: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(RuntimeError, match=f": {said}, and Trainer has a fit of its own"):
+        trainer(*settings, kind="ray", base=OfARecipe)
+
+
+@pytest.mark.parametrize("kl_type", ["k2_as_loss", "k3_as_loss,horizon=token", "monitor", "none"])
+def test_a_trainer_with_a_fit_of_its_own_has_a_kl_as_loss_all_the_same(kl_type: str) -> None:
+    asked = klplug(kl_type) if "loss" in kl_type else (f"+klplug.kl_type={kl_type}",)
+    assert str(trainer(*asked, kind="ray", base=OfARecipe).klplug.plan.spec).startswith(kl_type[:4])
+
+
 def test_a_kl_type_outside_of_a_trainer_is_an_error() -> None:
     from verl.trainer.ppo.ray_trainer import apply_kl_penalty
 

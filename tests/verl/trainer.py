@@ -62,8 +62,14 @@ def derived(*overrides: str, model: str = "hub/model") -> tuple[DictConfig, str 
     return made, line
 
 
-def trainer(*overrides: str, kind: str = TRAINERS[0], folder: Path | None = None) -> Any:
-    """A trainer after its ``__init__``; without Ray only the parts that klplug touches."""
+def trainer(
+    *overrides: str, kind: str = TRAINERS[0], folder: Path | None = None, base: type = object
+) -> Any:
+    """A trainer after its ``__init__``; without Ray only the parts that klplug touches.
+
+    Args:
+        base: what a recipe's own has before ``RayPPOTrainer``.
+    """
     if kind == "ray" and "v1" in TRAINERS:
         overrides = (*overrides, "trainer.use_v1=False")
     made, _ = derived(*overrides)
@@ -71,7 +77,7 @@ def trainer(*overrides: str, kind: str = TRAINERS[0], folder: Path | None = None
         if folder is not None:
             made.trainer.default_local_dir = str(folder)
         OmegaConf.resolve(made)
-    return v1_trainer(made) if kind == "v1" else ray_trainer(made)
+    return v1_trainer(made) if kind == "v1" else ray_trainer(made, base)
 
 
 def v1_trainer(made: DictConfig) -> Any:
@@ -87,11 +93,11 @@ def v1_trainer(made: DictConfig) -> Any:
     return Trainer(made)
 
 
-def ray_trainer(made: DictConfig) -> Any:
+def ray_trainer(made: DictConfig, base: type = object) -> Any:
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
     from verl.trainer.ppo.utils import Role
 
-    class Trainer(RayPPOTrainer):  # type: ignore[misc]
+    class Trainer(*(() if base is object else (base,)), RayPPOTrainer):  # type: ignore[misc]
         def _create_dataloader(self, *_: Any) -> None: ...
 
     return Trainer(made, None, {Role.ActorRollout: None}, None)
