@@ -167,6 +167,20 @@ def test_where_the_loss_divides_by_length_each_answer_is_compared_with_its_group
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
+@pytest.mark.parametrize("other", [0.5, -0.75])
+def test_terms_that_differ_in_their_baseline_alone_add_up(other: float, aggregation: str) -> None:
+    divides = f"actor_rollout_ref.actor.loss_agg_mode={aggregation}"
+    baseline = "k1_in_reward,baseline=group"
+    both, plain, compared = (
+        staged(divides, *klplug(kl))[0].batch["advantages"] - staged(divides)[0].batch["advantages"]
+        for kl in (f"0.75*k1_in_reward+{other}*{baseline}", "k1_in_reward", baseline)
+    )
+    torch.testing.assert_close(both, 0.75 * plain + other * compared, rtol=1e-4, atol=1e-5)
+    if aggregation == "token-mean":
+        assert both.abs().max() > 1e-3
+
+
 # What is measured on the whole batch, and what needs no reference model.
 
 
