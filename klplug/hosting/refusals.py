@@ -61,7 +61,7 @@ def baseline_of_nothing(plan: Asked, settings: Settings) -> Said:
         yield (
             None,
             f"kl_type {plan.spec}: baseline with reference={reference} is refused: it is measured "
-            "at the start of a step, where the policy is the sampler and that KL 0. Leave it out",
+            "at the start of a step, of a KL to ref or to a teacher alone. Leave it out",
         )
 
 
@@ -73,7 +73,7 @@ def controller_of_nothing(plan: Asked, settings: Settings) -> Said:
         yield (
             key,
             f"kl_type {plan.spec}: {settings.named(key)} is {plan.kl_ctrl}, and it is fed the KL "
-            "at the start of a step, where the policy is the sampler and their KL 0. Leave it out",
+            "to the reference model, which there is none of. Leave it out, or use reference=ref",
         )
 
 

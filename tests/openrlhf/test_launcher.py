@@ -147,7 +147,7 @@ UNSERVED: list[tuple[str, tuple[str, ...], list[str]]] = [
         (
             "k2_as_loss,reference=rollout",
             ("--klplug.kl_ctrl", "adaptive", "--klplug.kl_target", "0.1"),
-            ["--klplug.kl_ctrl is adaptive", "sampler"],
+            ["--klplug.kl_ctrl is adaptive", "the KL to the reference model"],
         ),
         (
             "k2_as_loss,horizon=sequence,baseline=group",

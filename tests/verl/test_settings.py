@@ -336,7 +336,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     ),
     (
         own("k2_as_loss,reference=rollout", "+klplug.kl_ctrl=adaptive", "+klplug.kl_target=1"),
-        ["kl_ctrl is adaptive", "sampler"],
+        ["kl_ctrl is adaptive", "the KL to the reference model"],
     ),
     (
         own("k2_as_loss,horizon=sequence,baseline=group", "actor_rollout_ref.rollout.n=1"),
