@@ -148,9 +148,9 @@ class Top:
         return cls(policy.local(ids), log_probs, log_rest)
 
     def without(self, rows: Tensor) -> Top:
-        """The same, with probabilities of zero at some tokens."""
+        """The same, with log-probs of zero at some tokens."""
         log_probs, log_rest = (
-            x.masked_fill(rows[:, None], -HUGE) for x in (self.log_probs, self.log_rest)
+            x.masked_fill(rows[:, None], 0.0) for x in (self.log_probs, self.log_rest)
         )
         return Top(self.ids, log_probs, log_rest)
 

@@ -302,7 +302,6 @@ PASS = (
 
 TOP = of(
     "vocabulary",
-    ("x.masked_fill(rows[:, None], -HUGE)", "x.masked_fill(rows[:, None], 0.0)"),
     ("at.reference.minus(at.policy) - self.log_rest[at.rows]", "at.reference.minus(at.policy)"),
     (
         "own = log_p.gather(-1, index.clamp(max=log_p.shape[-1] - 1)) - log_ref",
