@@ -17,6 +17,7 @@ from klplug_verl.keys import (
     KL_HORIZON,
     KL_TYPE,
     LOGPROBS_MODE,
+    LORA,
     LOSS_AGG,
     REF,
     ROLLOUT_IS,
@@ -96,6 +97,8 @@ def lora_reference(plan: Plan | None, settings: Settings) -> Said:
 def reference_dtype(plan: Plan | None, settings: Settings) -> Said:
     if plan is not None and not plan.needs_reference:
         return
+    if any(settings.get(key) for key in (*LORA, *ADAPTERS)):
+        return  # the reference is the policy's own model without its adapter
     key = f"{REF}fsdp_config.mixed_precision.param_dtype"
     policy, reference = (dtype(settings, side) for side in (ACTOR, REF))
     if policy != reference:

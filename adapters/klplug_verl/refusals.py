@@ -6,6 +6,7 @@ tell says nothing.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 from klplug import parse
@@ -157,12 +158,13 @@ def no_definite_strength(plan: Plan, settings: Settings) -> Said:
         return
     estimator = str(settings.get(ESTIMATOR))
     if estimator not in (*REWARD_ESTIMATORS, "gae", "gdpo"):
+        # A baseline does not go with that order.
+        before = dataclasses.replace(joined_after[0], reward_norm="group", baseline="none")
         yield (
             ESTIMATOR,
             f"kl_type {plan.spec} with {ESTIMATOR}={estimator}: it whitens "
             f"or weighs what it is given, so a KL has no definite strength there. Use one of "
-            f"{', '.join(REWARD_ESTIMATORS)}, gae, or k2_as_loss, or verl's own order: "
-            f"{joined_after[0].estimator}_in_reward,reward_norm=group",
+            f"{', '.join(REWARD_ESTIMATORS)}, gae, or k2_as_loss, or verl's own order: {before}",
         )
 
 

@@ -78,6 +78,7 @@ UNSAID = [
     ),
     own("k2_as_loss,reference=rollout", f"{MODEL}lora_adapter_path=ckpt/sft"),
     own("k2_as_loss,reference=rollout", f"+actor_rollout_ref.ref.{DTYPE}=fp32"),
+    own("k2_as_loss", f"{MODEL}lora_rank=8", f"+actor_rollout_ref.ref.{DTYPE}=fp32"),
     own("k2_as_loss", f"+actor_rollout_ref.ref.{DTYPE}=bfloat16"),
     own("k2_as_loss", *ADAPTIVE, "+klplug.kl_horizon=2048"),
     own("k2_as_loss", *ADAPTIVE),

@@ -387,6 +387,13 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
         ["reinforce_plus_plus", "grpo"],
     ),
     (
+        own(
+            "alpha_in_reward,alpha=0.3,baseline=batch,bound=2",
+            "algorithm.adv_estimator=reinforce_plus_plus",
+        ),
+        ["or verl's own order: alpha_in_reward,alpha=0.3,bound=2,reward_norm=group"],
+    ),
+    (
         own("k1_in_reward", MEAN, "actor_rollout_ref.rollout.n=1"),
         ["rollout.n=1", "long answers"],
     ),
