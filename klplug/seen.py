@@ -81,6 +81,11 @@ def seen_of(parts: Sequence[Part], batch: Batch) -> list[Seen]:
 _IN_A_KEY = str.maketrans({",": ".", "=": "-", "*": "x", ":": "-"})
 
 
+def in_a_key(written: object) -> str:
+    """A term, or a part of one, as a metric's name has it."""
+    return str(written).translate(_IN_A_KEY)
+
+
 def _seen(part: Part, batch: Batch) -> Seen:
     spec, estimate, importance = part.spec, part.estimate, part.acting.importance
     gradient, over = part.acting.gradient(), spec.over_vocabulary
@@ -93,10 +98,10 @@ def _seen(part: Part, batch: Batch) -> Seen:
     names = [n for n in batch.others if n in (*spec.requires, "return_baseline")]
     inputs = {"log_probs": batch.log_probs, **{name: batch.others[name] for name in names}}
     if spec.weight != "none":
-        key = f"sample_weights/{spec.weight}".translate(_IN_A_KEY)
+        key = in_a_key(f"sample_weights/{spec.weight}")
         inputs[key] = batch.others[weight_name(spec)]
     return Seen(
-        name=str(spec).translate(_IN_A_KEY) + "/",
+        name=in_a_key(spec) + "/",
         counted=batch.counted,
         numbers=estimate.numbers,
         in_the_kl=estimate.mask,

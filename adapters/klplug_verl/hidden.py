@@ -170,7 +170,7 @@ class Places:
             places = self.padded
         else:
             raise RuntimeError(
-                f"vocab=exact: the output layer was given hidden states of shape "
+                f"the output layer was given hidden states of shape "
                 f"{tuple(hidden.shape)} for sequences of {self.sequences.tolist()} tokens"
             )
         return hidden.flatten(0, 1)[places[which].to(hidden.device)]
@@ -210,8 +210,8 @@ def _temperature(term: TermSpec, data: Any) -> float:
 def _expect_one_call(count: int, whose: str) -> None:
     if count != 1:
         raise RuntimeError(
-            f"vocab=exact: a forward of {whose} called its output layer {count} times, and klplug "
-            "expects one call"
+            f"a forward of {whose} called its output layer {count} times, and a KL over the "
+            "vocabulary expects one call"
         )
 
 

@@ -77,8 +77,9 @@ def divided_by_length(plan: Plan | None, settings: Settings) -> Said:
 def stale_samples(plan: Plan | None, settings: Settings) -> Said:
     if plan is None or settings.get(TRAINER_MODE) not in ("colocate_async", "separate_async"):
         return
-    in_reward = bool(settings.get(ROLLOUT_IS)) or bool(settings.get(BYPASS))
-    yield from hosting.stale_samples(plan, TRAINER_MODE, in_reward)
+    bypass = bool(settings.get(BYPASS))
+    weighed = bypass or bool(settings.get(ROLLOUT_IS))
+    yield from hosting.stale_samples(plan, TRAINER_MODE, weighed, bypass)
 
 
 def lora_reference(plan: Plan | None, settings: Settings) -> Said:

@@ -35,7 +35,7 @@ from klplug.hosting.moving import WHAT_TO_DO, Place
 from klplug.hosting.patching import Args, Call, Kwargs, bound
 from klplug.hosting.state import Reference, StateError
 from klplug.samples import weights_of
-from klplug.seen import _IN_A_KEY
+from klplug.seen import in_a_key
 from klplug.spec import TermSpec
 from klplug.tally import PREFIX
 from klplug.watch import NONFINITE, Watch
@@ -322,7 +322,7 @@ def beside_the_workers(metrics: Mapping[str, float], in_reward: KLSpec) -> dict[
     what is said of a tensor by its name.
     """
     plain = {k: v for k, v in metrics.items() if k in _TO_REF or k.startswith(NONFINITE)}
-    named = {f"{PREFIX}{str(term).translate(_IN_A_KEY)}/" for term in in_reward.terms}
+    named = {f"{PREFIX}{in_a_key(term)}/" for term in in_reward.terms}
     of_terms = {key: value for key, value in metrics.items() if key.startswith(tuple(named))}
     if len(named) == 1 and not of_terms:
         (name,) = named

@@ -269,12 +269,12 @@ class Run:
         """The importance weight on this term: ``none``, ``gspo``, or the policy it is to."""
         assert term.spec is not None
         if term.spec.head in ("combined", "clipped"):
-            return "old"
-        if term.as_loss:
-            return str(term.spec.ratio)
-        if self.ratio == "token":
-            return "rollout" if self.rollout_is_old else "old"
-        return self.ratio
+            ratio = "old"
+        elif term.as_loss:
+            ratio = str(term.spec.ratio)
+        else:
+            ratio = "old" if self.ratio == "token" else self.ratio
+        return "rollout" if ratio == "old" and self.rollout_is_old else ratio
 
     def corrected(self, term: Term) -> bool:
         return self.ratio_of(term) in ("old", "rollout")

@@ -17,9 +17,14 @@ STALE = (
 )
 
 
-def weighs_the_sampler(term: TermSpec) -> bool:
-    """Whether samples are weighted from the sampler's own probabilities, for a term as loss."""
-    return term.placement == "as_loss" and term.head == "separate" and term.ratio == "rollout"
+def weighs_the_sampler(term: TermSpec, bypass: bool) -> bool:
+    """Whether samples are weighted from the sampler's own probabilities, for a term as loss.
+
+    Args:
+        bypass: whether old's log-probs are the sampler's.
+    """
+    ratio = term.ratio if term.head == "separate" else "old"
+    return term.placement == "as_loss" and ratio in ("rollout", "old" if bypass else "rollout")
 
 
 def truncated(plan: Asked, how: str, bypass: str = "") -> Iterator[str]:
@@ -103,16 +108,17 @@ def divided_by_length(plan: Asked | None, setting: str, dividing: str) -> Said:
         )
 
 
-def stale_samples(plan: Asked, setting: str, in_policy_loss: bool) -> Said:
+def stale_samples(plan: Asked, setting: str, in_policy_loss: bool, bypass: bool = False) -> Said:
     """Of asynchronous rollouts, which stored answers are none of.
 
     Args:
         setting: by which they are asynchronous.
         in_policy_loss: whether the host itself weighs its policy loss, with the KL that is in it.
+        bypass: as in ``weighs_the_sampler``.
     """
     for term in plan.spec.terms if plan.source is None else ():
         inside = term.placement == "in_reward" or term.head == "combined"
-        if not (in_policy_loss if inside else weighs_the_sampler(term)):
+        if not (in_policy_loss if inside else weighs_the_sampler(term, bypass)):
             yield setting, STALE
             return
 

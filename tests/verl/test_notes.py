@@ -82,6 +82,9 @@ UNSAID = [
     own("k2_as_loss", f"+actor_rollout_ref.ref.{DTYPE}=bfloat16"),
     own("k2_as_loss", *ADAPTIVE, "+klplug.kl_horizon=2048"),
     own("k2_as_loss", *ADAPTIVE),
+    # Old is the sampler there, so a weight or a ratio to it weighs what is stale.
+    own("k2_as_loss", "trainer.v1.trainer_mode=separate_async", BYPASS),
+    own("k2_as_loss,head=clipped", "trainer.v1.trainer_mode=separate_async", BYPASS),
 ]
 
 
