@@ -231,7 +231,7 @@ def prepared(question: Any, answer: Any, form: Callable[[str], str]) -> Problem 
     if not isinstance(question, str) or not question.strip():
         return LeftOut("no question", repr(question))
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        answer = f"{answer:g}"
+        answer = str(int(answer)) if float(answer).is_integer() else repr(answer)
     final = form(answer) if isinstance(answer, str) else ""
     if not final or final.casefold() in NO_ANSWER:
         return LeftOut("no answer found", repr(answer)[-120:])

@@ -318,3 +318,13 @@ def test_real_math_500(tmp_path, capsys) -> None:
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "test.parquet: 500 rows" in out and "never right" not in out
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [(1234567, "1234567"), (1e6, "1000000"), (0.12345678, "0.12345678"), (-3.0, "-3")],
+)
+def test_a_number_keeps_its_digits(answer: float, told: str) -> None:
+    found = data.prepared("How many?", answer, any_form)
+    assert found == data.Problem("How many?", told)
+    assert compute_score("", rf"So \boxed{{{told}}}.", found.answer) == 1.0
