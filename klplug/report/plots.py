@@ -181,11 +181,12 @@ def frontier(
                 x, y = ended[name], ended["reward"]
                 # No estimate of these is of a KL below zero, and no bar goes there.
                 low = max(x.low, 0.0) if x.mean > 0 else x.low
+                # The mean of equal values may round to beside them.
                 axes.errorbar(
                     x.mean,
                     y.mean,
-                    xerr=[[x.mean - low], [x.high - x.mean]],
-                    yerr=[[y.mean - y.low], [y.high - y.mean]],
+                    xerr=[[max(x.mean - low, 0.0)], [max(x.high - x.mean, 0.0)]],
+                    yerr=[[max(y.mean - y.low, 0.0)], [max(y.high - y.mean, 0.0)]],
                     fmt="o",
                     color=colour,
                     capsize=3,

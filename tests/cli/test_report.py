@@ -210,6 +210,14 @@ def test_one_diverged_run_flattens_no_other(klplug_command: Klplug, tmp_path: Pa
     assert not any("+" in word or "1e" in word for word in axis(out / "reward.svg"))  # no offset
 
 
+def test_a_run_whose_metrics_never_change(klplug_command: Klplug, tmp_path: Path) -> None:
+    lines = [{"step": step, "reward": 0.1, "klplug/kl": 0.1} for step in range(1, 61)]
+    (tmp_path / "run.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    status, document = reported(klplug_command, tmp_path / "out", tmp_path)
+    assert status == 0
+    assert document["runs"][0]["final"]["reward"]["mean"] == pytest.approx(0.1)
+
+
 def test_nan_from_some_step_on_is_a_problem(klplug_command: Klplug, tmp_path: Path) -> None:
     run = quickstart(tmp_path / "run")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
