@@ -109,7 +109,7 @@ def runs_figure(runs: Runs, file: Path) -> None:
 
 
 def rewards(row: Row) -> Curve:
-    values = [math.nan if value is None else value for value in row["training"]["reward"]]
+    values = [math.nan if value is None else value for value in row["training"].get("reward", [])]
     return list(range(1, len(values) + 1)), values
 
 

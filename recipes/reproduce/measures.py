@@ -35,7 +35,7 @@ def end(name: str, diverged: float = math.nan) -> Callable[[Row], float]:
 
 def lost(row: Row) -> float:
     """The share of rollouts whose mean reward is below half of the first one's."""
-    rewards = [reward or 0.0 for reward in row["training"]["reward"]]
+    rewards = [reward or 0.0 for reward in row["training"].get("reward", [])]
     missing = row["settings"]["steps"] - len(rewards)  # a run that diverged has fewer
     return (sum(r < LOST * rewards[0] for r in rewards) + missing) / row["settings"]["steps"]
 

@@ -152,6 +152,13 @@ def test_lost_rollouts_are_those_below_half_of_the_first() -> None:
     assert lost(made) == pytest.approx(28 / 30)
 
 
+def test_a_run_that_diverged_before_its_first_step_lost_all_rollouts(tmp_path: Path) -> None:
+    made = row("none", 1, 0.4, 8.0, status="diverged", training={})
+    assert lost(made) == 1.0
+    runs_figure(Runs([made]), tmp_path / "runs.svg")
+    assert (tmp_path / "runs.svg").stat().st_size
+
+
 def test_accuracy_at_equal_kl_is_read_off_each_formulations_line() -> None:
     """Accuracies that are linear in the log KL, stock's five points lower: the line is exact."""
     rows = []
