@@ -79,14 +79,18 @@ def closed_form(path: Path) -> ClosedForm:
 
 def _answers(path: Path) -> dict[str, list[Answer]]:
     prompts: dict[str, list[Answer]] = defaultdict(list)
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, data in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            line = data.decode()
+        except UnicodeDecodeError:
+            raise NoSamples(f"{path}, line {number}: not UTF-8") from None
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             answer = Answer(float(row["reward"]), float(row["tokens"]))
             prompt = json.dumps(row["prompt"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, OverflowError, KeyError, TypeError):
             raise NoSamples(
                 f"{path}, line {number}: no answer with prompt, reward and tokens: {line[:80]}"
             ) from None

@@ -13,7 +13,7 @@ import math
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,14 @@ CONSOLE = (".log", ".txt", ".out")
 SNIFFED = 65536  # bytes at the start of a file, by which it is told what it is
 
 # Columns and keys that count training steps; the first that is there. W&B counts calls as _step.
-STEPS = ("train/global_step", "training/global_step", "step", "global_step", "_step")
+STEPS = (
+    "train/global_step",
+    "training/global_step",
+    "step",
+    "global_step",
+    "eval/global_step",
+    "_step",
+)
 
 # What consoles say of a step: ``step:3 - actor/kl:0.1 - ...``, or words and a dictionary.
 _DASHED = re.compile(r"\bstep:(\d+) - (?=\S+:)(.*)")
@@ -91,6 +98,8 @@ def read(path: Path, log: Log) -> None:
         reader(path, log)
     except OSError as error:
         log.problems.append(f"{path}: {error.strerror or error}")
+    except csv.Error as error:
+        log.problems.append(f"{path}: {error}")
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         # protobuf's module is google: nothing to install by that name.
@@ -108,7 +117,7 @@ def _json_lines(path: Path, log: Log) -> None:
             step = int(record.pop("step"))
             record = record.pop("data", record)
             items = list(record.items())
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, OverflowError, KeyError, TypeError, AttributeError):
             log.problems.append(f"{path}, line {number}: no JSON object with a step")
             continue
         for tag, value in items:
@@ -121,15 +130,27 @@ def _step_column(columns: list[str]) -> str | None:
     return next((named[step] for step in STEPS if step in named), None)
 
 
+def _several_runs(columns: Sequence[str]) -> list[str]:
+    """The runs of a W&B export that has one tag of more than one of them."""
+    named: dict[str, list[str]] = defaultdict(list)
+    for column in columns:
+        run, _, tag = column.rpartition(" - ")
+        if run and run not in named[tag]:
+            named[tag].append(run)
+    return max(named.values(), key=len) if any(len(runs) > 1 for runs in named.values()) else []
+
+
 def _table(path: Path, log: Log) -> None:
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         rows = csv.DictReader(file)
         steps = _step_column(list(rows.fieldnames or ()))
         assert steps is not None
+        if runs := _several_runs(rows.fieldnames or ()):
+            raise csv.Error(f"columns of several runs ({', '.join(runs)}): export one run a file")
         for row in rows:
             try:
                 step = int(float(row[steps]))
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 log.problems.append(f"{path}, line {rows.line_num}: no step")
                 continue
             for column, cell in row.items():
@@ -228,7 +249,7 @@ def _wandb(path: Path, log: Log) -> None:
                 log.config[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
             if message.HasField("history"):
                 _wandb_step(message.history, log)
-    except (_Torn, DecodeError, ValueError) as error:
+    except (_Torn, DecodeError, ValueError, OverflowError) as error:
         log.problems.append(f"{path}: torn or corrupt: {error}")
 
 

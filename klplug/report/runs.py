@@ -143,11 +143,19 @@ def groups(folders: Sequence[Path]) -> tuple[list[Group], list[str]]:
         together[run.group].append(run)
     made = []
     for alike in together.values():
-        label = alike[0].label
-        if sum(others[0].label == label for others in together.values()) > 1:
-            label = f"{label} ({alike[0].folder.name})"
+        first = alike[0]
+        same = [others[0].folder for others in together.values() if others[0].label == first.label]
+        label = first.label if len(same) == 1 else f"{first.label} ({_apart(first.folder, same)})"
         made.append(Group(label, tuple(alike)))
     return made, problems
+
+
+def _apart(place: Path, places: Sequence[Path]) -> Path:
+    """The end of a path, as many of its names as tell all the paths apart."""
+    for count in range(1, len(place.parts)):
+        if len({path.parts[-count:] for path in places}) == len(places):
+            return Path(*place.parts[-count:])
+    return place
 
 
 def _log_places(folder: Path) -> dict[Path, list[Path]]:

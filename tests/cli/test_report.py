@@ -9,6 +9,7 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -16,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from klplug.report.closed_form import closed_form
 from klplug.report.intervals import final
-from klplug.report.logs import EVENTS, Log, read
+from klplug.report.logs import EVENTS, Log, _wandb_step, read
 from klplug.report.runs import not_finite, rolling_mean
 from tests.cli.conftest import Klplug
 
@@ -419,6 +420,60 @@ def test_what_can_be_read_is_reported_beside_what_cannot(
     assert len(document["runs"]) == 1
     assert all("bad" in problem for problem in document["problems"])
     assert "What is wrong" in page_of(tmp_path / "out").text
+
+
+def test_runs_of_one_name_keep_their_own_ends(klplug_command: Klplug, tmp_path: Path) -> None:
+    for folder, reward in (("a/logs", 0.25), ("b/logs", 0.75)):
+        (tmp_path / folder).mkdir(parents=True)
+        line = json.dumps({"step": 1, "reward": reward})
+        (tmp_path / folder / "train.jsonl").write_text(line + "\n")
+    _, document = reported(klplug_command, tmp_path / "out", tmp_path)
+    ends = {run["label"]: run["final"]["reward"]["mean"] for run in document["runs"]}
+    assert ends == {"train (a/logs/train.jsonl)": 0.25, "train (b/logs/train.jsonl)": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("run.jsonl", '{"step": 1, "reward": 0.5}\n{"step": Infinity, "reward": 9}\n'),
+        ("run.csv", "step,reward\n1,0.5\ninf,9\n"),
+    ],
+)
+def test_an_infinite_step_is_named_by_file_and_line(tmp_path: Path, name: str, text: str) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    log = logged(path)
+    assert log.scalars["reward"] == {1: 0.5}
+    (problem,) = log.problems
+    assert problem.startswith(f"{path}, line {text.count(chr(10))}: ")
+
+
+def test_a_table_of_several_runs_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    path.write_text(
+        '"Step","A - train/reward","A - train/reward__MIN","B - train/reward"\n1,2,2,3\n'
+    )
+    log = logged(path)
+    assert not log.scalars
+    assert log.problems == [f"{path}: columns of several runs (A, B): export one run a file"]
+
+
+def test_an_evaluation_in_wandb_stands_at_its_own_step() -> None:
+    """OpenRLHF's log_eval has no other step: W&B counts its own calls."""
+    values = {"eval/global_step": "40", "eval/gsm8k_pass1": "0.5", "_step": "7"}
+    items = [SimpleNamespace(key=key, value_json=value) for key, value in values.items()]
+    log = Log()
+    _wandb_step(SimpleNamespace(item=items, step=SimpleNamespace(num=7)), log)
+    assert log.scalars["eval/gsm8k_pass1"] == {40: 0.5}
+
+
+def test_samples_in_another_encoding_are_named_by_line(
+    klplug_command: Klplug, tmp_path: Path
+) -> None:
+    run, path = quickstart(tmp_path / "run"), tmp_path / "ref.jsonl"
+    path.write_bytes('\n{"prompt": "café", "reward": 1, "tokens": 3}\n'.encode("latin-1"))
+    done = klplug_command("report", run, "--samples", path, "--out", tmp_path / "o")
+    assert done.status == 2 and f"{path}, line 2: not UTF-8" in done.err.replace("\n", "")
 
 
 def test_bad_input(klplug_command: Klplug, tmp_path: Path) -> None:
