@@ -285,8 +285,8 @@ def _check(
 def _check_policy(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, group: Any
 ) -> None:
-    _check_head("", hidden, weight, bias, hidden)
     _check_group(group, weight)
+    _check_head("", hidden, weight, bias, hidden)
     _check_tokens("targets", targets, (len(hidden),), hidden, weight, group)
 
 
@@ -334,13 +334,13 @@ def _check_floats(name: str, tensor: Any) -> None:
         )
 
 
-def _check_group(group: Any, weight: Tensor) -> None:
+def _check_group(group: Any, weight: Any) -> None:
     if group is not None and not isinstance(group, getattr(dist, "ProcessGroup", ())):
         raise TypeError(
             f"group={group!r} must be a torch.distributed.ProcessGroup that this process is in, or "
             "None"
         )
-    if group is None or not _may_be_read(weight):
+    if group is None or not isinstance(weight, Tensor) or not _may_be_read(weight):
         return
     # Each rank would cut its tokens into chunks of its own, and wait for others' forever.
     sizes = torch.tensor([len(weight), -len(weight)])

@@ -501,8 +501,8 @@ def _sized(axis: Axis, value: str) -> str:
     # Of so many digits none is a vocabulary's, and of more than 4300 Python makes no number.
     if not (number.isascii() and number.isdigit() and len(number) <= 15):
         raise Refused(
-            f"kl_type option {axis.name}={value} needs a whole number of at least 1, as in "
-            f"{axis.name}={word}:64",
+            f"kl_type option {axis.name}={value} needs a whole number of at least 1, and of "
+            f"15 digits at most, as in {axis.name}={word}:64",
             "no-size",
         )
     return f"{word}:{int(number)}"

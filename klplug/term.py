@@ -178,10 +178,10 @@ def kl_term(
 
     Work is done in float32 at least; float64 stays. Nothing is clamped but by ``cap`` and
     ``bound``, and exponents at the dtype's maximum (``klplug/overflow_share``; not those within
-    ``exact_kl``). A counted token
-    with a nan or an infinite number in one of its tensors leaves the KL, and its ratio with it, as
-    if it were masked (``klplug/nonfinite_share``); where only pi/ref is infinite, an estimator that
-    is finite there (js, tv, hellinger, forward) or is bounded has its limit.
+    ``exact_kl``). A counted token with a nan or an infinite number in one of its tensors
+    leaves the KL, and its ratio with it, as if it were masked (``klplug/nonfinite_share``); where
+    only pi/ref is infinite, an estimator that is finite there (js, tv, hellinger, forward) or is
+    bounded has its limit.
 
     Args:
         spec: a ``kl_type`` string or its ``KLSpec``.

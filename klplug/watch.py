@@ -60,7 +60,8 @@ RULES = (
         "klplug/nonfinite_share",
         0.0,
         False,
-        "tokens with a nan or an infinite number are left out of the KL, or have its limit",
+        "tokens with a nan or an infinite number are left out of the KL or of its metrics, or have "
+        "the limit of the KL",
         patience=1,
     ),
 )

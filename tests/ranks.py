@@ -35,5 +35,6 @@ def on_two_ranks(module: str, folder: Path, *words: str) -> Any:
     ranks = [
         subprocess.Popen(command, cwd=folder, env=own | {"RANK": str(rank)}) for rank in range(2)
     ]
-    assert [rank.wait(300) for rank in ranks] == [0, 0]
+    ended = [rank.wait(300) for rank in ranks]
+    assert ended == [0, 0], f"the ranks ended with {ended}"
     return torch.load(out, weights_only=False)

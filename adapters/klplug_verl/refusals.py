@@ -18,6 +18,7 @@ from klplug_verl.keys import (
     ADAPTERS,
     BYPASS,
     CTRL_TYPE,
+    DISTIL_POLICY,
     DISTILLS,
     DISTILLS_BESIDE,
     ESTIMATOR,
@@ -175,11 +176,13 @@ def length_tilts(plan: Plan, settings: Settings) -> Said:
     alone = settings.get(ESTIMATOR) == "gae"
     key, value = (ESTIMATOR, "gae") if alone else (N, settings.get(N, 1))
     if alone or int(value) < 2:
+        by_agg = settings.get(LOSS_AGG) == "seq-mean-token-mean"
         yield (
             key,
             f"kl_type {plan.spec} with a policy loss that divides by the answer's length would "
             f"tilt the optimum to long answers, and with {key}={value} there is no "
-            f"group to take a baseline from. Use {LOSS_AGG}=token-mean, "
+            f"group to take a baseline from. Use "
+            f"{f'{LOSS_AGG}=token-mean' if by_agg else f'{LOSS_MODE}=vanilla'}, "
             f"{'a group estimator' if alone else 'n > 1'}, or k2_as_loss",
         )
 
@@ -294,6 +297,8 @@ def policy_loss_thrown_away(plan: Plan, settings: Settings) -> Said:
         plan.is_active
         and settings.get(DISTILLS, False)
         and not settings.get(DISTILLS_BESIDE, False)
+        # By policy gradient verl computes it first, so monitor has its metrics.
+        and (plan.spec.terms or not settings.get(DISTIL_POLICY, False))
     ):
         yield (
             DISTILLS_BESIDE,

@@ -69,6 +69,7 @@ class Run:
     states: int | None = None  # bytes of the reference's hidden states, or of its top tokens
     metrics: dict[str, float] = field(default_factory=dict)
     watch: Watch = field(default_factory=Watch)
+    passes_by: bool = False  # a trainer whose own fit passes by the stages below
 
     @property
     def is_as_loss(self) -> bool:
@@ -99,24 +100,30 @@ def init(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> None:
     plan = Plan.of(config)
     if plan is None:
         return
-    _check_stages(plan, trainer)
+    passes_by = _fits_itself(trainer)
+    if passes_by:
+        _check_stages(plan, trainer)
     announce("the trainer", plan.spec, plan.kl_coef)
     if (term := exact_term(plan.spec)) is not None:
         print(hidden.foretell(term, config), flush=True)
     controller = MeasuredController(plan.controller())
-    trainer.klplug = Run(plan, controller, plan.models())
+    trainer.klplug = Run(plan, controller, plan.models(), passes_by=passes_by)
     trainer.kl_ctrl_in_reward = trainer.klplug.controller
 
 
-def _check_stages(plan: Plan, trainer: Any) -> None:
-    """A recipe's trainer may have a ``fit`` of its own, which passes by those of ``RayPPOTrainer``.
-
-    Its workers compute a KL as loss all the same, at the coefficient that their config has.
-    """
+def _fits_itself(trainer: Any) -> bool:
+    """A recipe's trainer may have a ``fit`` of its own, which passes by those of ``RayPPOTrainer``;
+    one that calls ``super().fit()`` does not."""
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
     if not isinstance(trainer, RayPPOTrainer) or type(trainer).fit is RayPPOTrainer.fit:
-        return
+        return False
+    code = type(trainer).fit.__code__
+    return not ("__class__" in code.co_freevars and "fit" in code.co_names)
+
+
+def _check_stages(plan: Plan, trainer: Any) -> None:
+    """Workers compute a KL as loss without verl's own steps, at the coefficient of their config."""
     needs = [
         *(f"{t} is in the reward" for t in plan.in_reward.terms),
         *([f"kl_ctrl={plan.kl_ctrl} moves the coefficient"] if plan.kl_ctrl != "fixed" else []),
@@ -129,9 +136,8 @@ def _check_stages(plan: Plan, trainer: Any) -> None:
     ]
     if needs:
         raise RuntimeError(
-            f"kl_type {plan.spec}: {needs[0]}, and {type(trainer).__name__} has a fit of its own, "
-            "which klplug does not reach. Use verl.trainer.main_ppo, or k2_as_loss with "
-            "kl_ctrl=fixed"
+            f"kl_type {plan.spec}: {needs[0]}, and {type(trainer).__name__} has a fit of its own. "
+            "klplug does not reach it. Use verl.trainer.main_ppo, or k2_as_loss with kl_ctrl=fixed"
         )
 
 
@@ -340,19 +346,26 @@ _TO_REF = tuple(PREFIX + name for name in ("kl", "k1", "k2", "k3", "abs"))
 def _check_answers_are_rows(plan: Plan, n_answers: int, n_rows: int) -> None:
     """Where answers are looked at whole: an agent loop may cut one into several rows."""
     spec, as_loss = plan.spec, plan.as_loss.terms
-    whole = [("reference=posterior", "ref")] if spec.has_the_reward else []
-    whole += [(f"horizon={t.horizon}", "token") for t in as_loss if t.horizon != "token"]
-    whole += [(f"baseline={t.baseline}", "none") for t in spec.terms if t.baseline != "none"]
-    whole += [(f"weight={own.written}", "none") for own in weights_of(spec, "group_ids")]
-    whole += [(f"level={t.level}", "token") for t in as_loss if t.level not in (None, "token")]
+    whole = [("reference=posterior", "reference=ref")] if spec.has_the_reward else []
+    compared = (t.baseline for t in spec.terms if t.baseline != "none")
+    whole += [(f"baseline={baseline}", "baseline=none") for baseline in compared]
+    whole += [(f"weight={w.written}", "weight=none") for w in weights_of(spec, "group_ids")]
+    whole += [(f"horizon={t.horizon}", "horizon=token") for t in as_loss if t.horizon != "token"]
+    whole += [
+        # The expectation over the vocabulary has no weight for its own token.
+        (f"level={t.level}", "ratio=none" if t.over_vocabulary else "level=token")
+        for t in as_loss
+        if t.level not in (None, "token")
+    ]
     # Of the rows of an answer verl takes the rewards of the last alone.
     in_rewards = plan.in_reward.terms if not plan.bootstraps else ()
-    whole += [("reward_norm=group", "none") for t in in_rewards if t.reward_norm == "group"]
+    reordered = any(t.reward_norm == "group" for t in in_rewards)
+    whole += [("reward_norm=group", "reward_norm=none")] if reordered else []
     if whole and n_answers < n_rows:
         (needs, instead), *_ = whole
         raise RuntimeError(
             f"kl_type {spec}: {needs} looks at whole answers, and this agent loop cut them into "
-            f"several rows. Use {needs.partition('=')[0]}={instead}"
+            f"several rows. Use {instead}"
         )
 
 
@@ -440,7 +453,7 @@ def update_actor(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> An
 def update_actor_in_fit(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:
     """The update of ``RayPPOTrainer``, whose metrics are reduced by ``fit``."""
     run = _run(trainer)
-    if run is None:
+    if run is None or run.passes_by:
         return original(*args, **kwargs)
     batch = bound(original, args, kwargs)["batch"]
     batch.meta_info[COEF_KEY] = _coefficient_for_workers(run, trainer)

@@ -23,8 +23,16 @@ def weighs_the_sampler(term: TermSpec, bypass: bool) -> bool:
     Args:
         bypass: whether old's log-probs are the sampler's.
     """
-    ratio = term.ratio if term.head == "separate" else "old"
-    return term.placement == "as_loss" and ratio in ("rollout", "old" if bypass else "rollout")
+    return term.placement == "as_loss" and _ratio(term) in (
+        "rollout",
+        "old" if bypass else "rollout",
+    )
+
+
+def _ratio(term: TermSpec) -> str | None:
+    """The policy that its weight is to; a head has the ratio of the policy loss."""
+    inside = term.placement == "as_loss" and term.head != "separate"
+    return "old" if inside else term.ratio
 
 
 def truncated(plan: Asked, how: str, bypass: str = "") -> Iterator[str]:
@@ -74,11 +82,12 @@ def truncated_sampler(plan: Asked | None, found: Cut, bypass: str = "") -> Said:
         return
     key, how = found
     for term in plan.spec.terms:
-        own = _cut(term.ratio, how, bypass)
-        if own and not _cut(term.reference, how, bypass) and term.level == "token":
+        own = _cut(_ratio(term), how, bypass)
+        per_token = term.level in (None, "token")
+        if own and not _cut(term.reference, how, bypass) and per_token:
             yield (
                 key,
-                f"ratio={term.ratio} with {own}: the sampler's log-probs are then of another "
+                f"ratio={_ratio(term)} with {own}: the sampler's log-probs are then of another "
                 "distribution than the policy's, so the weights are not 1 on its own samples "
                 "(klplug/weight_mean)",
             )

@@ -108,8 +108,11 @@ def test_the_launch_and_the_audit_say_the_same(
     assert "klplug-refuses" not in found
 
 
-def test_weights_to_old_are_to_the_sampler_where_verl_bypasses_it() -> None:
-    overrides = own("k2_as_loss", TOP_P, BYPASS)
+@pytest.mark.parametrize(
+    "kl_type", ["k2_as_loss", "k2_as_loss,head=combined", "k3_as_loss,head=clipped"]
+)
+def test_weights_to_old_are_to_the_sampler_where_verl_bypasses_it(kl_type: str) -> None:
+    overrides = own(kl_type, TOP_P, BYPASS)
     weights, measured = notes(overrides)
     assert weights.startswith(f"ratio=old with {TOP_P} and {BYPASS}: the sampler's log-probs")
     assert "k1 - log S" in measured

@@ -395,7 +395,11 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     ),
     (
         own("k1_in_reward", MEAN, "actor_rollout_ref.rollout.n=1"),
-        ["rollout.n=1", "long answers"],
+        ["rollout.n=1", "long answers", "Use actor_rollout_ref.actor.loss_agg_mode=token-mean"],
+    ),
+    (
+        own("k1_in_reward", f"{ACTOR}.policy_loss.loss_mode=sapo", "algorithm.adv_estimator=gae"),
+        ["long answers", "policy_loss.loss_mode=vanilla"],
     ),
     (own("k2_as_loss", *THROWN), ["use_task_rewards=False"]),
     *(
@@ -558,3 +562,10 @@ def test_a_policy_loss_divides_by_length_where_verls_own_does(mode: str) -> None
 @pytest.mark.parametrize("estimator", ["gae", "reinforce_plus_plus", "optimal_token_baseline"])
 def test_a_kl_in_the_loss_goes_with_every_estimator(estimator: str) -> None:
     derived(*own("k2_as_loss"), f"algorithm.adv_estimator={estimator}")
+
+
+def test_monitor_measures_beside_a_distillation_by_policy_gradient() -> None:
+    """verl's loss there is 0, and its metrics are kept (trainer/distillation/losses.py)."""
+    by_policy = "distillation.distillation_loss.use_policy_gradient=True"
+    _, line = derived("+klplug.kl_type=monitor", *THROWN, by_policy)
+    assert line is not None and "kl_type=monitor" in line

@@ -6,17 +6,24 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from klplug_verl.actor import BASELINE, numbers
 from klplug_verl.keys import COEF_KEY
+from klplug_verl.plan import Plan
 from klplug_verl.refusals import REWARD_ESTIMATORS
-from klplug_verl.trainer import excess_over_group, to_go_over_answer
+from klplug_verl.trainer import (
+    _check_answers_are_rows,
+    excess_over_group,
+    to_go_over_answer,
+    update_actor_in_fit,
+)
 from omegaconf import open_dict
 from torch import Tensor
 
-from klplug import kl_term
+from klplug import kl_term, parse
 from klplug.hosting.state import Reference, StateError
 from tests.one_meaning import BASELINES, BETA, batch, return_baseline, reward_advantages
 from tests.one_meaning import batch as batch_of_one_meaning
@@ -221,6 +228,12 @@ def test_what_is_of_whole_answers_is_not_of_rows(kl_type: str, said: str) -> Non
         return  # a row is an answer there
     with pytest.raises(RuntimeError, match=said):
         joined(made, experience(batch(), SCORES), ROWS_OF_ONE)
+
+
+def test_over_the_vocabulary_no_weight_is_the_advice() -> None:
+    plan = Plan(spec=parse("k2_as_loss,vocab=exact,ratio=old"), kl_coef=BETA)
+    with pytest.raises(RuntimeError, match=r"level=prefix looks at.*Use ratio=none"):
+        _check_answers_are_rows(plan, n_answers=3, n_rows=4)
 
 
 ROWS_OF_ONE = ("a_0_0", "a_0_1", "b_0_0", "b_1_0")
@@ -690,7 +703,24 @@ def test_a_trainer_with_a_fit_of_its_own_stops_where_its_stages_are_needed(
 @pytest.mark.parametrize("kl_type", ["k2_as_loss", "k3_as_loss,horizon=token", "monitor", "none"])
 def test_a_trainer_with_a_fit_of_its_own_has_a_kl_as_loss_all_the_same(kl_type: str) -> None:
     asked = klplug(kl_type) if "loss" in kl_type else (f"+klplug.kl_type={kl_type}",)
-    assert str(trainer(*asked, kind="ray", base=OfARecipe).klplug.plan.spec).startswith(kl_type[:4])
+    made = trainer(*asked, kind="ray", base=OfARecipe)
+    assert str(made.klplug.plan.spec).startswith(kl_type[:4])
+    # Its own steps measured nothing, and verl's update is as it is.
+    original, given = Mock(return_value="verl's"), Mock(meta_info={})
+    assert update_actor_in_fit(original, made, (given,), {}) == "verl's"
+    assert given.meta_info == {} and original.call_args.args == (given,)
+
+
+class Wraps:
+    """Sets something up, and has verl's own steps."""
+
+    def fit(self) -> None:
+        super().fit()  # type: ignore[misc]
+
+
+def test_a_fit_that_calls_verls_has_its_stages() -> None:
+    made = trainer(*klplug("k1_in_reward"), *ADAPTIVE, kind="ray", base=Wraps)
+    assert not made.klplug.passes_by
 
 
 def test_a_kl_type_outside_of_a_trainer_is_an_error() -> None:
@@ -756,7 +786,7 @@ def test_every_controller_moves_the_coefficient_once_a_step(
 
 @pytest.mark.parametrize("kl_ctrl", ["adaptive", *MOVING])
 def test_a_step_of_several_updates_moves_the_coefficient_once(kl_ctrl: str) -> None:
-    """separate_async: one step is one rollout, whose answers come in several updates."""
+    """separate_async: a step is several updates, each on answers of its own."""
     settings = ADAPTIVE if kl_ctrl == "adaptive" else MOVING[kl_ctrl]
     made = trainer(*klplug("k2_as_loss"), *settings)
     if not hasattr(made, "parameter_sync_step"):
