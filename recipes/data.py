@@ -18,9 +18,10 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from recipes.quickstart.data import share
@@ -346,7 +347,13 @@ def begun(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def make(
-    name: str, host: str, out: Path, train: Table, test: Table | None, workers: int = WORKERS
+    name: str,
+    host: str,
+    out: Path,
+    train: Table,
+    test: Table | None,
+    workers: int = WORKERS,
+    columns: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Write both splits for a host; what is in them.
 
@@ -357,6 +364,7 @@ def make(
         train: Training rows.
         test: Test rows; None holds out a tenth of the training questions.
         workers: Processes.
+        columns: Those that were asked for by name, of question and answer.
 
     Raises:
         DataError: No row is left to train or to test on.
@@ -368,6 +376,7 @@ def make(
         "train": train.fingerprint,
         "test": None if test is None else test.fingerprint,
         "instruction": INSTRUCTION,
+        **columns,
     }
     if (earlier := begun(out, settings)) is not None:
         print(f"{out} is already there, whole and unchanged")
@@ -495,7 +504,9 @@ def main(argv: list[str] | None = None) -> int:
     name = arguments.data if arguments.data in TRAINING else Path(arguments.data).stem
     try:
         train, test = tables(arguments)
-        make(name, arguments.to, arguments.out, train, test, arguments.workers)
+        named = {"question": arguments.question, "answer": arguments.answer}
+        columns = {key: column for key, column in named.items() if column}
+        make(name, arguments.to, arguments.out, train, test, arguments.workers, columns)
     except (DataError, FolderError) as error:
         print(f"recipes.data: error: {error}", file=sys.stderr)
         return 2

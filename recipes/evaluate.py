@@ -57,6 +57,12 @@ class Settings:
     batch_size: int
     seed: int
     instruction: str
+    question: str | None = None
+    answer: str | None = None
+
+    def record(self) -> dict[str, Any]:
+        """As it is written: the columns only where they were asked for by name."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 class Engine(Protocol):
@@ -221,7 +227,7 @@ def summary(settings: Settings, records: Sequence[dict[str, Any]]) -> dict[str, 
     means = {name: sum(value) / count for name, value in values.items()}
     ungradable = [r["answer"] for r in records if not r["gradable"]]
     return {
-        **asdict(settings),
+        **settings.record(),
         "metrics": {
             name: {"mean": mean, "interval": wilson(mean, count)} for name, mean in means.items()
         },
@@ -257,7 +263,7 @@ def begun(out: Path, settings: Settings) -> list[dict[str, Any]]:
     Raises:
         FolderError: The folder holds something else.
     """
-    claim(out, SETTINGS, asdict(settings), f"--out {out}", "evaluation")
+    claim(out, SETTINGS, settings.record(), f"--out {out}", "evaluation")
     path = out / RECORDS
     lines = path.read_text("utf-8").split("\n")[:-1] if path.is_file() else []
     # A torn batch is done again as a whole: its seed is the batch's.
@@ -404,6 +410,8 @@ def checked(arguments: argparse.Namespace) -> tuple[Settings, list[Problem], Pat
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         instruction=arguments.instruction,
+        question=arguments.question or None,
+        answer=arguments.answer or None,
     )
     name = "-".join(
         re.sub(r"\W+", "_", Path(part).stem) for part in (settings.model, settings.data)

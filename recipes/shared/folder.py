@@ -54,8 +54,8 @@ def held(folder: Path, record: str, option: str, what: str) -> dict[str, Any] | 
 def other(earlier: Record, settings: Record, option: str, what: str) -> FolderError:
     """That a folder holds other settings, and which."""
     before, now = flat(earlier), flat(settings)
-    keys = [key for key in now if before.get(key) != now[key]]
-    differ = ", ".join(f"{key[-1]}={before.get(key)} there, {now[key]} here" for key in keys)
+    keys = [key for key in {**now, **before} if before.get(key) != now.get(key)]
+    differ = ", ".join(f"{key[-1]}={before.get(key)} there, {now.get(key)} here" for key in keys)
     return FolderError(f"{option} holds another {what} ({differ}). Give another folder")
 
 

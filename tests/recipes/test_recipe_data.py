@@ -153,6 +153,20 @@ def test_a_files_columns_can_be_named(tmp_path) -> None:
     assert all(answer.startswith(question) for question, answer in answers.items())
 
 
+def test_another_column_is_another_data_set(tmp_path, capsys) -> None:
+    made = [{"question": f"{i}?", "answer": str(i), "other": str(-i)} for i in range(20)]
+    path = jsonl(tmp_path / "mine.jsonl", made)
+    words = [str(path), "--to", "openrlhf", "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert main(words) == 0
+    assert "other" not in json.loads((tmp_path / "out" / "data.json").read_text())["settings"]
+    assert main([*words, "--answer", "other"]) == 2
+    assert "(answer=None there, other here)" in capsys.readouterr().err
+    named = [*words[:-3], str(tmp_path / "named"), "--workers", "1"]
+    assert main([*named, "--answer", "other"]) == 0 == main([*named, "--answer", "other"])
+    assert main(named) == 2
+    assert "(answer=other there, None here)" in capsys.readouterr().err
+
+
 BAD = [
     ([{"question": "q?", "result": "1"}], "no column 'answer'; there are question, result"),
     ([{"text": "q?"}], "no column 'question', 'answer'; there are text"),

@@ -24,6 +24,7 @@ from recipes.evaluate import final_answer, ks, main, majority, pass_at, record, 
 from recipes.quickstart.problems import problems, write_rows
 from recipes.quickstart.settings import HERE
 from recipes.quickstart.smollm2 import FOLDER
+from recipes.shared.folder import FolderError
 from recipes.shared.settings import CACHE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -201,6 +202,21 @@ def test_what_cannot_be_is_said(tmp_path, capsys, own: list[str], message: str) 
     assert main([*arguments(words(tmp_path, 2), tmp_path / "out"), *own]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "records.jsonl").exists() or "top-p" in message
+
+
+def test_another_column_is_another_evaluation(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(module, "check_model", lambda name: None)
+    path, out = tmp_path / "mine.jsonl", tmp_path / "out"
+    path.write_text('{"question": "1?", "answer": "1", "other": "-1"}\n')
+    words = ["m", "--data", str(path), "--engine", "transformers"]
+    plain, other = (
+        module.checked(module.parser().parse_args([*words, *own]))[0]
+        for own in ([], ["--answer", "other"])
+    )
+    assert not {"question", "answer"} & plain.record().keys()  # earlier folders stay whole
+    assert module.begun(out, plain) == [] == module.begun(out, plain)
+    with pytest.raises(FolderError, match=r"\(answer=None there, other here\)"):
+        module.begun(out, other)
 
 
 def test_a_model_and_a_folder_that_cannot_be_are_said(tmp_path, capsys) -> None:
