@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -105,6 +105,15 @@ def contrast(
     return effect([of(one[seed]) - of(other[seed]) for seed in sorted(one.keys() & other.keys())])
 
 
+def diverged_pairs(runs: Runs, first: str, second: str, updates: int = 4) -> int:
+    """The seeds that both have, and of which a run diverged."""
+    one, other = runs.of(first, updates), runs.of(second, updates)
+    return sum(
+        "diverged" in (one[seed]["status"], other[seed]["status"])
+        for seed in one.keys() & other.keys()
+    )
+
+
 def above(found: Effect, threshold: float) -> bool:
     """Whether a difference holds above a threshold: the interval, and every seed."""
     return found.low > threshold and min(found.differences) > threshold
@@ -156,6 +165,17 @@ def sided(
     other = above if side is below else below
     decided = verdict([found], side(found, threshold), other(found, threshold))
     return Finding(part, asked, measured, decided)
+
+
+def undecided(finding: Finding, found: Effect, diverged: int) -> Finding:
+    """The finding, which pairs with a run that diverged leave open: no number stands for theirs."""
+    if not diverged:
+        return finding
+    measured = f"{finding.measured}; {diverged} more diverged"
+    enough = found.seeds + diverged >= LEAST_SEEDS
+    return replace(
+        finding, measured=measured, verdict="not decided" if enough else "not decided yet"
+    )
 
 
 def alike(part: str, asked: str, accuracy: Effect, log_kl: Effect) -> Finding:
@@ -222,12 +242,16 @@ def findings(runs: Runs) -> list[Finding]:
             diverse,
             above,
         ),
-        sided(
-            "d2",
-            "whole answer against own token: more entropy",
-            f"entropy {nats(entropy)}",
+        undecided(
+            sided(
+                "d2",
+                "whole answer against own token: more entropy",
+                f"entropy {nats(entropy)}",
+                entropy,
+                above,
+            ),
             entropy,
-            above,
+            diverged_pairs(runs, WHOLE, K2),
         ),
         sided(
             "d3",

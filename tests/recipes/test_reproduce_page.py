@@ -144,6 +144,17 @@ def test_a_run_that_diverged_counts_against_its_formulation() -> None:
     assert "| 3, 1 diverged |" in page(rows)
 
 
+def test_an_entropy_that_a_diverged_run_has_not_decides_nothing() -> None:
+    whole = "k2_as_loss,horizon=sequence"
+    rows = [row(whole, seed, 0.7, 1.0, entropy=3.0 + seed / 10) for seed in range(1, 5)]
+    rows += [row("k2_as_loss", seed, 0.7, 1.0) for seed in range(1, 5)]
+    assert of_part(rows, "d2").verdict == "reproduced"
+    rows[3] = {**rows[3], "status": "diverged"}
+    found = of_part(rows, "d2")
+    assert found.verdict == "not decided"
+    assert "; 1 more diverged" in found.measured
+
+
 def test_lost_rollouts_are_those_below_half_of_the_first() -> None:
     made = row("none", 1, 0.5, 1.0)
     made["training"]["reward"] = [0.6, 0.31, 0.29, 0.0] + [0.6] * 26
