@@ -227,12 +227,23 @@ def source_table(source: Source, paths: list[Path] | None, option: str) -> Table
 # Preparing
 
 
+def written(number: float) -> str:
+    """All digits of a number, as float64 or as float32 has them."""
+    import numpy as np
+
+    if isinstance(number, int) or number.is_integer():
+        return str(int(number))
+    with np.errstate(over="ignore"):
+        single = np.float32(number)
+    return str(single) if single == number else repr(number)
+
+
 def prepared(question: Any, answer: Any, form: Callable[[str], str]) -> Problem | LeftOut:
     """A problem of a row's two columns, or why there is none."""
     if not isinstance(question, str) or not question.strip():
         return LeftOut("no question", repr(question))
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        answer = str(int(answer)) if float(answer).is_integer() else repr(answer)
+        answer = written(answer)
     final = form(answer) if isinstance(answer, str) else ""
     if not final or final.casefold() in NO_ANSWER:
         return LeftOut("no answer found", repr(answer)[-120:])

@@ -336,7 +336,10 @@ def test_real_math_500(tmp_path, capsys) -> None:
 
 @pytest.mark.parametrize(
     ("answer", "told"),
-    [(1234567, "1234567"), (1e6, "1000000"), (0.12345678, "0.12345678"), (-3.0, "-3")],
+    [
+        *((1234567, "1234567"), (1e6, "1000000"), (0.12345678, "0.12345678"), (-3.0, "-3")),
+        (0.10000000149011612, "0.1"),  # a column of float32
+    ],
 )
 def test_a_number_keeps_its_digits(answer: float, told: str) -> None:
     found = data.prepared("How many?", answer, any_form)
