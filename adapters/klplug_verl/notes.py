@@ -28,7 +28,7 @@ from klplug_verl.keys import (
     TRAINER_MODE,
     N,
 )
-from klplug_verl.plan import Plan
+from klplug_verl.plan import Plan, aggregation_divides
 
 
 def notes(plan: Plan | None, settings: Settings) -> Iterator[Refusal]:
@@ -69,17 +69,16 @@ def truncated_sampler(plan: Plan | None, settings: Settings) -> Said:
 
 def divided_by_length(plan: Plan | None, settings: Settings) -> Said:
     """Of the aggregation alone: a loss mode that divides otherwise has its KL beside it."""
-    mode = settings.get(LOSS_AGG)
-    dividing = f"{LOSS_AGG}={mode}" if mode == "seq-mean-token-mean" else ""
+    dividing = f"{LOSS_AGG}={settings.get(LOSS_AGG)}" if aggregation_divides(settings) else ""
     return hosting.divided_by_length(plan, LOSS_AGG, dividing)
 
 
 def stale_samples(plan: Plan | None, settings: Settings) -> Said:
     if plan is None or settings.get(TRAINER_MODE) not in ("colocate_async", "separate_async"):
         return
-    bypass = bool(settings.get(BYPASS))
-    weighed = bypass or bool(settings.get(ROLLOUT_IS))
-    yield from hosting.stale_samples(plan, TRAINER_MODE, weighed, bypass)
+    bypassed = bool(bypass(settings))
+    weighed = bypassed or bool(settings.get(ROLLOUT_IS))
+    yield from hosting.stale_samples(plan, TRAINER_MODE, weighed, bypassed)
 
 
 def lora_reference(plan: Plan | None, settings: Settings) -> Said:

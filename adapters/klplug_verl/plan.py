@@ -73,10 +73,15 @@ class Plan(Asked):
         )
 
 
+def aggregation_divides(settings: Settings) -> bool:
+    """Whether losses are divided by the answer's length where they are added up."""
+    return bool(settings.get(LOSS_AGG) == "seq-mean-token-mean")
+
+
 def divides_by_length(settings: Settings) -> bool:
     mode = settings.get(LOSS_MODE)
     return (
-        settings.get(LOSS_AGG) == "seq-mean-token-mean"
+        aggregation_divides(settings)
         or mode in MEAN_OF_ANSWER_LOSSES
         # Before 0.9, which has this setting, it takes no aggregation.
         or (mode == "gspo" and not settings.has(TRAINER_MODE))

@@ -44,7 +44,7 @@ from klplug_verl.keys import (
     is_stock,
 )
 from klplug_verl.notes import bypass, cut
-from klplug_verl.plan import Plan, coefficients, divides_by_length
+from klplug_verl.plan import Plan, aggregation_divides, coefficients, divides_by_length
 
 REWARD_ESTIMATORS = (
     "grpo",
@@ -176,13 +176,14 @@ def length_tilts(plan: Plan, settings: Settings) -> Said:
     alone = settings.get(ESTIMATOR) == "gae"
     key, value = (ESTIMATOR, "gae") if alone else (N, settings.get(N, 1))
     if alone or int(value) < 2:
-        by_agg = settings.get(LOSS_AGG) == "seq-mean-token-mean"
+        other = (
+            (LOSS_AGG, "token-mean") if aggregation_divides(settings) else (LOSS_MODE, "vanilla")
+        )
         yield (
             key,
             f"kl_type {plan.spec} with a policy loss that divides by the answer's length would "
             f"tilt the optimum to long answers, and with {key}={value} there is no "
-            f"group to take a baseline from. Use "
-            f"{f'{LOSS_AGG}=token-mean' if by_agg else f'{LOSS_MODE}=vanilla'}, "
+            f"group to take a baseline from. Use {'='.join(other)}, "
             f"{'a group estimator' if alone else 'n > 1'}, or k2_as_loss",
         )
 

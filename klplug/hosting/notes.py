@@ -23,10 +23,8 @@ def weighs_the_sampler(term: TermSpec, bypass: bool) -> bool:
     Args:
         bypass: whether old's log-probs are the sampler's.
     """
-    return term.placement == "as_loss" and _ratio(term) in (
-        "rollout",
-        "old" if bypass else "rollout",
-    )
+    ratio = _ratio(term)
+    return term.placement == "as_loss" and (ratio == "rollout" or (bypass and ratio == "old"))
 
 
 def _ratio(term: TermSpec) -> str | None:
@@ -49,7 +47,7 @@ def truncated(plan: Asked, how: str, bypass: str = "") -> Iterator[str]:
                 f"kl_type {term} with {own}: the sampler's log-probs are then of another "
                 "distribution than the policy's, so this KL pulls where the two policies are one"
             )
-        elif (own := _cut(term.ratio, how, bypass)) and term.level in ("prefix", "sequence"):
+        elif (own := _cut(_ratio(term), how, bypass)) and term.level in ("prefix", "sequence"):
             yield (
                 f"kl_type {term} with {own}: the sampler's log-probs are then of another "
                 "distribution than the policy's, and a product of ratios to it fades with the "
