@@ -1,8 +1,8 @@
 """docs/evidence.md, its figures and README's table: `python -m recipes.reproduce.page`.
 
 Nothing in the page is written by hand but its sentences, in `words.py`: each number is of
-`results/GRID*.jsonl` of the grids tier1, exact, verl-exact and smollm2, or of
-`results/enumerable.jsonl`. What is missing is said to be missing.
+`results/GRID*.jsonl` of the grids tier1, updates, exact, verl-exact and smollm2,
+or of `results/enumerable.jsonl`. What is missing is said to be missing.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from recipes.reproduce.measures import (
     ENTROPY,
     EXACT,
     FORWARD_KL,
+    FROZEN,
     GRADIENT_NORM,
     GREEDY,
     K1,
@@ -36,6 +37,7 @@ from recipes.reproduce.measures import (
     ROLLOUTS_LOST,
     SWING,
     TOKENS,
+    UNWEIGHTED,
     Measure,
     Runs,
     pass_at,
@@ -47,6 +49,7 @@ from recipes.reproduce.verdicts import (
     exact_findings,
     findings,
     language_findings,
+    updates_findings,
 )
 from recipes.shared import markdown
 from recipes.shared.settings import REPOSITORY
@@ -56,9 +59,12 @@ PAGE = REPOSITORY / "docs" / "evidence.md"
 README = REPOSITORY / "README.md"
 IMAGES = REPOSITORY / "docs" / "img"
 
+GRIDS = ("tier1", "updates", "exact", "verl-exact", "smollm2")
+
 CORRECT = (ACCURACY, GREEDY, pass_at(8), PASS_16)
 ABLE = (*CORRECT, ROLLOUTS_LOST)
 MOVED = (KL, FORWARD_KL, ENTROPY, TOKENS, GRADIENT_NORM)
+MOVED_FURTHER = (*(m for m in MOVED if m != TOKENS), SWING, CPU_SECONDS)
 ABLE_LANGUAGE = (ACCURACY, GREEDY, pass_at(4))
 
 
@@ -68,6 +74,7 @@ def page(
     verl: Sequence[Row] = (),
     language: Sequence[Row] = (),
     enumerated: Results | None = None,
+    updates: Sequence[Row] = (),
 ) -> str:
     """The page's text.
 
@@ -77,8 +84,9 @@ def page(
         verl: Of the grid `verl-exact`, any number, for the same section.
         language: Of the grid `smollm2`, as `exact`.
         enumerated: Of the enumerable task.
+        updates: Of the grid `updates`, as `exact`, which has what they are compared with.
     """
-    runs = Runs(rows)
+    runs, many = Runs(rows), Runs([*updates, *exact])
     found = findings(runs)
     blocks = [
         "<!-- Made by `python -m recipes.reproduce.page` from recipes/reproduce/results. -->",
@@ -94,9 +102,10 @@ def page(
         words.ENUMERATED,
         enumerable_table(enumerated) if enumerated else "",
         "## What came out, in words",
-        *paragraphs(found),
+        *paragraphs([*found, *(updates_findings(many) if updates else [])]),
         "## Tier 1: seven formulations, kl_coef 0.5, 4 updates per rollout",
         *(tier1_blocks(runs) if rows else ["No run was made yet."]),
+        *(updates_blocks(updates, many) if updates else []),
         *(exact_blocks(exact, runs, verl) if exact else []),
         *(language_blocks(language) if language else []),
     ]
@@ -138,7 +147,8 @@ def paragraphs(found: Sequence[Finding]) -> list[str]:
     """A paragraph for each hypothesis: what was asked, and what came out on both tasks."""
     parts, made = {finding.part: finding for finding in found}, []
     for letter, told in words.TOLD.items():
-        host = " ".join(sentence(parts[part], *said) for part, said in told.parts.items())
+        said = {part: how for part, how in told.parts.items() if part in parts}
+        host = " ".join(sentence(parts[part], *how) for part, how in said.items())
         if not host and letter != "c":
             host = words.NOT_TRIED
         text = f"**({letter}) {told.title}.** {told.asked}"
@@ -176,11 +186,22 @@ def tier1_blocks(runs: Runs) -> list[str]:
     return blocks
 
 
+def updates_blocks(rows: Sequence[Row], runs: Runs) -> list[str]:
+    """The section on `grids/updates.yaml`, whose k2 is that of `grids/exact.yaml`."""
+    return [
+        "## Many updates per rollout",
+        words.ON_UPDATES,
+        verdict_table(updates_findings(runs)),
+        *tables(runs, (K2, UNWEIGHTED, FROZEN), 64, moved=MOVED_FURTHER),
+        provenance(rows),
+        *missing_blocks("updates", rows),
+    ]
+
+
 def exact_blocks(rows: Sequence[Row], beside: Runs, verl: Sequence[Row]) -> list[str]:
     """The section on `grids/exact.yaml`, whose k2 with 4 updates is tier 1's, and on
     `grids/verl-exact.yaml`."""
     runs, other = Runs([*rows, *beside.of(K2).values()]), Runs(verl)
-    moved = [*(m for m in MOVED if m != TOKENS), SWING, CPU_SECONDS]
     blocks = [
         "## The exact KL beside the sampled one",
         words.ON_EXACT,
@@ -188,10 +209,10 @@ def exact_blocks(rows: Sequence[Row], beside: Runs, verl: Sequence[Row]) -> list
     ]
     for updates in sorted({row["settings"]["updates"] for row in rows}):
         blocks.append(f"With {updates} updates per rollout:")
-        blocks += tables(runs, (K2, EXACT), updates, moved=moved)
+        blocks += tables(runs, (K2, EXACT), updates, moved=MOVED_FURTHER)
     if verl:
         blocks += ["On verl, with 4 updates per rollout:"]
-        blocks += tables(other, (K2, EXACT), moved=moved)
+        blocks += tables(other, (K2, EXACT), moved=MOVED_FURTHER)
     blocks += [provenance([*rows, *verl])]
     return [*blocks, *missing_blocks("exact", rows), *missing_blocks("verl-exact", verl)]
 
@@ -344,14 +365,12 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments.results.is_dir():
         parser.error(f"--results {arguments.results}: no such folder")
     try:
-        rows, exact, verl, language = (
-            rows_of(name, arguments.results) for name in ("tier1", "exact", "verl-exact", "smollm2")
-        )
+        rows, updates, exact, verl, language = (rows_of(name, arguments.results) for name in GRIDS)
     except DriveError as error:
         print(f"page: error: {error}", file=sys.stderr)
         return 2
     enumerated = Results(arguments.results / "enumerable.jsonl")
-    arguments.page.write_text(page(rows, exact, verl, language, enumerated), "utf-8")
+    arguments.page.write_text(page(rows, exact, verl, language, enumerated, updates), "utf-8")
     if rows:
         runs = Runs(rows)
         arguments.images.mkdir(parents=True, exist_ok=True)
@@ -359,7 +378,7 @@ def main(argv: list[str] | None = None) -> int:
         frontier_figure(runs, arguments.images / "evidence-frontier.svg")
         readme = markdown.filled(arguments.readme, {"evidence": short_table(runs)})
         arguments.readme.write_text(readme, "utf-8")
-    print(f"{arguments.page}: {sum(map(len, (rows, exact, verl, language)))} runs")
+    print(f"{arguments.page}: {sum(map(len, (rows, updates, exact, verl, language)))} runs")
     return 0
 
 

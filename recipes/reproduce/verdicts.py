@@ -19,6 +19,7 @@ from recipes.reproduce.measures import (
     COEFFICIENTS,
     ENTROPY,
     EXACT,
+    FROZEN,
     GRADIENT_NORM,
     K1,
     K2,
@@ -26,6 +27,7 @@ from recipes.reproduce.measures import (
     KL_ERROR,
     PASS_16,
     SWING,
+    UNWEIGHTED,
     WHOLE,
     Measure,
     Runs,
@@ -291,6 +293,39 @@ def at_equal_kl(runs: Runs) -> Finding:
         f"accuracy {points(found)}",
         verdict([found], within(found, 2 * POINT), beyond(found, 2 * POINT)),
     )
+
+
+def updates_findings(runs: Runs) -> list[Finding]:
+    """(e) of HYPOTHESES.md on the host, with 64 updates per rollout."""
+    broken = contrast(runs, ACCURACY.of, FROZEN, K2, 64)
+    frozen, unweighted = (
+        contrast(runs, runs.log(SWING.of), form, K2, 64) for form in (FROZEN, UNWEIGHTED)
+    )
+    swing = "swing of the KL {}"
+    return [
+        sided(
+            "e1",
+            "k1 in the reward, 64 updates: at least 5 points below k2 as a loss",
+            f"accuracy {points(broken)}",
+            broken,
+            below,
+            -5 * POINT,
+        ),
+        sided(
+            "e2",
+            "k1 in the reward, 64 updates: a larger swing of the KL",
+            swing.format(factor(frozen)),
+            frozen,
+            above,
+        ),
+        sided(
+            "e3",
+            "k2 as a loss without its weight, 64 updates: a larger swing of the KL",
+            swing.format(factor(unweighted)),
+            unweighted,
+            above,
+        ),
+    ]
 
 
 def exact_findings(runs: Runs, verl: Runs) -> list[Finding]:

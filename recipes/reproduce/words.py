@@ -47,6 +47,11 @@ are in nats per answer, summed over the vocabulary. A rollout is lost if its mea
 half of the first one's. The gradient norm is the median over the rollouts. `stock:k3` is OpenRLHF's
 own, without klplug.
 """
+ON_UPDATES = """\
+64 updates per rollout, each with a 64th of its answers. `k2_as_loss` weighs each token by how far
+the policy has left its sampler. `k2_as_loss,ratio=none` does not. `k1_in_reward` keeps the KL that
+the rollout had. The swing is explained below, and `k2_as_loss` has the runs of that section.
+"""
 ON_EXACT = """\
 `k2_as_loss` estimates each token's KL from the token that was sampled. `k2_as_loss,vocab=exact`
 ([the exact KL](exact.md)) sums it over the vocabulary: the same target, without that token's
@@ -176,7 +181,28 @@ TOLD = {
         "many updates per rollout",
         "Each update moves the policy away from the samples that it learns from. `k2_as_loss` has "
         "a weight that corrects for that.",
-        {},
+        {
+            "e1": (
+                "With 64 updates `k1_in_reward` lost the five points that were predicted, or more "
+                "({}).",
+                "With 64 updates `k1_in_reward` did not lose the five points that were predicted "
+                "({}).",
+                "With 64 updates a loss of five points was predicted for `k1_in_reward`. The seeds "
+                "do not decide ({}).",
+            ),
+            "e2": (
+                "Its KL swung more, as predicted ({}).",
+                "Its KL swung less, against the prediction ({}).",
+                "Whether its KL swings more is not decided ({}).",
+            ),
+            "e3": (
+                "Without its weight the KL of `k2_as_loss` swung more, as predicted ({}).",
+                "Without its weight the KL of `k2_as_loss` swung less, against the prediction "
+                "({}).",
+                "Whether the KL of `k2_as_loss` swings more without its weight is not decided "
+                "({}).",
+            ),
+        },
         "With 64 updates `k1_in_reward` breaks first, as predicted. The weight makes one or two "
         "per cent of difference: PPO's clip holds the policy with it and without it.",
         "e-many-updates-per-rollout",

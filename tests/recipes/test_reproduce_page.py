@@ -22,6 +22,7 @@ from recipes.reproduce.verdicts import (
     exact_findings,
     findings,
     language_findings,
+    updates_findings,
     within,
 )
 
@@ -240,6 +241,27 @@ def test_the_exact_kl_is_compared_with_the_sampled_one() -> None:
     absent = "- `k2_as_loss,vocab=exact`, kl_coef 0.5, 64 updates: seeds 1, 2, 3\n"
     assert absent in text and "16 updates: seed" not in text
     assert "The exact KL" not in page(tier1)
+
+
+def test_many_updates_are_compared_with_the_exact_grids_k2() -> None:
+    exact = [swinging("k2_as_loss", seed, 0.02, 64) for seed in (1, 2, 3)]
+    frozen = [swinging("k1_in_reward", seed, 0.06, 64) for seed in (1, 2, 3)]
+    unweighted = [swinging("k2_as_loss,ratio=none", seed, 0.01, 64) for seed in (1, 2)]
+    for made in frozen:
+        made["evaluations"][-1]["sampled_accuracy"] -= 0.1
+    found = updates_findings(Runs([*frozen, *unweighted, *exact]))
+    assert [(f.part, f.measured, f.verdict) for f in found] == [
+        ("e1", "accuracy -10.0 points, -10.0 to -10.0 (3 seeds)", "reproduced"),
+        ("e2", "swing of the KL a factor 3, 3 to 3 (3 seeds)", "reproduced"),
+        ("e3", "swing of the KL a factor 0.5, 0.5 to 0.5 (2 seeds)", "not decided yet"),
+    ]
+    tier1 = [row("k2_as_loss", seed, 0.7, 1.0) for seed in (1, 2, 3)]
+    text = page(tier1, exact, updates=[*frozen, *unweighted])
+    told = text.replace("\n", " ")
+    assert "`k1_in_reward` lost the five points that were predicted, or more" in told
+    assert "e3 has too few runs yet." in told
+    assert "- `k2_as_loss,ratio=none`, kl_coef 0.5, 64 updates: seed 3\n" in text
+    assert "k1_in_reward` lost" not in page(tier1, exact)
 
 
 def test_the_exact_kl_on_verl_has_its_own_runs() -> None:
