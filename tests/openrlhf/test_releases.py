@@ -25,6 +25,7 @@ def test_every_hook_is_in_the_sources(version: str) -> None:
     assert missing(release("openrlhf", version), PATCH.hooks) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", SERVED)
 def test_a_kl_type_means_the_same_there(version: str) -> None:
     done = latest.behaviour("openrlhf", version)

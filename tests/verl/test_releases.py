@@ -73,6 +73,7 @@ def run(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ONLY)
 def test_the_same_tests_hold(version: str, tmp_path: Path) -> None:
     names = [f"tests/verl/{name}" for name in (*SAME, *ONLY[version])]
