@@ -431,9 +431,10 @@ DRY_RUNS = """
 import contextlib, io, json, multiprocessing, os, sys
 from recipes import launch
 from recipes.openrlhf import host
-import openrlhf.cli.train_ppo_ray, klplug_openrlhf.launcher
+import openrlhf.cli.train_ppo_ray, klplug_openrlhf
 from klplug.hosting import references, stored
 
+klplug_openrlhf.check()  # here, and its imports are not made again in each process
 # A reference that a recipe names is on the hub, and the file of its answers is not drawn yet.
 references.check = stored.check = lambda *_, **__: None
 

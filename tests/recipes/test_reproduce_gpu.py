@@ -88,7 +88,9 @@ import contextlib, io, json, multiprocessing, sys
 from pathlib import Path
 from recipes.openrlhf import host
 from recipes.recipe import load
-import openrlhf.cli.train_ppo_ray, klplug_openrlhf.launcher
+import openrlhf.cli.train_ppo_ray, klplug_openrlhf
+
+klplug_openrlhf.check()  # here, and its imports are not made again in each process
 
 def composed(path):
     command = host.command(load(path), Path("data"), Path("out"))
