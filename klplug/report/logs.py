@@ -55,10 +55,26 @@ class Log:
     config: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     times: list[float] = field(default_factory=list)  # wall clock, where a format has it
+    paused: float = 0.0  # seconds of these in which nothing ran
 
     def add(self, tag: str, step: int, value: float) -> None:
         # Resumed runs log some steps twice: the later one went on.
         self.scalars[tag][step] = value
+
+    @property
+    def first(self) -> float:
+        """The first step that was logged; infinite where none was."""
+        return min((min(series) for series in self.scalars.values()), default=math.inf)
+
+    def go_on(self, later: Log) -> None:
+        """Add what the same run logged after it was resumed."""
+        for tag, series in later.scalars.items():
+            self.scalars[tag].update(series)
+        self.config |= later.config
+        self.problems += later.problems
+        if self.times and later.times:
+            self.paused += max(0.0, min(later.times) - max(self.times))
+        self.times += later.times
 
 
 Reader = Callable[[Path, Log], None]

@@ -64,6 +64,8 @@ VALIDATION = re.compile(r"(?:val-core|val|eval)/(?!.*(?:global_step|epoch)$).+")
 # What quickstart settings of one run's seeds may differ in.
 SEED = "seed"
 _SEED_IN_NAME = re.compile(r"[-_.=]?seed[-_=]?\d+", re.IGNORECASE)
+# A folder that is named by when its trainer was started, as ppo_1128T09:30, or by W&B.
+_STARTED = re.compile(r".*\d{4}T\d\d:\d\d|(offline-)?run-\d{8}_\d{6}-\w+")
 
 Series = dict[int, float]
 
@@ -75,7 +77,8 @@ class Run:
     Attributes:
         settings: from ``settings.json``, or a W&B run's configuration.
         summary: what ``summary.json`` holds.
-        seconds: from the first line of a log to the last, where it has a clock.
+        seconds: from the first line of a log to the last, where it has a clock; without the time
+            before it was resumed.
     """
 
     folder: Path
@@ -133,8 +136,8 @@ def groups(folders: Sequence[Path]) -> tuple[list[Group], list[str]]:
     runs: dict[Path, Run] = {}
     problems: list[str] = []
     for folder in folders:
-        for place, logs in _log_places(folder).items():
-            run, told = _run(place, logs)
+        for place, log in _joined(_log_places(folder), folder).items():
+            run, told = _run(place, log)
             problems += told
             if run is not None:
                 runs[place] = run
@@ -147,6 +150,12 @@ def groups(folders: Sequence[Path]) -> tuple[list[Group], list[str]]:
         same = [others[0].folder for others in together.values() if others[0].label == first.label]
         label = first.label if len(same) == 1 else f"{first.label} ({_apart(first.folder, same)})"
         made.append(Group(label, tuple(alike)))
+        last = max(run.steps for run in alike)
+        problems += [
+            f"{run.folder}: ends at step {run.steps}, another seed of the same at {last}"
+            for run in alike
+            if run.steps < last
+        ]
     return made, problems
 
 
@@ -182,6 +191,30 @@ def _log_places(folder: Path) -> dict[Path, list[Path]]:
     return places
 
 
+def _joined(places: dict[Path, list[Path]], asked: Path) -> dict[Path, Log]:
+    """What each run logged: a resumed one may have a folder for each time that it was started.
+
+    It stands under the folder above these. Where several of them begin at the first step they are
+    several runs, and nothing tells which of them was resumed.
+    """
+    logs: dict[Path, Log] = {}
+    started: dict[Path, list[Path]] = defaultdict(list)
+    for place, files in places.items():
+        log = logs[place] = Log()
+        for path in files:
+            read(path, log)
+        if _STARTED.fullmatch(place.name) and place.parent.is_relative_to(asked):
+            started[place.parent].append(place)
+    for above, parts in started.items():
+        parts.sort(key=lambda place: (logs[place].first, place))
+        first = logs[parts[0]].first
+        if all(logs[part].first > first for part in parts[1:]):
+            logs[above] = whole = Log()
+            for part in parts:
+                whole.go_on(logs.pop(part))
+    return logs
+
+
 def _rank(path: Path) -> int:
     """0 for logs that have a folder to themselves, then by how much they say."""
     if path.name.startswith(EVENTS) or path.name == "metrics.jsonl" or path.suffix == WANDB:
@@ -189,10 +222,7 @@ def _rank(path: Path) -> int:
     return 2 if path.suffix in CONSOLE else 1
 
 
-def _run(place: Path, logs: Sequence[Path]) -> tuple[Run | None, list[str]]:
-    log = Log()
-    for path in logs:
-        read(path, log)
+def _run(place: Path, log: Log) -> tuple[Run | None, list[str]]:
     scalars = {tag.removeprefix("train/"): series for tag, series in log.scalars.items()}
     metrics: dict[str, Series] = {}
     for metric in METRICS:
@@ -211,7 +241,7 @@ def _run(place: Path, logs: Sequence[Path]) -> tuple[Run | None, list[str]]:
         return None, log.problems
     settings = _object(place / "settings.json") or log.config
     label, group = _names(place, settings)
-    seconds = max(log.times) - min(log.times) if log.times else None
+    seconds = max(log.times) - min(log.times) - log.paused if log.times else None
     summary = _object(place / "summary.json")
     run = Run(place, label, group, metrics, settings, summary, seconds)
     return run, log.problems + [f"{place}: {told}" for told in not_finite(metrics)]
@@ -251,7 +281,7 @@ def _names(place: Path, settings: dict[str, Any]) -> tuple[str, str]:
         return label, json.dumps(others, sort_keys=True)
     plain = _SEED_IN_NAME.sub("", str(place))
     name = Path(plain).stem if place.is_file() else Path(plain).name
-    return name or place.name, plain
+    return name or place.resolve().name, plain
 
 
 def rolling_mean(series: Series, width: int) -> Series:

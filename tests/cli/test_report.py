@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from klplug.report.closed_form import closed_form
 from klplug.report.intervals import final
 from klplug.report.logs import EVENTS, Log, _wandb_step, read
-from klplug.report.runs import not_finite, rolling_mean
+from klplug.report.runs import _run, groups, not_finite, rolling_mean
 from tests.cli.conftest import Klplug
 
 STEPS = 20
@@ -397,6 +397,70 @@ def test_logs_below_a_run_are_that_runs(klplug_command: Klplug, tmp_path: Path) 
     _, document = reported(klplug_command, tmp_path / "out", tmp_path)
     found = {run["label"]: len(run["folders"]) for run in document["runs"]}
     assert found == {"verl: k2_as_loss 0.01": 1, "other": 2}
+
+
+def test_a_seed_that_ended_early_is_named(klplug_command: Klplug, tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        quickstart(tmp_path / f"k2-{seed}", seed)
+    short = tmp_path / "k2-2" / "metrics.jsonl"
+    short.write_text("".join(short.read_text().splitlines(keepends=True)[:7]))
+    alone = quickstart(tmp_path / "k3", kl_type="k3_as_loss") / "metrics.jsonl"
+    alone.write_text("".join(alone.read_text().splitlines(keepends=True)[:3]))
+    status, document = reported(klplug_command, tmp_path / "out", tmp_path)
+    told = f"{short.parent}: ends at step 7, another seed of the same at {STEPS}"
+    assert status == 1 and document["problems"] == [told]
+    assert told in page_of(tmp_path / "out").text
+
+
+def parts(folder: Path, *names_and_steps: tuple[str, int, int]) -> None:
+    """Event files of a trainer that was started several times: reward is the step and a start."""
+    for start, (name, first, last) in enumerate(names_and_steps):
+        with SummaryWriter(log_dir=str(folder / name)) as writer:
+            for step in range(first, last + 1):
+                writer.add_scalar("train/reward", step + start / 8, step)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("ppo_1128T09:30", "ppo_1128T13:05", "ppo_1129T09:30"),  # OpenRLHF's own
+        tuple(f"offline-run-20261128_{end}" for end in ("093000-x1", "130500-a2", "230000-k3")),
+    ],
+)
+def test_a_resumed_run_is_one(
+    klplug_command: Klplug, tmp_path: Path, names: tuple[str, str, str]
+) -> None:
+    """Seed 1 has a folder for each of its starts."""
+    before, after, other = names
+    parts(tmp_path / "k2-seed1" / "logs", (before, 1, 8), (after, 7, 20))
+    parts(tmp_path / "k2-seed2" / "logs", (other, 1, 20))
+    _, document = reported(klplug_command, tmp_path / "out", tmp_path)
+    (run,) = document["runs"]
+    folders = [str(tmp_path / f"k2-seed{seed}" / "logs") for seed in (1, 2)]
+    assert run["folders"] == folders and run["steps"] == [20, 20]
+    # Steps 16 to 20, of the one seed by the second start.
+    assert run["final"]["reward"]["mean"] == pytest.approx(18 + 1 / 16)
+    ((group,), _) = groups([tmp_path])
+    assert group.runs[0].metrics["reward"] == {s: s + (s > 6) / 8 for s in range(1, 21)}
+
+
+def test_a_resumed_run_s_hours_are_those_in_which_it_ran() -> None:
+    log, later = (Log({"reward": {1: 0.5}}, times=times) for times in ([0.0, 60.0], [900.0, 990.0]))
+    log.go_on(later)
+    run, _ = _run(Path("run"), log)
+    assert run is not None and run.seconds == 60 + 90
+
+
+def test_runs_in_one_folder_and_folders_that_are_named_stay_apart(
+    klplug_command: Klplug, tmp_path: Path
+) -> None:
+    names = ("ppo_1128T09:30", "ppo_1128T10:30", "ppo_1128T13:05")
+    parts(tmp_path, *zip(names, (1, 1, 7), (8, 8, 20), strict=True))
+    _, document = reported(klplug_command, tmp_path / "out", tmp_path)
+    assert [run["label"] for run in document["runs"]] == list(names)
+    both = tmp_path / names[1], tmp_path / names[2]
+    _, document = reported(klplug_command, tmp_path / "out", *both)
+    assert [run["label"] for run in document["runs"]] == list(names[1:])
 
 
 def test_without_wandb_it_says_what_to_install(
