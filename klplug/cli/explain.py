@@ -224,10 +224,12 @@ def explain_command(
     as_json: AsJson = False,
 ) -> None:
     """Explain kl_types (formula, coefficient, gradient, bias, plot of c), findings or papers."""
-    if rules := [RULES[name] for name in kl_types or [] if name in RULES]:
-        _explain_findings(rules, kl_types or [], as_json)
-        return
     names = kl_types or []
+    if rules := [RULES[name] for name in names if name in RULES]:
+        if png is not None:
+            raise Unreadable(f"--png {png}: {rules[0].id} is a finding, and has no curve")
+        _explain_findings(rules, names + ([] if paper is None else [paper]), as_json)
+        return
     of_paper = [PAPERS[name] for name in names if name in PAPERS]
     of_paper += [] if paper is None else [_paper(paper)]
     written = [name for name in names if name not in PAPERS]
@@ -242,6 +244,8 @@ def explain_command(
         if found.reports:
             console().print(f"The paper's own figures. {found.reports}")
     if not kl_types:
+        if png is not None:
+            raise Unreadable(f"--png {png}: {of_paper[0].key} has no kl_type, and so no curve")
         if as_json:
             print_json([asdict(found) for found in of_paper])
         else:
@@ -289,7 +293,7 @@ def _explain_findings(found: Sequence[Rule], asked: Sequence[str], as_json: bool
     """
     others = [name for name in asked if name not in RULES]
     if others:
-        raise Unreadable(f"{others[0]}: no finding; a kl_type is explained without {found[0].id}")
+        raise Unreadable(f"{others[0]}: no finding, so it is explained without {found[0].id}")
     documents = [
         {"id": rule.id, "severity": rule.severity, "title": rule.title, "docs": rule.docs}
         | {"text": text(rule.id)}

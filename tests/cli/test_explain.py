@@ -221,6 +221,9 @@ def test_bad_input(klplug_command: Klplug, tmp_path: Path) -> None:
         (["k4_as_loss"], "Known: k1_in_reward"),
         (["k1_in_reward,ratio=old"], "refused"),
         (["k2_as_loss", "--png", tmp_path / "nowhere" / "c.png"], "No such file"),
+        (["dead-zone", "--png", tmp_path / "c.png"], "dead-zone is a finding, and has no curve"),
+        (["--paper", "rpg", "--png", tmp_path / "c.png"], "rpg has no kl_type, and so no curve"),
+        (["dead-zone", "--paper", "grpo"], "grpo: no finding, so it is explained without"),
         (["k2_as_loss"] * 9, None),
         ([f"k2_as_loss,cap={n}" for n in range(1, 10)], "8 at most"),
     ):
