@@ -18,10 +18,9 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from recipes.quickstart.data import share
@@ -358,13 +357,7 @@ def begun(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def make(
-    name: str,
-    host: str,
-    out: Path,
-    train: Table,
-    test: Table | None,
-    workers: int = WORKERS,
-    columns: Mapping[str, str] = MappingProxyType({}),
+    name: str, host: str, out: Path, train: Table, test: Table | None, workers: int = WORKERS
 ) -> dict[str, Any]:
     """Write both splits for a host; what is in them.
 
@@ -375,7 +368,6 @@ def make(
         train: Training rows.
         test: Test rows; None holds out a tenth of the training questions.
         workers: Processes.
-        columns: Those that were asked for by name, of question and answer.
 
     Raises:
         DataError: No row is left to train or to test on.
@@ -387,7 +379,8 @@ def make(
         "train": train.fingerprint,
         "test": None if test is None else test.fingerprint,
         "instruction": INSTRUCTION,
-        **columns,
+        "question": train.question,
+        "answer": train.answer,
     }
     if (earlier := begun(out, settings)) is not None:
         print(f"{out} is already there, whole and unchanged")
@@ -515,9 +508,7 @@ def main(argv: list[str] | None = None) -> int:
     name = arguments.data if arguments.data in TRAINING else Path(arguments.data).stem
     try:
         train, test = tables(arguments)
-        named = {"question": arguments.question, "answer": arguments.answer}
-        columns = {key: column for key, column in named.items() if column}
-        make(name, arguments.to, arguments.out, train, test, arguments.workers, columns)
+        make(name, arguments.to, arguments.out, train, test, arguments.workers)
     except (DataError, FolderError) as error:
         print(f"recipes.data: error: {error}", file=sys.stderr)
         return 2

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +23,7 @@ from recipes.data import (
     READERS,
     DataError,
     Problem,
+    Source,
     Table,
     file_table,
     prepared,
@@ -57,12 +58,8 @@ class Settings:
     batch_size: int
     seed: int
     instruction: str
-    question: str | None = None
-    answer: str | None = None
-
-    def record(self) -> dict[str, Any]:
-        """As it is written: the columns only where they were asked for by name."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+    question: str
+    answer: str
 
 
 class Engine(Protocol):
@@ -227,7 +224,7 @@ def summary(settings: Settings, records: Sequence[dict[str, Any]]) -> dict[str, 
     means = {name: sum(value) / count for name, value in values.items()}
     ungradable = [r["answer"] for r in records if not r["gradable"]]
     return {
-        **settings.record(),
+        **asdict(settings),
         "metrics": {
             name: {"mean": mean, "interval": wilson(mean, count)} for name, mean in means.items()
         },
@@ -263,7 +260,7 @@ def begun(out: Path, settings: Settings) -> list[dict[str, Any]]:
     Raises:
         FolderError: The folder holds something else.
     """
-    claim(out, SETTINGS, settings.record(), f"--out {out}", "evaluation")
+    claim(out, SETTINGS, asdict(settings), f"--out {out}", "evaluation")
     path = out / RECORDS
     lines = path.read_text("utf-8").split("\n")[:-1] if path.is_file() else []
     # A torn batch is done again as a whole: its seed is the batch's.
@@ -351,17 +348,20 @@ def report(made: dict[str, Any], out: Path) -> None:
     print(f"{out}: {SUMMARY}, {RECORDS}")
 
 
-def table_of(data: str, files: list[Path] | None, columns: tuple[str | None, str | None]) -> Table:
-    if data in EVALUATION:
+def table_of(arguments: argparse.Namespace, sources: Mapping[str, Source]) -> Table:
+    """The rows that a command line asks for: of one of the sets that have a name, or of a file."""
+    data, files = arguments.data, arguments.file
+    columns = (arguments.question, arguments.answer)
+    if data in sources:
         if any(columns):
             raise EvaluationError(f"--question and --answer are for a FILE, not for {data}")
-        return source_table(EVALUATION[data], files, "--file")
+        return source_table(sources[data], files, "--file")
     if Path(data).suffix not in READERS and not Path(data).exists():
         raise EvaluationError(
-            f"--data {data}: there are {', '.join(EVALUATION)}, or a file of {', '.join(READERS)}"
+            f"--data {data}: there are {', '.join(sources)}, or a file of {', '.join(READERS)}"
         )
     if files:
-        raise EvaluationError(f"--file is for {', '.join(EVALUATION)}; {data} is a file itself")
+        raise EvaluationError(f"--file is for {', '.join(sources)}; {data} is a file itself")
     return file_table([Path(data)], *columns)
 
 
@@ -394,7 +394,7 @@ def checked(arguments: argparse.Namespace) -> tuple[Settings, list[Problem], Pat
         )
     if not 0 < arguments.top_p <= 1:
         raise EvaluationError(f"--top-p {arguments.top_p:g}: above 0 and at most 1")
-    table = table_of(arguments.data, arguments.file, (arguments.question, arguments.answer))
+    table = table_of(arguments, EVALUATION)
     problems = problems_of(table, arguments.n)
     check_model(arguments.model)
     settings = Settings(
@@ -410,8 +410,8 @@ def checked(arguments: argparse.Namespace) -> tuple[Settings, list[Problem], Pat
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         instruction=arguments.instruction,
-        question=arguments.question or None,
-        answer=arguments.answer or None,
+        question=table.question,
+        answer=table.answer,
     )
     name = "-".join(
         re.sub(r"\W+", "_", Path(part).stem) for part in (settings.model, settings.data)

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.data import INSTRUCTION, READERS, TRAINING, DataError, file_table, source_table
-from recipes.evaluate import EvaluationError, chat
+from recipes.data import INSTRUCTION, READERS, TRAINING, DataError
+from recipes.evaluate import EvaluationError, chat, table_of
 from recipes.shared.settings import SettingsError, check_model
 
 
@@ -70,18 +70,10 @@ def lines(
 
 def asked(arguments: argparse.Namespace) -> list[str]:
     """The questions as a run puts them."""
-    data = arguments.data
-    if data in TRAINING:
-        table = source_table(TRAINING[data][0], arguments.file, "--file")
-    elif Path(data).suffix in READERS:
-        table = file_table([Path(data)], arguments.question, arguments.answer)
-    else:
-        raise DrawingError(
-            f"--data {data}: there are {', '.join(TRAINING)}, or a file of {', '.join(READERS)}"
-        )
+    table = table_of(arguments, {name: train for name, (train, _) in TRAINING.items()})
     instruction = arguments.instruction
     if instruction is None:
-        instruction = INSTRUCTION if data in TRAINING else ""
+        instruction = INSTRUCTION if arguments.data in TRAINING else ""
     found = [row[table.question] + instruction for row in table.rows]
     return found[: arguments.n]
 

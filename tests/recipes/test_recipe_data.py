@@ -158,13 +158,10 @@ def test_another_column_is_another_data_set(tmp_path, capsys) -> None:
     path = jsonl(tmp_path / "mine.jsonl", made)
     words = [str(path), "--to", "openrlhf", "--out", str(tmp_path / "out"), "--workers", "1"]
     assert main(words) == 0
-    assert "other" not in json.loads((tmp_path / "out" / "data.json").read_text())["settings"]
+    assert main([*words, "--answer", "answer"]) == 0
+    assert "already there" in capsys.readouterr().out
     assert main([*words, "--answer", "other"]) == 2
-    assert "(answer=None there, other here)" in capsys.readouterr().err
-    named = [*words[:-3], str(tmp_path / "named"), "--workers", "1"]
-    assert main([*named, "--answer", "other"]) == 0 == main([*named, "--answer", "other"])
-    assert main(named) == 2
-    assert "(answer=other there, None here)" in capsys.readouterr().err
+    assert "(answer=answer there, other here)" in capsys.readouterr().err
 
 
 BAD = [

@@ -61,6 +61,8 @@ def test_the_file_has_the_models_answers_and_their_log_probs(
         (("--temperature", "0"), "--temperature 0: above 0"),
         (("--samples", "0"), "--samples 0: at least 1"),
         (("--data", "nothing"), "--data nothing: there are gsm8k, math, openr1-math, or a file"),
+        (("--data", "gsm8k", "--question", "q"), "--question and --answer are for a FILE, not for"),
+        (("--file", "train.jsonl"), "--file is for gsm8k, math, openr1-math; "),
     ],
 )
 def test_what_cannot_be_is_refused(
