@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from recipes.quickstart.run import RunError
 from recipes.quickstart.settings import Settings
 from recipes.reproduce.gpu import GpuRun
 from recipes.reproduce.grid import Grid
-from recipes.shared.settings import REPOSITORY
+from recipes.reproduce.measure import commit
 
 Row = dict[str, Any]
 Run = Settings | GpuRun
@@ -112,20 +111,6 @@ def measures(grid: Grid) -> dict[str, int]:
 
 
 # What a row says beside the run
-
-
-def commit() -> tuple[str | None, bool]:
-    """The checkout's commit, and whether a tracked file differs from it."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=REPOSITORY, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "-uno"))
-    except (OSError, subprocess.CalledProcessError):
-        return None, False
 
 
 def versions() -> dict[str, str]:
@@ -323,18 +308,20 @@ def made_row(
     before, load = cpu_seconds(), os.getloadavg()[0]
     started = datetime.now(timezone.utc)
     found = make(run, folder / "runs" / run_name(run), grid.problems, grid.samples)
+    # Once for each driver: the first run is not charged with it.
+    before += found.pop("reference_cpu_seconds", 0.0)
     return {
         "form": FORM,
         "grid": grid.name,
         "settings": run.as_dict(),
         "recipe": asdict(run.recipe),
         "evaluation": measures(grid),
-        **found,
         "cpu_seconds": round(cpu_seconds() - before, 1),
         "load": {"before": round(load, 2), "after": round(os.getloadavg()[0], 2)},
         "started": started.isoformat(timespec="seconds"),
         "commit": here,
-        "changed": changed,
+        "changed": changed or commit() != (here, False),
         "versions": versions(),
         "machine": machine(),
+        **found,  # with the commit of a run that went on over several calls
     }

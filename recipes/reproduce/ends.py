@@ -56,7 +56,7 @@ def by_formulation(
 
 
 def has_start(row: Row) -> bool:
-    return row["evaluations"][0]["step"] == 0
+    return any(found["step"] == 0 for found in row["evaluations"][:1])
 
 
 def ended(rows: Collection[Row]) -> tuple[str, str, str]:

@@ -7,6 +7,7 @@ the hosts' own estimates along the run are kept.
 import json
 import os
 import sys
+import time
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib import import_module
@@ -17,13 +18,15 @@ from typing import Any
 import yaml
 
 from recipes import estimates
+from recipes.quickstart.progress import json_line
 from recipes.quickstart.run import Phases, RunError, host_side, last_lines
 from recipes.recipe import Recipe, checked, load, with_kl
-from recipes.reproduce.measure import columns
+from recipes.reproduce.measure import Diverged, Steps, columns, commit, finite
 from recipes.shared import refused
+from recipes.shared.folder import keep
 from recipes.shared.processes import HostProcesses
 
-RECIPE = "run.yaml"
+RECIPE, BEGUN = "run.yaml", "begun.json"
 # The data set on which a recipe's policy is evaluated.
 EVALUATED = {"gsm8k": "gsm8k", "math": "math500", "openr1-math": "math500"}
 
@@ -108,24 +111,58 @@ def measured_run(run: GpuRun, folder: Path, problems: int, samples: int) -> dict
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECIPE).write_text(recipe_file(run))
     log, out, phases = folder / "log.txt", folder / "run", Phases()
-    with phases.timed("training"):
-        launched([f"recipes.{run.host}", str(folder / RECIPE)], {"OUT": str(out)}, log)
-    policy = trained_policy(run, out)
-    words = ["--data", EVALUATED[run.data], "--samples", str(samples), "--n", str(problems)]
-    with phases.timed("evaluation"):
-        out = folder / "evaluation"
-        launched(["recipes.evaluate", str(policy), *words, "--out", str(out)], {}, log)
-    metrics = json.loads((out / "summary.json").read_text())["metrics"]
+    earlier = begun(folder, log)
+    status, reason = "done", None
+    evaluations: list[dict[str, Any]] = []
+    try:
+        with phases.timed("training"), finite(lambda: logged(run, log)):
+            launched([f"recipes.{run.host}", str(folder / RECIPE)], {"OUT": str(out)}, log)
+        policy = trained_policy(run, out)
+        words = ["--data", EVALUATED[run.data], "--samples", str(samples), "--n", str(problems)]
+        with phases.timed("evaluation"):
+            out = folder / "evaluation"
+            launched(["recipes.evaluate", str(policy), *words, "--out", str(out)], {}, log)
+        metrics = json.loads((out / "summary.json").read_text())["metrics"]
+        steps = logged(run, log)
+        last = steps[-1]["step"] if steps else run.steps
+        evaluations.append({"step": last, **measured(metrics)})
+    except Diverged as error:
+        status, reason = "diverged", str(error)
+    seconds = {"earlier_calls": earlier["seconds"]} if earlier["seconds"] else {}
+    return {
+        "status": status,
+        "reason": reason,
+        "seconds": {k: round(value, 1) for k, value in (seconds | phases.seconds).items()},
+        "evaluations": evaluations,
+        "training": columns(logged(run, log)),
+        "commit": earlier["commit"],
+        "changed": earlier["changed"] or commit() != (earlier["commit"], False),
+    }
+
+
+def begun(folder: Path, log: Path) -> dict[str, Any]:
+    """The commit of a run's first call, whether a later one had another, and the seconds of those
+    before this one.
+
+    A call that was killed ended with the last line of its log.
+    """
+    here, changed = commit()
+    made = {"commit": here, "changed": changed, "seconds": 0.0}
+    if (folder / BEGUN).exists():
+        made = json.loads((folder / BEGUN).read_text())
+        made["seconds"] += max(0.0, log.stat().st_mtime - made["at"])
+        made["changed"] |= (here, changed) != (made["commit"], False)
+    log.touch()
+    keep(folder, BEGUN, made | {"at": time.time()})
+    return made
+
+
+def logged(run: GpuRun, log: Path) -> Steps:
+    """The steps that the host has logged, a repeated one as the last call had it."""
     step_metrics = host_side(run).step_metrics
     with log.open(errors="replace") as lines:
         steps = {m["step"]: m for line in lines if (m := step_metrics(line)) is not None}
-    return {
-        "status": "done",
-        "reason": None,
-        "seconds": {phase: round(value, 1) for phase, value in phases.seconds.items()},
-        "evaluations": [{"step": max(steps, default=run.steps), **measured(metrics)}],
-        "training": columns([steps[step] for step in sorted(steps)]),
-    }
+    return [json.loads(json_line(steps[step])) for step in sorted(steps)]
 
 
 def measured(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -4,8 +4,10 @@ import fcntl
 import json
 import math
 import re
+import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
@@ -17,6 +19,7 @@ from rich.console import Console
 from recipes.quickstart import run as quickstart
 from recipes.quickstart.progress import Metrics, StepLine
 from recipes.quickstart.settings import Settings
+from recipes.shared.settings import REPOSITORY
 
 # Of the samples of every evaluation: all policies face the same draw of problems and numbers.
 SEED = 0
@@ -39,6 +42,8 @@ KEPT = (
 # A policy that has become nan shows in these, or in what its host dies of.
 TELLING = ("reward", "actor_grad_norm", "policy_loss")
 NOT_FINITE = re.compile(r"\b(nan|-?inf|non-?finite|not finite)\b", re.IGNORECASE)
+
+Steps = list[dict[str, float | None]]  # metrics of each; one that was not finite is None
 
 
 class Diverged(Exception):
@@ -76,8 +81,10 @@ def measured_run(
     with live_line(settings, folder) as line:
         line.phase("evaluating the policy before training")
         reference = quickstart.policy_folder(settings, folder / "log.txt")
+        before = time.process_time()
         with phases.timed("reference"):
             evaluations = [{"step": 0, **reference_evaluation(start, reference, problems, samples)}]
+        reference_cpu = time.process_time() - before
         try:
             with held(lock), phases.timed("training"):
                 train(settings, folder, reference, line)
@@ -96,6 +103,7 @@ def measured_run(
         "seconds": {phase: round(value, 1) for phase, value in phases.seconds.items()},
         "evaluations": evaluations,
         "training": columns(read_metrics(folder / "metrics.jsonl")),
+        "reference_cpu_seconds": round(reference_cpu, 1),
     }
 
 
@@ -116,35 +124,46 @@ def train(settings: Settings, folder: Path, model: Path | str, line: StepLine) -
         RunError: It failed otherwise.
     """
     quickstart.write_prompts(settings, folder / "prompts.jsonl")
-    try:
+    with finite(lambda: read_metrics(folder / "metrics.jsonl")):
         quickstart.train(settings, folder, model, line, quickstart.Phases())
+
+
+@contextmanager
+def finite(steps: Callable[[], Steps]) -> Iterator[None]:
+    """Around a training that leaves these steps.
+
+    Raises:
+        Diverged: It failed, or ended, with numbers that are not finite.
+        RunError: It failed otherwise.
+    """
+    try:
+        yield
     except quickstart.RunError as error:
-        if (step := first_not_finite(folder)) is not None:
+        if (step := first_not_finite(steps())) is not None:
             raise Diverged(f"not finite from step {step} on; the host then failed") from error
         # In the error itself: a metric beside it may be nan for reasons of its own.
         errors = filter(quickstart.ERROR.search, str(error).splitlines())
         if told := [line for line in errors if NOT_FINITE.search(line)]:
             raise Diverged(f"the host failed: {told[-1].strip()}") from error
         raise
-    if (step := first_not_finite(folder)) is not None:
+    if (step := first_not_finite(steps())) is not None:
         raise Diverged(f"not finite from step {step} on")
 
 
-def read_metrics(path: Path) -> list[dict[str, float | None]]:
+def read_metrics(path: Path) -> Steps:
     """The steps as they were written; a value that was not finite is None."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def first_not_finite(folder: Path) -> int | None:
-    steps = read_metrics(folder / "metrics.jsonl")
+def first_not_finite(steps: Steps) -> int | None:
     bad = (s["step"] for s in steps if any(s.get(key, 0.0) is None for key in TELLING))
     found = next(bad, None)
     return None if found is None else int(found)
 
 
-def columns(steps: list[dict[str, float | None]]) -> Mapping[str, list[float | None]]:
+def columns(steps: Steps) -> Mapping[str, list[float | None]]:
     """Each kept metric's values over the steps, six digits of them."""
 
     def short(value: float | None) -> float | None:
@@ -152,6 +171,20 @@ def columns(steps: list[dict[str, float | None]]) -> Mapping[str, list[float | N
 
     there = [key for key in KEPT if any(key in step for step in steps)]
     return {key: [short(step.get(key)) for step in steps] for key in there}
+
+
+def commit() -> tuple[str | None, bool]:
+    """The checkout's commit, and whether a tracked file differs from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "-uno"))
+    except (OSError, subprocess.CalledProcessError):
+        return None, False
 
 
 def policies(settings: Settings, folder: Path) -> list[tuple[int, Path]]:

@@ -58,7 +58,8 @@ ON_EXACT = """\
 noise. These runs are of the same policy and task, with kl_coef 0.5, on OpenRLHF and on verl
 with FSDP2. On OpenRLHF `k2_as_loss` with 4 updates has tier 1's runs. The swing is the
 standard deviation, over the last ten rollouts, of the mean log-ratio that klplug logs (`klplug/k1`,
-nats per token). CPU-seconds are those of the whole run, its evaluations included.
+nats per token). CPU-seconds are those of the whole run, its evaluations included. In these
+rows the first run of a call has the evaluation before training too.
 """
 ON_LANGUAGE = """\
 SmolLM2-135M-Instruct learns sums of two numbers, on OpenRLHF: kl_coef 0.5, 30 rollouts of 2

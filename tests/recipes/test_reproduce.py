@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from recipes.quickstart import run as quickstart
 from recipes.quickstart.run import RunError
 from recipes.quickstart.settings import Settings, settings
 from recipes.reproduce import __main__ as reproduce
+from recipes.reproduce import drive as module
 from recipes.reproduce import measure
 from recipes.reproduce.__main__ import COMMITTED, main, part, timed_rows
 from recipes.reproduce.drive import FORM, DriveError, append, cost, drive, is_of, read_rows
@@ -414,6 +416,38 @@ def test_rows_of_another_commit_stay_and_are_named(tmp_path: Path) -> None:
     _, said = driven(grid, out, runner)
     assert runner.asked == []
     assert "rows of other commits stay, with their label: abcdef012" in said
+
+
+def test_a_tree_that_changes_while_a_grid_runs_is_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is read when the driver starts, the others as each run ends."""
+    found = iter([("a", False)] * 2 + [("b", False)] + [("a", True)] + [("a", False)] * 3)
+    monkeypatch.setattr(module, "commit", lambda: next(found))
+    driven(small(tmp_path), tmp_path / "out", Runner())
+    rows = read_rows(tmp_path / "out" / "results.jsonl")
+    assert {row["commit"] for row in rows} == {"a"}
+    assert [row["changed"] for row in rows] == [False, True, True, False, False, False]
+
+
+def test_the_first_run_is_not_charged_with_the_policy_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def costly(settings: Settings, policy: Path, *_: Any) -> dict[str, float]:
+        ends = time.process_time() + 1.0 * (policy == "start")
+        while time.process_time() < ends:
+            pass
+        return {"sampled_accuracy": 0.5, "kl_nats_per_answer": 0.0}
+
+    measure.reference_evaluation.cache_clear()
+    monkeypatch.setattr(measure, "evaluation", costly)
+    monkeypatch.setattr(measure, "train", lambda *_: None)
+    monkeypatch.setattr(quickstart, "policy_folder", lambda *_: "start")
+    driven(small(tmp_path), tmp_path / "out", measure.measured_run)
+    first, *others = read_rows(tmp_path / "out" / "results.jsonl")
+    assert first["seconds"]["reference"] >= 1 > first["cpu_seconds"]
+    assert {row["seconds"]["reference"] for row in others} == {0.0}
+    measure.reference_evaluation.cache_clear()
 
 
 HOLDER = """

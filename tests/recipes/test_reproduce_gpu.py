@@ -17,6 +17,7 @@ from recipes.recipe import load as load_recipe
 from recipes.reproduce import gpu
 from recipes.reproduce.__main__ import main
 from recipes.reproduce.drive import drive, read_rows
+from recipes.reproduce.ends import by_formulation, ended, table
 from recipes.reproduce.grid import GRIDS, Grid, GridError, load
 
 ROOT = GRIDS.parents[2]
@@ -128,13 +129,15 @@ def test_openrlhf_takes_every_formulation_of_a_grid(tmp_path: Path) -> None:
     assert found == json.loads(json.dumps([run.recipe.common() for run in runs]))
 
 
-def test_a_run_is_the_launcher_then_the_evaluation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launches: list[tuple[list[str], dict[str, str]]] = []
+class Launched:
+    """Stands in for the processes: a training logs steps, and may fail after them."""
 
-    def launched(words: list[str], variables: dict[str, str], log: Path) -> None:
-        launches.append((words, variables))
+    def __init__(self, steps: dict[int, str], failure: BaseException | None = None) -> None:
+        self.steps, self.failure = steps, failure
+        self.launches: list[tuple[list[str], dict[str, str]]] = []
+
+    def __call__(self, words: list[str], variables: dict[str, str], log: Path) -> None:
+        self.launches.append((words, variables))
         if words[0] == "recipes.evaluate":
             out = Path(words[words.index("--out") + 1])
             out.mkdir()
@@ -142,25 +145,101 @@ def test_a_run_is_the_launcher_then_the_evaluation(
             metrics = {name: {"mean": mean} for name, mean in means.items()}
             (out / "summary.json").write_text(json.dumps({"metrics": metrics}))
             return
-        log.write_text("Global step 1: {'reward': 0.5}\nGlobal step 2: {'reward': 0.75}\n")
+        with log.open("a") as file:
+            for step, reward in self.steps.items():
+                file.write(f"Global step {step}: {{'reward': {reward}}}\n")
+        if self.failure is not None:
+            raise self.failure
 
+
+def driven(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, launched: Launched
+) -> tuple[int, list[str]]:
+    """The first run of a grid."""
     monkeypatch.setattr(gpu, "launched", launched)
     grid = load("gpu-gsm8k")
     first = Grid(grid.name, grid.runs[:1], grid.problems, grid.samples)
     said: list[str] = []
-    assert drive(first, tmp_path, gpu.measured_run, said.append) == 0
+    return drive(first, folder, gpu.measured_run, said.append), said
+
+
+def test_a_run_is_the_launcher_then_the_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = Launched({1: "0.5", 2: "0.75"})
+    failed, said = driven(tmp_path, monkeypatch, launched)
+    assert failed == 0
     (row,) = read_rows(tmp_path / "results.jsonl")
     assert row["settings"]["base"] == "qwen2.5-math-1.5b-gsm8k"
     assert row["training"]["reward"] == [0.5, 0.75]
     (found,) = row["evaluations"]
     assert (found["step"], found["accuracy"], found["sampled_accuracy"]) == (2, 0.7, 0.6)
     assert found["pass_at"] == {"1": 0.6, "16": 0.9}
-    (training, variables), (evaluating, _) = launches
+    (training, variables), (evaluating, _) = launched.launches
     assert training[0] == "recipes.openrlhf"
     assert load_recipe(training[1]).kl_type == "none"
     assert evaluating[1] == str(Path(variables["OUT"]) / "policy")
     assert evaluating[2:6] == ["--data", "gsm8k", "--samples", "16"]
     assert "pass@1 60.0% (" in said[-1]
+
+
+def test_a_resumed_run_has_all_its_seconds_and_the_commit_that_began_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for call, (here, steps) in enumerate((("a", {1: "0.5", 2: "0.25"}), ("b", {2: "0.75"}))):
+        monkeypatch.setattr(gpu, "commit", lambda here=here: (here, False))
+        launched = Launched(steps, None if call else KeyboardInterrupt())
+        if call == 0:
+            with pytest.raises(KeyboardInterrupt):
+                driven(tmp_path, monkeypatch, launched)
+            # It was killed when it had logged for an hour, and nobody was there for another.
+            (log,) = tmp_path.glob("runs/*/log.txt")
+            begun = json.loads((log.parent / "begun.json").read_text())
+            now = begun["at"] + 3600
+            os.utime(log, (now, now))
+        else:
+            assert driven(tmp_path, monkeypatch, launched)[0] == 0
+    (row,) = read_rows(tmp_path / "results.jsonl")
+    assert row["training"]["reward"] == [0.5, 0.75]
+    assert row["seconds"]["earlier_calls"] == 3600
+    assert row["seconds"].keys() == {"earlier_calls", "training", "evaluation"}
+    assert (row["commit"], row["changed"]) == ("a", True)
+
+
+@pytest.mark.parametrize(
+    ("steps", "failure", "reason"),
+    [
+        ({1: "0.5", 2: "nan"}, None, "not finite from step 2 on"),
+        ({1: "0.5", 2: "nan"}, RunError("failed"), "not finite from step 2 on; the host then"),
+        ({1: "0.5"}, RunError("RuntimeError: probability tensor contains nan"), "the host failed"),
+    ],
+)
+def test_a_run_that_diverges_is_recorded_as_diverged(
+    steps: dict[int, str],
+    failure: RunError | None,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launched = Launched(steps, failure)
+    assert driven(tmp_path, monkeypatch, launched)[0] == 0
+    (row,) = read_rows(tmp_path / "results.jsonl")
+    assert row["status"] == "diverged" and row["reason"].startswith(reason)
+    assert row["training"]["reward"] == [0.5, None][: len(steps)]
+    assert len(launched.launches) == 1
+    assert driven(tmp_path, monkeypatch, launched)[0] == 0
+    assert len(launched.launches) == 1
+    (line,) = by_formulation(load("gpu-gsm8k"), [row]).values()
+    assert ended(line)[0] == "1, 1 diverged"
+    assert table(load("gpu-gsm8k"), [row], []).row_count == 1
+
+
+def test_a_host_that_fails_for_another_reason_has_not_diverged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = Launched({1: "0.5"}, RunError("MemoryError: no memory"))
+    assert driven(tmp_path, monkeypatch, launched)[0] == 1
+    assert read_rows(tmp_path / "results.jsonl") == []
 
 
 def test_a_launcher_that_fails_shows_its_last_error(tmp_path: Path) -> None:
