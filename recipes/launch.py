@@ -68,6 +68,7 @@ def launch(host: ModuleType, name: str, own: list[str], environment: Mapping[str
     data = Path(environment.get("DATA") or f"data/{host.NAME}/{recipe.data}").expanduser()
     out = Path(environment.get("OUT") or f"runs/{host.NAME}-{recipe.name}").expanduser()
     data, out = data.absolute(), out.absolute()  # the hosts' workers are elsewhere
+    recipe = counted(host, recipe, data)
     words = [*host.command(recipe, data, out), *own]
     if environment.get("DRY_RUN", "0") not in ("", "0"):
         if recipe.model != written.model:
@@ -80,7 +81,8 @@ def launch(host: ModuleType, name: str, own: list[str], environment: Mapping[str
     check_gpus(recipe)
     run = {"host": host.NAME, "recipe": asdict(recipe), "data": str(data), "own": own}
     claim(out, RECORD, run, f"OUT={out}", "run of a recipe")
-    print(shlex.join(["python", "-m", *words]), flush=True)
+    print(shlex.join(["python", "-m", *words]))
+    print(rollouts(recipe), flush=True)
     os.execv(sys.executable, [sys.executable, "-m", *words])
 
 
@@ -97,6 +99,27 @@ def chosen(host: ModuleType, recipe: Recipe, environment: Mapping[str, str]) -> 
         raise SettingsError(f"KL_COEF={coef}: must be a number") from error
     model = environment.get("MODEL")
     return with_model(recipe, model) if model else recipe
+
+
+def counted(host: ModuleType, recipe: Recipe, data: Path) -> Recipe:
+    """The recipe with the questions of the data that is there, if it is."""
+    path = data / host.TRAIN_FILE
+    if not path.is_file():
+        return recipe
+    if (rows := host.rows(path)) < recipe.prompts:
+        raise SettingsError(
+            f"{path} has {rows} questions, and a rollout of recipe {recipe.name} takes "
+            f"{recipe.prompts}"
+        )
+    return replace(recipe, training_rows=rows)
+
+
+def rollouts(recipe: Recipe) -> str:
+    """What an episode takes of the data, and what it leaves."""
+    return (
+        f"{recipe.training_rows} questions: {recipe.questions // recipe.prompts} rollouts of "
+        f"{recipe.prompts} an episode, {recipe.training_rows - recipe.questions} left out"
+    )
 
 
 def with_model(recipe: Recipe, model: str) -> Recipe:
@@ -201,6 +224,7 @@ def check_gpus(recipe: Recipe) -> None:
 def dry_run(host: ModuleType, recipe: Recipe, words: list[str], data: Path) -> None:
     """The command, the estimates, and the shared settings as the host itself reads them."""
     print(shlex.join(["python", "-m", *words]))
+    print(f"\n{rollouts(recipe)}")
     print("\nmemory, estimated, not measured:")
     print("\n".join(f"  {line}" for line in estimates.memory(recipe, host.NAME)))
     print("\ntime, estimated for H100s, not measured:")

@@ -72,7 +72,7 @@ class Recipe:
     mean_new_tokens: int
     """Assumed, for the time estimate alone."""
     training_rows: int
-    """Of the prepared data set, about; for the time estimate alone."""
+    """Of the prepared data set, about; the launcher counts those that are there."""
     learning_rate: float
     kl_coef: float | None
     kl_type: str = "k2_as_loss"
@@ -112,15 +112,21 @@ class Recipe:
         return self.prompts * self.samples
 
     @property
+    def questions(self) -> int:
+        """In an episode. A short rollout at its end would not go evenly to GPUs and updates."""
+        return self.training_rows // self.prompts * self.prompts
+
+    @property
     def steps(self) -> int:
-        """Rollouts in the whole run, about."""
-        return self.episodes * (self.training_rows // self.prompts)
+        """Rollouts in the whole run."""
+        return self.episodes * self.questions // self.prompts
 
     def common(self) -> dict[str, Any]:
         """What must be equal on both hosts, as each of them reads its own configuration back."""
         return {
             "model": self.model,
             "gpus": self.gpus,
+            "rollouts": self.steps,
             "prompts": self.prompts,
             "samples": self.samples,
             "answers_per_update": self.answers // self.updates,

@@ -32,6 +32,8 @@ def command(recipe: Recipe, data: Path, out: Path) -> list[str]:
         "actor.model_name_or_path": recipe.model,
         **{f"{role}.{key}": value for role in ("actor", "ref") for key, value in gpus.items()},
         "data.prompt_dataset": data / TRAIN_FILE,
+        # It would train on the rest too: ranks without answers hang, and updates are cut short.
+        "data.max_samples": recipe.questions,
         "data.input_key": "prompt",
         "data.label_key": "answer",
         "data.apply_chat_template": True,
@@ -78,6 +80,12 @@ def command(recipe: Recipe, data: Path, out: Path) -> list[str]:
     }
     module, *kl = kl_arguments(recipe)
     return [module, *kl, *(word for key, value in options.items() for word in flag(key, value))]
+
+
+def rows(path: Path) -> int:
+    """Questions in a training file."""
+    with path.open("rb") as lines:
+        return sum(bool(line.strip()) for line in lines)
 
 
 def flag(key: str, value: Any) -> list[str]:
@@ -148,6 +156,7 @@ def common(args: Namespace) -> dict[str, Any]:
     return {
         "model": actor.model_name_or_path,
         "gpus": actor.num_nodes * actor.num_gpus_per_node,
+        "rollouts": args.data.max_samples // rollout.batch_size * args.train.num_episodes,
         "prompts": rollout.batch_size,
         "samples": rollout.n_samples_per_prompt,
         "answers_per_update": args.train.batch_size,

@@ -32,6 +32,7 @@ def command(recipe: Recipe, data: Path, out: Path) -> list[str]:
         "data.train_files": data / TRAIN_FILE,
         # verl wants one; it is not looked at with test_freq=-1. `recipes.evaluate` evaluates.
         "data.val_files": data / "test.parquet",
+        "data.train_max_samples": recipe.questions,  # as on OpenRLHF
         "data.train_batch_size": recipe.prompts,
         "data.max_prompt_length": recipe.max_prompt_tokens,
         "data.max_response_length": recipe.max_new_tokens,
@@ -87,6 +88,13 @@ def command(recipe: Recipe, data: Path, out: Path) -> list[str]:
     return [MODULE, *kl_overrides(recipe), *written]
 
 
+def rows(path: Path) -> int:
+    """Questions in a training file."""
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_metadata(path).num_rows
+
+
 def compose(words: list[str]) -> Any:
     """What verl's own configuration makes of a command: the config that `run_ppo` is given.
 
@@ -140,6 +148,7 @@ def common(config: Any) -> dict[str, Any]:
     return {
         "model": config.actor_rollout_ref.model.path,
         "gpus": config.trainer.nnodes * config.trainer.n_gpus_per_node,
+        "rollouts": data.train_max_samples // data.train_batch_size * config.trainer.total_epochs,
         "prompts": data.train_batch_size,
         "samples": rollout.n,
         "answers_per_update": actor.ppo_mini_batch_size * rollout.n,

@@ -12,6 +12,8 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -155,7 +157,8 @@ def test_a_missing_key_and_a_missing_recipe_are_named(tmp_path) -> None:
 def data(tmp_path) -> Path:
     folder = tmp_path / "data"
     folder.mkdir()
-    (folder / "train.jsonl").write_text(json.dumps({"prompt": "1+1?", "answer": "2"}) + "\n")
+    row = json.dumps({"prompt": "1+1?", "answer": "2"}) + "\n"
+    (folder / "train.jsonl").write_text(row * (128 + 2))
     return folder
 
 
@@ -227,6 +230,19 @@ def test_too_few_gpus_and_missing_data_are_said_first(data, started, tmp_path, m
     with pytest.raises(SettingsError, match="is for verl only"):
         run(data, tmp_path / "run", name="qwen2.5-math-7b-math-megatron")
     assert not started and not (tmp_path / "run").exists()
+
+
+def test_too_few_questions_for_a_rollout_are_said_first(data, started, tmp_path) -> None:
+    (data / "train.jsonl").write_text('{"prompt": "1+1?", "answer": "2"}\n' * 127 + "\n")
+    with pytest.raises(SettingsError, match=r"train\.jsonl has 127 questions, and a rollout of"):
+        run(data, tmp_path / "run")
+    assert not started and not (tmp_path / "run").exists()
+
+
+def test_the_controllers_end_is_the_runs() -> None:
+    cosine = load("cosine")
+    ends = {cosine.openrlhf["klplug.kl_steps"], cosine.verl["+klplug.kl_steps"]}
+    assert ends == {cosine.steps} == {3 * (7473 // 128)}
 
 
 def test_a_host_that_is_not_installed_is_named() -> None:
@@ -365,7 +381,8 @@ def test_a_model_that_reads_too_little_is_refused(tmp_path: Path, hub: None) -> 
 
 @pytest.mark.parametrize("on", [host, verl_host], ids=["openrlhf", "verl"])
 def test_a_reward_of_ones_own_stands_beside_the_recipe(on, data, started, tmp_path) -> None:
-    (data / "train.parquet").touch()
+    table = pyarrow.Table.from_pylist([{"prompt": "1+1?"}] * 128)
+    pyarrow.parquet.write_table(table, data / "train.parquet")
     path = written(tmp_path / "mine.yaml", f"include: {GSM8K}\nreward: mine.py\n")
     (tmp_path / "mine.py").write_text(f"def {on.REWARD}(*given): return 1.0\n")
     run(data, tmp_path / "run", name=path, on=on)
@@ -462,7 +479,8 @@ def test_openrlhf_reads_every_recipe_as_it_is_meant(data) -> None:
     others = [{"KL_TYPE": "k1_in_reward", "KL_COEF": "0.05"}, {"KL_TYPE": "none"}]
     others += [{"KL_TYPE": "stock:k3"}]
     cases += [(GSM8K, [], variables) for variables in others]
-    expected = [launch.chosen(host, load(name), v).common() for name, _, v in cases]
+    chosen = [launch.chosen(host, load(name), variables) for name, _, variables in cases]
+    expected = [replace(recipe, training_rows=128 + 2).common() for recipe in chosen]
     cases += [(GSM8K, ["--ds.zero_stge", "3"], {})]
     cases += [(GSM8K, ["--rollout.n_samples_per_prompt", "1"], {})]
     done = subprocess.run(
@@ -494,6 +512,7 @@ def test_openrlhf_reads_every_recipe_as_it_is_meant(data) -> None:
     assert "memory, estimated, not measured" in said and "time, estimated" in said
     assert "2 P + 2 P / 1 + 12 P / 1 (ZeRO-2" in said and "T = 2 answers" in said
     assert "kl_type              k2_as_loss" in said
+    assert "\n130 questions: 1 rollouts of 128 an episode, 2 left out\n" in said
 
 
 @pytest.mark.parametrize("name", ["openrlhf", "verl"])

@@ -6,9 +6,10 @@ import ast
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
-from typing import Literal, get_args
+from types import ModuleType, SimpleNamespace
+from typing import Any, Literal, get_args
 
 import pytest
 
@@ -29,7 +30,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import pyarrow.parquet
 
     folder = tmp_path_factory.mktemp("data")
-    table = pyarrow.Table.from_pylist([{"prompt": [{"role": "user", "content": "1+1?"}]}])
+    row = {"prompt": [{"role": "user", "content": "1+1?"}]}
+    table = pyarrow.Table.from_pylist([row] * (128 + 2))
     for split in ("train", "test"):
         pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
     return folder
@@ -67,7 +69,7 @@ def test_verl_reads_a_recipe_as_it_is_meant(
     out = data / "run"
     launch.launch(host, recipe.name, [], {"DRY_RUN": "1", "DATA": str(data), "OUT": str(out)})
     (config,) = found
-    assert host.common(config) == recipe.common()
+    assert host.common(config) == replace(recipe, training_rows=128 + 2).common()
     engine = recipe.verl.get("model_engine", "dp")
     assert config.actor_rollout_ref.actor.strategy == {"dp": "fsdp2"}.get(engine, engine)
     assert config.actor_rollout_ref.ref.strategy == config.actor_rollout_ref.actor.strategy
@@ -105,6 +107,22 @@ def test_what_verl_does_not_know_is_refused(data: Path) -> None:
     said = r"^verl refuses: [A-Za-z]+: train_batch_size \(64\) must be >= actor.ppo_mini"
     with pytest.raises(SettingsError, match=said):
         host.compose([*command, "data.train_batch_size=64"])
+
+
+def test_verl_trains_on_whole_rollouts_alone(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own data set and loader: the questions are those that OpenRLHF takes."""
+    from verl.trainer.ppo.v1 import trainer_base
+    from verl.utils.dataset import rl_dataset
+
+    monkeypatch.setattr(rl_dataset.datasets.config, "HF_DATASETS_CACHE", data / "cache")
+    recipe = launch.counted(host, load(GSM8K), data)
+    config: Any = host.compose(host.command(recipe, data, data / "run"))
+    trainer = SimpleNamespace(
+        config=config, tokenizer=None, processor=None, trainer_mode="sync", parameter_sync_step=1
+    )
+    trainer_base.PPOTrainer._init_dataloader(trainer)
+    assert len(trainer.train_dataset) == recipe.questions == 128
+    assert trainer.total_training_steps == recipe.steps == 3
 
 
 def test_the_reward_is_found_by_verl(data: Path) -> None:

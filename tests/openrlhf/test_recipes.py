@@ -1,0 +1,58 @@
+"""What OpenRLHF makes of a recipe's data (the rest is in tests/recipes)."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("math_verify", reason="the recipes extra is not installed")
+
+from recipes import launch
+from recipes.openrlhf import host
+from recipes.recipe import load, with_kl
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-math-7b-gsm8k", "qwen2.5-math-1.5b-gsm8k"])
+def test_every_rank_and_update_has_its_share(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its own loader and its own splitting of a rollout's micro-batches between ranks."""
+    import datasets
+    from openrlhf.trainer import ppo_trainer
+    from openrlhf.trainer.ppo_utils.samples_generator import _collect_prompt_batch
+    from openrlhf.trainer.ray import launcher
+    from openrlhf.utils.deepspeed.deepspeed import DeepspeedStrategy
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = 2 * 128 + 49  # GSM8K's rest
+    row = json.dumps({"prompt": "1+1?", "answer": "2", "datasource": "gsm8k"}) + "\n"
+    (tmp_path / "train.jsonl").write_text(row * rows)
+    # OpenRLHF's own KL: klplug's launcher patches argparse for good.
+    recipe = launch.counted(host, with_kl(load(name), "stock:k2", None), tmp_path)
+    args = host.compose(host.command(recipe, tmp_path, tmp_path / "run"))
+    args.data.apply_chat_template = False  # there is no tokenizer here
+    strategy = SimpleNamespace(args=args, print=print, is_rank_0=lambda: False)
+    strategy.setup_dataloader = functools.partial(DeepspeedStrategy.setup_dataloader, strategy)
+    loader, _, steps = ppo_trainer.prepare_datasets(strategy, tokenizer=None)
+
+    batches, iterator, exhausted = [], iter(loader), False
+    while not exhausted:
+        prompts, *_, exhausted = _collect_prompt_batch(iterator, args.rollout.batch_size)
+        batches += [len(prompts)] if prompts else []  # none: the trainer ends the episode
+
+    monkeypatch.setattr(launcher, "ray", SimpleNamespace(put=lambda chunk: chunk))
+    shares: list[int] = []
+    remote = SimpleNamespace(remote=lambda method, chunk, start, end: shares.append(end - start))
+    actors = [SimpleNamespace(execute_batch=remote)] * recipe.gpus
+    group = SimpleNamespace(_actor_handlers=actors, duplicate_actors=1)
+    for prompts in batches:
+        answers = prompts * args.rollout.n_samples_per_prompt
+        assert answers % args.train.batch_size == 0
+        micro_batches = list(range(0, answers, args.rollout.micro_batch_size))
+        launcher.RayActorGroup.async_run_method_batch(group, "append", experience=micro_batches)
+    assert len(batches) == 2 and steps == recipe.steps == 3 * 2
+    assert len(set(shares)) == 1 and len(shares) == 2 * recipe.gpus
