@@ -10,6 +10,7 @@ into a Ray worker, so it imports nothing of this repository.
 
 import logging
 import re
+import unicodedata
 from decimal import Decimal
 from typing import Any
 
@@ -132,8 +133,11 @@ def is_gradable(answer: str) -> bool:
 def response_of(query: str, prompt: str) -> str:
     """The response in a query, which OpenRLHF makes of prompt and response, then decodes.
 
-    A prompt that is too long loses its beginning there, so the query may begin within it.
+    A prompt that is too long loses its beginning there, so the query may begin within it, even
+    within a character. Qwen's tokenizers compose characters (NFC).
     """
+    query, prompt = (unicodedata.normalize("NFC", text) for text in (query, prompt))
+    query = query.lstrip("\N{REPLACEMENT CHARACTER}")
     for start in range(len(prompt)):
         if query.startswith(prompt[start:]):
             return query[len(prompt) - start :]

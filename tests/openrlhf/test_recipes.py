@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 from pathlib import Path
@@ -14,6 +15,7 @@ pytest.importorskip("math_verify", reason="the recipes extra is not installed")
 from recipes import launch
 from recipes.openrlhf import host
 from recipes.recipe import load, with_kl
+from recipes.shared import reward
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-math-7b-gsm8k", "qwen2.5-math-1.5b-gsm8k"])
@@ -56,3 +58,36 @@ def test_every_rank_and_update_has_its_share(
         launcher.RayActorGroup.async_run_method_batch(group, "append", experience=micro_batches)
     assert len(batches) == 2 and steps == recipe.steps == 3 * 2
     assert len(set(shares)) == 1 and len(shares) == 2 * recipe.gpus
+
+
+@pytest.mark.parametrize(
+    ("question", "length"),
+    [
+        ("How many \N{OHM SIGN}, 1 e\N{COMBINING ACUTE ACCENT}tude?", 1000),  # not in NFC
+        ("\N{EURO SIGN}" * 20 + "?", 50),  # three bytes each, and the cut is within one
+    ],
+)
+def test_the_response_is_found_in_what_qwens_tokenizer_makes_of_a_prompt(
+    question: str, length: int
+) -> None:
+    """By OpenRLHF's own executor, which goes on without a reward if there is an error."""
+    from openrlhf.utils.agent import SingleTurnAgentExecutor
+    from tokenizers import pre_tokenizers
+    from transformers import Qwen2Tokenizer
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate([*letters, "<|endoftext|>"])}
+    tokenizer = Qwen2Tokenizer(vocabulary, [])
+    given = tokenizer("So \\boxed{4}.")["input_ids"]
+    output = SimpleNamespace(token_ids=given, finish_reason="stop", logprobs=None)
+
+    async def generate(tokens: list[int], *_: object, **__: object) -> SimpleNamespace:
+        assert tokenizer.decode(tokens) != question
+        return SimpleNamespace(outputs=[output])
+
+    executor = SingleTurnAgentExecutor(reward.__file__)
+    sampling = SimpleNamespace(max_tokens=30, logprobs=None)
+    engine = SimpleNamespace(generate=generate)
+    for label, right in (("4", 1.0), ("5", 0.0)):
+        found = asyncio.run(executor.execute(question, label, sampling, length, tokenizer, engine))
+        assert found["reward"] == right
