@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -13,22 +14,24 @@ import pytest
 
 from recipes.recipe import load
 
+ON_NODE = {"SLURM_CPUS_ON_NODE": "3"}
 ONCE = ["--ntasks-per-node=1", "--cpu-bind=none"]
 SCRIPT = Path(__file__).parents[2] / "recipes" / "slurm" / "recipe.sbatch"
 
 
 def srun(folder: Path, nodes: int, *words: str) -> list[str]:
-    """The words of the one `srun` of a job, and Ray's two variables."""
+    """The words of the one `srun` of a job on 3 CPUs of a node, and Ray's variables."""
     (folder / "bin").mkdir()
     (folder / "bin" / "activate").write_text(f"PATH={folder}/bin:$PATH\n")
     fake = folder / "bin" / "srun"
-    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@" "$RAY_AUTH_MODE" "$RAY_AUTH_TOKEN"\n')
+    variables = '"$RAY_OVERRIDE_RESOURCES" "$RAY_AUTH_MODE" "$RAY_AUTH_TOKEN"'
+    fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" {variables}\n')
     fake.chmod(0o755)
     hidden = ("RAY_", "SLURM_")
     own = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
     done = subprocess.run(
         ["bash", str(SCRIPT), *words],
-        env=own | {"VENV": str(folder), "SLURM_JOB_NUM_NODES": str(nodes)},
+        env=own | {"VENV": str(folder), "SLURM_JOB_NUM_NODES": str(nodes)} | ON_NODE,
         capture_output=True,
         text=True,
     )
@@ -37,12 +40,21 @@ def srun(folder: Path, nodes: int, *words: str) -> list[str]:
 
 
 @pytest.mark.parametrize("host", ["openrlhf", "verl"])
-def test_on_one_node_it_is_the_recipes_own_command(host: str, tmp_path: Path) -> None:
+def test_on_one_node_it_is_the_recipes_own_command_on_the_jobs_cpus(
+    host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray._private.resource_and_label_spec import ResourceAndLabelSpec
+
     recipe = "smollm2-360m-gsm8k"
     assert host in load(recipe).hosts
     words = [host, recipe, "key=a b", "--flag"]
     command = ["python", "-m", f"recipes.{host}", recipe, "key=a b", "--flag"]
-    assert srun(tmp_path, 1, *words) == [*ONCE, *command, "", ""]
+    *found, resources, mode, token = srun(tmp_path, 1, *words)
+    assert (found, mode, token) == ([*ONCE, *command], "", "")
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", resources)
+    spec = ResourceAndLabelSpec()
+    spec.resolve(is_head=True, node_ip_address="127.0.0.1")
+    assert spec.num_cpus == 3
 
 
 def test_what_is_missing_is_named() -> None:
@@ -60,7 +72,8 @@ def test_on_two_nodes_ray_starts_on_each_and_the_command_on_the_first(
     assert load(recipe).nodes == 2
     found = srun(tmp_path, 2, host, recipe, "--flag")
     assert found[:2] == ONCE
-    ray, *words, mode, token = found[2:]
+    ray, *words, resources, mode, token = found[2:]
+    assert json.loads(resources) == {"CPU": 3}
     assert (ray, mode) == ("ray", "token")
     assert len(token) == 32 and int(token, 16) > 0
     address = words[words.index("--address") + 1]
