@@ -30,7 +30,7 @@ from recipes.data import (
     source_table,
 )
 from recipes.shared.folder import FolderError, claim
-from recipes.shared.reward import END_TOKENS, FRACTION, is_correct, is_gradable, last_boxed
+from recipes.shared.reward import final_answer, is_correct, is_gradable
 from recipes.shared.settings import RUNS, SettingsError, check_model
 
 SETTINGS, RECORDS, SUMMARY = "settings.json", "records.jsonl", "summary.json"
@@ -159,16 +159,6 @@ def chat(tokenizer: Any, question: str) -> str:
 
 
 # Judging
-
-
-def final_answer(response: str) -> str:
-    """What a response comes to, for the vote: as the judge reads it; empty: no vote."""
-    response = END_TOKENS.split(response, maxsplit=1)[0]
-    if "####" in response:
-        return (response.rpartition("####")[2].strip().splitlines() or [""])[0]
-    if boxed := last_boxed(response):
-        return boxed.removeprefix(r"\boxed{").removesuffix("}").strip()
-    return (FRACTION.findall(response) or [""])[-1].rstrip(".,")
 
 
 def majority(responses: Sequence[str]) -> int | None:

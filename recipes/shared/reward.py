@@ -3,9 +3,10 @@
 OpenRLHF calls `reward_func` (`--reward.remote_url reward.py`), verl `compute_score`
 (`reward.custom_reward_function.path`), and both judge by `is_correct`.
 
-The last `#### N` of the response decides; without one, math-verify reads the response (a boxed
-answer, else the last number). 1.0 for right, 0.0 for wrong. The hosts load this file by its path
-into a Ray worker, so it imports nothing of this repository.
+The last box decides; without one the number after the last `####`; without both the response is
+wrong. Where the answer itself is in GSM8K's form, with its `####` (the quickstart's), math-verify
+then reads the response, down to its last number. 1.0 for right, 0.0 for wrong. The hosts load this
+file by its path into a Ray worker, so it imports nothing of this repository.
 """
 
 import logging
@@ -25,12 +26,16 @@ END_TOKENS = re.compile(r"<\|im_end\|>|<\|endoftext\|>|<\|eot_id\|>|</s>|<eos>|<
 OTHER_TOKENS = re.compile(r"<\|[^<>|]*\|>|<pad>|<s>|<bos>")
 NUMBER = re.compile(
     r"""[\s*=:]*
-        (?P<sign>-?)\s*[$€£]?\s*(?P<minus>-?)
+        (?P<sign>-?)\s*(?:\\?[$€£])?\s*(?P<minus>-?)
         (?P<digits>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)
-        [%*]*[^\W\d_]*(?:\s+[^\W\d_]+)*[\s.*]*""",  # a unit may follow, in words
+        \**(?:\s*\\?%)?
+        (?:\s*\\(?:text|textrm|mathrm|mbox)\s*\{[^{}\d]*\}(?:\^\{?\d\}?)?)*  # a unit,
+        (?:\s+[^\W\d_]{3,})*  # or words: of fewer letters they may be factors
+        [\s.*]*""",
     re.VERBOSE,
 )
-NEGATIVE_SPACE = re.compile(r"\\!\s*")
+NO_SPACE = re.compile(r"\\!\s*|(?<=\d)(?:\\[,;: ]|~)(?=\d{3}(?!\d))")
+SPACE = re.compile(r"(?<!\\)\\[,;: ]|~")
 FRACTION = re.compile(r"-?\d[\d,.]*(?:/\d+)?")
 
 # What math-verify is shown without a time limit: some LaTeX, no factorial, small powers.
@@ -107,22 +112,51 @@ def _is_equal(text: str, answer: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    r"""The text with a plain minus, and `10,\!000` as 10,000."""
-    return NEGATIVE_SPACE.sub("", text).replace("\N{MINUS SIGN}", "-")
+    r"""The text with a plain minus and plain spaces, and `10,\!000` and `10\,000` as numbers."""
+    text = SPACE.sub(" ", NO_SPACE.sub("", text).replace("{,}", ","))
+    return text.replace("\N{MINUS SIGN}", "-")
+
+
+def _ended(response: str) -> str:
+    """The response up to the token that ends it, without other special tokens."""
+    return _plain(OTHER_TOKENS.sub(" ", END_TOKENS.split(response, maxsplit=1)[0]))
+
+
+def _hashed(text: str) -> str:
+    """The rest of the line that the last `####` begins; empty: there is none."""
+    return (text.rpartition("####")[2].strip().splitlines() or [""])[0] if "####" in text else ""
+
+
+def final_answer(response: str) -> str:
+    """The content of the last box; without one the number after the last `####`; else nothing."""
+    text = _ended(response)
+    if boxed := last_boxed(text):
+        return boxed.removeprefix(r"\boxed{").removesuffix("}").strip()
+    given = _hashed(text)
+    return given if _number(given) is not None or FRACTION.fullmatch(given) else ""
 
 
 def is_correct(response: str, answer: str) -> bool:
-    """Whether a response reaches the answer: GSM8K's whole answer text, or what follows `####`."""
-    response = END_TOKENS.split(response, maxsplit=1)[0]
-    response = _plain(OTHER_TOKENS.sub(" ", response))
-    answer = _plain(answer.rpartition("####")[2].strip())
-    if "####" not in response:
-        return _is_equal(response, answer)
-    given = (response.rpartition("####")[2].strip().splitlines() or [""])[0]
-    expected, number = _number(answer), _number(given)
-    if expected is None or number is None:
-        return bool(given) and _is_equal(f"${given}$" if "$" not in given else given, answer)
-    return number == expected
+    """Whether a response reaches the answer: GSM8K's whole answer text, or the answer alone."""
+    _, own_form, answer = answer.rpartition("####")
+    answer = _plain(answer.strip())
+    if final := final_answer(response):
+        given, expected = _number(final), _number(answer)
+        if given is not None and expected is not None:
+            return given == expected
+        # How math-verify takes a percent sign depends on the version of its grammar.
+        final, answer = (
+            text if number is None else f"{number:f}"
+            for text, number in ((final, given), (answer, expected))
+        )
+        return _is_equal(rf"\boxed{{{final}}}", answer)
+    if not own_form:
+        return False
+    text = _ended(response)
+    if "####" not in text:
+        return _is_equal(text, answer)
+    final = _hashed(text)
+    return bool(final) and _is_equal(f"${final}$" if "$" not in final else final, answer)
 
 
 def is_gradable(answer: str) -> bool:

@@ -20,7 +20,7 @@ pytest.importorskip("math_verify", reason="the recipes extra is not installed")
 from recipes import cpu_shim
 from recipes import evaluate as module
 from recipes.data import EVALUATION, INSTRUCTION, Problem
-from recipes.evaluate import final_answer, ks, main, majority, pass_at, record, wilson
+from recipes.evaluate import ks, main, majority, pass_at, record, wilson
 from recipes.quickstart.problems import problems, write_rows
 from recipes.quickstart.settings import HERE
 from recipes.quickstart.smollm2 import FOLDER
@@ -69,7 +69,7 @@ def test_ks_are_powers_of_two_and_the_number_itself() -> None:
 VOTES = [
     ([r"\boxed{3}", r"\boxed{4}", r"so \boxed{4}"], 1),
     ([r"\boxed{0.5}", r"\boxed{2}", r"\boxed{\frac{1}{2}}"], 0),
-    (["#### 7", "I say 8", "it is 7."], 0),
+    (["#### 8", "I say 7", "it is 7.", "#### 7", r"\boxed{7 apples}"], 3),
     ([r"\boxed{1}", r"\boxed{2}"], 0),
     (["", "no idea", r"\boxed{2}"], 2),
     (["", "no idea"], None),
@@ -81,13 +81,6 @@ def test_the_majority(responses: list[str], place: int | None) -> None:
     assert majority(responses) == place
 
 
-def test_final_answers() -> None:
-    assert final_answer(r"\boxed{\frac{1}{2}}, surely<|im_end|> 7") == r"\frac{1}{2}"
-    assert final_answer("2+2=4\n#### 4\nmore") == "4"
-    assert final_answer("it costs 12.50.") == "12.50"
-    assert final_answer("nothing") == ""
-
-
 def test_a_record_has_every_verdict() -> None:
     texts = [r"\boxed{6}", r"\boxed{5}", r"\boxed{\frac{12}{2}}"]
     made = record(Problem("q?", "6"), r"\boxed{5}", texts)
@@ -95,6 +88,8 @@ def test_a_record_has_every_verdict() -> None:
     assert [sample["right"] for sample in made["samples"]] == [True, False, True]
     hopeless = record(Problem("q?", r"\sum_{i=1}^{10^{9}} i!"), r"\boxed{5}", [])
     assert hopeless["gradable"] is False and "samples" not in hopeless
+    cut_off = record(Problem("q?", "6"), "first 12, then 6", ["first 12, then 6"])
+    assert cut_off["greedy"]["right"] is False and cut_off["majority_right"] is False
 
 
 # Whole evaluations

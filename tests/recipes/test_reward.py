@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("math_verify", reason="the recipes extra is not installed")
 
-from recipes.shared.reward import is_correct, response_of, reward_func
+from recipes.shared.reward import final_answer, is_correct, response_of, reward_func
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -38,20 +38,35 @@ RIGHT = [
     ("#### 7\n#### 8", "8"),
     ("#### 8\nThat is 3 more.", "8"),
     (r"The answer is \boxed{1,234}.", "1234"),
-    ("So 7 are left.<|im_end|>", "7"),
-    ("It is 12!", "12"),
     (r"\boxed{\frac{1}{2}}", "0.5"),
-    ("It costs $12.50 in all", "12.5"),
     (r"\boxed{42}, not 7", "42"),
     (r"\boxed{1+x^2}", "x^2+1"),
     (r"\sum is too wild, but the answer is \boxed{5}", "5"),
-    ("2^10 is much, and 2^3, and 4^5. So 12", "12"),
     (r"\boxed{(-\infty, 2) \cup (3, \infty)}", r"(-\infty,2)\cup(3,\infty)"),
     (r"\boxed{x^5 - x^4 + x^3 - x^2 + x - 1}", r"x^5 - x^4 + x^3 - x^2 + x - 1"),
     (r"\boxed{\frac{(x-1)^2}{4}+(y+2)^2}", r"\frac{(1-x)^2}{4}+(y+2)^2"),
     (r"\boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
     (r"\boxed{10080}", r"10,\!080"),
     (r"\boxed{90}", r"90^\circ"),
+    # A heading is no answer beside a box.
+    ("#### Step 2: Final\n\nThe answer is \\boxed{18}.", "18"),
+    (r"\boxed{7}" + "\n\n#### 18 apples per day", "7"),
+    (r"\boxed{3}, no, \boxed{4}", "4"),
+    # Numbers in a box, with what may stand beside them.
+    *((rf"\boxed{{{written}}}", "50") for written in (r"50\%", "50 percent", "€50", r"\$50.00")),
+    (r"\boxed{50}", r"50\%"),
+    (r"\boxed{18 dollars}", "18"),
+    (r"\boxed{18~\text{cm}}", "18"),
+    (r"\boxed{18\,cm}", "18"),
+    (r"\boxed{18\textrm{ cm}^2}", "18"),
+    (r"\boxed{18}", r"18\text{ cm}"),
+    (r"\boxed{1,000}", "1000"),
+    (r"\boxed{70\,000}", "70000"),
+    (r"\boxed{70{,}000}", "70000"),
+    (r"\boxed{3.50}", "3.5"),
+    (r"\boxed{x=5}", "5"),
+    (r"\boxed{18 dollars}", r"\frac{36}{2}"),
+    (r"\boxed{\begin{pmatrix} 1 \\ 200 \end{pmatrix}}", r"\begin{pmatrix} 1 \\ 200 \end{pmatrix}"),
 ]
 
 WRONG = [
@@ -70,7 +85,35 @@ WRONG = [
     ("#### 31<|im_end|>\n<|im_start|>assistant\n#### 32", "32"),
     (r"\boxed{42}, not 7", "7"),
     (r"\boxed{", "7"),
-    ("It is 13.", "12"),
+    ("#### 18 apples per day\nSo the total is \\boxed{7}", "18"),
+    (r"\boxed{3}, no, \boxed{4}", "3"),
+    (r"\boxed{50\%}", "0.5"),
+    (r"\boxed{0.5}", r"50\%"),
+    (r"\boxed{50\%}", "5"),
+    (r"\boxed{1,000}", "1"),
+    (r"\boxed{70\,000}", "70"),
+    (r"\boxed{3.50}", "350"),
+    (r"\boxed{x=5}", "4"),
+    (r"\boxed{50\%}", r"\frac{1}{2}"),
+    (r"\boxed{\frac{1}{2}}", r"50\%"),
+    # A factor is no unit, and two numbers are not one.
+    *((rf"\boxed{{{written}}}", "3") for written in ("3x", "3i", "3 xy", r"3 \pi", "3 and 4")),
+    (r"\boxed{3}", "3x"),
+    (r"\boxed{\text{minus }3}", "3"),
+    # Neither a box nor a number after `####`: no answer, as when it was cut off.
+    ("It is 12!", "12"),
+    ("so we have 12 and then 7", "7"),
+    (r"It is $\frac{1}{2}$", r"\frac{1}{2}"),
+    ("#### 2. First, there are 2 of them", "2"),
+    ("#### Step 2\nThere are 2", "2"),
+]
+
+# What GSM8K's own form, the quickstart's, takes beside `####`: the last number.
+LAST_NUMBER = [
+    ("So 7 are left.<|im_end|>", "7"),
+    ("It is 12!", "12"),
+    ("It costs $12.50 in all", "12.5"),
+    ("2^10 is much, and 2^3, and 4^5. So 12", "12"),
 ]
 
 
@@ -82,6 +125,25 @@ def test_right(response: str, answer: str) -> None:
 @pytest.mark.parametrize(("response", "answer"), WRONG)
 def test_wrong(response: str, answer: str) -> None:
     assert is_correct(response, answer) is False
+
+
+@pytest.mark.parametrize(("response", "number"), LAST_NUMBER)
+def test_the_last_number_counts_in_gsm8ks_own_form_alone(response: str, number: str) -> None:
+    assert is_correct(response, f"12+1=13\n#### {number}") is True
+    assert is_correct(response, number) is False
+    assert is_correct(response, f"{number}+1\n#### {number}1") is False
+
+
+@pytest.mark.parametrize("response", ["12\n####", "#### 12 13", "#### 13", r"12 or \boxed{13}"])
+def test_what_is_given_decides_in_gsm8ks_own_form(response: str) -> None:
+    assert is_correct(response, "5+7=12\n#### 12") is False
+
+
+def test_final_answers() -> None:
+    assert final_answer(r"\boxed{\frac{1}{2}}, surely<|im_end|> \boxed{7}") == r"\frac{1}{2}"
+    assert final_answer("2+2=4\n#### 4\nmore") == "4"
+    assert final_answer("#### 3/4") == "3/4"
+    assert final_answer("#### so") == final_answer("it costs 12.50.") == final_answer("no") == ""
 
 
 @pytest.mark.parametrize(
