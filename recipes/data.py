@@ -6,7 +6,8 @@
 
 An answer that math-verify does not find equal to itself can never earn a reward: such rows are
 counted, shown, and left out of the training file (never of the test file). Questions of the test
-set that are also in the training set are counted and dropped from the latter.
+set that are also in the training set are counted and dropped from the latter. OpenR1-Math loses
+those of all sets of `recipes.evaluate`.
 """
 
 import argparse
@@ -18,9 +19,10 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from recipes.quickstart.data import share
@@ -114,6 +116,7 @@ TRAINING = {
     "openr1-math": (OPENR1, MATH_500),
 }
 EVALUATION = {"math500": MATH_500, "gsm8k": GSM8K_TEST, "aime24": AIME_24, "amc23": AMC_23}
+GATHERED = ("openr1-math",)  # from many places, so any benchmark may be in it
 
 
 @dataclass(frozen=True)
@@ -287,8 +290,8 @@ def same_text(question: str) -> str:
     return re.sub(r"[\s$]+", "", question).casefold()
 
 
-def without(training: list[Problem], test: list[Problem]) -> list[Problem]:
-    held_out = {same_text(problem.question) for problem in test}
+def without(training: list[Problem], questions: Iterable[str]) -> list[Problem]:
+    held_out = {same_text(question) for question in questions}
     return [problem for problem in training if same_text(problem.question) not in held_out]
 
 
@@ -357,7 +360,13 @@ def begun(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def make(
-    name: str, host: str, out: Path, train: Table, test: Table | None, workers: int = WORKERS
+    name: str,
+    host: str,
+    out: Path,
+    train: Table,
+    test: Table | None,
+    workers: int = WORKERS,
+    benchmarks: Mapping[str, Table] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Write both splits for a host; what is in them.
 
@@ -368,6 +377,7 @@ def make(
         train: Training rows.
         test: Test rows; None holds out a tenth of the training questions.
         workers: Processes.
+        benchmarks: Other sets whose questions are dropped from training.
 
     Raises:
         DataError: No row is left to train or to test on.
@@ -381,6 +391,7 @@ def make(
         "instruction": INSTRUCTION,
         "question": train.question,
         "answer": train.answer,
+        **({"without": sorted(benchmarks)} if benchmarks else {}),
     }
     if (earlier := begun(out, settings)) is not None:
         print(f"{out} is already there, whole and unchanged")
@@ -397,15 +408,19 @@ def make(
             held_out = [Problem(**row) for row in share(rows, "test", Path(train.name))]
         except ValueError as error:
             raise DataError(str(error)) from error
-        training, dropped = without(training, held_out), 0
+        training, dropped = without(training, (p.question for p in held_out)), 0
     else:
         # A benchmark stays whole: what cannot be graded is shown, and counts as wrong.
         rows = [prepared(r[test.question], r[test.answer], test.form) for r in test.rows]
         held_out = [row for row in rows if isinstance(row, Problem)]
         ungraded = (row for row in map(graded, rows) if isinstance(row, LeftOut))
         left_out["test"] = list(ungraded)
-        kept = without(training, held_out)
+        kept = without(training, (problem.question for problem in held_out))
         training, dropped = kept, len(training) - len(kept)
+    of_benchmarks = {}
+    for benchmark, found in benchmarks.items():
+        kept = without(training, found.rows[found.question])
+        training, of_benchmarks[benchmark] = kept, len(training) - len(kept)
     for split, problems in (("train", training), ("test", held_out)):
         if not problems:
             raise DataError(
@@ -421,6 +436,7 @@ def make(
         "extraction": {"train": train.extraction, "test": (test or train).extraction},
         "files": files,
         "test_questions_dropped_from_train": dropped,
+        "benchmark_questions_dropped_from_train": of_benchmarks,
         "left_out": {
             split: {
                 reason: {"rows": count, "first": [r.shown for r in rows if r.reason == reason][:5]}
@@ -457,6 +473,10 @@ def report(made: dict[str, Any]) -> None:
             print(f"{split}: {found['rows']} rows {what}: {reason}, as {found['first']}")
     dropped = made["test_questions_dropped_from_train"]
     print(f"train: {dropped} rows dropped whose question is in the test set")
+    for benchmark, count in made.get("benchmark_questions_dropped_from_train", {}).items():
+        print(f"train: {count} rows dropped whose question is in {benchmark}")
+    if made["settings"]["data"] in GATHERED and "without" not in made["settings"]:
+        print("train: local files, so no benchmark was looked at but the test set")
     for name, file in made["files"].items():
         print(f"{name}: {file['rows']} rows, sha256 {file['sha256']}")
 
@@ -503,12 +523,21 @@ def tables(arguments: argparse.Namespace) -> tuple[Table, Table | None]:
     return file_table([Path(name)], *columns), test_files or None
 
 
+def benchmark_tables(arguments: argparse.Namespace) -> dict[str, Table]:
+    """The hub's benchmarks beside the test set, for a set of the hub that may have any of them."""
+    if arguments.data not in GATHERED or arguments.train:
+        return {}
+    _, test = TRAINING[arguments.data]
+    return {name: hub_table(it, "--train") for name, it in EVALUATION.items() if it is not test}
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     name = arguments.data if arguments.data in TRAINING else Path(arguments.data).stem
     try:
         train, test = tables(arguments)
-        make(name, arguments.to, arguments.out, train, test, arguments.workers)
+        benchmarks = benchmark_tables(arguments)
+        make(name, arguments.to, arguments.out, train, test, arguments.workers, benchmarks)
     except (DataError, FolderError) as error:
         print(f"recipes.data: error: {error}", file=sys.stderr)
         return 2

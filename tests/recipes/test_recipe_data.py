@@ -242,6 +242,42 @@ def test_the_hubs_sets_are_asked_for_by_name(tmp_path, monkeypatch, capsys) -> N
     assert "A local copy does too: --train FILE ... (.jsonl, .json, .parquet, .csv)" in error
 
 
+def test_a_gathered_set_loses_the_questions_of_every_benchmark(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    import datasets
+
+    files = {"math500": "math500", "gsm8k": "gsm8k_test", "aime24": "aime24", "amc23": "amc23"}
+    sets = {EVALUATION[name].hub: FIXTURES / f"{file}.jsonl" for name, file in files.items()}
+    own = rows(FIXTURES / "openr1-math_train.jsonl")
+    taken = [
+        ("Find the three-digit number $n$ with $n = 2\\cdot 102$.", "204"),
+        ("find n with $n=5\\cdot 5$.", "25"),
+        ("At what hour do they meet?", "27"),
+        ("At what hour do they sleep?", "23"),  # in none
+    ]
+    gathered = own + [{**own[0], "problem": question, "answer": n} for question, n in taken]
+
+    def load_dataset(hub: str, name: str | None, split: str) -> datasets.Dataset:
+        return datasets.Dataset.from_list(gathered if "OpenR1" in hub else rows(sets[hub]))
+
+    words = ["openr1-math", "--to", "openrlhf", "--out", str(tmp_path / "out"), "--workers", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", load_dataset)
+        assert main(words) == 0
+        told = capsys.readouterr().out
+        assert main(words) == 0 and "is in amc23" in capsys.readouterr().out
+    for name, count in {"the test set": 1, "gsm8k": 0, "aime24": 2, "amc23": 1}.items():
+        assert f"train: {count} rows dropped whose question is in {name}\n" in told
+    left = rows(tmp_path / "out" / "train.jsonl")
+    assert [row["answer"] for row in left] == [*ANSWERS["openr1-math"][0], "23"]
+
+    assert make("openr1-math", tmp_path / "local") == 0
+    assert "local files, so no benchmark was looked at" in capsys.readouterr().out
+    assert make("math", tmp_path / "math") == 0
+    assert "local files" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["aime24", "amc23"])
 def test_benchmarks_in_their_own_schema(name: str) -> None:
     table = data.source_table(EVALUATION[name], [FIXTURES / f"{name}.jsonl"], "--file")
