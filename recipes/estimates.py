@@ -119,10 +119,16 @@ def held(recipe: Recipe, host: str) -> Held:
     )
 
 
+def has(recipe: Recipe, option: str) -> bool:
+    """Whether a recipe sets an option of klplug."""
+    return any(key.endswith(f"klplug.{option}") for key in (*recipe.openrlhf, *recipe.verl))
+
+
 def references(recipe: Recipe) -> tuple[str, ...]:
     """The frozen models that the KL is to, each of the policy's size."""
-    taught = any(key.endswith("klplug.teacher") for key in (*recipe.openrlhf, *recipe.verl))
-    return ("reference", "teacher") if taught else ("reference",)
+    if has(recipe, "source"):
+        return ()
+    return ("reference", "teacher") if has(recipe, "teacher") else ("reference",)
 
 
 def memory(recipe: Recipe, host: str) -> list[Estimate]:
@@ -130,6 +136,9 @@ def memory(recipe: Recipe, host: str) -> list[Estimate]:
     shape, size = recipe.shape, parameters(recipe.shape)
     held_here = held(recipe, host)
     tokens = recipe.micro_batch * (recipe.max_prompt_tokens + recipe.max_new_tokens)
+    beside = ""
+    if has(recipe, "source") and host == "openrlhf":  # one backward for both; verl has two
+        tokens, beside = 2 * tokens, " and as many stored ones"
 
     def gib(name: str, formula: str, amount: float) -> Estimate:
         return Estimate(name, formula, amount / GIB, "GiB")
@@ -140,14 +149,19 @@ def memory(recipe: Recipe, host: str) -> list[Estimate]:
         held_here.training * size,
     )
     frozen = references(recipe)
+    formulas = (
+        "0 (its stored answers alone)",
+        held_here.reference_formula,
+        f"2 x ({held_here.reference_formula})",
+    )
     reference = gib(
-        " and ".join(frozen),
-        held_here.reference_formula if len(frozen) == 1 else f"2 x ({held_here.reference_formula})",
+        " and ".join(frozen) or "reference",
+        formulas[len(frozen)],
         len(frozen) * held_here.reference * size,
     )
     activations = gib(
         "activations, with checkpointing",
-        f"T h (2 L + {LAYER_BYTES}), T = {recipe.micro_batch} answers of full length "
+        f"T h (2 L + {LAYER_BYTES}), T = {recipe.micro_batch} answers of full length{beside} "
         f"= {tokens} tokens, h = {shape.hidden_size}, L = {shape.num_hidden_layers}",
         tokens * shape.hidden_size * (2 * shape.num_hidden_layers + LAYER_BYTES),
     )
@@ -195,12 +209,14 @@ def time(recipe: Recipe) -> list[Estimate]:
     )
     tokens = recipe.answers * (prompt + recipe.mean_new_tokens)
     frozen = references(recipe)
+    passes = {"update with recomputation": 8, "old policy": 2, **dict.fromkeys(frozen, 2)}
+    if has(recipe, "source"):
+        passes["as many stored answers"] = 8
     training = Estimate(
         "log-probs and updates",
-        f"(8 + 2{' + 2' * len(frozen)}) P x {tokens} tokens (update with recomputation, old "
-        f"policy, {', '.join(frozen)}) / "
+        f"({' + '.join(map(str, passes.values()))}) P x {tokens} tokens ({', '.join(passes)}) / "
         f"({recipe.gpus} x {TRAINING_UTILISATION:g} of {PEAK_FLOPS / 1e12:g} TFLOP/s)",
-        (10 + 2 * len(frozen)) * size * tokens / (recipe.gpus * PEAK_FLOPS * TRAINING_UTILISATION),
+        sum(passes.values()) * size * tokens / (recipe.gpus * PEAK_FLOPS * TRAINING_UTILISATION),
         "s",
     )
     step = generating.value + training.value

@@ -310,6 +310,22 @@ def test_time_is_that_of_the_steps() -> None:
     assert twice[1].value == pytest.approx(training.value / 2)
 
 
+def test_stored_answers_cost_a_pass_and_no_reference() -> None:
+    """docs/options.md: one more forward and backward, which OpenRLHF has in one with the first."""
+    recipe, base = load("dph-rl"), load(GSM8K)
+    for on, factor in (("openrlhf", 2), ("verl", 1)):
+        ours, theirs = ({e.name: e.value for e in memory(r, on)} for r in (recipe, base))
+        assert ours["reference"] == 0 < theirs["reference"]
+        for part in ("logits", "activations, with checkpointing"):
+            assert ours[part] == factor * theirs[part]
+        generating = "peak while it generates"
+        assert ours[generating] == pytest.approx(theirs[generating] - theirs["reference"])
+    assert time(recipe)[1].value == pytest.approx((8 + 8 + 2) / (8 + 2 + 2) * time(base)[1].value)
+    # The estimate is of stored answers that are no longer than the run's own.
+    for page in (ROOT / "recipes" / "README.md", CONFIGS / "dph-rl.yaml"):
+        assert f"--max-new-tokens {recipe.max_new_tokens} --out" in page.read_text("utf-8")
+
+
 def test_the_readmes_table_is_the_recipes() -> None:
     readme = (ROOT / "recipes" / "README.md").read_text("utf-8")
     assert markdown_table() in readme, "run: python -m recipes.estimates, and paste it"
