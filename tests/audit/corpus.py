@@ -273,7 +273,7 @@ def page(known: Sequence[dict[str, Any]]) -> str:
 What the KL term of public training scripts does, as their own release of the host computes it.
 
 Real bash ran {len(known)} scripts of {len({row["repository"] for row in known})} repositories, in a
-namespace of its own, with stand-ins in the place of every program. The words that reached the
+namespace of its own. Stand-ins took the place of every program. The words that reached the
 trainer, and the defaults of the release beside the script, decide the gradient. No verdict of
 klplug's audit is used. The scripts hold {len(commands)} training commands. Many are copies of
 examples: {len(distinct)} of them differ in what bears on the KL.
@@ -282,7 +282,7 @@ examples: {len(distinct)} of them differ in what bears on the KL.
 | --- | ---: | ---: |
 {rows}
 
-Of {len(reused)} commands with a KL in the loss that is not the reverse one, {more} make more
+{len(reused)} commands have a KL in the loss that is not the reverse one. Of these {more} make more
 than one update on a rollout. Neither host weights such a KL for the samples of an older policy.
 
 ## How it was made, and what it leaves out
