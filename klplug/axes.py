@@ -133,9 +133,9 @@ AXES: dict[str, Axis] = {
             lambda term: "sample",
             "sample: a token's KL is estimated from the token that was sampled. exact: it is "
             "summed over the whole vocabulary. The gradient is then the same, without the noise of "
-            "the own token, which needs no ratio; a ratio is that of the tokens before it. "
-            "topk:K: the same of the reference's K most likely tokens and one category of all "
-            "others, a lower bound",
+            "the own token, which needs no ratio. A ratio is that of the tokens before it. topk:K: "
+            "the same of the reference's K most likely tokens and one category of all others, a "
+            "lower bound",
             sized=("topk",),
             needs={"exact": ("exact_kl",), "topk": ("exact_kl",)},
         ),
@@ -144,9 +144,9 @@ AXES: dict[str, Axis] = {
             ("token", "sequence", "answer"),
             _default_horizon,
             "token: each token's own divergence (LOC). sequence: the sum of the tokens' "
-            "divergences over whole answers (FULL), in its exact form; k1, k3 and abs as a loss "
+            "divergences over whole answers (FULL), in its exact form. k1, k3 and abs as a loss "
             "have none. answer: the divergence between whole answers, by the answer's ratio "
-            "pi/ref; for the KLs that is the sum already",
+            "pi/ref. For the KLs that is the sum already",
             elsewhere="in the reward: sequence; with reference=posterior: answer",
         ),
         Axis(
@@ -181,8 +181,8 @@ AXES: dict[str, Axis] = {
             "baseline",
             ("none", "batch", "group"),
             lambda term: "none",
-            "what the KL of a whole answer is compared with: nothing, or the mean of the other "
-            "answers in the batch or in its group",
+            "what a whole answer's KL is compared with: nothing, or the mean of the others in the "
+            "batch or in its group",
             needs={"group": ("group_ids",)},
         ),
         Axis(
@@ -205,17 +205,17 @@ AXES: dict[str, Axis] = {
             lambda term: math.inf,
             "upper bound of each token's |c|, before ratio and horizon. For an own token the "
             "result is the gradient of a Huber-like divergence. Over whole answers it is that of "
-            "no divergence, with the same optimum if no token there is beyond the bound",
+            "no divergence. The optimum is the same if no token there is beyond the bound",
             number=True,
         ),
         Axis(
             "weight",
             ("none",),
             lambda term: "none",
-            "how much each token or answer counts: a number that multiplies its c, after the bound "
-            "and before ratio and horizon. It has no gradient, and is made once a step from all "
-            "answers, by a name: positive, difficulty, entropy, entropy_floor, root, mask:NAME, or "
-            "an entry point of klplug.weights",
+            "how much each token or answer counts. It multiplies its c, after the bound and before "
+            "ratio and horizon. It has no gradient, and is made once a step from all answers. Its "
+            "name is positive, difficulty, entropy, entropy_floor, root, mask:NAME, or an entry "
+            "point of klplug.weights",
             named=True,
             needs={NAME: ("sample_weights",)},
         ),

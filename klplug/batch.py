@@ -149,14 +149,14 @@ class Given:
         if len(over) > 1:
             raise ValueError(
                 f"kl_type {str(spec)!r} has several divergences over the vocabulary, and exact_kl "
-                "is of one divergence: use kl_term for each, and add the losses"
+                "is of one. Use kl_term for each, and add the losses"
             )
         if not over or self.exact_kl is None or not torch.is_grad_enabled():
             return
         if self.log_probs.requires_grad and not self.exact_kl.requires_grad:
             raise ValueError(
                 f"kl_type {str(spec)!r}: exact_kl carries no gradient, so the term would do "
-                "nothing: hand in the kl of klplug.exact_kl or topk_kl as it is"
+                "nothing. Hand in the kl of klplug.exact_kl or topk_kl as it is"
             )
 
 

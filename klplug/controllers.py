@@ -227,8 +227,8 @@ class AdaptiveKL(_Driven):
         if pace > 1:
             self._say(
                 "kl_horizon",
-                f"{self.horizon:g} is less than the {answers:.15g} answers of a step, and is "
-                f"counted in answers: kl_coef can change by e^{0.2 * pace:.3g} in one step",
+                f"{self.horizon:g} is less than the {answers:.15g} answers of a step. It is "
+                f"counted in answers, so kl_coef can change by e^{0.2 * pace:.3g} in one step",
             )
         self._move(min(max(kl / self.target - 1, -0.2), 0.2) * pace, kl)
 

@@ -329,7 +329,7 @@ ESTIMATORS: dict[str, Estimator] = {
                 formula="1 - exp(-x)",
                 target="LOC of the forward KL: grad KL(ref||pi) of each token",
                 gradient_bias="biased for KL(pi||ref), by -k3: right to first order near the "
-                "reference; above it c is at most 1, below it c explodes",
+                "reference. Above it c is at most 1, below it c explodes",
                 off_policy="the same at the prefixes of old, exact below the cap",
             ),
             in_reward=Role(

@@ -99,7 +99,7 @@ PAPERS = {
             "kdrl", "KDRL: knowledge distillation and reinforcement learning", "2506.02208",
             "0.5*k2_as_loss+0.5*k2_as_loss,reference=teacher",
             "The rewards' policy loss with k2 to a teacher. That alone is k2_as_loss, the teacher "
-            "as ref_model. This one holds the policy to the base too, at any coefficients: the "
+            "as ref_model. This one holds the policy to the base too, at any coefficients. The "
             "teacher is a second frozen model, named by the key teacher.",
         ),
         Paper(
@@ -108,12 +108,12 @@ PAPERS = {
             "The reward lambda log(teacher/ref) of each token, and KL(pi||ref): lambda "
             "KL(pi||teacher) + (1 - lambda) KL(pi||ref). This one has lambda = 1.25, which goes "
             "beyond the teacher. The key teacher names it. Its public code takes the log-ratios at "
-            "the start of the step, and gives them PPO's ratio and clip: the same gradient at a "
-            "step's first update.",
+            "the start of the step, and gives them PPO's ratio and clip. At a step's first update "
+            "that is the same gradient.",
         ),
         Paper(
             "salsa", "SALSA", "2411.01798", "k1_in_reward",
-            "The reference is the mean of two fine-tuned models: klplug soup makes it, and the key "
+            "The reference is the mean of two fine-tuned models. klplug soup makes it, and the key "
             "ref_model names it, beside any kl_type.",
         ),
         Paper(
@@ -121,8 +121,9 @@ PAPERS = {
             "KL(pi||ref) to a reference that becomes the policy from time to time: the key "
             "klplug.ref_update=reset:N beside the kl_type. ProRL makes the optimizer's state anew "
             "with it, which klplug leaves as it is.",
-            "Its authors' report with the same resets (arXiv 2507.12507, abstract): 14.7 % more on "
-            "math, 13.9 % on code and 54.8 % on logic puzzles than strong baselines.",
+            "14.7 % more on math, 13.9 % on code and 54.8 % on logic puzzles than strong "
+            "baselines. That is its authors' report with the same resets (arXiv 2507.12507, "
+            "abstract).",
         ),
         Paper(
             "rao-blackwell", "Better estimation of the KL divergence between language models",
@@ -141,18 +142,18 @@ PAPERS = {
             "A KL that counts less on a good answer, the fewer of its group are right. The weight "
             "is that of the code of View-R1, and stands before any estimator.",
             "With its penalty on long wrong answers: 7 % more than Qwen2.5-VL-3B on average "
-            "(abstract), as on MathVista 66.2 after 57.8, on MathVerse 41.6 after 34.7, on MMStar "
-            "61.3 after 54.1 (the table in View-R1's README).",
+            "(abstract). MathVista has 66.2 after 57.8, MathVerse 41.6 after 34.7, MMStar 61.3 "
+            "after 54.1 (the table in View-R1's README).",
         ),
         Paper(
             "dph-rl", "DPH-RL: the choice of divergence", "2509.07430",
             "js_as_loss",
             "JS, a forward KL or alpha on answers that the reference gave once, their log-probs "
-            "stored: the key klplug.source=FILE beside the kl_type, and no reference model. Its "
-            "public code keeps only answers that are right (docs/options.md).",
+            "stored. The key is klplug.source=FILE beside the kl_type, and no reference model is "
+            "loaded. Its public code keeps only answers that are right (docs/options.md).",
             "Llama-3.1-8B on Bird, greedy and Pass@16: 62.8 and 72.4 with JS, 60.0 and 71.8 with a "
-            "reverse KL, 58.5 and 67.7 with GRPO, 42.4 and 75.0 before (the table in its public "
-            "code, figures/image-1.png).",
+            "reverse KL. GRPO has 58.5 and 67.7, and before it was 42.4 and 75.0 (the table in its "
+            "public code, figures/image-1.png).",
         ),
         Paper(
             "rapo", "RAPO: rewards-aware policy optimization", "2510.03865", "",
@@ -163,8 +164,8 @@ PAPERS = {
         Paper(
             "f-dpg", "f-DPG: preferences through f-divergence minimization", "2302.08215",
             "js_as_loss,reference=posterior",
-            "Any divergence to the posterior ref exp(r/beta)/Z: k2 is RL with a KL, forward is "
-            "GDC, and js is often the better, says the paper. Its public code has a running Z; "
+            "Any divergence to the posterior ref exp(r/beta)/Z. k2 is RL with a KL, and forward is "
+            "GDC. js is often the better, says the paper. Its public code has a running Z. "
             "klplug's is from the other answers to the prompt, and beta stands before the loss.",
         ),
         Paper(
@@ -172,7 +173,8 @@ PAPERS = {
             "chi2_as_loss,horizon=answer,weight=root",
             "The square root of chi-square between whole answers; without weight=root chi-square "
             "itself. Its public code for language models differentiates the mean of u + 1/u - 2 "
-            "and not its expectation: half of chi-square's gradient, and the forward KL's.",
+            "and not its expectation. That has half of chi-square's gradient, and the forward "
+            "KL's.",
         ),
         Paper(
             "safe", "SAFE: entropy-aware predictive control", "2602.04651",

@@ -163,14 +163,14 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "posterior-of-no-divergence",
         lambda t: _to_posterior(t) and not t.exact_on_answers,
-        "reference=posterior is refused for {estimator}: it is for k2, which has KL(pi||p), "
-        "forward, which has KL(p||pi), js, jeffreys, chi2, hellinger, tv and alpha",
+        "reference=posterior is refused for {estimator}: it is for k2, forward, js, jeffreys, "
+        "chi2, hellinger, tv and alpha. k2 has KL(pi||p), and forward KL(p||pi)",
     ),
     Refusal(
         "posterior-baseline",
         lambda t: _to_posterior(t) and t.baseline != "none",
         "baseline={baseline} with reference=posterior is refused: this answer is in the Z of the "
-        "others, so their mean would bias it, and its own Z is a baseline already. Leave it out",
+        "others, so their mean would bias it. Its own Z is a baseline already. Leave it out",
     ),
     Refusal(
         "answer-of-a-sum",
@@ -218,8 +218,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "exact-in-reward",
         lambda t: _over(t) and _in_reward(t),
-        "vocab={vocab} is refused: a reward goes to the sampled tokens, and a KL over the "
-        "vocabulary has a gradient of its own. Use '{over},horizon=sequence'",
+        "vocab={vocab} is refused: a reward goes to the sampled tokens. A KL over the vocabulary "
+        "has a gradient of its own. Use '{over},horizon=sequence'",
     ),
     Refusal(
         "exact-of-k1",
@@ -249,9 +249,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "exact-to-sampler",
         lambda t: _over(t) and t.reference in _BEHAVIOURS,
-        "reference={reference} with vocab={vocab} is refused: of the policy that made the samples "
-        "there are the log-probs of what was sampled, not of the vocabulary. Use "
-        "'k2_as_loss,reference={reference}'",
+        "reference={reference} with vocab={vocab} is refused: the policy that made the samples has "
+        "log-probs of the sampled tokens alone. Use 'k2_as_loss,reference={reference}'",
     ),
     Refusal(
         "exact-to-teacher",
@@ -275,8 +274,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "exact-level",
         lambda t: _over(t) and t.level in ("token", "sequence"),
-        "level={level} with vocab={vocab} is refused: the own token and later ones need no ratio, "
-        "and those before it need their product. Use level=prefix (the default there)",
+        "level={level} with vocab={vocab} is refused: the own token and later ones need no ratio. "
+        "Those before it need their product. Use level=prefix (the default there)",
     ),
     Refusal(
         "token-in-reward",
@@ -287,8 +286,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "ratio-in-reward",
         lambda t: _in_reward(t) and t.ratio != "none",
-        "ratio={ratio} is refused: a reward is frozen at the start of the step, and the host's "
-        "policy loss has the ratio. For a KL with a weight of its own use '{answers}'",
+        "ratio={ratio} is refused: a reward is frozen at the start of the step. The host's policy "
+        "loss has the ratio. For a KL with a weight of its own use '{answers}'",
     ),
     Refusal(
         "weight-in-reward",
@@ -361,9 +360,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "sampler-under-another-ratio",
         lambda t: t.reference == "rollout" and t.ratio == "old",
-        "ratio=old with reference=rollout is refused: the answers come from the sampler, and only "
-        "its own ratio makes this a gradient of KL(pi||rollout). Leave ratio out, or write "
-        "ratio=none",
+        "ratio=old with reference=rollout is refused: the answers come from the sampler. Only its "
+        "own ratio makes this a gradient of KL(pi||rollout). Leave ratio out, or write ratio=none",
     ),
     Refusal(
         "baseline-of-token",
@@ -448,7 +446,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "weight-of-tokens-on-answers",
         lambda t: (_by_answer(t) or (_on_answers(t) and t.by_answer_so_far)) and _of_tokens(t),
         "weight={weight} with horizon={horizon} is refused: {estimator} of whole answers is no sum "
-        "over tokens, so there is nothing of a token to weigh. Use 'k2_as_loss,horizon=sequence,"
-        "weight={weight}', or horizon=token",
+        "over tokens. So there is nothing of a token to weigh. Use "
+        "'k2_as_loss,horizon=sequence,weight={weight}', or horizon=token",
     ),
 )

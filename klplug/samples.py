@@ -220,15 +220,15 @@ WEIGHTS: dict[str, SampleWeight] = {
     ),
     "difficulty": SampleWeight(
         _difficulty,
-        "1 - exp(-e p) for tokens whose advantage is above 0, p being the share of the group's "
-        "answers with a reward of at least 1; 1 for other tokens, and where all or none are right",
+        "1 - exp(-e p) for tokens whose advantage is above 0, p being the group's share of answers "
+        "with a reward of at least 1. 1 for other tokens, and where all or none are right",
         "DADS of APO, arXiv 2506.21655, as in the code of View-R1",
         needs=("advantages", "rewards", "group_ids"),
     ),
     "entropy": SampleWeight(
         _below_quantile,
-        "1 for the share of the step's tokens, 0.8 unless another is written, at which the policy "
-        "has the least entropy; 0 for the others, which stay free",
+        "1 for the share of the step's tokens with the least entropy, 0.8 unless another is "
+        "written. 0 for the others, which stay free",
         "klplug; the rule by which Archer, arXiv 2507.15778, tells tokens apart, over the step",
         needs=("entropy",),
         argument=_quantile,
@@ -236,8 +236,8 @@ WEIGHTS: dict[str, SampleWeight] = {
     ),
     "entropy_floor": SampleWeight(
         _entropy_floor,
-        "max(1/2, floor / (H + 0.1)) for all, H being the mean entropy of the step's tokens and "
-        "floor 2 nats, unless another is written: more than 1 where the policy has become sure",
+        "max(1/2, floor / (H + 0.1)) for all, H being the mean entropy of the step's tokens. floor "
+        "is 2 nats, unless another is written. It is more than 1 where the policy has become sure",
         "SAFE, by its public code",
         needs=("entropy",),
         per_answer=True,
@@ -246,8 +246,8 @@ WEIGHTS: dict[str, SampleWeight] = {
     ),
     "root": SampleWeight(
         _root,
-        "1 / (2 sqrt(D)), D being the mean over the step's answers of U + 1/U - 2, which is chi2 "
-        "between whole answers: what the gradient of its square root has of its own",
+        "1 / (2 sqrt(D)), D being the mean over the step's answers of U + 1/U - 2. D is chi2 "
+        "between whole answers. The weight is what the gradient of its square root has of its own",
         "Correlated Proxies, arXiv 2403.03185",
         needs=("log_probs", "ref_log_probs"),
         per_answer=True,

@@ -543,8 +543,8 @@ def check_kl_coef(spec: KLSpec, kl_coef: float | None) -> float:
         raise ValueError(f"kl_coef must be a number, got {kl_coef!r}")
     if number == 0:
         raise ValueError(
-            f"kl_coef is 0, so kl_type {str(spec)!r} would do nothing: "
-            "write kl_type 'none', or 'monitor' for its metrics alone, or a positive kl_coef"
+            f"kl_coef is 0, so kl_type {str(spec)!r} would do nothing. Write kl_type 'none', or "
+            "'monitor' for its metrics alone, or a positive kl_coef"
         )
     if not LEAST <= number <= MOST:
         raise ValueError(f"kl_coef must be finite and positive in float32, got {number!r}")

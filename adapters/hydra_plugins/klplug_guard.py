@@ -17,6 +17,6 @@ if "verl" in sys.modules and "klplug_verl.hooks" not in sys.modules:
         refuse(
             f"verl {getattr(sys.modules['verl'], '__version__', '')} did not load klplug, and this "
             "command asks for it. Before 0.9 it needs VERL_USE_EXTERNAL_MODULES=klplug_verl in "
-            "the environment of every process; since then VERL_USE_EXTERNAL_PLUGINS must be unset, "
-            "or name klplug and klplug_guard"
+            "the environment of every process. Since then VERL_USE_EXTERNAL_PLUGINS must be "
+            "unset, or name klplug and klplug_guard"
         )

@@ -124,13 +124,13 @@ def _check(step: Step) -> None:
         return
     if step.kl is None:
         raise RuntimeError(
-            f"kl_type {spec} is set, but OpenRLHF's training step computed no KL: "
-            "is its KL loss on, and its coefficient above 0?"
+            f"kl_type {spec} is set, but OpenRLHF's training step computed no KL. Is its KL loss "
+            "on, and its coefficient above 0?"
         )
     if not step.aggregated:
         raise RuntimeError(
-            f"OpenRLHF's training step aggregated the KL of {spec} by a function that klplug "
-            "does not know, so it may not be as the policy loss is"
+            f"OpenRLHF's training step aggregated the KL of {spec} by a function that klplug does "
+            "not know. So it may not be as the policy loss is"
         )
     if step.plan.in_policy_loss.terms and not step.joined:
         raise RuntimeError(

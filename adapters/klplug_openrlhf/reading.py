@@ -252,8 +252,8 @@ def _notes(settings: Settings) -> Iterable[tuple[str, Setting]]:
     launch = settings.launch
     if launch is not None and launch.foreign:
         yield (
-            f"{launch.trainer} is a trainer of its own: its settings are read as OpenRLHF's, and "
-            "what its code changes is not seen.",
+            f"{launch.trainer} is a trainer of its own. Its settings are read as OpenRLHF's. What "
+            "its code changes is not seen.",
             Setting("", None, launch.words[launch.main].line),
         )
 

@@ -98,8 +98,8 @@ def verls_order(plan: Plan, settings: Settings) -> Said:
     if any(term.reward_norm == "group" for term in plan.spec.terms):
         yield (
             None,
-            f"kl_type {plan.spec}: reward_norm=group is verl's own order, and OpenRLHF has none "
-            "like it: its KL joins the advantages after group normalisation. Leave the option out",
+            f"kl_type {plan.spec}: reward_norm=group is verl's own order. On OpenRLHF a KL joins "
+            "the advantages after group normalisation. Leave the option out",
         )
 
 
@@ -148,10 +148,10 @@ def length_tilts(plan: Plan, settings: Settings) -> Said:
     if dividing and (estimator := settings.get(ESTIMATOR)) not in GROUP_ESTIMATORS:
         yield (
             ESTIMATOR,
-            f"kl_type {plan.spec} with {settings.named(ESTIMATOR)} {estimator} and a policy loss "
-            f"that divides by the answer's length ({dividing}) would tilt the optimum to long "
-            "answers: whole answers are compared with the others of their group under "
-            f"{', '.join(GROUP_ESTIMATORS)} alone. Leave that out, or use one of these, or "
+            f"kl_type {plan.spec} with {settings.named(ESTIMATOR)} {estimator}: the policy loss "
+            f"divides by the answer's length ({dividing}). That would tilt the optimum to long "
+            "answers. Whole answers are compared with the others of their group under "
+            f"{', '.join(GROUP_ESTIMATORS)} alone. Leave the division out, or use one of these, or "
             "k2_as_loss",
         )
 
@@ -222,9 +222,9 @@ def stored_answers_in_a_ring(plan: Plan, settings: Settings) -> Said:
         yield (
             RECOMPUTES,
             f"{settings.named(SOURCE)} is {plan.source}, with {settings.named(RING)} {size} and "
-            f"{settings.named(RECOMPUTES)}: the backward computes the layers of the policy's own "
-            "answers again, and ring attention has the lengths of the stored ones by then. Leave "
-            "one out",
+            f"{settings.named(RECOMPUTES)}. The backward computes the layers of the policy's own "
+            "answers again. Ring attention has the lengths of the stored ones by then. Leave one "
+            "out",
         )
 
 

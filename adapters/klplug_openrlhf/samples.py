@@ -154,7 +154,7 @@ def _of_actions(name: str, tensor: Tensor, experience: Any) -> Tensor:
     if tensor.shape[1] < length:  # all answers of a micro-batch are as wide as the longest
         raise ValueError(
             f"{name!r} has {tensor.shape[1]} numbers where there are {length} tokens of prompt and "
-            "answer: one for each of the observation_tokens is needed"
+            "answer. It needs one for each of the observation_tokens"
         )
     return tensor[:, length - actions : length]
 

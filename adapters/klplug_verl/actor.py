@@ -74,7 +74,7 @@ def term_of(
     if BASELINE not in tensors and any(term.baseline != "none" for term in spec.terms):
         raise RuntimeError(
             f"kl_type {spec}: the micro-batch has no {BASELINE}, which the trainer computes from "
-            "the whole batch: did another advantage stage than verl's own run?"
+            "the whole batch. Did another advantage stage than verl's own run?"
         )
     return kl_term(
         spec,

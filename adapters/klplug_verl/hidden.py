@@ -232,7 +232,7 @@ class Micro:
         term, data = self.shared.term, self.data
         if STATES not in data:
             raise RuntimeError(
-                f"kl_type {term}: this batch has no {hosting.kind(term)} of the reference: klplug "
+                f"kl_type {term}: this batch has no {hosting.kind(term)} of the reference. klplug "
                 "was not active in the process that made its log-probs"
             )
         places = Places.of(data)
@@ -261,8 +261,8 @@ class Micro:
             return own
         if self.shared.matrix is None:
             raise RuntimeError(
-                f"kl_type {self.shared.term}: the policy is trained in a process in which the "
-                "reference has made no forward, so its output matrix is not there"
+                f"kl_type {self.shared.term}: the reference made no forward in this process, where "
+                "the policy is trained. So its output matrix is not there"
             )
         return self.shared.matrix.to(device)
 

@@ -88,7 +88,7 @@ def lora_reference(plan: Plan | None, settings: Settings) -> Said:
         if (path := settings.get(key)) is not None:
             yield (
                 key,
-                f"{key}={path}: verl's reference is the base model without this adapter, so the KL "
+                f"{key}={path}: verl's reference is the base model without this adapter. So the KL "
                 "is not 0 at the first step, and pulls out again what the adapter learned. Merge "
                 "it into the model to hold the policy to it",
             )
@@ -104,9 +104,9 @@ def reference_dtype(plan: Plan | None, settings: Settings) -> Said:
     if policy != reference:
         yield (
             key,
-            f"The policy computes in {policy} and the reference in {reference}: their log-probs "
-            "differ where the weights are the same, so the KL is not 0 at the first step and never "
-            "falls below that. Set the same mixed_precision.param_dtype for both",
+            f"The policy computes in {policy} and the reference in {reference}. Their log-probs "
+            "differ where the weights are the same. So the KL is not 0 at the first step, and "
+            "never falls below that. Set the same mixed_precision.param_dtype for both",
         )
 
 

@@ -424,8 +424,8 @@ def _notes(settings: Settings, other: Trainer | None) -> Iterable[tuple[str, Set
         )
     if launch is not None and launch.foreign:
         yield (
-            f"{launch.trainer} is a trainer of its own: its settings are read as verl's, and what "
-            "its code changes is not seen.",
+            f"{launch.trainer} is a trainer of its own. Its settings are read as verl's. What its "
+            "code changes is not seen.",
             Setting("", None, launch.words[launch.main].line),
         )
     if launch is not None and other is not None and other.note:
@@ -504,8 +504,8 @@ def _no_effect(settings: Settings, terms: list[Term]) -> Iterable[tuple[Setting,
         if not term.as_loss and str(term.kind.value).endswith("+"):
             yield (
                 term.kind,
-                "'+' changes the gradient of a loss; a value in the reward has none of its own, "
-                "so this is the estimator without '+'",
+                "'+' changes the gradient of a loss. A value in the reward has none of its own, so "
+                "this is the estimator without '+'",
             )
 
 

@@ -137,6 +137,6 @@ def found_in(spec: KLSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if missing is not None:
         raise RuntimeError(
             f"kl_type {spec}: the micro-batch has no {missing.key}, which the trainer makes of the "
-            "whole batch: did another advantage stage than verl's own run?"
+            "whole batch. Did another advantage stage than verl's own run?"
         )
     return {own.written: tensors[own.key] for own in weights}

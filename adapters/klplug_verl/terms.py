@@ -223,8 +223,8 @@ def _names(table: Table) -> tuple[str, ...]:
 def _why_no_estimator(name: str, table: Table) -> str:
     if name.endswith("+") and name[:-1] in _names(table) and not before(table.like, (0, 6)):
         return (
-            f"verl {table.version} documents the suffix '+' and does not take it off: "
-            "kl_penalty raises NotImplementedError at the first step (0.8.0 mended it)"
+            f"verl {table.version} documents the suffix '+' and does not take it off. kl_penalty "
+            "raises NotImplementedError at the first step (0.8.0 mended it)"
         )
     if name == "full":
         return "verl's kl_penalty raises NotImplementedError for 'full' at the first step"

@@ -198,7 +198,7 @@ def apply_kl_penalty(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     if run is None:
         raise RuntimeError(
             f"kl_type {kl_type!r} was asked of verl's apply_kl_penalty outside of a trainer that "
-            "klplug serves, so it can't join it to the advantages"
+            "klplug serves. There klplug can't join it to the advantages"
         )
     data, beta = given["data"], run.controller.value
     tensors, groups = _tensors(run, data), data.non_tensor_batch["uid"]
@@ -469,7 +469,7 @@ def update_actor_in_fit(original: Call, trainer: Any, args: Args, kwargs: Kwargs
 def _coefficient_for_workers(run: Run, trainer: Any) -> float:
     if not run.joined and run.plan.spec.measures:
         raise RuntimeError(
-            f"kl_type {run.plan.spec} is set, but no KL was measured before this update: does "
+            f"kl_type {run.plan.spec} is set, but no KL was measured before this update. Does "
             f"{type(trainer).__name__} have an advantage stage of its own?"
         )
     return run.controller.value

@@ -182,8 +182,8 @@ def _another_trainer(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
 def _package_beside(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     if run.beside:
         yield (
-            f"{run.beside} is the package that this script starts, {run.version}: its settings are "
-            "read, and its KL's code is compared with the releases'.",
+            f"{run.beside} is the package that this script starts, {run.version}. Its settings are "
+            "read. Its KL's code is compared with the releases'.",
             Setting("", None, run.line),
         )
 
@@ -214,11 +214,11 @@ def _config_not_read(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
 def _k1_as_loss(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for term in _losses(run, "k1"):
         message = (
-            "k1 as a loss does not hold the policy near the reference: the reference drops out of "
+            "k1 as a loss does not hold the policy near the reference. The reference drops out of "
             "its gradient, which averages to zero"
         )
         if _off_policy(run) and not run.corrected(term):
-            message += ", and on reused samples pushes away from the policy that made them"
+            message += ". On reused samples it pushes away from the policy that made them"
         yield message + ".", term.kind
 
 
@@ -233,8 +233,8 @@ def _k3_in_reward(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
             return
     for term in _rewards(run, "k3"):
         yield (
-            "k3 in the reward has the gradient of the reverse KL minus that of the forward KL: "
-            "near the reference the two cancel, and answers below it are pushed further down.",
+            "k3 in the reward has the gradient of the reverse KL minus that of the forward KL. "
+            "Near the reference the two cancel. Answers below it are pushed further down.",
             term.kind,
         )
 
@@ -243,8 +243,8 @@ def _k3_in_reward(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
 def _k2_in_reward(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for term in _rewards(run, "k2"):
         yield (
-            "k2 in the reward penalises answers for being far from the reference on either side, "
-            "so those it made too rare become rarer still.",
+            "k2 in the reward penalises answers for being far from the reference on either side. "
+            "So those it made too rare become rarer still.",
             term.kind,
         )
 
@@ -254,7 +254,7 @@ def _abs_in_reward(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for term in _rewards(run, "abs"):
         yield (
             "abs in the reward penalises answers that are too rare as much as those that are too "
-            "frequent, so the rare ones become rarer still.",
+            "frequent. So the rare ones become rarer still.",
             term.kind,
         )
 
@@ -265,8 +265,8 @@ def _forward_kl(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
         return  # two terms: their sum has its own finding
     for term in _losses(run, "k3"):
         yield (
-            "k3 as a loss follows the forward KL, KL(ref||pi), not KL(pi||ref): alike near the "
-            "reference, but its pull fades to a constant on tokens above it and explodes on "
+            "k3 as a loss follows the forward KL, KL(ref||pi), not KL(pi||ref). Near the reference "
+            "the two are alike. The pull fades to a constant on tokens above it, and explodes on "
             "tokens below it.",
             term.kind,
         )
@@ -276,8 +276,8 @@ def _forward_kl(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
 def _abs_as_loss(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for term in _losses(run, "abs"):
         yield (
-            "abs as a loss follows twice the total variation: the same pull on every token, "
-            "however near the reference it is.",
+            "abs as a loss follows twice the total variation. Its pull is the same on every token, "
+            "however near the reference.",
             term.kind,
         )
 
@@ -287,8 +287,8 @@ def _own_token(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for term, v in zip(run.active, verdicts, strict=True):
         if v.scope == "token" and v.gradient == REVERSE and term.as_loss:
             yield (
-                "A KL as a loss counts each token's own KL and not what a token does to the KL of "
-                "later ones, so on long answers its optimum is a myopic policy.",
+                "A KL as a loss counts each token's own KL. It leaves out what a token does to the "
+                "KL of later ones. So on long answers its optimum is a myopic policy.",
                 term.kind,
             )
 
@@ -303,7 +303,7 @@ def _own_token(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
 def _passk(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     if run.advantage.best_only and any(True for _ in _rewards(run)):
         yield (
-            "With grpo_passk only the best answer of a group has an advantage, so a KL in the "
+            "With grpo_passk only the best answer of a group has an advantage. So a KL in the "
             "reward reaches none of the others.",
             run.advantage.setting,
         )
@@ -426,15 +426,15 @@ def _off_policy_uncorrected(run: Run, verdicts: Sequence[Verdict]) -> Iterator[H
     for term in _losses(run):
         if not run.corrected(term):
             yield (
-                f"Each rollout is used for {run.updates:g} updates; the policy loss is corrected "
+                f"Each rollout is used for {run.updates:g} updates. The policy loss is corrected "
                 "for that by its ratio, the KL loss is not.",
                 _written_or_first(run),
             )
     if run.ratio == "none":
         for _ in _rewards(run):
             yield (
-                f"Each rollout is used for {run.updates:g} updates, and this policy loss has no "
-                "ratio to correct the reward and the KL in it by.",
+                f"Each rollout is used for {run.updates:g} updates. This policy loss has no ratio "
+                "to correct the reward and the KL in it by.",
                 run.policy_loss,
             )
 
@@ -455,8 +455,8 @@ def _written_or_first(run: Run) -> Setting | None:
 def _gspo_ratio(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     if run.ratio == "gspo" and _off_policy(run) and any(True for _ in _rewards(run)):
         yield (
-            "GSPO's ratio, a geometric mean over the answer, is an importance weight for nothing, "
-            "so on reused samples the KL in the reward is not corrected.",
+            "GSPO's ratio, a geometric mean over the answer, is an importance weight for nothing. "
+            "So on reused samples the KL in the reward is not corrected.",
             run.policy_loss,
         )
 
@@ -475,7 +475,7 @@ def _rollout_mismatch(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
         if not run.rollout_corrected(term):
             yield (
                 "The weight for the rollout engine's mismatch multiplies the policy loss and not "
-                "the KL loss, so the two are taken under different policies.",
+                "the KL loss. So the two are taken under different policies.",
                 run.correction,
             )
 
@@ -532,9 +532,9 @@ def _dead_zone(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
         if v.dead_zone and v.gradient not in ("zero", NEITHER):
             (_, low), (high, _) = v.dead_zone
             yield (
-                f"The host clamps the KL's value at 10, so its gradient is exactly zero for tokens "
-                f"with log(pi/ref) below {low:.2f} or above {high:.2f}: those that drifted "
-                "furthest.",
+                "The host clamps the KL's value at 10. So its gradient is exactly zero for tokens "
+                f"with log(pi/ref) below {low:.2f} or above {high:.2f}. Those are the tokens that "
+                "drifted furthest.",
                 term.kind,
             )
 
@@ -555,8 +555,8 @@ def _before_group_norm(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for term in _rewards(run):
         if not term.joins_after:
             yield (
-                "The KL is subtracted before group normalisation and divided by the group's "
-                "standard deviation with the reward; where all rewards of a group tie, beta "
+                "The KL is subtracted before group normalisation, and divided by the group's "
+                "standard deviation with the reward. Where all rewards of a group tie, beta "
                 "cancels and the advantage is KL noise.",
                 term.where,
             )
@@ -574,8 +574,8 @@ def _after_group_norm(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for term, v in zip(run.active, verdicts, strict=True):
         if isinstance(v.beta_relative, str) and "sigma" in v.beta_relative.split():
             yield (
-                f"Rewards are divided by their group's standard deviation sigma and the KL is not: "
-                f"against the raw reward, beta is {v.beta_relative}, another for each prompt.",
+                "Rewards are divided by their group's standard deviation sigma, and the KL is "
+                f"not. Against the raw reward, beta is {v.beta_relative}, another for each prompt.",
                 term.amount,
             )
 
@@ -609,14 +609,14 @@ def _whitened(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for term in run.active:
         if term.as_loss:
             yield (
-                "Advantages are divided by the batch's standard deviation and the KL loss is not: "
-                "against the raw reward, beta is times that standard deviation.",
+                "Advantages are divided by the batch's standard deviation, and the KL loss is not. "
+                "Against the raw reward, beta is times that standard deviation.",
                 run.advantage.setting,
             )
         elif not term.joins_after:
             yield (
                 "The KL in the reward is divided by the batch's standard deviation together with "
-                "it: beta against the reward stays, its absolute force changes with every batch.",
+                "it. Against the reward beta stays. Its absolute force changes with every batch.",
                 run.advantage.setting,
             )
 
@@ -625,8 +625,8 @@ def _whitened(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
 def _group_of_one(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     if run.advantage.groups and run.advantage.takes_one and run.n == 1:
         yield (
-            "Each prompt has one answer, so this estimator has no group to compare it with: no "
-            "baseline, no normalisation, and reward and KL enter as they are.",
+            "Each prompt has one answer, so this estimator has no group to compare it with. There "
+            "is no baseline and no normalisation. Reward and KL enter as they are.",
             run.n_setting,
         )
 
@@ -643,7 +643,7 @@ def _normaliser(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
         return
     for _ in _losses(run):
         yield (
-            "The policy loss is a mean over answers and the KL loss a mean over tokens, so long "
+            "The policy loss is a mean over answers, and the KL loss one over tokens. So long "
             "answers carry more KL than reward.",
             run.loss_agg if run.loss_agg.written else run.policy_loss,
         )
@@ -662,7 +662,7 @@ def _length_normalised(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
         if divided and v.gradient in (REVERSE, "forward"):
             yield (
                 "Each answer is divided by its length, so a token's KL counts less in a long "
-                "answer: the gradient is near that KL's, and exactly that of no KL.",
+                "answer. The gradient is near that KL's, and exactly that of no KL.",
                 run.loss_agg if run.loss_agg.written else run.policy_loss,
             )
 
@@ -672,8 +672,8 @@ def _length_bonus(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     if run.kl_by_answer:
         for _ in _losses(run, "k1"):
             yield (
-                "k1 as a loss, divided by each answer's length, has the gradient of E[1/length]: "
-                "a bonus for long answers, and no KL.",
+                "k1 as a loss, divided by each answer's length, has the gradient of E[1/length]. "
+                "That is a bonus for long answers, and no KL.",
                 run.loss_agg,
             )
 
@@ -690,8 +690,8 @@ def _length_tilt(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for term in _rewards(run):
         if term.without_baseline and run.policy_by_answer:
             yield (
-                "The KL joins the advantages after the group's baseline and is then divided by the "
-                "answer's length: an answer pays less for its KL the longer it is.",
+                "The KL joins the advantages after the group's baseline, and is then divided by "
+                "the answer's length. An answer pays less for its KL the longer it is.",
                 run.loss_agg if run.loss_agg.written else run.policy_loss,
             )
 
@@ -708,8 +708,8 @@ def _discounted(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
         return
     for _ in _rewards(run):
         yield (
-            f"gamma is {run.advantage.discount:g}: a token answers for the KL of later tokens "
-            "with a discount, so the gradient is that of no KL of whole answers.",
+            f"gamma is {run.advantage.discount:g}: a token answers for the KL of later tokens with "
+            "a discount. So the gradient is that of no KL of whole answers.",
             run.advantage.discount_setting,
         )
 

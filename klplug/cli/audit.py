@@ -412,8 +412,9 @@ def show(report: Report, out: Console, name: str) -> None:
 
 
 _LEGEND = (
-    "pi is the policy in training, ref the reference it starts from, old the policy that made the "
-    "samples; sigma is the standard deviation of the rewards in a group. Log-ratios are in nats."
+    "pi is the policy in training, ref the reference it starts from. old is the policy that made "
+    "the samples. sigma is the standard deviation of the rewards in a group. Log-ratios are in "
+    "nats."
 )
 
 

@@ -205,7 +205,7 @@ def _lacking(host: str, report: HostReport) -> list[str]:
     missing = {probe.lacks: probe.error for probe in report.probes.values() if probe.lacks}
     title = hosts()[host].title
     return [
-        f"{title} can't import {name} here ({error}): it does not start without, and where klplug "
+        f"{title} can't import {name} here ({error}): it does not start without. Where klplug "
         "joins it could not be looked at"
         for name, error in missing.items()
     ]

@@ -264,7 +264,7 @@ def _write(file: Path, models: Sequence[Model], shares: Sequence[float], to: Bin
         mean = _mean([model.entries[name] for model in models], shares)
         if not mean.isfinite().all():
             raise NoSoup(
-                f"{name} has numbers that are not finite in the mean: a model has such, or larger "
+                f"{name} has numbers that are not finite in the mean. A model has such, or larger "
                 f"ones than {DTYPES[own.dtype]} has, the dtype of {models[0].folder}"
             )
         import torch

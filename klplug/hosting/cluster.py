@@ -68,8 +68,8 @@ def check_nodes(host: str, adapter: str, hint: str = "") -> None:
             wrong.append(f"on {name}: klplug {found}")
     if wrong:
         raise SettingsError(
-            f"klplug {klplug.__version__} does not run on every node of this Ray cluster, and must "
-            f"not go on with {host}'s own KL there: {'; '.join(wrong)}. Install it in the "
+            f"klplug {klplug.__version__} does not run on every node of this Ray cluster: "
+            f"{'; '.join(wrong)}. No node may go on with {host}'s own KL. Install klplug in the "
             "environment of each node's `ray start`, or send it along with the job "
             f"(docs/cluster.md){hint}"
         )

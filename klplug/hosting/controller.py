@@ -108,7 +108,7 @@ def _compare(name: str, model: Reference | None, saved: dict[str, Any] | None) -
     if model is not None and saved and model.is_another_than(saved):
         _warn(
             f"resuming with the {name} {_named(model.kept)} a run that was trained with "
-            f"{_named(saved)}: the KL is to another model from here on"
+            f"{_named(saved)}. The KL is to another model from here on"
         )
 
 

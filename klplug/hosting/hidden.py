@@ -56,8 +56,8 @@ def output_layer(model: Any) -> nn.Module:
         )
     if any(hasattr(layer, name) for name in ("base_layer", "modules_to_save")):
         raise RuntimeError(
-            f"the output layer of {type(model).__name__} has an adapter, and a KL over the "
-            "vocabulary needs a matrix that alone makes the logits. Leave it out of the adapter's "
+            f"the output layer of {type(model).__name__} has an adapter. A KL over the vocabulary "
+            "needs a matrix that alone makes the logits. Leave that layer out of the adapter's "
             "modules"
         )
     return layer  # type: ignore[no-any-return]
@@ -69,8 +69,8 @@ def below(model: Any) -> nn.Module:
     if layers is None or any(part is layer for part in layers.modules()):
         raise RuntimeError(
             f"{type(model).__name__} does not show the layers below its output layer "
-            "(get_decoder), where a KL over the vocabulary has its hidden states if a kernel makes "
-            "the log-probs"
+            "(get_decoder). If a kernel makes the log-probs, a KL over the vocabulary has its "
+            "hidden states there"
         )
     return layers  # type: ignore[no-any-return]
 
@@ -206,7 +206,7 @@ def bytes_per_token(term: TermSpec, path: str, trust_remote_code: bool, width: i
 def foretold(term: TermSpec, each: int, answers: int, length: int) -> str:
     """What the reference sends will take, said before training; ``each`` is bytes per token."""
     return (
-        f"klplug: vocab={term.vocab} keeps the reference's {kind(term)} of a step in memory: "
-        f"{each} bytes a token, for {answers} answers of at most {length} tokens "
+        f"klplug: vocab={term.vocab} keeps the reference's {kind(term)} of a step in memory, "
+        f"{each} bytes a token. For {answers} answers of at most {length} tokens that is "
         f"{gigabytes(each * answers * length)} at most"
     )

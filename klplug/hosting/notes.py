@@ -13,7 +13,7 @@ from klplug.spec import TermSpec
 
 STALE = (
     "Asynchronous rollouts come from a policy some updates old, and nothing weighs the KL for "
-    "that: the ratio to old starts when the update does"
+    "that. The ratio to old starts when the update does"
 )
 
 
@@ -45,12 +45,12 @@ def truncated(plan: Asked, how: str, bypass: str = "") -> Iterator[str]:
         if own := _cut(term.reference, how, bypass):
             yield (
                 f"kl_type {term} with {own}: the sampler's log-probs are then of another "
-                "distribution than the policy's, so this KL pulls where the two policies are one"
+                "distribution than the policy's. So this KL pulls where the two policies are one"
             )
         elif (own := _cut(_ratio(term), how, bypass)) and term.level in ("prefix", "sequence"):
             yield (
                 f"kl_type {term} with {own}: the sampler's log-probs are then of another "
-                "distribution than the policy's, and a product of ratios to it fades with the "
+                "distribution than the policy's. A product of ratios to it fades with the "
                 "answer's length"
             )
 
@@ -86,15 +86,16 @@ def truncated_sampler(plan: Asked | None, found: Cut, bypass: str = "") -> Said:
             yield (
                 key,
                 f"ratio={_ratio(term)} with {own}: the sampler's log-probs are then of another "
-                "distribution than the policy's, so the weights are not 1 on its own samples "
+                "distribution than the policy's. So the weights are not 1 on its own samples "
                 "(klplug/weight_mean)",
             )
     if bypass and plan.needs_reference:
         yield (
             key,
-            f"{bypass} with {how}: a KL in the reward, klplug/kl_before_update and what drives a "
-            "controller are then of the sampler's log-probs. Where it keeps the share S of the "
-            "probability, that is k1 - log S",
+            f"{bypass} with {how}: the policy's log-probs at the start of a step are then the "
+            "sampler's. A KL in the reward, klplug/kl_before_update and what drives a controller "
+            "are taken from these. Where the sampler keeps the share S of the probability, that "
+            "is k1 - log S",
         )
 
 
@@ -110,8 +111,8 @@ def divided_by_length(plan: Asked | None, setting: str, dividing: str) -> Said:
     if any(term.horizon != "token" for term in plan.as_loss.terms):
         yield (
             setting,
-            f"{dividing} divides by the answer's length, and the gradient of whole answers is "
-            "exact for sums over tokens only: it is tilted to long answers",
+            f"{dividing} divides by the answer's length. The gradient of whole answers is exact "
+            "for sums over tokens only. Here it is tilted to long answers",
         )
 
 
@@ -141,8 +142,8 @@ def whitened(plan: Asked | None, settings: Settings, setting: str, whitens: Sequ
     if plan is not None and plan.in_reward.terms and estimator in whitens:
         yield (
             setting,
-            f"{estimator} whitens advantages after the KL has joined them, so its "
-            "strength is kl_coef over their standard deviation in each batch",
+            f"{estimator} whitens advantages after the KL has joined them. So its strength is "
+            "kl_coef over their standard deviation in each batch",
         )
 
 
@@ -187,7 +188,7 @@ def short_horizon(plan: Asked, answers: int) -> Iterator[str]:
     if isinstance(controller, AdaptiveKL) and controller.horizon < answers:
         yield (
             f"kl_horizon is counted in answers, and {controller.horizon:g} is less than the "
-            f"{answers} of a step: kl_coef can change by a factor of "
+            f"{answers} of a step. kl_coef can change by a factor of "
             f"e^{0.2 * answers / controller.horizon:.3g} in one"
         )
 
@@ -196,6 +197,6 @@ def negative_horizon(horizon: float, answers: int) -> str:
     """Of the hosts' own, ``1 + error * n / horizon``."""
     return (
         f"The horizon is counted in answers, and {horizon:g} is less than a fifth of the {answers} "
-        "of a step: the controller multiplies by 1 - 0.2 n / horizon, so its coefficient turns "
+        "of a step. The controller multiplies by 1 - 0.2 n / horizon, so its coefficient turns "
         "negative"
     )

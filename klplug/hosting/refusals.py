@@ -60,8 +60,9 @@ def baseline_of_nothing(plan: Asked, settings: Settings) -> Said:
     if reference is not None:
         yield (
             None,
-            f"kl_type {plan.spec}: baseline with reference={reference} is refused: it is measured "
-            "at the start of a step, of a KL to ref or to a teacher alone. Leave it out",
+            f"kl_type {plan.spec}: baseline with reference={reference} is refused: a baseline is "
+            "of a KL to ref or to a teacher alone. It is measured at the start of a step. Leave "
+            "it out",
         )
 
 
@@ -160,9 +161,9 @@ def teacher_alone(plan: Asked, settings: Settings) -> Said:
         key = "klplug.teacher"
         yield (
             key,
-            f"kl_type {plan.spec} has no KL to the reference model beside that to the teacher: "
-            f"name the teacher as {settings.named('klplug.ref_model')} and leave reference=teacher "
-            "out, which is the same KL with one model less",
+            f"kl_type {plan.spec} has no KL to the reference model beside that to the teacher. "
+            f"Name the teacher as {settings.named('klplug.ref_model')} and leave reference=teacher "
+            "out: that is the same KL with one model less",
         )
 
 

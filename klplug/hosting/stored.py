@@ -182,8 +182,8 @@ def check(
     own = Reader.of("the policy", policy, tokenizer or policy, trust_remote_code)
     if tokenizer_digest(own.ids) != stored.tokenizer:
         raise SettingsError(
-            f"klplug.source {path} has the token ids of another tokenizer than the policy {policy}:"
-            " draw the answers with a model that has the policy's tokenizer"
+            f"klplug.source {path} has the token ids of another tokenizer than the policy "
+            f"{policy}. Draw the answers with a model that has the policy's tokenizer"
         )
     for number, answer in enumerate(stored.answers, 1):
         if (largest := max(*answer.prompt, *answer.answer)) >= own.size:

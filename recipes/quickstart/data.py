@@ -91,8 +91,8 @@ def _hub_rows(split: str) -> list[Row]:
         rows = load_dataset("openai/gsm8k", "main", split=split)
     except Exception as error:  # the hub's clients raise of many kinds
         raise FileNotFoundError(
-            "openai/gsm8k cannot be had from the hub: give a local copy with GSM8K=path "
-            f"(a folder with train.jsonl and test.jsonl, or one .jsonl file). {error}"
+            "openai/gsm8k cannot be had from the hub. Give a local copy with GSM8K=path (a folder "
+            f"with train.jsonl and test.jsonl, or one .jsonl file). {error}"
         ) from error
     places = (f"openai/gsm8k {split}, row {i}" for i in range(len(rows)))
     return _checked(zip(places, rows, strict=True), "openai/gsm8k")

@@ -237,7 +237,7 @@ def test_a_spec_is_frozen_and_parses_to_itself() -> None:
         ("chi2_as_loss,horizon=answer,weight=root,bound=9", ["bound=9 with weight=root"]),
         ("k1_in_reward,reference=posterior", ["'k2_as_loss,reference=posterior'"]),
         ("k2_as_loss,reference=posterior,horizon=sequence", ["horizon=sequence", "whole answers"]),
-        ("k3_as_loss,reference=posterior", ["refused for k3", "forward, which has KL(p||pi)"]),
+        ("k3_as_loss,reference=posterior", ["refused for k3", "forward KL(p||pi)"]),
         ("js_as_loss,reference=posterior,baseline=group", ["baseline=group", "in the Z of the"]),
         ("js_as_loss,reference=posterior+k2_as_loss", ["stands alone", "other terms out"]),
         ("js_as_loss,reference=posterior,head=combined", ["head=combined with horizon=answer"]),

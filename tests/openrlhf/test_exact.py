@@ -330,9 +330,9 @@ def test_what_hidden_states_take_is_said_before_they_are_made(
     # 32 dimensions of two bytes, for 32 answers of 1000 tokens.
     exact, top = (exact_term(parse(f"k2_as_loss,vocab={v}")) for v in ("exact", "topk:3"))
     said = foretell(exact, args)
-    assert "64 bytes a token, for 32 answers of at most 1000 tokens 0.00205 GB" in said
+    assert "64 bytes a token. For 32 answers of at most 1000 tokens that is 0.00205 GB" in said
     said = foretell(top, args)  # a number and a log-prob of each
-    assert "the reference's top 3 tokens of a step in memory: 24 bytes a token" in said
+    assert "the reference's top 3 tokens of a step in memory, 24 bytes a token" in said
     hidden.check_memory(exact, samples(), args)
     monkeypatch.setattr(memory, "available", lambda: 1000)
     tokens = sum(int(sample.action_mask.sum()) for sample in samples())

@@ -360,7 +360,7 @@ MISTAKES: list[tuple[tuple[str, ...], list[str]]] = [
             (*KL[:1], "js_as_loss", *KL[2:], "--klplug.source", "own.jsonl",
              "--ds.ring_attn_size", "2", "--actor.gradient_checkpointing_enable"),
             ["--klplug.source is own.jsonl, with --ds.ring_attn_size 2 and",
-             "--actor.gradient_checkpointing_enable: the backward", "Leave one out"],
+             "--actor.gradient_checkpointing_enable. The backward", "Leave one out"],
         ),
         (
             (*KL[:1], "k2_as_loss+k2_as_loss,reference=teacher", *KL[2:]),
@@ -372,7 +372,7 @@ MISTAKES: list[tuple[tuple[str, ...], list[str]]] = [
         ),
         (
             (*KL[:1], "k2_as_loss,reference=teacher", *KL[2:], "--klplug.teacher", "hub/teacher"),
-            ["no KL to the reference model beside", "name the teacher as --klplug.ref_model"],
+            ["no KL to the reference model beside", "Name the teacher as --klplug.ref_model"],
         ),
         (
             ("--klplug.kl_type", "monitor", "--klplug.teacher", "hub/teacher"),

@@ -52,7 +52,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--kl-type", "k3"], "k3_as_loss"),
         (["--kl-type", "k2_as_loss,cap=-1"], "cap"),
         (["--kl-type", "stock:k4"], "stock:k1, stock:k2, stock:k3"),
-        (["--kl-type", "k1_in_reward,reward_norm=group"], "OpenRLHF has none like it"),
+        (["--kl-type", "k1_in_reward,reward_norm=group"], "verl's own order"),
         (["--kl-type", "k2_as_loss,reference=teacher"], "needs --klplug.teacher"),
         (["--kl-coef=-0.1"], "KL_COEF=-0.1"),
         (["--kl-coef", "0"], "KL_COEF=0: a finite number above 0"),

@@ -107,7 +107,7 @@ def test_tier_1_is_what_the_hypotheses_say() -> None:
     [
         (("k2_as_loss", "k2_as_los"), "k2_as_los"),
         (("k2_as_loss", "stock:k4"), "stock:k1, stock:k2, stock:k3"),
-        (("k2_as_loss", "'k1_in_reward,reward_norm=group'"), "OpenRLHF has none like it"),
+        (("k2_as_loss", "'k1_in_reward,reward_norm=group'"), "verl's own order"),
         (("steps", "stepps"), "unknown key stepps. Did you mean steps?"),
         (("updates", "update"), "block 1: unknown key update. Did you mean updates?"),
         (("updates: 4", "updates: 3"), "UPDATES=3"),

@@ -72,7 +72,7 @@ def test_a_formulation_that_the_host_has_not_is_told_before_the_first_run(
     text = (GRIDS / "gpu-gsm8k.yaml").read_text()
     path.write_text(text.replace("k2_as_loss,horizon=sequence", "k1_in_reward,reward_norm=group"))
     assert main([str(path), "--dry-run"]) == 2
-    assert "OpenRLHF has none like it" in capsys.readouterr().err
+    assert "verl's own order" in capsys.readouterr().err
 
 
 def test_the_launcher_reads_a_runs_recipe_as_it_is_meant(tmp_path: Path) -> None:

@@ -346,7 +346,7 @@ def test_what_hidden_states_take_is_said_before_they_are_made(
 ) -> None:
     THROUGH[TRAINERS[0]](run)
     # 128 dimensions of four bytes; the configuration has 4 prompts, 2 answers to each.
-    said = "512 bytes a token, for 8 answers of at most 512 tokens 0.0021 GB at most"
+    said = "512 bytes a token. For 8 answers of at most 512 tokens that is 0.0021 GB at most"
     assert said in capsys.readouterr().out
     monkeypatch.setattr(memory, "available", lambda: 1000)
     tokens = sum(ANSWERS)

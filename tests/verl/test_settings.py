@@ -504,7 +504,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     ),
     (
         own("k2_as_loss,reference=teacher", "+klplug.teacher=hub/teacher"),
-        ["no KL to the reference model beside", "name the teacher as klplug.ref_model"],
+        ["no KL to the reference model beside", "Name the teacher as klplug.ref_model"],
     ),
     (own(TAUGHT, "+klplug.teacher=7"), ["klplug.teacher=7 is not a string"]),
     (
