@@ -181,10 +181,10 @@ def length_tilts(plan: Plan, settings: Settings) -> Said:
         )
         yield (
             key,
-            f"kl_type {plan.spec} with a policy loss that divides by the answer's length would "
-            f"tilt the optimum to long answers, and with {key}={value} there is no "
-            f"group to take a baseline from. Use {'='.join(other)}, "
-            f"{'a group estimator' if alone else 'n > 1'}, or k2_as_loss",
+            f"kl_type {plan.spec}: the policy loss divides by the answer's length, which would "
+            f"tilt the optimum to long answers. With {key}={value} there is no group to take a "
+            f"baseline from. Use {'='.join(other)}, {'a group estimator' if alone else 'n > 1'}, "
+            "or k2_as_loss",
         )
 
 
@@ -304,8 +304,8 @@ def policy_loss_thrown_away(plan: Plan, settings: Settings) -> Said:
         yield (
             DISTILLS_BESIDE,
             f"kl_type {plan.spec} with {DISTILLS_BESIDE}=False: verl throws the policy loss away "
-            "there, and every KL in it or in its advantages too. Set it to True, or leave the "
-            "KL out",
+            "there. Every KL in it or in its advantages goes with it. Set it to True, or leave "
+            "the KL out",
         )
 
 
@@ -315,7 +315,7 @@ def resampled_rows(plan: Plan, settings: Settings) -> Said:
         yield (
             RESAMPLES,
             f"kl_type {plan.spec} with {RESAMPLES}=True: verl draws the answers of a step anew "
-            "with its advantages, and a KL of theirs would be of others. Leave it out",
+            "with its advantages. A KL of theirs would be of others. Leave it out",
         )
 
 
@@ -402,8 +402,8 @@ def hidden_states_out_of_reach(plan: Plan, settings: Settings) -> Said:
         yield (
             TRAINER_MODE,
             f"kl_type {plan.spec} with {TRAINER_MODE}=separate_async: vocab={plan.vocab} is "
-            "refused: the reference's worker is not the policy's there, and klplug needs both in "
-            "one. Use sync or colocate_async, or leave vocab out",
+            "refused: the reference's worker is not the policy's there. klplug needs both in one. "
+            "Use sync or colocate_async, or leave vocab out",
         )
 
 
