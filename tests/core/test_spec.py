@@ -319,7 +319,7 @@ def test_a_spec_is_frozen_and_parses_to_itself() -> None:
         ("0.5*none", ["'none' takes no options, got a coefficient"]),
         ("2*monitor", ["'monitor' takes no options, got a coefficient"]),
         ("k1_in_reward,reference=old", ["holds nothing back", "'k2_as_loss,reference=old'"]),
-        ("exact_as_loss,reference=old", ["reference=old with vocab=exact", "not of the vocab"]),
+        ("exact_as_loss,reference=old", ["reference=old with vocab=exact", "sampled tokens alone"]),
         ("k2_as_loss,vocab=topk:8,reference=teacher", ["reference=teacher with vocab=topk:8"]),
         ("k2_as_loss+", ["empty term"]),
     ],
