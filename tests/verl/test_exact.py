@@ -281,7 +281,7 @@ def not_connected(run: Run, fields: Any) -> None:
         (scaled, "of the reference from its hidden states .* nats from the engine's own"),
         (another_matrix, "of the reference from its hidden states .* nats from the engine's own"),
         (no_states, "has no hidden states of the reference"),
-        (no_matrix, "reference has made no forward"),
+        (no_matrix, "the reference made no forward"),
         (not_connected, "klplug gets no hidden states from"),
     ],
 )
