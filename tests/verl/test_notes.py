@@ -23,7 +23,7 @@ SAID = {
         (own(BY_THE_SAMPLER, TOP_K), "top_k=50"),
         (own(BY_THE_SAMPLER, RAW, f"{ROLLOUT}temperature=0.7"), "temperature=0.7"),
         (own("k2_as_loss,ratio=none", TOP_P, BYPASS), "that is k1 - log S"),
-        (own("k1_in_reward", TOP_K, BYPASS), f"{BYPASS} with {TOP_K}: a KL in the reward,"),
+        (own("k1_in_reward", TOP_K, BYPASS), f"{BYPASS} with {TOP_K}: the policy's log-probs"),
     ],
     "stale-samples": [
         (own("k2_as_loss", "trainer.v1.trainer_mode=separate_async"), "some updates old"),

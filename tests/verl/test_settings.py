@@ -403,7 +403,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     ),
     (own("k2_as_loss", *THROWN), ["use_task_rewards=False"]),
     *(
-        ([*asked, *THROWN], ["use_task_rewards=False", "every KL in it or in its advantages"])
+        ([*asked, *THROWN], ["use_task_rewards=False", "Every KL in it or in its advantages"])
         for asked in (own("k1_in_reward"), ["+klplug.kl_type=monitor"])
     ),
     (
