@@ -5,17 +5,50 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("math_verify", reason="the recipes extra is not installed")
 
 from recipes import launch
 from recipes.openrlhf import host
-from recipes.recipe import load, with_kl
+from recipes.recipe import Recipe, load, with_kl
 from recipes.shared import reward
+
+
+def prompts_of(recipe: Recipe, folder: Path, **own: Any) -> tuple[Any, int, Namespace]:
+    """OpenRLHF's own loader of a recipe's prompts, its count of updates, and its arguments."""
+    from openrlhf.trainer import ppo_trainer
+    from openrlhf.utils.deepspeed.deepspeed import DeepspeedStrategy
+
+    # OpenRLHF's own KL: klplug's launcher patches argparse for good.
+    recipe = with_kl(replace(recipe, **own), "stock:k2", None)
+    args = host.compose(host.command(recipe, folder, folder / "run"))
+    args.data.apply_chat_template = False  # there is no tokenizer here
+    strategy = SimpleNamespace(args=args, print=print, is_rank_0=lambda: False)
+    strategy.setup_dataloader = functools.partial(DeepspeedStrategy.setup_dataloader, strategy)
+    loader, _, steps = ppo_trainer.prepare_datasets(strategy, tokenizer=None)
+    return loader, steps, args
+
+
+def written(folder: Path, rows: int) -> None:
+    with (folder / "train.jsonl").open("w") as file:
+        for i in range(rows):
+            row = {"prompt": f"{i}+1?", "answer": str(i + 1), "datasource": "gsm8k"}
+            file.write(json.dumps(row) + "\n")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-math-7b-gsm8k", "qwen2.5-math-1.5b-gsm8k"])
@@ -23,23 +56,12 @@ def test_every_rank_and_update_has_its_share(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By its own loader and its own splitting of a rollout's micro-batches between ranks."""
-    import datasets
-    from openrlhf.trainer import ppo_trainer
     from openrlhf.trainer.ppo_utils.samples_generator import _collect_prompt_batch
     from openrlhf.trainer.ray import launcher
-    from openrlhf.utils.deepspeed.deepspeed import DeepspeedStrategy
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    rows = 2 * 128 + 49  # GSM8K's rest
-    row = json.dumps({"prompt": "1+1?", "answer": "2", "datasource": "gsm8k"}) + "\n"
-    (tmp_path / "train.jsonl").write_text(row * rows)
-    # OpenRLHF's own KL: klplug's launcher patches argparse for good.
-    recipe = launch.counted(host, with_kl(load(name), "stock:k2", None), tmp_path)
-    args = host.compose(host.command(recipe, tmp_path, tmp_path / "run"))
-    args.data.apply_chat_template = False  # there is no tokenizer here
-    strategy = SimpleNamespace(args=args, print=print, is_rank_0=lambda: False)
-    strategy.setup_dataloader = functools.partial(DeepspeedStrategy.setup_dataloader, strategy)
-    loader, _, steps = ppo_trainer.prepare_datasets(strategy, tokenizer=None)
+    written(tmp_path, 2 * 128 + 49)  # GSM8K's rest
+    recipe = launch.counted(host, load(name), tmp_path)
+    loader, steps, args = prompts_of(recipe, tmp_path)
 
     batches, iterator, exhausted = [], iter(loader), False
     while not exhausted:
@@ -58,6 +80,20 @@ def test_every_rank_and_update_has_its_share(
         launcher.RayActorGroup.async_run_method_batch(group, "append", experience=micro_batches)
     assert len(batches) == 2 and steps == recipe.steps == 3 * 2
     assert len(set(shares)) == 1 and len(shares) == 2 * recipe.gpus
+
+
+def test_the_seed_does_not_order_the_prompts(tmp_path: Path) -> None:
+    """As the README says: torch's own state does, which nothing sets in that process."""
+    written(tmp_path, 128)
+    recipe = launch.counted(host, load("qwen2.5-math-1.5b-gsm8k"), tmp_path)
+
+    def order(state: int, seed: int) -> list[str]:
+        torch.manual_seed(state)
+        loader, *_ = prompts_of(recipe, tmp_path, seed=seed)
+        return [prompt for _, (prompt,), *_ in loader]
+
+    with torch.random.fork_rng():
+        assert order(0, seed=1) == order(0, seed=2) != order(1, seed=1)
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,8 @@ def test_what_verl_does_not_know_is_refused(data: Path) -> None:
 
 def test_verl_trains_on_whole_rollouts_alone(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its own data set and loader: the questions are those that OpenRLHF takes."""
+    from omegaconf import OmegaConf
+    from verl.trainer.ppo.utils import create_rl_sampler
     from verl.trainer.ppo.v1 import trainer_base
     from verl.utils.dataset import rl_dataset
 
@@ -123,6 +125,12 @@ def test_verl_trains_on_whole_rollouts_alone(data: Path, monkeypatch: pytest.Mon
     trainer_base.PPOTrainer._init_dataloader(trainer)
     assert len(trainer.train_dataset) == recipe.questions == 128
     assert trainer.total_training_steps == recipe.steps == 3
+    # What the README says of orders: `seed` decides that of the questions, and an update's
+    # answers are not shuffled.
+    given = [OmegaConf.merge(config.data, {"seed": seed}) for seed in (1, 1, 2)]
+    orders = [list(create_rl_sampler(data, range(9))) for data in given]
+    assert orders[0] == orders[1] != orders[2] and config.data.seed == recipe.seed
+    assert not config.actor_rollout_ref.actor.shuffle
 
 
 def test_the_reward_is_found_by_verl(data: Path) -> None:
