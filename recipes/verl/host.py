@@ -17,6 +17,11 @@ PACKAGES = ("verl", "klplug_verl", "math_verify")
 TRAIN_FILE = "train.parquet"
 REWARD = "compute_score"
 MODULE = "verl.trainer.main_ppo"
+REWARD_MANAGER = {
+    "reward.reward_manager.source": "importlib",
+    "reward.reward_manager.name": "WholeRewardManager",
+    "reward.reward_manager.module.path": Path(__file__).resolve().with_name("reward_manager.py"),
+}
 
 
 def command(recipe: Recipe, data: Path, out: Path) -> list[str]:
@@ -40,6 +45,7 @@ def command(recipe: Recipe, data: Path, out: Path) -> list[str]:
         "data.seed": recipe.seed,
         "reward.custom_reward_function.path": recipe.reward or Path(reward.__file__).resolve(),
         "reward.custom_reward_function.name": REWARD,
+        **({} if recipe.reward else REWARD_MANAGER),
         "algorithm.adv_estimator": "grpo",
         "algorithm.norm_adv_by_std_in_grpo": True,
         f"{rollout}.name": "vllm",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import importlib.util
 import json
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from klplug.hosting import references, stored
 from recipes import launch
+from recipes.quickstart.settings import HERE
 from recipes.recipe import Recipe, load, names
 from recipes.shared.settings import SettingsError
 from recipes.verl import host
@@ -22,6 +24,7 @@ from tests.locks import unmet
 
 RECIPES = [recipe for recipe in map(load, names()) if "verl" in recipe.hosts]
 GSM8K = "qwen2.5-math-1.5b-gsm8k"
+POLICY = HERE / "policy"
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +146,46 @@ def test_the_reward_is_found_by_verl(data: Path) -> None:
     rows = json.loads('[["so \\\\boxed{4}", "4", 1.0], ["so \\\\boxed{5}", "4", 0.0]]')
     for response, answer, right in rows:
         assert score(data_source="gsm8k", solution_str=response, ground_truth=answer) == right
+
+
+def test_the_reward_is_given_the_text_that_openrlhf_gives_it(data: Path) -> None:
+    """An answer that went on after its end is judged up to it: by verl's own reward loop."""
+    import numpy
+    import torch
+    from transformers import AutoTokenizer
+    from verl import DataProto
+    from verl.trainer.ppo.reward import load_reward_manager
+
+    from recipes.shared.reward import reward_func
+
+    tokenizer = AutoTokenizer.from_pretrained(POLICY)
+    text = "#### 18<|im_end|>\n<|im_start|>user\n#### 7<|im_end|>"
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    (query,) = tokenizer.batch_decode(ids)  # as OpenRLHF decodes (openrlhf/utils/agent.py)
+    assert query == text
+    batch = DataProto.from_dict(
+        tensors={"responses": ids, "attention_mask": torch.ones_like(ids)},
+        non_tensors={
+            "data_source": numpy.array(["gsm8k"], dtype=object),
+            "reward_model": numpy.array([{"ground_truth": "18"}], dtype=object),
+            "extra_info": numpy.array([{}], dtype=object),
+        },
+    )
+
+    async def judged() -> float:
+        config = host.compose(host.command(load(GSM8K), data, data / "run"))
+        found = await load_reward_manager(config, tokenizer).run_single(batch)
+        return found["reward_score"]
+
+    assert asyncio.run(judged()) == 1.0
+    assert reward_func(["q" + query], ["q"], ["18"])["rewards"].item() == 1.0
+
+
+def test_a_reward_of_ones_own_has_verls_own_manager(data: Path) -> None:
+    recipe = replace(load(GSM8K), reward="mine.py")
+    config = host.compose(host.command(recipe, data, data / "run"))
+    assert config.reward.reward_manager.source == "register"
+    assert config.reward.reward_manager.name == "naive"
 
 
 def test_the_gpus_lock_has_what_verls_wheel_asks_for() -> None:
