@@ -8,10 +8,12 @@ majority@k. Every answer is judged by the reward of the training runs. All answe
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import NormalDist
@@ -47,6 +49,8 @@ class Settings:
     """An evaluation; equal settings go on in the same folder."""
 
     model: str
+    model_files: str
+    """Of a folder; "": a hub's model."""
     data: str
     fingerprint: str
     problems: int
@@ -355,6 +359,25 @@ def table_of(arguments: argparse.Namespace, sources: Mapping[str, Source]) -> Ta
     return file_table([Path(data)], *columns)
 
 
+def files_of(model: str) -> str:
+    """What tells a folder's files from those of a model trained anew in its place."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return ""
+    found = [path.stat() for path in folder.iterdir() if path.is_file()]
+    written = datetime.fromtimestamp(max(file.st_mtime for file in found), timezone.utc)
+    return f"{len(found)} of {sum(file.st_size for file in found)} bytes, the last of {written}"
+
+
+def run_of(model: str) -> str:
+    """A folder's path from the runs' folder or from here; a hub's name as it is."""
+    folder = Path(os.path.abspath(Path(model).expanduser()))
+    if not folder.is_dir():
+        return model
+    above = (base for base in (RUNS, Path.cwd()) if folder.is_relative_to(base))
+    return str(folder.relative_to(next(above, folder.anchor)))
+
+
 def engine_name(asked: str) -> str:
     """`auto` is vLLM where it is installed and there is a GPU."""
     if asked == "vllm" and find_spec("vllm") is None:
@@ -389,6 +412,7 @@ def checked(arguments: argparse.Namespace) -> tuple[Settings, list[Problem], Pat
     check_model(arguments.model)
     settings = Settings(
         model=arguments.model,
+        model_files=files_of(arguments.model),
         data=arguments.data,
         fingerprint=table.fingerprint,
         problems=len(problems),
@@ -404,7 +428,8 @@ def checked(arguments: argparse.Namespace) -> tuple[Settings, list[Problem], Pat
         answer=table.answer,
     )
     name = "-".join(
-        re.sub(r"\W+", "_", Path(part).stem) for part in (settings.model, settings.data)
+        re.sub(r"[^\w.-]+", "_", part)
+        for part in (run_of(settings.model), Path(settings.data).stem)
     )
     return settings, problems, arguments.out or RUNS / f"evaluate-{name}"
 

@@ -213,6 +213,40 @@ def test_another_column_is_another_evaluation(tmp_path, monkeypatch) -> None:
         module.begun(out, other)
 
 
+def folder(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text("{}")
+    (path / "model.safetensors").write_bytes(b"weights")
+    return path
+
+
+def test_a_model_trained_anew_in_its_place_is_another(tmp_path) -> None:
+    model, out = folder(tmp_path / "policy"), tmp_path / "out"
+    asked = module.parser().parse_args([str(model), "--data", words(tmp_path, 2)])
+    first = module.checked(asked)[0]
+    module.begun(out, first)
+    assert module.checked(asked)[0] == first
+    written = model.joinpath("model.safetensors").stat().st_mtime
+    os.utime(model / "model.safetensors", (written + 1, written + 1))
+    with pytest.raises(FolderError, match=r"model_files=2 of 9 bytes, .* there, 2 of 9 bytes, "):
+        module.begun(out, module.checked(asked)[0])
+
+
+def test_each_run_and_each_model_has_a_folder_of_its_own(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(module, "check_model", lambda name: None)
+    monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
+    end = Path("checkpoints/global_step_9/actor/huggingface")
+    models = {
+        str(folder(tmp_path / "runs/a-1.5b/policy")): "a-1.5b_policy",
+        str(folder(tmp_path / "runs/b" / end)): "b_checkpoints_global_step_9_actor_huggingface",
+        "Qwen/Qwen2.5-Math-1.5B": "Qwen_Qwen2.5-Math-1.5B",
+    }
+    data = words(tmp_path, 2)
+    for model, name in models.items():
+        out = module.checked(module.parser().parse_args([model, "--data", data]))[2]
+        assert out == tmp_path / "runs" / f"evaluate-{name}-words"
+
+
 def test_a_model_and_a_folder_that_cannot_be_are_said(tmp_path, capsys) -> None:
     data, out = words(tmp_path, 2), tmp_path / "out"
     assert main([str(tmp_path / "nowhere"), *arguments(data, out)[1:]]) == 2
