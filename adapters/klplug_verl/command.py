@@ -32,6 +32,8 @@ class Parsed:
     holes: tuple[tuple[Setting, str], ...]  # whole arguments that can't be known
     appended: frozenset[str] = frozenset()  # written with one '+': they must not exist
     flags: Mapping[str, Word] = field(default_factory=dict)  # --config-name, -path and -dir
+    behind: Word | None = None  # where there are flags: the word that overrides come behind
+    parted: tuple[Setting, ...] = ()  # overrides that a flag keeps from those before it
     own_config: bool = False  # settings beyond verl's, of a recipe or of a config file
     launch: Launch | None = None  # the command; of a config file on its own there is none
 
@@ -39,6 +41,8 @@ class Parsed:
 def parsed(launch: Launch) -> Parsed:
     """What a command sets, over the config file that it, or its trainer, names."""
     given = replace(arguments(launch.args), launch=launch)
+    if given.flags and given.behind is None:
+        given = replace(given, behind=launch.words[launch.main])
     if launch.foreign or trainers.row(launch.trainer) is not None:
         given = replace(given, own_config=True)
     return _over_config(given, launch)
@@ -52,19 +56,26 @@ def arguments(args: Iterable[Word]) -> Parsed:
     appended: set[str] = set()
     bare, holes = [], []
     flags: dict[str, Word] = {}
+    standing: list[int] = []  # where overrides are, and flags
+    flagged: list[int] = []
     args = tuple(args)
     multirun = any(word.text in ("-m", "--multirun") for word in args)
-    words = iter(args)
-    for word in words:
+    words = iter(enumerate(args))
+    for at, word in words:
         text = word.text
-        flag = re.match(r"(--config-(?:path|name|dir)|-c[pnd])(?:=(.*))?$", text, re.DOTALL)
-        if flag:
-            value = word if flag[2] is not None else next(words, Word(""))
-            given = flag[2] if flag[2] is not None else value.text
-            flags[_HYDRA_FLAGS[flag[1]]] = replace(value, text=given.strip("'\""))
-        elif re.match(r"--?[a-zA-Z]|~", text):
-            continue  # other flags of Hydra's, and settings that it takes out
-        elif match := re.match(r"(\+{0,2})([\w@./-]+)=(.*)$", text, re.DOTALL):
+        if re.match(r"--?[a-zA-Z]", text):
+            name, equals, given = text.partition("=")
+            if (flag := _flag(name)) and not equals:
+                at, word = next(words, (at, Word("")))
+                given = word.text
+            flags[flag or name] = replace(word, text=given.strip("'\""))
+            flagged.append(at)
+            continue
+        if not word.unknown or re.match(r"~|[\w@./+-]+=", text):
+            standing.append(at)
+        if text.startswith("~"):
+            continue  # what Hydra takes out
+        if match := re.match(r"(\+{0,2})([\w@./-]+)=(.*)$", text, re.DOTALL):
             settings = _values(match[2], match[3], word)
             written |= settings
             for key in settings:
@@ -79,6 +90,8 @@ def arguments(args: Iterable[Word]) -> Parsed:
             holes.append((Setting(text, None, word.line, True), word.unknown[0]))
         else:
             bare.append(Setting(text, None, word.line, True))
+    first = next(iter(standing), flagged[-1] + 1 if flagged else 0)
+    parted = [args[at] for at in standing if any(first < flag < at for flag in flagged)]
     return Parsed(
         written,
         spelled,
@@ -88,7 +101,17 @@ def arguments(args: Iterable[Word]) -> Parsed:
         tuple(holes),
         frozenset(appended),
         flags,
+        args[first - 1] if flagged and first else None,
+        tuple(Setting(word.text, None, word.line, True) for word in parted),
     )
+
+
+def _flag(name: str) -> str:
+    """What a flag of Hydra's that takes a value is called here; its parser takes a beginning."""
+    if name in _SHORT:
+        return _SHORT[name]
+    long = [flag for flag in _LONG if name.startswith("--") and flag.startswith(name)]
+    return _LONG[long[0]] if len(long) == 1 or name in long else ""
 
 
 def _values(key: str, text: str, word: Word) -> dict[str, Setting]:
@@ -109,10 +132,11 @@ def _sweeps(text: str) -> bool:
     return "," in text and not re.match(r"\s*['\"\[{]", text)
 
 
-_HYDRA_FLAGS = {
+_LONG = {
     **{"--config-path": "path", "--config-name": "name", "--config-dir": "dir"},
-    **{"-cp": "path", "-cn": "name", "-cd": "dir"},
+    **{"--cfg": "cfg", "--package": "package", "--experimental-rerun": "rerun", "--info": "info"},
 }
+_SHORT = {"-cp": "path", "-cn": "name", "-cd": "dir", "-c": "cfg", "-p": "package", "-i": "info"}
 
 
 def is_config(content: Mapping[str, Any]) -> bool:

@@ -137,6 +137,11 @@ def settings(table: Table, launched: Parsed, version_from: str) -> Settings:
         # What a broken continuation leaves on its line has its own finding.
         if cut is None or s.line != cut.line
     ]
+    if launched.launch is not None and not launched.launch.foreign:
+        rejected += [
+            Rejected(s, "Hydra takes its overrides in one row, and a flag stands before this one")
+            for s in launched.parted[:1]
+        ]
     written = dict(launched.written)
     if N_AGENT in written and not (
         N in written and written[N].value != 1
@@ -153,6 +158,7 @@ def settings(table: Table, launched: Parsed, version_from: str) -> Settings:
             written,
             launched.spelled,
             launched.launch,
+            launched.behind,
             rejected=tuple(rejected),
             nobodys=nobodys("verl", missing, version_from),
             unread=launched.unread,

@@ -22,6 +22,7 @@ class Change:
         span: from where to where the script's text is replaced; ``None`` where the word does not
             stand there as such.
         written: what stands there, where that is not the word: the shell makes it of a variable.
+        behind: the word that an added one comes behind.
     """
 
     line: int | None
@@ -29,6 +30,7 @@ class Change:
     add: str | None = None
     span: tuple[int, int] | None = None
     written: str | None = None
+    behind: str = ""
 
     def to_json(self) -> dict[str, int | str | None]:
         return {"line": self.line, "delete": self.delete, "add": self.add}
@@ -71,7 +73,7 @@ def _place(text: str, change: Change) -> tuple[int, int]:
             start = sum(map(len, lines[: change.line - 1]))
             return start + found[0].start(), start + found[0].end()
     where = "" if change.line is None else f"line {change.line}: "
-    what = change.delete or "the trainer"
+    what = change.delete or change.behind
     raise AuditError(f"{where}{what} does not stand literally in the command, or its array")
 
 

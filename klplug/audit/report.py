@@ -230,7 +230,7 @@ class _Advice:
 def _changes(
     edits: Sequence[Edit], settings: Settings, coef: str, amount: Setting
 ) -> Iterator[Change]:
-    """The words that edits delete and add; those added stand behind the trainer.
+    """The words that edits delete and add.
 
     A coefficient that a variable holds stays that variable: ``kl_loss_coef=${x}`` becomes
     ``+klplug.kl_coef=${x}``.
@@ -239,7 +239,12 @@ def _changes(
     if launch is None:
         return
     main = launch.words[launch.main]
-    end = (main.span[1], main.span[1]) if main.span is not None and _alone(main, launch) else None
+    behind = settings.behind or main
+    end = None
+    # Of words that one place is split into, the last.
+    sharing = [word for word in launch.words if word.span == behind.span]
+    if behind.span is not None and sharing[-1] is behind:
+        end = (behind.span[1], behind.span[1])
     key = next((k for k, s in settings.written.items() if s == amount), "")
     shell = _made_of(settings.spelled.get(key, ())[-1:], launch)
     for edit in edits:
@@ -256,7 +261,7 @@ def _changes(
             typed = _typed(text)
             if edit.key == "klplug.kl_coef" and shell is not None and text.endswith(coef):
                 typed = _valued(text.removesuffix(coef), shell) or typed
-            yield Change(main.line, None, typed, end)
+            yield Change(behind.line, None, typed, end, behind=behind.text)
 
 
 def _alone(word: Word, launch: Launch) -> bool:

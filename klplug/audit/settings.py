@@ -100,6 +100,7 @@ class Settings:
         written: by key, what command and config files say.
         spelled: by key, the words of the command that say it; nothing for a config file.
         launch: the command; ``None`` for a config file on its own.
+        behind: the word of the command that added ones must come behind; ``None``: any.
         names: by key, what the release calls it, where that is another name.
         prefix: what stands before a name on a command line.
         rejected: settings that the host would not take.
@@ -113,6 +114,7 @@ class Settings:
     written: Mapping[str, Setting]
     spelled: Mapping[str, tuple[Word, ...]] = field(default_factory=dict)
     launch: Launch | None = None
+    behind: Word | None = None
     names: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
     rejected: tuple[Rejected, ...] = ()
@@ -182,13 +184,17 @@ class Settings:
         edits = list(edits)
         gone = {id(word) for edit in edits for word in self.spelled.get(edit.key, ())}
         words: list[str] = []
+        place: int | None = None
         for index, word in enumerate(self.launch.words):
             if index == self.launch.main:
                 trainer = [w for edit in edits if edit.key == MAIN for w in edit.words]
                 words += trainer or [word.text]
             elif id(word) not in gone:
                 words.append(word.text)
-        return (*words, *(w for edit in edits if edit.key != MAIN for w in edit.words))
+            if word is self.behind:
+                place = len(words)
+        added = (w for edit in edits if edit.key != MAIN for w in edit.words)
+        return (*words[:place], *added, *words[len(words) if place is None else place :])
 
     def on(self, key: str) -> bool:
         value = self[key].value

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra._internal.utils import get_args_parser
 from klplug_verl import command, reading, sources
 from omegaconf import OmegaConf
 from torch import Tensor
 
 import klplug
 from klplug.audit import audit
+from klplug.audit.edits import edited
 from klplug.audit.run import dead_zone
 from klplug.audit.settings import Launch
 from klplug.audit.shell import Script, Word
@@ -46,6 +48,47 @@ def as_loss(name: str, coef: float = BETA) -> Any:
 
 def in_reward(name: str, *more: str) -> Any:
     return report("algorithm.use_kl_in_reward=True", f"algorithm.kl_penalty={name}", *more)
+
+
+# The command line.
+
+
+_RUN = "python -m verl.trainer.main_ppo"
+_K3 = "actor_rollout_ref.actor.use_kl_loss=True actor_rollout_ref.actor.kl_loss_type=low_var_kl"
+_NAMED = "--config-path=config --config-name ppo_trainer"
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        f"{_RUN} {_NAMED} {_K3}",
+        f"{_RUN} {_K3} {_NAMED}",
+        f"{_RUN} -cn ppo_trainer \\\n    -m {_K3} trainer.nnodes=2",
+        f"{_RUN} --config-n=ppo_trainer \\\n    ~trainer.v1 \\\n    {_K3}",
+        f'{_RUN} \\\n    --config-name=ppo_trainer {_K3} "$@"',
+        f'FLAGS="{_NAMED}"\n{_RUN} $FLAGS {_K3}',
+        f'FLAGS=({_NAMED})\nKL=({_K3})\n{_RUN} "${{FLAGS[@]}}" "${{KL[@]}}"',
+    ],
+)
+def test_hydra_parses_the_command_once_the_advice_is_taken(tmp_path: Path, script: str) -> None:
+    path = tmp_path / "run.sh"
+    path.write_text(script)
+    found = audit(path)
+    assert found.after is not None
+    (edited_once,) = Script(edited(script, found.edits)).commands
+    for words in (found.after, [word.text for word in edited_once.words]):
+        parsed = get_args_parser().parse_args(words[3:])
+        assert f"+klplug.kl_type={found.recommended}" in parsed.overrides
+        assert parsed.config_name == "ppo_trainer"
+
+
+@pytest.mark.parametrize("between", ["--multirun", "--config-name ppo_trainer", "-cn=ppo_trainer"])
+def test_overrides_that_a_flag_parts_do_not_start(between: str) -> None:
+    words = f"a=1 {between} {_K3}".split()
+    with pytest.raises(SystemExit):
+        get_args_parser().parse_args(words)
+    rejected = [f for f in report(*words).findings if f.id == "rejected-setting"]
+    assert any("in one row" in finding.message for finding in rejected)
 
 
 # Defaults and settings.
