@@ -237,6 +237,7 @@ def run(settings: Settings) -> Run:
         noted=tuple((n.id, Rejected(settings[n.key or KL_TYPE], n.words)) for n in noted),
         unknown=_unknown(settings),
         cut=None if launch is None else launch.cut,
+        broken=None if launch is None else launch.broken,
         line=None if launch is None else launch.line,
         sourced=() if launch is None else launch.sourced,
         unreached=() if launch is None else launch.unreached,

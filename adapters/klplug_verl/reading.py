@@ -228,6 +228,7 @@ def run(settings: Settings) -> Run:
         unread=settings.unread,
         unknown=_unknown(settings, other),
         cut=None if launch is None else launch.cut,
+        broken=None if launch is None else launch.broken,
         line=None if launch is None else launch.line,
         sourced=() if launch is None else launch.sourced,
         unreached=() if launch is None else launch.unreached,

@@ -138,7 +138,7 @@ def _read(
         reading, command, ways = one.host.room("reading"), one.host.room("command"), one.ways
         if script is not None and number == 0:
             lost = _unreached(script, ways, {key.partition(".")[0] for key in reading.ASPECTS})
-            ways = [replace(way, unreached=lost) for way in ways]
+            ways = [replace(way, unreached=lost, broken=script.broken) for way in ways]
         reports = [
             _report(one.host, command.parsed(way), host_version, way.folder, way.package)
             for way in ways

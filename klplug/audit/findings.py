@@ -121,6 +121,16 @@ def _command_cut(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
         )
 
 
+@rule("script-not-read", WARNING, "A script that is not read to its end")
+def _broken(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    if run.broken is not None:
+        yield (
+            f"The script is not read past this line ({run.broken.reason}), so a command below "
+            "has no verdict.",
+            Setting("", None, run.broken.line),
+        )
+
+
 def _split(text: str) -> tuple[str, str]:
     key, _, value = text.lstrip("-+").replace(" ", "=", 1).partition("=")
     return key, value

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from klplug.audit.settings import Rejected, Setting
-from klplug.audit.shell import Cut, Word
+from klplug.audit.shell import Broken, Cut, Word
 from klplug.spec import TermSpec
 
 # What a setting bears on. An unknown one makes everything unknown that needs its aspect.
@@ -250,6 +250,7 @@ class Run:
     served: bool = True
     nearest: tuple[tuple[str, str], ...] = ()
     cut: Cut | None = None
+    broken: Broken | None = None
     unread: tuple[Setting, ...] = ()  # config files that could not be read
     unknown: dict[str, tuple[tuple[Setting, str], ...]] = field(default_factory=dict)
     commands: int = 1

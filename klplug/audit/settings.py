@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from klplug.audit.shell import Cut, Word
+from klplug.audit.shell import Broken, Cut, Word
 from klplug.audit.tables import Table
 from klplug.hosting.settings import Edit, Unknown
 
@@ -54,6 +54,7 @@ class Launch:
         folder: where files that it names are looked for from.
         line: where it begins; ``None`` for a command line.
         cut: what a broken line continuation keeps from it.
+        broken: where the script is not read any further.
         around: the text of the script, or of the command line.
         sourced: lines on which other scripts are read first, which may set anything.
         unreached: settings that stand in the script and reach no command of it.
@@ -66,6 +67,7 @@ class Launch:
     folder: Path
     line: int | None = None
     cut: Cut | None = None
+    broken: Broken | None = None
     around: str = ""
     sourced: tuple[int, ...] = ()
     unreached: tuple[Word, ...] = ()

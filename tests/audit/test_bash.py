@@ -118,6 +118,19 @@ def test_a_name_ends_where_its_letters_are_no_more_ascii(text: str) -> None:
     assert disagreement(Script(text).commands, real.commands) is None
 
 
+FORMS = [
+    "for ((I = 0; I < 2; I++)) { run $I; }\nf() { for I; { run $I; }; }; f a b",
+    "shopt -s extglob\nrun !(x) @(a|b c)d\ncase ab in +(a|b)) run case ;; esac; run end",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", FORMS)
+def test_forms_are_read_as_bash_reads_them(text: str) -> None:
+    (real,) = bash([text], quick=True) if namespaces() else bash_without_a_box([text])
+    assert real.commands
+    assert disagreement(Script(text).commands, real.commands) is None
+
+
 def test_which_files_a_pattern_of_a_loop_names_is_not_known() -> None:
     (read,) = Script("for I in a*b; do run $I; done").commands
     assert read.words[1].unknown == ("which files a*b names is not known",)

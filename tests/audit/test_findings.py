@@ -51,6 +51,7 @@ CASES = {
         _verl(f"\\\n {_LOSS}k2 \\\n # off\n {_A}.kl_loss_coef=0.1"),
         _verl(f"\\\n {_LOSS}k2 \\\n {_A}.kl_loss_coef=0.1"),
     ),
+    "script-not-read": (f"{_GOOD}\nrun 'a\n", f"{_GOOD}\nrun 'a'\n"),
     "klplug-refuses": (
         _GOOD.replace("+klplug.kl_coef=0.01", ""),
         # An adaptive controller starts from a coefficient, which may be unknown.

@@ -128,10 +128,14 @@ def test_words_know_their_lines() -> None:
         ("\\\n  # note\n", "a comment line follows"),
         ("\\ \n", "a blank follows"),
         ("\\\n\n", "an empty line follows"),
+        ("# note \\\n", "the backslash belongs to a comment"),
+        ("$A # note \\\n", "the backslash belongs to a comment"),
+        ("\n", "the line has no backslash"),
     ],
 )
-def test_a_broken_continuation_is_noticed(between: str, reason: str) -> None:
-    script = Script(f"run a.b=1 {between}  c.d=2 \\\n  --e.f 3\necho done\n")
+@pytest.mark.parametrize("setting", ["c.d=2", '"c.d=2"', "'c.d=2'"])
+def test_a_broken_continuation_is_noticed(between: str, reason: str, setting: str) -> None:
+    script = Script(f"run a.b=1 {between}  {setting} \\\n  --e.f 3\necho done\n")
     (cut,) = filter(None, map(script.cut_after, script.commands))
     assert cut.reason.startswith(reason)
     assert [word.text for word in cut.lost] == ["c.d=2", "--e.f 3"]
@@ -141,6 +145,8 @@ def test_a_broken_continuation_is_noticed(between: str, reason: str) -> None:
 
 def test_a_sound_continuation_is_not_cut() -> None:
     script = Script("run a.b=1 \\\n  c.d=2\n# note\nx.y=3\n")
+    assert script.cut_after(script.commands[0]) is None
+    script = Script("run 'a # b' \\\n  c.d=2\n")
     assert script.cut_after(script.commands[0]) is None
 
 

@@ -34,6 +34,7 @@ class Command:
         words: the program and its arguments, if every condition that is not decided goes its
             usual way (no variable set from outside, no argument passed).
         line, last_line: the lines it covers.
+        end: where it ends in the script's text; ``None`` where it stands in another text.
         reached: ``False`` for one that is run only if a variable is set from outside, or an
             argument passed.
         sure: ``False`` for one that hangs on a condition which is not decided.
@@ -44,6 +45,7 @@ class Command:
     last_line: int
     reached: bool = True
     sure: bool = True
+    end: int | None = field(default=None, repr=False, compare=False)
     unsplit: tuple[Value, ...] = field(default=(), repr=False, compare=False)
     ifs: str = field(default=DEFAULT_IFS, repr=False, compare=False)
 

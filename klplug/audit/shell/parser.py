@@ -196,6 +196,12 @@ class Parser(SimpleCommands, Brackets):
         return If(condition, then, otherwise, line)
 
     def _do(self, start: int, opener: str) -> Statement:
+        self._newlines()
+        if opener == "for" and self._reserved() == "{":  # as bash has it, undocumented
+            self.at += 1
+            body = self._list("}")
+            self._expect("}", start, "{")
+            return body
         self._expect("do", start, opener)
         body = self._list("done")
         self._expect("done", start, opener)

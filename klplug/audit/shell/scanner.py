@@ -17,6 +17,7 @@ _RESERVED = frozenset(
     )
 )
 _WORDLIKE = re.compile(r"[a-z]+(?=[\s;&|()<>]|$)|[{}!](?=[\s;&|()<>]|$)|\[\[(?=\s)")
+_EXTENDED = re.compile(r"(?m)^[^#\n]*\bshopt\s+-\w*s\w*\s[^#\n;]*\bextglob\b")
 _BLANK = re.compile(r"(?:[ \t]+|\\\n|#[^\n]*)+")
 # "<your path>": no shell reads it, and whoever wrote it means to replace it.
 PLACEHOLDER = re.compile(r"<[A-Za-z][^<>\n|&;()]*(?<=\S)>(?=[\s\"'/\\.,:;|&)_-]|$)")
@@ -37,6 +38,8 @@ class Scanner(ABC):
         self.source = source
         self.at = 0
         self._documents: list[HereDocument] = []
+        extended = _EXTENDED.search(source)
+        self._extended = len(source) if extended is None else extended.end()
         if line_at is None:
             starts = [0, *(match.end() for match in re.finditer("\n", source))]
 

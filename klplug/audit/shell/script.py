@@ -12,7 +12,21 @@ from klplug.audit.shell.reader import Reader
 from klplug.audit.shell.scanner import SyntaxProblem
 from klplug.audit.shell.values import Word
 
-_SETTING = re.compile(r"(\+{0,2}|~)[\w@]+\.[\w@./]+=|--[a-z]\w*[._][\w.]*")
+_SETTING = re.compile(r"""["']?(?:(\+{0,2}|~)[\w@]+\.[\w@./]+=|--[a-z]\w*[._][\w.]*)""")
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Where a shell would read no further, and why."""
+
+    line: int
+    reason: str
+    text: str
+
+    def __str__(self) -> str:
+        return (
+            f"a shell would not read this script past line {self.line} ({self.reason}): {self.text}"
+        )
 
 
 @dataclass(frozen=True)
@@ -47,26 +61,26 @@ class Script:
         self._source = source
         self._lines = source.split("\n")
         reader = Reader(folder)
-        self.broken: AuditError | None = None
+        self.broken: Broken | None = None
         try:
             reader.read(source)
         except SyntaxProblem as problem:
             line = min(problem.line, len(self._lines))
-            self.broken = AuditError(
-                f"a shell would not read this script past line {line} ({problem.what}): "
-                f"{self._lines[line - 1].strip()[:60]}"
-            )
+            self.broken = Broken(line, problem.what, self._lines[line - 1].strip()[:60])
         self.commands: list[Command] = reader.commands
         self.sourced: list[int] = reader.sourced
         if self.broken is not None and not self.commands:
-            raise self.broken
+            raise AuditError(str(self.broken))
 
     def cut_after(self, command: Command) -> Cut | None:
-        """What a comment, a blank line, a blank after the backslash or a missing one cut off."""
+        """What a comment, an empty line, a blank after the backslash or a missing one cut off."""
         last = self._lines[command.last_line - 1]
         below = command.last_line  # index of the next line
         following = self._lines[below].strip() if below < len(self._lines) else ""
-        if cut := re.search(r"\\[ \t]+(#.*)?$", last):
+        after = "" if command.end is None else self._source[command.end :].partition("\n")[0]
+        if re.match(r"[ \t]*#.*\\[ \t]*$", after):
+            reason = "the backslash belongs to a comment, which ends the command there"
+        elif cut := re.search(r"\\[ \t]+(#.*)?$", last):
             what = "a comment" if cut[1] else "a blank"
             reason = f"{what} follows the backslash, which ends the command there"
         elif last.endswith("\\"):
@@ -87,7 +101,7 @@ class Script:
                 continue
             if not _SETTING.match(text):
                 break
-            lost.append(Word(text, number))
+            lost.append(Word(re.sub(r"""^(["'])(.*?)\1""", r"\2", text), number))
         return Cut(command.last_line, reason, tuple(lost)) if lost else None
 
     def unreached(self) -> list[Word]:

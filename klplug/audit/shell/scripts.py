@@ -6,7 +6,6 @@ a command.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -73,6 +72,7 @@ def program(shell: Shell, values: list[Value], split: list[Flat], command: synta
                 last_line if shell.fixed_line is None else line,
                 not shell.unreached,
                 not shell.undecided,
+                command.end if shell.spans else None,
                 tuple(values),
                 shell.ifs(),
             )
@@ -128,7 +128,7 @@ def _read_value(shell: Shell, pieces: Flat) -> None:
         shell.commands.append(
             Command(
                 (word(pieces),), lines[0] if lines else 0, lines[-1] if lines else 0,
-                not shell.unreached, not shell.undecided, (pieces,),
+                not shell.unreached, not shell.undecided, None, (pieces,),
             )
         )  # fmt: skip
     shell.spans = spans
@@ -216,8 +216,10 @@ def read_file(shell: Shell, path: Path, line: int) -> None:
     spans, shell.spans = shell.spans, False
     shell.depth += 1
     # bash says what it cannot read, and goes on with the script that asked for the file.
-    with contextlib.suppress(SyntaxProblem):
+    try:
         shell.read(content.decode("utf-8", errors="replace").replace("\r\n", "\n"))
+    except SyntaxProblem:
+        shell.sourced.append(shell.line(line))
     shell.depth -= 1
     shell.spans, shell.fixed_line = spans, fixed
     shell.reading.pop()

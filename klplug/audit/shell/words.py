@@ -51,7 +51,7 @@ class Words(Expansions):
             if here and here not in _META:
                 return False
             if not here or here in " \t\n":
-                return not (regex and depth and here and here != "\n")
+                return not (depth and here and here != "\n")
             if here in "<>" and source[self.at + 1 : self.at + 2] == "(" and not regex:
                 return False
             if PLACEHOLDER.match(source, self.at):
@@ -59,7 +59,8 @@ class Words(Expansions):
             if regex and here in "()|<>":
                 depth += {"(": 1, ")": -1}.get(here, 0)
                 return depth < 0
-            if here == "(" and pattern and self.at > start and source[self.at - 1] in "@?*+!":
+            extended = pattern or start > self._extended
+            if here == "(" and extended and self.at > start and source[self.at - 1] in "@?*+!":
                 depth += 1
                 return False
             if depth and here in ")|":
