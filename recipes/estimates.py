@@ -1,12 +1,13 @@
-"""Memory and time of a recipe before it has run: estimates, printed with their formulas.
+"""Memory, disk and time of a recipe before it has run: estimates, printed with their formulas.
 
 Nothing here was measured. The constants below are what the formulas assume; a run's own log says
 what holds. `python -m recipes.estimates` prints the table of the README.
 """
 
+import math
 from dataclasses import dataclass
 
-from recipes.recipe import Recipe, Shape, load, names
+from recipes.recipe import KEPT_CHECKPOINTS, Recipe, Shape, load, names
 
 GIB = 2**30
 # An H100's dense bf16 rate and memory bandwidth, by its data sheet, and the shares assumed of them.
@@ -129,6 +130,24 @@ def references(recipe: Recipe) -> tuple[str, ...]:
     if has(recipe, "source"):
         return ()
     return ("reference", "teacher") if has(recipe, "teacher") else ("reference",)
+
+
+def checkpoints(recipe: Recipe, host: str) -> Estimate:
+    """On disk, those of all ranks and as many as are kept; without the final policy."""
+    size = parameters(recipe.shape)
+    moments = "12 P (fp32 weights and moments)"
+    if host == "openrlhf":
+        stage = recipe.openrlhf["ds.zero_stage"]
+        each, formula = (12.0, moments) if stage == 3 else (14.0, f"2 P (bf16 weights) + {moments}")
+    elif recipe.verl.get("model_engine") == "megatron":
+        each, formula = 14.0, f"2 P (bf16 weights) + {moments}"
+    elif rank := recipe.verl.get("actor_rollout_ref.model.lora_rank", 0):
+        each = 4 + 12 * adapter(recipe.shape, rank) / size
+        formula = "4 P (fp32 weights) + 12 A (an adapter's weights and moments)"
+    else:
+        each, formula = 16.0, f"{moments} + 4 P (fp32 weights again, for transformers)"
+    kept = min(KEPT_CHECKPOINTS, math.ceil(recipe.steps / recipe.save_every))
+    return Estimate("checkpoints", f"{kept} x ({formula})", kept * each * size / GIB, "GiB")
 
 
 def memory(recipe: Recipe, host: str) -> list[Estimate]:

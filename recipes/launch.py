@@ -227,6 +227,8 @@ def dry_run(host: ModuleType, recipe: Recipe, words: list[str], data: Path) -> N
     print(f"\n{rollouts(recipe)}")
     print("\nmemory, estimated, not measured:")
     print("\n".join(f"  {line}" for line in estimates.memory(recipe, host.NAME)))
+    print("\ndisk, estimated, not measured:")
+    print(f"  {estimates.checkpoints(recipe, host.NAME)}")
     print("\ntime, estimated for H100s, not measured:")
     print("\n".join(f"  {line}" for line in estimates.time(recipe)), flush=True)
     check_installed(host)

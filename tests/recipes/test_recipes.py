@@ -20,7 +20,16 @@ import torch
 pytest.importorskip("math_verify", reason="the recipes extra is not installed")
 
 from recipes import cpu_shim, launch
-from recipes.estimates import GIB, adapter, held, markdown_table, memory, parameters, time
+from recipes.estimates import (
+    GIB,
+    adapter,
+    checkpoints,
+    held,
+    markdown_table,
+    memory,
+    parameters,
+    time,
+)
 from recipes.openrlhf import host
 from recipes.recipe import CONFIGS, load, names
 from recipes.shared import reward
@@ -310,6 +319,24 @@ def test_time_is_that_of_the_steps() -> None:
     assert twice[1].value == pytest.approx(training.value / 2)
 
 
+@pytest.mark.parametrize(
+    ("name", "on", "kept", "bytes_per_parameter"),
+    [
+        (GSM8K, "openrlhf", 3, 2 + 4 + 8),  # ZeRO-2: the model's file, then each rank's fp32
+        ("qwen2.5-math-7b-gsm8k", "openrlhf", 3, 4 + 8),  # ZeRO-3: the ranks' alone
+        (GSM8K, "verl", 3, 4 + 8 + 4),  # save_contents: model, optimizer, hf_model
+        ("qwen2.5-math-7b-math-megatron", "verl", 3, 2 + 4 + 8),
+        ("qwen3-1.7b-math-thinking", "verl", 2, 4 + 8 + 4),  # after 50 rollouts, and the 58th
+    ],
+)
+def test_checkpoints_are_those_that_are_kept(
+    name: str, on: str, kept: int, bytes_per_parameter: int
+) -> None:
+    recipe = load(name)
+    total = kept * bytes_per_parameter * parameters(recipe.shape)
+    assert checkpoints(recipe, on).value == pytest.approx(total / GIB)
+
+
 def test_stored_answers_cost_a_pass_and_no_reference() -> None:
     """docs/options.md: one more forward and backward, which OpenRLHF has in one with the first."""
     recipe, base = load("dph-rl"), load(GSM8K)
@@ -526,6 +553,7 @@ def test_openrlhf_reads_every_recipe_as_it_is_meant(data) -> None:
     assert said.startswith("python -m klplug_openrlhf --klplug.kl_type k2_as_loss")
     assert "--klplug.kl_coef 0.5 " in said
     assert "memory, estimated, not measured" in said and "time, estimated" in said
+    assert "disk, estimated, not measured:\n  checkpoints " in said
     assert "2 P + 2 P / 1 + 12 P / 1 (ZeRO-2" in said and "T = 2 answers" in said
     assert "kl_type              k2_as_loss" in said
     assert "\n130 questions: 1 rollouts of 128 an episode, 2 left out\n" in said
