@@ -225,7 +225,7 @@ def _trainer(words: Sequence[Word]) -> tuple[Host, int, bool] | None:
     for index, word in enumerate(words):
         host = _started_by(word.text)
         if host is not None:
-            return host, index, False
+            return None if _only_named(words[:index]) else (host, index, False)
     starts = [
         at
         for at, word in enumerate(words)
@@ -244,6 +244,26 @@ def _trainer(words: Sequence[Word]) -> tuple[Host, int, bool] | None:
     return None
 
 
+def _only_named(before: Sequence[Word]) -> bool:
+    """Whether a program before the trainer looks for it, or copies its file, and starts nothing."""
+    for word in reversed(before):
+        program = word.text.rpartition("/")[2]
+        if _PYTHON.fullmatch(program):
+            return False
+        if program in _NO_LAUNCHERS:
+            return True
+    return False
+
+
+_PYTHON = re.compile(r"(?:python|torchrun|deepspeed|accelerate)[\d.]*")
+_NO_LAUNCHERS = frozenset(
+    (
+        *("pkill", "pgrep", "killall", "kill", "ps", "grep", "egrep", "fgrep", "rg", "ag", "find"),
+        *("awk", "sed", "cat", "head", "tail", "less", "more", "wc", "ls", "diff", "cmp", "test"),
+        *("cp", "mv", "rm", "ln", "touch", "chmod", "chown", "scp", "rsync", "tar", "zip", "git"),
+        *("curl", "wget", "patch", "install", "dos2unix", "vi", "vim", "nano", "ruff", "black"),
+    )
+)
 _MODULE = ("-m", "--module")
 _TAKES = re.compile(r"--(?!module$)[^=]+")  # what may take the next word
 

@@ -120,6 +120,25 @@ def test_a_name_ends_where_its_letters_are_no_more_ascii(text: str) -> None:
 
 FORMS = [
     "for ((I = 0; I < 2; I++)) { run $I; }\nf() { for I; { run $I; }; }; f a b",
+    # What is read is gone.
+    "while read -r A B; do run $A $B; done <<E\nk2 0.001\nk1 0.1 c\n\n'q' \\x\nE\nrun $? \"$A\"",
+    "while IFS=, read A; do run \"$A\"; done <<< $'a b\\\\\nc\nd'",
+    "{ read A; run $A; read A B; run $A $B; read A; run $? \"$A\"; } <<< $'1 2\n3 4 5'",
+    "{ read A; mapfile -t L; run \"${L[@]}\"; read A || run end; } <<< $'1 2\n3 4\n5'",
+    "{ read -d , A; run \"$A\"; while read -d , A || [ -n \"$A\" ]; "
+    "do run \"$A\"; done; } <<< 'x y,z,u'",
+    "f() { read A; run \"$A\"; }; { f; (f); f; "
+    "X=$(echo a; echo b); run \"$X\"; f; } <<< $'1\n2\n3'",
+    "printf '%s\\n' a 'b c' | while read -r A; "
+    "do run \"$A\"; done; echo 'x y' | { read A B; run $B; }",
+    "{ echo a; echo b >&2; echo c; } | { read A; read B; run $A $B; }; echo $(echo a | cat) | cat",
+    "for A in a b; do { read B; run $A $B; } <<< \"$A$A\"; done; read A <<< ''; run $? \"$A\"",
+    "{ [ -d /etc ] && read A; while read A; do run $A; done; run $A; } <<< $'1\\n2'",
+    # What is written to a file may be read.
+    "echo 'a b' > f; echo c >> f; while read A; "
+    "do run \"$A\"; done < f; echo d > ./f; read A < f; run $A",
+    "f() { echo x; [ -d /etc ] && return; echo y; }; "
+    "f > g; read A < g; run \"$A\"; A=$(f); run \"$A\"",
     "shopt -s extglob\nrun !(x) @(a|b c)d\ncase ab in +(a|b)) run case ;; esac; run end",
 ]  # fmt: skip
 
@@ -181,6 +200,72 @@ def test_how_many_elements_there_are_is_not_known_of_what_is_not(command: str) -
     several, one = [c.words[1:] for c in Script(text).commands if c.words[0].text == "run"]
     assert all(word.unknown for word in several)
     assert [w.text for w in one] == ["2", "", "y", "y"]
+
+
+# Another shell: its script, its name and its arguments; from a word, a file or what it reads.
+SHELLS = {
+    """bash -l -c 'run $1 "${@:2}"' name a 'b c'; bash -euo pipefail -c "run x; # y" """: [
+        ("run", "a", "b c"),
+        ("run", "x"),
+    ],
+    """bash --norc -O extglob +x -c -- 'run $#' a b; srun -n 1 bash -lc 'run "$@"' a 'b c' d""": [
+        ("run", "1"),
+        ("run", "b c", "d"),
+    ],
+    """P='run a'; f() { bash -c "$P \\"\\$@\\" $1" f "$@"; }; f x 'y z'; bash -c "run $1b" _ c""": [
+        ("run", "a", "x", "y z", "x"),
+        ("run", "b"),
+    ],
+    (
+        "export B=b; A=a; cat <<E | bash\nrun $A \\$B\nE\n"
+        "echo 'run \"$@\"' | bash -s x 'y z'; echo run x | bash -"
+    ): [
+        ("run", "a", "b"),
+        ("run", "x", "y z"),
+        ("run", "x"),
+    ],
+    (
+        "A=1; cat > job.sh <<E\n#!/bin/bash\nrun $A \\$1\n"
+        "E\nA=2; bash job.sh x; . ./job.sh y; chmod +x job.sh"
+    ): [
+        ("run", "1", "x"),
+        ("run", "1", "y"),
+    ],
+    "while read -r A; do bash -c 'run $1' _ $A; done <<< $'a\nb'": [("run", "a"), ("run", "b")],
+}
+
+
+@pytest.mark.parametrize("text", SHELLS)
+def test_another_shell_is_read_as_bash_reads_it(text: str) -> None:
+    if namespaces():
+        assert [c for c in bash([text])[0].commands if c[0] == "run"] == SHELLS[text]
+    read = [tuple(w.text for w in c.words) for c in Script(text).commands]
+    assert [c for c in read if c[0] == "run"] == SHELLS[text]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "cat > job.sbatch <<E\nrun $A\nE\nsbatch -N 1 job.sbatch x",
+        "cat <<E | sbatch -N 1\nrun $A\nE\n",
+        "while read -r B; do sbatch job.sh $B; done <<< 'run x'; sbatch <<< 'run $A'",
+    ],
+)
+def test_what_slurm_is_given_is_read(text: str) -> None:
+    read = [[w.text for w in c.words] for c in Script(f"export A=a\n{text}").commands]
+    assert [words for words in read if words[0] == "run"] == [["run", "a"]]
+
+
+def test_a_file_that_a_program_writes_is_not_read_as_it_lies_there(tmp_path: Path) -> None:
+    (tmp_path / "job.sh").write_text("run stale\n")
+    read = Script("sed s/a/b/ template > job.sh; bash job.sh", tmp_path).commands
+    assert [c.words[0].text for c in read] == ["sed", "bash"]
+
+
+def test_what_rounds_set_is_not_known_where_they_have_no_end() -> None:
+    text = "A=0; B=x; while true; do run $A $B $C; A=$((A + 1)); C=c; done"
+    (command,) = Script(text).commands
+    assert [bool(word.unknown) for word in command.words] == [False, True, False, True]
 
 
 def test_which_files_a_pattern_names_is_not_known() -> None:

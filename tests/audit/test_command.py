@@ -10,6 +10,7 @@ import pytest
 
 from klplug.audit import AuditError, Report, audit
 from klplug.audit.command import audits
+from klplug.audit.errors import NoCommand
 from klplug.audit.shell import Script
 from klplug.audit.tables import versions
 
@@ -152,6 +153,25 @@ def test_several_commands_in_one_file(tmp_path: Path) -> None:
     assert audit(path, host="openrlhf").line == 2
     with pytest.raises(AuditError, match="command 3 of 2"):
         audit(path, command=3)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "pkill -9 -f verl.trainer.main_ppo || true",
+        "kill -9 $(pgrep -f openrlhf.cli.train_ppo_ray)",
+        "ps aux | grep verl.trainer.main_ppo | grep -v grep",
+        "cp verl/trainer/main_ppo.py /tmp/backup/",
+        "sudo /usr/bin/sed -i s/a/b/ verl/trainer/main_ppo.py",
+        "ssh node git diff recipe/dapo/main_dapo.py",
+    ],
+)
+def test_a_program_that_names_a_trainer_does_not_start_it(tmp_path: Path, line: str) -> None:
+    command = " ".join([*_VERL, *_LOSS])
+    (report,) = audits(_write(tmp_path, f"{line}\nconda run -n git {command}\n"))
+    assert report.line == 2
+    with pytest.raises(NoCommand):
+        audits(_write(tmp_path, f"{line}\n"))
 
 
 def test_a_command_that_somebody_must_ask_for_says_so(tmp_path: Path) -> None:

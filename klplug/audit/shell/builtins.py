@@ -15,7 +15,7 @@ from klplug.audit.shell import conditions, syntax
 from klplug.audit.shell.assignment import arithmetic_command
 from klplug.audit.shell.conditions import UNKNOWN, Holds, as_status
 from klplug.audit.shell.expansion import fields_of
-from klplug.audit.shell.scripts import evaluate, file_named, program, read_file
+from klplug.audit.shell.scripts import evaluate, file_named, is_script, program, read_file
 from klplug.audit.shell.state import MAX_DEPTH, MAX_ROUNDS, Listed, Scalar, Shell
 from klplug.audit.shell.syntax import NAME
 from klplug.audit.shell.values import (
@@ -102,8 +102,9 @@ def _printf(shell: Shell, values: list[Value], split: list[Flat], command: synta
 
 
 def _cat(shell: Shell, values: list[Value], split: list[Flat], command: syntax.Simple) -> None:
-    given = shell.inputs[-1]
+    given = shell.given()
     if len(split) == 1 and given is not None:
+        shell.set("0<", Scalar(()))
         shell.write(given)
         shell.ends(Holds(True))
         return
@@ -155,7 +156,8 @@ def _seq(shell: Shell, values: list[Value], split: list[Flat], command: syntax.S
 
 def _read(shell: Shell, values: list[Value], split: list[Flat], command: syntax.Simple) -> None:
     texts = _texts(split)[1:]
-    is_array = whole = raw = False
+    is_array = raw = elsewhere = False
+    end = "\n"
     names: list[str] = []
     at = 0
     while at < len(texts):
@@ -165,14 +167,15 @@ def _read(shell: Shell, values: list[Value], split: list[Flat], command: syntax.
             raw = raw or "r" in flags
             takes = re.search(r"[dnNptui]$", flags)
             if takes:
-                if takes[0] == "d":
-                    whole = at + 1 < len(texts) and texts[at + 1] == ""
+                elsewhere = elsewhere or takes[0] in "nNu"
+                if takes[0] == "d" and at + 1 < len(texts):
+                    end = texts[at + 1][:1]
                 at += 1
         elif texts[at] or names:
             names.append(texts[at])
         at += 1
     names = [n for n in names if re.fullmatch(NAME, n)] or ["REPLY"]
-    given = shell.inputs[-1]
+    given = None if elsewhere else shell.given()
     ifs = shell.ifs()
     if given is None or any(p.unknown and not p.unset for p in usual(given)):
         for name in names:
@@ -181,7 +184,11 @@ def _read(shell: Shell, values: list[Value], split: list[Flat], command: syntax.
             shell.set(name, Listed(array([unknown])) if is_array else Scalar(unknown))
         shell.ends(UNKNOWN)
         return
-    line = given if whole else lifted(_first_line, given)
+    line, rest, status = (
+        lifted(lambda p: _line(p, end, raw)[part], given)  # noqa: B023
+        for part in range(3)
+    )
+    shell.set("0<", Scalar(rest))
     if not raw:
         line = lifted(_without_backslashes, line)
     if is_array:
@@ -194,13 +201,15 @@ def _read(shell: Shell, values: list[Value], split: list[Flat], command: syntax.
             last = at == len(names) - 1
             value = lifted(lambda p: _nth_field(p, at, last, ifs), line)  # noqa: B023
             shell.set(name, Scalar(plain_value(value)))
-    shell.ends(Holds(not whole))
+    shell.set("?", Scalar(status))
 
 
 def _mapfile(shell: Shell, values: list[Value], split: list[Flat], command: syntax.Simple) -> None:
     texts = _texts(split)[1:]
     name = next((t for t in reversed(texts) if re.fullmatch(NAME, t)), "MAPFILE")
-    given = shell.inputs[-1]
+    given = shell.given()
+    if given is not None:
+        shell.set("0<", Scalar(()))
     trims = any(re.fullmatch(r"-\w*t\w*", t) for t in texts)
     if given is None or any(p.unknown and not p.unset for p in usual(given)) or not trims:
         why = f"${{{name}[@]}} is read when the script runs"
@@ -266,16 +275,21 @@ def _source(shell: Shell, values: list[Value], split: list[Flat], command: synta
     line = shell.line(command.line)
     shell.ends(Holds(True))
     named = word(split[1]) if len(split) > 1 else None
-    path = file_named(shell, named) if named is not None else None
-    if path is None or path in shell.reading or shell.depth >= MAX_DEPTH:
-        if path is None:
+    held = None if named is None else shell.file(named.text)
+    path = file_named(shell, named) if named is not None and held is None else None
+    known = path is not None or (held is not None and is_script(held))
+    if not known or path in shell.reading or shell.depth >= MAX_DEPTH:
+        if not known:
             shell.sourced.append(line)
         shell.program_ends()
         return
     outer = shell.get("@")
     if len(split) > 2:
         shell.set("@", Listed(fields_of(shell, values, 2)))
-    read_file(shell, path, line)
+    if held is not None:
+        evaluate(shell, held)
+    elif path is not None:
+        read_file(shell, path, line)
     if len(split) > 2:
         shell.set("@", outer)
     if shell.flow == "return":
@@ -399,20 +413,22 @@ def _printed(words: Sequence[Flat], line: int) -> Value:
             return tuple(made)
 
 
-def _first_line(pieces: Flat) -> Value:
-    kept: list[Piece] = []
-    for piece in pieces:
-        if "\n" in piece.text and not piece.unknown:
-            kept.append(piece.with_text(piece.text.partition("\n")[0]))
-            break
-        kept.append(piece)
-    return tuple(kept)
+def _line(pieces: Flat, end: str, raw: bool) -> tuple[Value, Value, Value]:
+    """A line, what is left after it, and whether it has an end."""
+    escaped = False
+    for number, piece in enumerate(pieces):
+        for at, character in enumerate("" if piece.unknown else piece.text):
+            if character == end and not escaped:
+                line = (*pieces[:number], piece.with_text(piece.text[:at]))
+                rest = (piece.with_text(piece.text[at + 1 :]), *pieces[number + 1 :])
+                return line, rest, as_status(Holds(True))
+            escaped = not raw and character == "\\" and not escaped
+    return pieces, (), as_status(Holds(False))
 
 
 def _without_backslashes(pieces: Flat) -> Value:
     return tuple(
-        p if p.unknown else p.with_text(re.sub(r"\\(.|\n)", r"\1", p.text).replace("\\\n", ""))
-        for p in pieces
+        p if p.unknown else p.with_text(re.sub(r"\\(?:\n|(.))", r"\1", p.text)) for p in pieces
     )
 
 

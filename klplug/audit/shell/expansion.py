@@ -43,24 +43,21 @@ from klplug.audit.shell.values import (
 def _substitution(shell: Shell, part: syntax.Substitution) -> Value:
     """``$(...)``: what builtins write is known; of a program, nothing is."""
     written: list[Value] = []
-    inputs, shell.inputs = shell.inputs, [None]
-    silent, shell.silent = shell.silent, 0
     status = shell.get("?")
 
-    def walk() -> None:
-        shell.set("1>", Scalar(()))
+    def run() -> None:
         if isinstance(part.body, syntax.Simple) and not part.body.words:
             shell.write((output("a file"),))
         shell.depth += 1
         if shell.depth < MAX_DEPTH:
             shell.run(part.body)
         shell.depth -= 1
-        out = shell.get("1>")
-        assert isinstance(out, Scalar)
-        written.append(out.value)
+
+    def walk() -> None:
+        shell.set("0<", None)
+        written.append(shell.with_stream("1>", (), run))
 
     shell.trial(walk)
-    shell.inputs, shell.silent = inputs, silent
     shell.set("?", status)
     line = shell.line(part.line)
 

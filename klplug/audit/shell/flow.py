@@ -5,6 +5,7 @@ A loop whose rounds are known is walked round by round; of another, what it sets
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 
@@ -12,7 +13,16 @@ from klplug.audit.shell import conditions, syntax
 from klplug.audit.shell.branches import branch, fork, leaves_of, rejoin, split_on
 from klplug.audit.shell.conditions import UNKNOWN, Holds, as_status
 from klplug.audit.shell.expansion import as_elements, reckoned, scalar, value_of
-from klplug.audit.shell.state import MAX_LISTS, MAX_ROUNDS, Changes, Listed, Scalar, Shell
+from klplug.audit.shell.state import (
+    MAX_LISTS,
+    MAX_ROUNDS,
+    Changes,
+    Listed,
+    Scalar,
+    Shell,
+    file_key,
+    outlives,
+)
 from klplug.audit.shell.values import (
     Flat,
     Piece,
@@ -68,20 +78,28 @@ def walk_pipeline(shell: Shell, pipeline: syntax.Pipeline) -> None:
             shell.set("?", Scalar(lifted(_negated, shell.last_status())))
         return
     *others, last = pipeline.items
+    given = shell.given()
     for item in others:
-        shell.silent += 1
-        walk_subshell(shell, lambda: shell.run(item))  # noqa: B023
-        shell.silent -= 1
-    shell.inputs.append((output("a pipe"),))
-    walk_subshell(shell, lambda: shell.run(last))
-    shell.inputs.pop()
+        part = functools.partial(_part, shell, item, given)
+        given = shell.with_stream("1>", (), part)
+    _part(shell, last, given)
     shell.program_ends()
 
 
+def _part(shell: Shell, item: syntax.Statement, given: Value | None) -> None:
+    """A part of a pipeline, which reads what the part before it writes."""
+    walk = functools.partial(shell.run, item)
+    walk_subshell(shell, lambda: _reading(shell, given, walk))
+
+
+def _reading(shell: Shell, given: Value | None, walk: Callable[[], None]) -> None:
+    shell.with_stream("0<", given, walk)
+
+
 def walk_subshell(shell: Shell, walk: Callable[[], None]) -> None:
-    """Nothing that a subshell sets outlives it, but what it writes and how it ends."""
+    """Nothing that a subshell sets outlives it, but what it reads and writes and how it ends."""
     changes, _ = shell.trial(walk)
-    shell.apply({name: changes[name] for name in ("1>", "?") if name in changes})
+    shell.apply({name: held for name, held in changes.items() if outlives(name)})
 
 
 def walk_redirected(
@@ -91,14 +109,23 @@ def walk_redirected(
     walk: Callable[[], None],
 ) -> None:
     """A walk whose input is ``given``, where it is known that something is."""
-    silent = sum(1 for r in redirects if re.fullmatch(r"1?(>>?|>\||>&|&>>?)", r.operator))
-    shell.silent += silent
-    if given is not None:
-        shell.inputs.append(given)
-    walk()
-    if given is not None:
-        shell.inputs.pop()
-    shell.silent -= silent
+    inner = walk if given is None else functools.partial(_reading, shell, given, walk)
+    into = next((r for r in reversed(redirects) if _WRITES.fullmatch(r.operator)), None)
+    if into is None or into.operator.endswith(">&"):
+        shell.silent += into is not None
+        inner()
+        shell.silent -= into is not None
+        return
+    name = text(usual(scalar(shell, into.target)))
+    before: Value | None = ()
+    if into.operator.endswith(">>"):
+        before = shell.file(name)
+    held = shell.with_stream("1>", (output("a file"),) if before is None else before, inner)
+    if not name.startswith("/dev/"):
+        shell.set(file_key(name), Scalar(held))
+
+
+_WRITES = re.compile(r"1?(>>?|>\||>&|&>>?)")
 
 
 def given_input(shell: Shell, redirects: Sequence[syntax.Redirect]) -> Value | None:
@@ -109,7 +136,8 @@ def given_input(shell: Shell, redirects: Sequence[syntax.Redirect]) -> Value | N
         if redirect.operator == "<<<":
             return (*scalar(shell, redirect.target), Piece("\n"))
         if redirect.operator in ("<", "0<"):
-            return (output("a file"),)
+            held = shell.file(text(usual(scalar(shell, redirect.target))))
+            return (output("a file"),) if held is None else held
     return None
 
 
@@ -214,7 +242,7 @@ def walk_while(
     step: Callable[[], None],
     line: int,
 ) -> None:
-    once = len(shell.commands)
+    begun, before = len(shell.commands), dict(shell.variables)
     early = len(shell.early)
     for round_ in range(MAX_ROUNDS):
         condition()
@@ -235,19 +263,22 @@ def walk_while(
             rejoin(shell, early, "break")
             return
         goes_on = _round(shell, body)
-        if round_ == 0:
-            once = len(shell.commands)
         if not goes_on:
             rejoin(shell, early, "break")
             return
         step()
     rejoin(shell, early, "break")
     # It has no end that is known here.
-    del shell.commands[once:]
-    _some_rounds(shell, lambda: None, lambda: None, line)
-    changed, _ = shell.trial(body)
-    del shell.commands[once:]
+    del shell.commands[begun:]
+    changed = {n: held for n, held in shell.variables.items() if held is not before.get(n)}
+    shell.apply({name: before.get(name) for name in changed})
     _unknown_after(shell, changed, line)
+
+    def round_once() -> None:
+        condition()
+        body()
+
+    _some_rounds(shell, round_once, step, line)
 
 
 def _some_rounds(
@@ -277,7 +308,7 @@ def _unknown_after(shell: Shell, changed: Changes, line: int) -> None:
             continue
         why = f"${name} is set in a loop (line {line})"
         unknown: Value = (Piece(f"${name}", line, unknown=why),)
-        if name == "1>":
+        if outlives(name):
             shell.set(name, Scalar((output("a loop"),)))
         elif isinstance(variable, Listed):
             shell.set(name, Listed(array([unknown])))

@@ -13,8 +13,9 @@ from pathlib import Path
 from klplug.audit.shell import syntax
 from klplug.audit.shell.branches import split_on
 from klplug.audit.shell.command import Command
+from klplug.audit.shell.expansion import fields_of
 from klplug.audit.shell.scanner import SyntaxProblem
-from klplug.audit.shell.state import MAX_DEPTH, MAX_LISTS, Listed, Shell
+from klplug.audit.shell.state import MAX_DEPTH, MAX_LISTS, Listed, Scalar, Shell, outlives
 from klplug.audit.shell.values import (
     Flat,
     Piece,
@@ -43,7 +44,8 @@ _QUERIES = frozenset(
 # What no program is called: "python train.py" in quotes, say, which is not taken to succeed.
 _NO_NAME = re.compile(r"[\s{}=]")
 _SHELL = re.compile(r"(?:.*/)?(?:ba|z|da|k)?sh")
-_COMMAND = re.compile(r"-\w*c")
+_BATCH = ("sbatch", "qsub")
+_BATCH_FILE = re.compile(r"[^-].*\.(?:sh|bash|sbatch|slurm|sub|pbs|job)")
 
 
 def program(shell: Shell, values: list[Value], split: list[Flat], command: syntax.Simple) -> None:
@@ -51,18 +53,10 @@ def program(shell: Shell, values: list[Value], split: list[Flat], command: synta
     texts = [w.text for w in words]
     line = shell.line(command.line)
     nested = _nested_script(shell, values, words)
-    at_shell = next((at for at, t in enumerate(texts) if _SHELL.fullmatch(t)), None)
-    given = shell.inputs[-1]
     if nested is not None and shell.depth < MAX_DEPTH:
-        _another_shell(shell, lambda: _read_value(shell, nested), ())
-    elif shell.depth < MAX_DEPTH and _ran_a_file(shell, words, at_shell):
+        _another_shell(shell, lambda: _read_value(shell, nested[0]), nested[1])
+    elif shell.depth < MAX_DEPTH and (_ran_a_file(shell, words) or _ran_its_input(shell, words)):
         pass
-    elif (
-        given is not None
-        and not any(p.unknown for p in usual(given))
-        and (_SHELL.fullmatch(texts[-1]) or texts[0] in ("sbatch", "qsub"))
-    ):
-        _another_shell(shell, lambda: _read_value(shell, usual(given)), ())
     else:
         last_line = shell.line(shell.line_at(max(command.end - 1, 0)))
         shell.commands.append(
@@ -82,18 +76,45 @@ def program(shell: Shell, values: list[Value], split: list[Flat], command: synta
     shell.program_ends(asked=nameless or texts[0] in _QUERIES)
 
 
-def _nested_script(shell: Shell, values: Sequence[Value], words: Sequence[Word]) -> Flat | None:
-    """The script of ``bash -c SCRIPT``, also behind a launcher, and of ``sbatch --wrap SCRIPT``."""
-    for at in range(2, len(words)):
-        if _COMMAND.fullmatch(words[at - 1].text) and _SHELL.fullmatch(words[at - 2].text):
-            return _pieces_at(shell, values, at)
+def _nested_script(
+    shell: Shell, values: Sequence[Value], words: Sequence[Word]
+) -> tuple[Flat, Value] | None:
+    """The script of ``bash -c SCRIPT NAME ARGUMENTS``, also behind a launcher, and its arguments.
+
+    And that of ``sbatch --wrap SCRIPT``.
+    """
+    for at in range(len(words)):
+        first, letters = _after_options(words, at)
+        if "c" in letters and first < len(words):
+            return _pieces_at(shell, values, first), fields_of(shell, values, first + 2)
     if words[0].text == "sbatch":
         for at in range(1, len(words)):
             if words[at].text.startswith("--wrap="):
-                return after_equals(_pieces_at(shell, values, at))
+                return after_equals(_pieces_at(shell, values, at)), ()
             if words[at - 1].text == "--wrap":
-                return _pieces_at(shell, values, at)
+                return _pieces_at(shell, values, at), ()
     return None
+
+
+def _after_options(words: Sequence[Word], at: int) -> tuple[int, str]:
+    """Where the options of a shell end, and their letters; nowhere where it is no shell."""
+    if not _SHELL.fullmatch(words[at].text):
+        return len(words) + 1, ""
+    letters = ""
+    at += 1
+    while at < len(words):
+        option = words[at].text
+        if option in ("--", "-"):
+            return at + 1, letters
+        if not re.match(r"[-+]\w|--\w", option):
+            break
+        at += 1
+        if option.startswith("--"):
+            at += option in ("--rcfile", "--init-file")
+        else:
+            letters += option.strip("-+")
+            at += option.count("o") + option.count("O")  # each takes the name of an option
+    return at, letters
 
 
 def _pieces_at(shell: Shell, values: Sequence[Value], index: int) -> Flat:
@@ -103,6 +124,8 @@ def _pieces_at(shell: Shell, values: Sequence[Value], index: int) -> Flat:
 
 def _read_value(shell: Shell, pieces: Flat) -> None:
     """A script in a word; each of its words stands on the line of its own text."""
+    # Arguments that nobody passes are empty, and not those of the other shell.
+    pieces = tuple(p.with_text("") if p.unset and p.soft else p for p in pieces)
     starts: list[int] = []
     offset = 0
     for piece in pieces:
@@ -123,7 +146,8 @@ def _read_value(shell: Shell, pieces: Flat) -> None:
     count = len(shell.commands)
     try:
         shell.read(text(pieces), line_at)
-    except SyntaxProblem:
+    except SyntaxProblem as problem:
+        shell.sourced.append(problem.line)
         del shell.commands[count:]
         shell.commands.append(
             Command(
@@ -141,7 +165,7 @@ def _another_shell(shell: Shell, walk: Callable[[], None], arguments: Value | No
     shell.variables = {
         name: variable
         for name, variable in outer.items()
-        if name in shell.exported or name in ("1>", "?")
+        if name in shell.exported or outlives(name)
     }
     if arguments is not None:
         shell.variables["@"] = Listed(arguments)
@@ -149,38 +173,72 @@ def _another_shell(shell: Shell, walk: Callable[[], None], arguments: Value | No
     shell.depth += 1
     flow = shell.flow
     walk()
-    written = shell.variables.get("1>")
+    left = {name: held for name, held in shell.variables.items() if outlives(name)}
     shell.flow = flow
     shell.depth -= 1
     shell.variables, shell.journals = outer, journals
-    if written is not None:
-        shell.set("1>", written)
+    shell.apply({name: held for name, held in left.items() if held is not outer.get(name)})
 
 
-def _ran_a_file(shell: Shell, words: Sequence[Word], at_shell: int | None) -> bool:
-    if at_shell is not None and _file_after(shell, words, at_shell):
-        return True
+def _ran_a_file(shell: Shell, words: Sequence[Word]) -> bool:
+    at_shell = next((at for at, w in enumerate(words) if _SHELL.fullmatch(w.text)), None)
+    if at_shell is not None:
+        first, letters = _after_options(words, at_shell)
+        if "s" not in letters and first < len(words) and _run_file(shell, words, first):
+            return True
+    if words[0].text in _BATCH:
+        # Of the files beside a script, which is submitted is not told from an option's.
+        written = (at for at, w in enumerate(words) if shell.file(w.text) is not None)
+        return any(_run_file(shell, words, at) for at in written)
     return words[0].text.endswith((".sh", ".bash")) and _run_file(shell, words, 0)
 
 
-def _file_after(shell: Shell, words: Sequence[Word], at_shell: int) -> bool:
-    at = at_shell + 1
-    while at < len(words) and words[at].text.startswith(("-", "+")):
-        at += 1
-    return at < len(words) and _run_file(shell, words, at)
+def _ran_its_input(shell: Shell, words: Sequence[Word]) -> bool:
+    """``bash <<EOF``, ``echo SCRIPT | sbatch``."""
+    given = shell.given()
+    if given is None or not is_script(given):
+        return False
+    arguments: Sequence[Word] = ()
+    if words[0].text in _BATCH:
+        if any(_BATCH_FILE.fullmatch(word.text) for word in words):
+            return False
+    else:
+        ends = (_after_options(words, at) for at in range(len(words)))
+        reads = [first for first, letters in ends if first == len(words) or "s" in letters]
+        if not reads:
+            return False
+        arguments = words[reads[0] :]
+    shell.set("0<", Scalar(()))
+    _another_shell(shell, lambda: evaluate(shell, given), _arguments(arguments))
+    return True
+
+
+def is_script(value: Value) -> bool:
+    """Whether enough of a text is known to be read as a script."""
+    return not any(p.unknown and not (p.text or p.unset) for p in usual(value))
 
 
 def _run_file(shell: Shell, words: Sequence[Word], at: int) -> bool:
-    """``bash FILE ARGUMENTS``, where the file is there."""
+    """``bash FILE ARGUMENTS``, where the file is there, or is written by the script."""
+    arguments = _arguments(words[at + 1 :])
+    held = shell.file(words[at].text)
+    if held is not None:
+        if not is_script(held):
+            return False
+        _another_shell(shell, lambda: evaluate(shell, held), arguments)
+        return True
     path = file_named(shell, words[at])
     if path is None or path in shell.reading:
         return False
-    arguments = array(
-        [(Piece(w.text, w.line or 0, unknown="; ".join(w.unknown) or None, quoted=True),)
-         for w in words[at + 1 :]]
-    )  # fmt: skip
     _another_shell(shell, lambda: read_file(shell, path, words[at].line or 0), arguments)
     return True
+
+
+def _arguments(words: Sequence[Word]) -> Value:
+    return array(
+        [(Piece(w.text, w.line or 0, unknown="; ".join(w.unknown) or None, quoted=True),)
+         for w in words]
+    )  # fmt: skip
 
 
 def file_named(shell: Shell, name: Word) -> Path | None:

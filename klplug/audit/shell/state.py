@@ -6,6 +6,7 @@ changed and takes it back.
 
 from __future__ import annotations
 
+import posixpath
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,15 @@ from klplug.audit.shell.values import DEFAULT_IFS, Piece, Value, bounded, plain_
 MAX_DEPTH = 30
 MAX_ROUNDS = 64
 MAX_LISTS = 16
+
+
+def file_key(name: str) -> str:
+    return f"file:{posixpath.normpath(name)}"
+
+
+def outlives(name: str) -> bool:
+    """Whether a name is of something that lies outside of a shell's own variables."""
+    return name in ("1>", "0<", "?") or name.startswith("file:")
 
 
 @dataclass(frozen=True)
@@ -64,14 +74,14 @@ class Shell(ABC):
         commands: programs met, in order.
         sourced: lines of ``source`` whose file is not there to be read.
         variables: by name; a function's has ``()`` after it, ``@`` are the arguments, ``?`` is the
-            status, and ``1>`` what is written, where a substitution reads it.
+            status. ``1>`` is what is written, where somebody reads it, ``0<`` what is left to be
+            read, where that is known, and ``file:NAME`` what the script wrote to a file.
         exported: names that another shell sees.
         flow: what ends the statements that follow: ``exit``, ``return``, ``break``, ``continue``.
         unreached: how many conditions deep that nobody makes true.
         undecided: how many conditions deep that are not decided.
         locals: what a function's own variables held before, the innermost call last.
         early: where functions and rounds, begun and not ended, may end early.
-        inputs: what is read from, the innermost last; ``None`` where nobody gives it.
         silent: how many redirections deep that take what is written to a file, or nowhere.
         depth: how many calls, files and scripts deep.
         calls: how many functions were called.
@@ -91,7 +101,6 @@ class Shell(ABC):
         self.unreached = self.undecided = 0
         self.locals: list[Changes] = []
         self.early: list[Early] = []
-        self.inputs: list[Value | None] = [None]
         self.silent = 0
         self.depth = self.calls = 0
         self.folder = folder
@@ -145,6 +154,30 @@ class Shell(ABC):
 
     def line(self, line: int) -> int:
         return line if self.fixed_line is None else self.fixed_line
+
+    def with_stream(self, name: str, held: Value | None, walk: Callable[[], None]) -> Value:
+        """What ``1>`` or ``0<`` holds after a walk that begins with another one."""
+        outer, early, silent = self.get(name), len(self.early), self.silent
+        self.set(name, None if held is None else Scalar(held))
+        if name == "1>":
+            self.silent = 0
+        walk()
+        inner = self.get(name)
+        self.set(name, outer)
+        self.silent = silent
+        for left in self.early[early:]:
+            left.variables[name] = outer
+        return inner.value if isinstance(inner, Scalar) else ()
+
+    def given(self) -> Value | None:
+        """What is left to be read; ``None`` where nobody knows."""
+        variable = self.get("0<")
+        return variable.value if isinstance(variable, Scalar) else None
+
+    def file(self, name: str) -> Value | None:
+        """What the script wrote to a file, if it did."""
+        variable = self.get(file_key(name))
+        return variable.value if isinstance(variable, Scalar) else None
 
     def write(self, value: Value) -> None:
         out = self.get("1>")
