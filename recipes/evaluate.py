@@ -31,12 +31,14 @@ from recipes.data import (
     prepared,
     source_table,
 )
+from recipes.recipe import load
 from recipes.shared.folder import FolderError, claim
 from recipes.shared.reward import final_answer, is_correct, is_gradable
 from recipes.shared.settings import RUNS, SettingsError, check_model
 
 SETTINGS, RECORDS, SUMMARY = "settings.json", "records.jsonl", "summary.json"
 NORMAL = NormalDist().inv_cdf(0.975)  # of a 95 % interval
+MAX_NEW_TOKENS = 3072
 ENGINES = ("auto", "vllm", "transformers")
 
 
@@ -62,6 +64,8 @@ class Settings:
     batch_size: int
     seed: int
     instruction: str
+    template: Mapping[str, Any]
+    """What the model's chat template is told."""
     question: str
     answer: str
 
@@ -89,10 +93,10 @@ class Transformers:
         self.model, self.tokenizer = load(settings.model)
         if torch.cuda.is_available():
             self.model.to("cuda", torch.bfloat16)
-        self.max_new_tokens = settings.max_new_tokens
+        self.settings = settings
 
     def prompt(self, question: str) -> str:
-        return chat(self.tokenizer, question)
+        return chat(self.tokenizer, question, self.settings.template)
 
     def answers(
         self, prompts: list[str], count: int, temperature: float, seed: int
@@ -108,7 +112,7 @@ class Transformers:
                 self.model,
                 self.tokenizer,
                 repeated,
-                max_new_tokens=self.max_new_tokens,
+                max_new_tokens=self.settings.max_new_tokens,
                 temperature=temperature,
             ).texts
         return [texts[i : i + count] for i in range(0, len(texts), count)]
@@ -131,7 +135,7 @@ class VLLM:
         self.tokenizer = self.llm.get_tokenizer()
 
     def prompt(self, question: str) -> str:
-        return chat(self.tokenizer, question)
+        return chat(self.tokenizer, question, self.settings.template)
 
     def answers(
         self, prompts: list[str], count: int, temperature: float, seed: int
@@ -153,13 +157,13 @@ class VLLM:
         return [[answer.text for answer in output.outputs] for output in outputs]
 
 
-def chat(tokenizer: Any, question: str) -> str:
+def chat(tokenizer: Any, question: str, template: Mapping[str, Any]) -> str:
     """The question as the training's prompts: one user message of the model's template."""
     from recipes.quickstart.evaluate import chat_prompt
 
     if not tokenizer.chat_template:
         raise EvaluationError(f"{tokenizer.name_or_path}: its tokenizer has no chat template")
-    return chat_prompt(tokenizer, question)
+    return chat_prompt(tokenizer, question, **template)
 
 
 # Judging
@@ -378,6 +382,17 @@ def run_of(model: str) -> str:
     return str(folder.relative_to(next(above, folder.anchor)))
 
 
+def as_trained(arguments: argparse.Namespace) -> tuple[Mapping[str, Any], int]:
+    """What the chat template is told, and an answer's longest length: those of the recipe.
+
+    Raises:
+        SettingsError: There is no such recipe.
+    """
+    recipe = load(arguments.recipe) if arguments.recipe else None
+    longest = recipe.max_new_tokens if recipe else MAX_NEW_TOKENS
+    return recipe.template if recipe else {}, arguments.max_new_tokens or longest
+
+
 def engine_name(asked: str) -> str:
     """`auto` is vLLM where it is installed and there is a GPU."""
     if asked == "vllm" and find_spec("vllm") is None:
@@ -410,6 +425,7 @@ def checked(arguments: argparse.Namespace) -> tuple[Settings, list[Problem], Pat
     table = table_of(arguments, EVALUATION)
     problems = problems_of(table, arguments.n)
     check_model(arguments.model)
+    template, max_new_tokens = as_trained(arguments)
     settings = Settings(
         model=arguments.model,
         model_files=files_of(arguments.model),
@@ -420,10 +436,11 @@ def checked(arguments: argparse.Namespace) -> tuple[Settings, list[Problem], Pat
         samples=arguments.samples,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
-        max_new_tokens=arguments.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         instruction=arguments.instruction,
+        template=template,
         question=table.question,
         answer=table.answer,
     )
@@ -448,7 +465,8 @@ def parser() -> argparse.ArgumentParser:
     add("--samples", type=int, default=8, help="answers per problem, 0: greedy alone (default: 8)")
     add("--temperature", type=float, default=1.0, help="of the samples (default: 1)")
     add("--top-p", type=float, default=1.0, help="of the samples, with vLLM (default: 1)")
-    add("--max-new-tokens", type=int, default=3072, help="of an answer (default: 3072)")
+    add("--recipe", help="ask as this recipe trained: its chat template's options, its length")
+    add("--max-new-tokens", type=int, help="of an answer (default: the recipe's, or 3072)")
     add("--batch-size", type=int, default=64, help="problems at a time (default: 64)")
     add("--tensor-parallel", type=int, default=1, help="GPUs of vLLM (default: 1)")
     add("--engine", choices=ENGINES, default="auto", help="default: vLLM where there is a GPU")

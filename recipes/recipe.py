@@ -99,6 +99,8 @@ class Recipe:
     reward: str = ""
     """A file with `reward_func` for OpenRLHF, `compute_score` for verl; "": shared/reward.py."""
     hosts: tuple[str, ...] = HOSTS
+    template: Mapping[str, Any] = field(default_factory=dict)
+    """What the model's chat template is told, on verl and when it is evaluated; OpenRLHF can't."""
     openrlhf: Mapping[str, Any] = field(default_factory=dict)
     verl: Mapping[str, Any] = field(default_factory=dict)
 

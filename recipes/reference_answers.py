@@ -10,12 +10,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from recipes.data import INSTRUCTION, READERS, TRAINING, DataError
-from recipes.evaluate import EvaluationError, chat, table_of
+from recipes.evaluate import EvaluationError, as_trained, chat, table_of
 from recipes.shared.settings import SettingsError, check_model
 
 
@@ -32,17 +32,20 @@ def lines(
     temperature: float,
     max_new_tokens: int,
     batch_size: int,
+    template: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """The lines of the file: `samples` answers to each question, a line an answer.
 
     An answer has its eos, where it reached one. Its log-probs are of softmax(logits / temperature),
-    in nats, and of the whole vocabulary.
+    in nats, and of the whole vocabulary. `template` is what the model's chat template is told.
     """
     from klplug.hosting.stored import tokenizer_digest
     from recipes.quickstart.evaluate import answers, log_probs_of
 
     digest = tokenizer_digest(tokenizer.get_vocab())
-    prompts = [chat(tokenizer, question) for question in questions for _ in range(samples)]
+    prompts = [
+        chat(tokenizer, question, template) for question in questions for _ in range(samples)
+    ]
     # Neighbours of like length need little padding.
     prompts.sort(key=len)
     for start in range(0, len(prompts), batch_size):
@@ -99,6 +102,7 @@ def draw(arguments: argparse.Namespace) -> tuple[int, int]:
         raise DrawingError(f"--out {arguments.out}: there is such a file already")
     questions = asked(arguments)
     check_model(arguments.model)
+    template, max_new_tokens = as_trained(arguments)
 
     import torch
     from tqdm import tqdm
@@ -115,8 +119,9 @@ def draw(arguments: argparse.Namespace) -> tuple[int, int]:
         questions,
         samples=arguments.samples,
         temperature=arguments.temperature,
-        max_new_tokens=arguments.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         batch_size=arguments.batch_size,
+        template=template,
     )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     scratch = arguments.out.with_name(f"{arguments.out.name}.{os.getpid()}.tmp")
@@ -149,7 +154,8 @@ def parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=1.0, help="that of the run's rollouts (default: 1)")
     add("--top-p", type=float, default=1.0, help="1 alone: samples are of the whole distribution")
     add("--top-k", type=int, default=0, help="0 alone: the same")
-    add("--max-new-tokens", type=int, default=3072, help="of an answer (default: 3072)")
+    add("--recipe", help="ask as this recipe trains: its chat template's options, its length")
+    add("--max-new-tokens", type=int, help="of an answer (default: the recipe's, or 3072)")
     add("--batch-size", type=int, default=64, help="answers at a time (default: 64)")
     add("--seed", type=int, default=0)
     add(

@@ -56,10 +56,12 @@ def load(path: str | os.PathLike[str]) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def chat_prompt(tokenizer: Any, question: str) -> str:
+def chat_prompt(tokenizer: Any, question: str, **template: Any) -> str:
     """The prompt OpenRLHF builds with `--data.apply_chat_template`: one user message."""
     messages = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, **template
+    )
 
 
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:

@@ -43,6 +43,10 @@ def command(recipe: Recipe, data: Path, out: Path) -> list[str]:
         "data.max_response_length": recipe.max_new_tokens,
         "data.truncation": "left",
         "data.seed": recipe.seed,
+        **{
+            f"+data.apply_chat_template_kwargs.{key}": repr(value)
+            for key, value in recipe.template.items()
+        },
         "reward.custom_reward_function.path": recipe.reward or Path(reward.__file__).resolve(),
         "reward.custom_reward_function.name": REWARD,
         **({} if recipe.reward else REWARD_MANAGER),

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from recipes.evaluate import ks, main, majority, pass_at, record, wilson
 from recipes.quickstart.problems import problems, write_rows
 from recipes.quickstart.settings import HERE
 from recipes.quickstart.smollm2 import FOLDER
+from recipes.recipe import load
 from recipes.shared.folder import FolderError
 from recipes.shared.settings import CACHE
 
@@ -211,6 +213,51 @@ def test_another_column_is_another_evaluation(tmp_path, monkeypatch) -> None:
     assert module.begun(out, plain) == [] == module.begun(out, plain)
     with pytest.raises(FolderError, match=r"\(answer=answer there, other here\)"):
         module.begun(out, other)
+
+
+QWEN3_TEMPLATE = (  # the parts of Qwen3's chat_template that such a prompt reaches
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}"
+    "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("own", "thinks", "tokens"),
+    [
+        ([], True, 3072),
+        (["--recipe", "qwen3-0.6b-gsm8k"], False, 1024),
+        (["--recipe", "qwen3-0.6b-gsm8k", "--max-new-tokens", "7"], False, 7),
+        (["--recipe", "qwen3-1.7b-math-thinking"], True, 8192),
+    ],
+)
+def test_a_recipes_policy_is_asked_as_it_was_trained(
+    tmp_path, monkeypatch, own: list[str], thinks: bool, tokens: int
+) -> None:
+    shutil.copytree(POLICY, tmp_path / "policy")
+    (tmp_path / "policy" / "chat_template.jinja").write_text(QWEN3_TEMPLATE)
+    asked: list[str] = []
+
+    def answers(self, prompts: list[str], *_: Any) -> list[list[str]]:
+        asked.extend(prompts)
+        assert self.settings.max_new_tokens == tokens
+        return [[""] for _ in prompts]
+
+    monkeypatch.setattr(module.Transformers, "answers", answers)
+    data, out = words(tmp_path, 1), str(tmp_path / "out")
+    line = [str(tmp_path / "policy"), "--data", data, "--engine", "transformers", "--samples", "0"]
+    assert main([*line, "--out", out, *own]) == 0
+    # What the recipes without thinking train on with OpenRLHF.
+    trained = load("qwen3-0.6b-gsm8k").openrlhf["data.input_template"]
+    question = problems("test", 1, 0)[0]["question"] + INSTRUCTION
+    expected = trained.replace("{}", question)
+    assert asked == [expected.removesuffix("<think>\n\n</think>\n\n") if thinks else expected]
+
+
+def test_a_recipe_that_is_not_there_is_said(tmp_path, capsys) -> None:
+    assert main([*arguments(words(tmp_path, 2), tmp_path / "out"), "--recipe", "qwen4"]) == 2
+    assert "no recipe 'qwen4'" in capsys.readouterr().err
 
 
 def folder(path: Path) -> Path:

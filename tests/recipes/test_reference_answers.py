@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,19 @@ def test_the_file_has_the_models_answers_and_their_log_probs(
         expected = (logits / temperature).log_softmax(-1)
         expected = expected.gather(-1, torch.tensor(own.answer)[:, None])[:, 0]
         assert own.log_probs == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_the_chat_template_is_told_what_the_recipe_tells_it(problems: Path, tmp_path: Path) -> None:
+    shutil.copytree(POLICY, tmp_path / "policy")
+    (tmp_path / "policy" / "chat_template.jinja").write_text(
+        "{{ messages[0].content }}{% if enable_thinking is false %}<|im_start|>{% endif %}"
+    )
+    words = [str(tmp_path / "policy"), "--data", str(problems), "--max-new-tokens", "2"]
+    out = tmp_path / "answers.jsonl"
+    assert main([*words, "--recipe", "qwen3-0.6b-gsm8k", "--out", str(out)]) == 0
+    tokenizer = load(POLICY)[1]
+    prompts = [tokenizer.decode(own.prompt) for own in Stored.read(str(out)).answers]
+    assert set(prompts) == {f"{question}<|im_start|>" for question in QUESTIONS}
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,9 @@ def test_verl_reads_a_recipe_as_it_is_meant(
     assert {"dp": "(FSDP2:", "megatron": "(Megatron:"}[engine] in said
     assert f"kl_coef              {recipe.kl_coef}" in said
     assert (config.actor_rollout_ref.model.lora_rank == 32) is recipe.name.endswith("-lora")
-    thinks = config.data.apply_chat_template_kwargs.get("enable_thinking")
+    told = dict(config.data.apply_chat_template_kwargs)
+    assert told == recipe.template
+    thinks = told.get("enable_thinking")
     assert thinks == (recipe.name.endswith("-thinking") if "qwen3-" in recipe.name else None)
     assert not out.exists()
 
