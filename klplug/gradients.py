@@ -49,6 +49,8 @@ class Estimate:
         later: v, what it adds to the coefficients of the tokens before it, in its answer.
         scale: the factor times the sample weight, which c and v have; ``None`` where it is 1.
         unbounded: c before its bound, anything where masked; ``None`` where it has none.
+        falling: y of a c that is ``1 - exp(-y)``, whose weight may fall as fast as it grows;
+            ``None`` of others.
     """
 
     mask: Tensor
@@ -60,6 +62,7 @@ class Estimate:
     later: Tensor
     scale: float | Tensor | None = None
     unbounded: Tensor | None = None
+    falling: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +139,7 @@ def _own_token(spec: TermSpec, batch: Batch, estimate: Estimate) -> Acting:
     """``w_t c_t``: prefixes held fixed (LOC)."""
     importance = _importance(spec, batch, estimate.mask)
     weight = None if importance is None else importance.weight
-    gradient = estimate.own if weight is None else finite_(weight * estimate.own)
+    gradient = estimate.own if importance is None else _weighed(estimate, importance)
     return Acting(estimate.mask, estimate.value, estimate.own, lambda: gradient, weight, importance)
 
 
@@ -149,7 +152,7 @@ def _whole_answer(spec: TermSpec, batch: Batch, estimate: Estimate) -> Acting:
     """
     importance = _importance(spec, batch, estimate.mask)
     weight = None if importance is None else importance.weight
-    gradient = returns(estimate, batch, weight)
+    gradient = returns(estimate, batch, importance)
     if spec.baseline != "none":
         compared = baseline(spec, batch, estimate, gradient)
         gradient = gradient - (compared if weight is None else weight * compared)
@@ -311,15 +314,18 @@ def _with_limits(spec: TermSpec, batch: Batch) -> Estimate:
     value = masked(value, mask & (numbers | (value.abs() < HUGE)))
     reach = masked(log_ratio, mask)
     log_ratio = masked(log_ratio, numbers)
-    return Estimate(mask, numbers, log_ratio, reach, value, own, own, unbounded=unbounded)
+    falling = reach if row.of_answer is not None and unbounded is None else None
+    return Estimate(mask, numbers, log_ratio, reach, value, own, own, None, unbounded, falling)
 
 
 def _over_answers(spec: TermSpec, batch: Batch, estimate: Estimate) -> Estimate:
     """With v, what a token adds to those before it; or with c by the answer so far."""
     row, mask = spec.definition, estimate.mask
     if row.of_answer is not None:
-        own = masked_(row.of_answer(batch.answers.so_far(estimate.reach)), mask)
-        return replace(estimate, own=own, later=torch.zeros_like(own))
+        so_far = batch.answers.so_far(estimate.reach)
+        own = masked_(row.of_answer(so_far), mask)
+        falling = None if estimate.falling is None else so_far
+        return replace(estimate, own=own, later=torch.zeros_like(own), falling=falling)
     if row.later is None or row.later is row.as_loss.coefficient:
         return estimate
     if row.later is row.value:
@@ -336,7 +342,9 @@ def _of_answers(spec: TermSpec, batch: Batch, estimate: Estimate) -> Estimate:
     own = unbounded.clamp(-spec.bound, spec.bound)
     value = row.value(log_ratio) / batch.answers.whole(mask.to(log_ratio.dtype))
     own, value = masked(own, mask), masked(value, mask)
-    bounded = replace(estimate, value=value, own=own, later=torch.zeros_like(own))
+    falling = None if estimate.falling is None else log_ratio
+    none = torch.zeros_like(own)
+    bounded = replace(estimate, value=value, own=own, later=none, falling=falling)
     return bounded if math.isinf(spec.bound) else replace(bounded, unbounded=unbounded)
 
 
@@ -369,13 +377,24 @@ def _still_answering(weight: Tensor, mask: Tensor) -> Tensor:
     return torch.where(weight > 0, weight, mask.to(weight.dtype))
 
 
-def returns(estimate: Estimate, batch: Batch, weight: Tensor | None = None) -> Tensor:
+def _weighed(estimate: Estimate, importance: ImportanceWeight) -> Tensor:
+    """``w c``, which is a number on the reference's answers where neither w nor c is one."""
+    product, y = importance.weight * estimate.own, estimate.falling
+    if y is not None:
+        scale = 1.0 if estimate.scale is None else estimate.scale
+        below = importance.times_exp(-y) * y.clamp(max=0).expm1() * scale
+        product = below.where(y < 0, product)
+    return finite_(product)
+
+
+def returns(estimate: Estimate, batch: Batch, importance: ImportanceWeight | None = None) -> Tensor:
     """``w_t c_t + sum_{s>t} w_s v_s``."""
     own, later = estimate.own, estimate.later
-    added = later if weight is None else finite_(weight * later)
+    added = later if importance is None else finite_(importance.weight * later)
     to_go = batch.answers.to_go(added)
     if own is not later:
-        to_go = to_go - added + (own if weight is None else finite_(weight * own))
+        own = own if importance is None else _weighed(estimate, importance)
+        to_go = to_go - added + own
     return finite_(to_go)
 
 

@@ -11,13 +11,12 @@ place of the likelihood's -1: at the reference its noise is 0.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from klplug.estimators import ESTIMATORS, Function, alpha_divergence
-from klplug.numerics import finite, finite_, masked_, saturating_exp
+from klplug.numerics import finite, finite_, masked_
 from klplug.spec import KLSpec, TermSpec, parse
 
 if TYPE_CHECKING:
@@ -115,6 +114,9 @@ def stored_kl(
     divergence at the reference's prefixes, the others that of ``kl_types()``. No reference model
     is needed.
 
+    With ``horizon=sequence``, but for ``forward``, a token whose own pi/ref is below e^-88 adds
+    next to nothing to the gradient of those before it, in float32, in place of f(0).
+
     Args:
         spec: terms as a loss whose divergence stays finite where the reference rules a token out.
         log_probs: (B, T), log pi of the stored tokens, nats; carries the gradient.
@@ -149,16 +151,12 @@ def _value(term: KLTerm, log_ratio: Tensor) -> Tensor:
     (spec,) = term.spec.terms
     importance = term._acting.importance
     assert importance is not None
-    log_weight, mask = importance.log_weight, importance.mask
-    # No weight that is above 1 underflows, and no cap that drops is below 1.
-    kept = mask & ((importance.weight > 0) | (log_weight < 0))
     if spec.horizon == "answer":
-        log_ratio = log_weight
+        log_ratio = importance.log_weight
     value = spec.factor * _of_reference(spec)(-log_ratio)
     if spec.horizon == "answer":  # an even share of it, as its term has
-        value = value / mask.sum(-1, keepdim=True)
-    before = saturating_exp(log_weight.clamp(max=math.log(importance.cap)) - log_ratio)
-    return masked_(finite_(value * before), kept)
+        value = value / importance.mask.sum(-1, keepdim=True)
+    return masked_(finite_(value * importance.times_exp(-log_ratio)), importance.mask)
 
 
 def _of_reference(spec: TermSpec) -> Function:

@@ -32,6 +32,13 @@ class ImportanceWeight:
     cap: float = math.inf
     dropped: Tensor | None = None
 
+    def times_exp(self, exponent: Tensor) -> Tensor:
+        """``w exp(exponent)``, where w alone may underflow and the exponential overflow."""
+        # No weight that is above 1 underflows, and no cap that drops is below 1.
+        kept = self.mask & ((self.weight > 0) | (self.log_weight < 0))
+        log_weight = self.log_weight.clamp(max=math.log(self.cap))
+        return masked_(saturating_exp(log_weight + exponent), kept)
+
     def capped(self) -> Tensor | None:
         """(B, T) bool, where the bound or the clip acted; ``None`` where there is neither."""
         if self.dropped is not None:

@@ -138,6 +138,23 @@ def test_the_value_is_right_where_the_weight_is_no_number(name: str, x: float) -
         assert value.tolist() == [pytest.approx([expected[0] / 4] * 4, rel=2e-6)]
 
 
+@pytest.mark.parametrize("option", ["", ",horizon=sequence", ",level=prefix", ",cap=none"])
+@pytest.mark.parametrize("x", [[-25.0] * 16, [-95.0, -1.0], [-110.0, 3.0], [-0.5, 2.0, 4.0, -9.0]])
+def test_the_likelihood_pulls_where_the_policy_has_lost_an_answer(
+    x: list[float], option: str
+) -> None:
+    """w (1 - 1/u) of forward is u - 1 below the cap: near -1 where float32 has neither factor."""
+    log_probs, ref, mask = log_ratios(x)
+    stored_kl(f"forward_as_loss{option}", log_probs, ref, mask).loss.sum().backward()
+    own = [mpmath.exp(x_t) for x_t in x]
+    so_far = [mpmath.exp(sum(x[: t + 1])) for t in range(len(x))]
+    weights = so_far if option in (",horizon=sequence", ",level=prefix") else own
+    ratios = so_far if option == ",horizon=sequence" else own
+    cap = mpmath.inf if option == ",cap=none" else 10
+    expected = [float(min(w, cap) * (1 - 1 / u)) for w, u in zip(weights, ratios, strict=True)]
+    assert log_probs.grad.tolist() == [pytest.approx(expected, rel=2e-5, abs=1e-30)]
+
+
 def log_ratios(x: list[float]) -> tuple[Tensor, Tensor, Tensor]:
     """A policy of these to a reference, and a mask."""
     ref = torch.full((1, len(x)), -1.0)

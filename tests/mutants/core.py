@@ -52,9 +52,11 @@ NUMERICS = of(
 GRADIENTS = of(
     "gradients",
     (
-        "gradient = estimate.own if weight is None else finite_(weight * estimate.own)",
+        "gradient = estimate.own if importance is None else _weighed(estimate, importance)",
         "gradient = estimate.own",
     ),
+    ("product = below.where(y < 0, product)", "pass"),
+    ("zeros_like(own), falling=falling)", "zeros_like(own))"),
     ("weight is None else weight * compared)", "weight is None else compared)"),
     ("    weight = _still_answering(weight, estimate.mask)\n", ""),
     ("torch.where(weight > 0, weight, mask.to(weight.dtype))", "weight"),
@@ -86,7 +88,10 @@ GRADIENTS = of(
     ("numbers | (held < HUGE)", "numbers"),
     ("own = masked_(own, mask)  # the one", "own = own  # the one"),
     ("if own is not later:", "if False:"),
-    ("added = later if weight is None else finite_(weight * later)", "added = later"),
+    (
+        "added = later if importance is None else finite_(importance.weight * later)",
+        "added = later",
+    ),
     ('if "return_baseline" in batch.others:', "if False:"),
     ('groups = None if spec.baseline == "batch" else', "groups = None if spec.baseline else"),
     ("estimate.mask.any(-1))", "None)"),
@@ -98,7 +103,7 @@ GRADIENTS = of(
     ),
     ("a.coefficient if a.weight is None else a.weight * a.coefficient", "a.coefficient"),
     ("torch.stack(paths).sum(0)", "torch.stack(paths).mean(0)"),
-    tests=("step", "exact_term", "oracle", "term", "numbers"),
+    tests=("step", "exact_term", "oracle", "term", "numbers", "stored"),
 )
 
 BATCH = of(
@@ -149,12 +154,15 @@ WEIGHTS = of(
     "weights",
     ("so_far if own else answers.before(so_far)", "so_far"),
     ("mask & ~(weight > cap)", "mask & ~(weight > 2 * cap)"),
-    ("math.log(self.cap)", "self.cap"),
+    ("self.log_weight > math.log(self.cap)", "self.log_weight > self.cap"),
+    ("self.log_weight.clamp(max=math.log(self.cap))", "self.log_weight"),
+    ("self.mask & ((self.weight > 0) | (self.log_weight < 0))", "self.mask"),
+    ("(self.weight > 0) | (self.log_weight < 0)", "self.weight > 0"),
     ("(slope > 0) & (rho < 1 - low)", "(slope > 0) & (rho > 1 - low)"),
     ("(slope < 0) & (rho > 1 + high)", "(slope < 0) & (rho > 1 + low)"),
     ("masked(answers.whole(log_weight), mask)", "masked(answers.so_far(log_weight), mask)"),
     ("            return self.dropped\n", "            return None\n"),
-    tests=("oracle", "term", "numbers", "exact"),
+    tests=("oracle", "term", "numbers", "exact", "stored"),
 )
 
 ANSWERS = of(
@@ -365,9 +373,7 @@ STORED = of(
         'kl_term("monitor", ref_log_probs, log_probs.detach()',
         'kl_term("monitor", log_probs, ref_log_probs',
     ),
-    ("masked_(finite_(value * before), kept)", "masked_(finite_(value), kept)"),
-    ("masked_(finite_(value * before), kept)", "masked_(finite_(value * before), mask)"),
-    ("(importance.weight > 0) | (log_weight < 0)", "(importance.weight > 0)"),
+    ("value * importance.times_exp(-log_ratio)", "value"),
     ('"k1" if spec.estimator == "forward" else spec.estimator', "spec.estimator"),
     ("sums |= {name: forward.sums[name] for name in _OF_SAMPLES}", "sums |= forward.sums"),
     ("elif own.rpartition", "if own.rpartition"),
