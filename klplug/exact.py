@@ -100,7 +100,8 @@ def exact_kl(
             tokens on a CPU, between 2^22 and 2^24, and 2^27 elsewhere. It decides memory, and no
             number beyond rounding.
         group: a process group over which the vocabulary is cut into equal shards, in the order of
-            the ranks; on a GPU, where a look would wait for it, nobody asks whether they are equal.
+            the ranks; on a GPU, where a look would wait for it, nobody asks whether they are equal:
+            unequal ones have log-probs of other tokens, or wait for each other forever.
             ``weight``, ``bias`` and the reference's are the rank's own rows, everything
             else is whole and the same on all ranks; so are the results, and the gradient of
             ``hidden``, which is summed over the group here.
