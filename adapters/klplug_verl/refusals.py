@@ -41,6 +41,7 @@ from klplug_verl.keys import (
     TRAIN_BATCH,
     TRAINER_MODE,
     N,
+    USE_V1,
     is_stock,
 )
 from klplug_verl.notes import bypass, cut
@@ -310,12 +311,32 @@ def policy_loss_thrown_away(plan: Plan, settings: Settings) -> Said:
 
 
 def resampled_rows(plan: Plan, settings: Settings) -> Said:
-    """verl draws rows anew once it has their advantages, and klplug's own tensors are not drawn."""
-    if plan.is_active and settings.get(RESAMPLES, False) and settings.get(ESTIMATOR) == "gae":
+    """verl draws rows anew once it has their advantages; its v1 trainer puts these back beside the
+    rows that there were."""
+    if not (plan.is_active and settings.get(RESAMPLES, False) and settings.get(ESTIMATOR) == "gae"):
+        return
+    said = f"kl_type {plan.spec} with {RESAMPLES}=True"
+    if settings.get(USE_V1, False):
         yield (
             RESAMPLES,
-            f"kl_type {plan.spec} with {RESAMPLES}=True: verl draws the answers of a step anew "
-            "with its advantages. A KL of theirs would be of others. Leave it out",
+            f"{said}: verl draws the answers of a step anew. Its v1 trainer puts their advantages "
+            f"beside the tokens of others. Leave it out, or set {USE_V1}=False",
+        )
+        return
+    others = [
+        *(f"baseline={t.baseline}" for t in plan.spec.terms if t.baseline != "none"),
+        *(
+            f"weight={own.written}"
+            for own in weights_of(plan.spec)
+            if {"entropy", "group_ids"} & {*own.needs}
+        ),
+        *(["reference=posterior"] if plan.spec.has_the_reward else []),
+    ]
+    if others:
+        yield (
+            RESAMPLES,
+            f"{said}: verl draws the answers of a step anew, some of them twice. {others[0]} is of "
+            "those that there were. Leave one out",
         )
 
 

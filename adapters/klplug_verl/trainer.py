@@ -46,6 +46,9 @@ from klplug_verl.plan import Plan
 
 ACTIVE = "klplug/active"
 STATE_FILE = "klplug.json"
+SAMPLED = "klplug_sampled"
+"""The mask of what was sampled, where verl masks tokens out of it: among its tensors, for verl may
+draw their rows anew."""
 
 
 @dataclass
@@ -53,7 +56,6 @@ class Run:
     """The trainer's plan, its controller, and what it measured at the start of this step.
 
     ``local`` is of each local update so far of a step that has several (separate_async).
-    ``sampled`` is the mask of what was sampled, where verl has masked tokens out of it since.
     ``carried`` is what the workers' micro-batches can't make: a baseline, sample weights.
     """
 
@@ -63,7 +65,6 @@ class Run:
     joined: bool = False
     n_answers: int = 0
     local: list[tuple[float, int]] = field(default_factory=list)  # KL and answers of its updates
-    sampled: Tensor | None = None
     carried: dict[str, Tensor] = field(default_factory=dict)  # for the workers, by their names
     named: dict[str, Tensor] = field(default_factory=dict)  # what sample weights read, by name
     states: int | None = None  # bytes of the reference's hidden states, or of its top tokens
@@ -235,9 +236,9 @@ def _in_the_reward(run: Run, data: Any, mask: Tensor | None = None) -> dict[str,
 
 def rollout_correction(original: Call, _: Any, args: Args, kwargs: Kwargs) -> Any:
     """verl's rejection sampling, which masks tokens out of the samples before they are joined."""
-    run = _RUN.get()
-    if run is not None:
-        run.sampled = bound(original, args, kwargs)["batch"].batch["response_mask"]
+    if _RUN.get() is not None:
+        tensors = bound(original, args, kwargs)["batch"].batch
+        tensors[SAMPLED] = tensors["response_mask"]
     return original(*args, **kwargs)
 
 
@@ -275,7 +276,7 @@ def _join(run: Run, data: Any, keys: Sequence[str]) -> None:
     run.joined = True
     tensors, groups = _tensors(run, data), data.non_tensor_batch["uid"]
     mask = tensors["response_mask"]
-    sampled, run.sampled = mask if run.sampled is None else run.sampled, None
+    sampled = tensors.pop(SAMPLED, mask)
     as_loss, in_reward = run.plan.as_loss, run.plan.in_reward
     answers = _answers(keys)
     _check_answers_are_rows(run.plan, len(answers), len(keys))

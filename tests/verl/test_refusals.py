@@ -12,7 +12,7 @@ from klplug.audit import Report, audit
 from klplug.audit.tables import installed
 from klplug.hosting.host import hosts
 from tests.audit.verdicts import SCRIPTS
-from tests.verl.test_settings import BYPASS, MISTAKES, THROWN, TOP_P, own
+from tests.verl.test_settings import BYPASS, DRAWN, MISTAKES, THROWN, TOP_P, own
 from tests.verl.trainer import derived
 
 MAIN = ["python", "-m", "verl.trainer.main_ppo", "algorithm.adv_estimator=grpo"]
@@ -47,6 +47,8 @@ def test_the_audit_refuses_what_the_run_refuses_with_the_same_words(overrides: l
         own("k2_as_loss,reference=old", BYPASS),
         own("k1_in_reward", "algorithm.use_pf_ppo=True"),
         ["+klplug.kl_type=none", *THROWN],
+        own("k2_as_loss,horizon=sequence", *DRAWN, "++trainer.use_v1=False"),
+        own("k1_in_reward", *DRAWN, "++trainer.use_v1=False"),
         own("k1_in_reward", "distillation.enabled=True"),
     ],
 )

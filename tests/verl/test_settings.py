@@ -216,6 +216,8 @@ THROWN = (
     "distillation.enabled=True",
     "distillation.distillation_loss.use_task_rewards=False",
 )
+DRAWN = ("algorithm.adv_estimator=gae", "algorithm.use_pf_ppo=True")
+"""Answers drawn anew once they have advantages, which verl does of a value function's alone."""
 
 MISTAKES: list[tuple[list[str], list[str]]] = [
     (own("k2_as_loss,reference=rollout", TOP_P), [f"{TOP_P}: the sampler's", "whole distribution"]),
@@ -407,8 +409,16 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
         for asked in (own("k1_in_reward"), ["+klplug.kl_type=monitor"])
     ),
     (
-        own("k1_in_reward", "algorithm.adv_estimator=gae", "algorithm.use_pf_ppo=True"),
-        ["algorithm.use_pf_ppo=True", "draws the answers of a step anew"],
+        own("k1_in_reward", *DRAWN, "++trainer.use_v1=True"),
+        ["algorithm.use_pf_ppo=True", "beside the tokens of others", "trainer.use_v1=False"],
+    ),
+    *(
+        (own(kl_type, *DRAWN, "++trainer.use_v1=False"), [f"some of them twice. {option}"])
+        for kl_type, option in (
+            ("k2_as_loss,horizon=sequence,baseline=group", "baseline=group"),
+            ("k2_as_loss,weight=entropy:0.5", "weight=entropy:0.5"),
+            ("js_as_loss,reference=posterior", "reference=posterior"),
+        )
     ),
     (
         own("k2_as_loss", "++trainer.use_legacy_worker_impl=auto", f"{ACTOR}.strategy=megatron"),

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from unittest.mock import Mock
 
 import pytest
@@ -395,6 +396,36 @@ def test_rejection_sampling_leaves_the_kl_of_an_answer_whole(kind: str) -> None:
     extra = (found.batch["advantages"] - stock.batch["advantages"]) * kept
     torch.testing.assert_close(extra, expected, rtol=1e-4, atol=1e-5)
     assert (to_go(lr) - to_go(lr * kept)).abs().max() > 0.01  # and that is another
+
+
+def test_of_local_updates_verl_takes_the_largest_where_klplug_does() -> None:
+    """By substrings of a metric's name, as separate_async makes one number of them."""
+    if "v1" not in TRAINERS:
+        return
+    from verl.trainer.ppo.v1.utils import MetricsAggregator
+
+    zero = torch.zeros(1, 1)
+    kl_types = ("k2_as_loss", "k3_in_reward+js_as_loss,horizon=sequence,mode=mask", "monitor")
+    terms = (kl_term(kl_type, *[zero] * 3, old_log_probs=zero) for kl_type in kl_types)
+    names = {name for term in terms for name in term.metrics} | {"klplug/kl_before_update"}
+    taken = {name: MetricsAggregator()._get_aggregation_type(name) for name in names}
+    assert len(names) > 40
+    for name, how in taken.items():
+        assert how == ("max" if name.endswith("coef_max") else "weighted_avg"), name
+
+
+def test_where_verl_draws_answers_anew_the_kl_is_of_those_drawn() -> None:
+    """algorithm.use_pf_ppo, which RayPPOTrainer goes on with; core_algos.py."""
+    own = (*klplug("k2_as_loss"), "algorithm.adv_estimator=gae", "algorithm.use_pf_ppo=True")
+    drawn = torch.tensor([2, 2, 0, 1])
+    given = batch()
+    data = experience(given, SCORES)
+    data.batch["values"] = torch.zeros_like(given.old_log_probs)
+    with mock.patch.object(torch, "multinomial", return_value=drawn):
+        _, metrics = joined(trainer(*own, kind="ray"), data, KEYS)
+    mask = given.response_mask[drawn]
+    lr = (given.old_log_probs - given.ref_log_probs)[drawn] * mask
+    assert metrics["klplug/k1"] == pytest.approx((lr.sum() / mask.sum()).item(), rel=1e-5)
 
 
 # The controller.
