@@ -25,6 +25,7 @@ from klplug.audit.settings import (
 )
 from klplug.audit.tables import Table, before
 from klplug.controllers import CONTROLS
+from klplug.hosting.settings import Unknown
 from klplug_verl import sources, trainers
 from klplug_verl.command import Parsed, appended, lacking
 from klplug_verl.edit import without_klplug
@@ -67,6 +68,7 @@ from klplug_verl.keys import (
     USE_REWARD,
     N,
 )
+from klplug_verl.plan import asked
 from klplug_verl.terms import (
     is_verls,
     reward_switch,
@@ -437,6 +439,24 @@ def _notes(settings: Settings, other: Trainer | None) -> Iterable[tuple[str, Set
         )
     if launch is not None and other is not None and other.note:
         yield other.note, Setting("", None, launch.words[launch.main].line)
+    unknown = other is not None and other.served and other.own_fit is None
+    if launch is not None and unknown and (stage := _stage(settings)):
+        yield (
+            f"Whether {launch.trainer} has a fit of its own is not known. klplug would not start "
+            f"one: {stage}.",
+            Setting("", None, launch.words[launch.main].line),
+        )
+
+
+def _stage(settings: Settings) -> str:
+    """What of klplug's, asked for or nearest to what is, needs verl's own steps."""
+    try:
+        plan = asked(settings)
+    except (Unknown, ValueError):
+        return ""
+    if plan is not None:
+        return trainers.stage_of(plan)
+    return "a KL in the reward" if reward_switch(settings)[1] else ""
 
 
 def _beside(settings: Settings) -> str:

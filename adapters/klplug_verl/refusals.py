@@ -14,6 +14,7 @@ from klplug.hosting import refusals as hosting
 from klplug.hosting.refusals import Refusal
 from klplug.hosting.settings import Said, Settings
 from klplug.samples import weights_of
+from klplug_verl import trainers
 from klplug_verl.keys import (
     ADAPTERS,
     BYPASS,
@@ -40,8 +41,8 @@ from klplug_verl.keys import (
     TEACHER,
     TRAIN_BATCH,
     TRAINER_MODE,
-    N,
     USE_V1,
+    N,
     is_stock,
 )
 from klplug_verl.notes import bypass, cut
@@ -134,14 +135,21 @@ def synchronous_trainer(plan: Plan, settings: Settings) -> Said:
 
 
 def another_trainer(plan: Plan, settings: Settings) -> Said:
-    for key in ("async_training", "rollout"):
-        if settings.has(key):
-            yield (
-                key,
-                f"kl_type {plan.spec}: verl's fully asynchronous and one-step-off recipes have "
-                "trainers of their own, which klplug does not reach. Use verl.trainer.main_ppo, "
-                "with trainer.v1.trainer_mode=separate_async if need be",
-            )
+    row = trainers.row(settings.trainer)
+    asynchronous = row is not None and row.stale
+    if asynchronous or any(settings.has(key) for key in ("async_training", "rollout")):
+        yield (
+            None,
+            f"kl_type {plan.spec}: verl's fully asynchronous and one-step-off recipes have "
+            "trainers of their own, which klplug does not reach. Use verl.trainer.main_ppo, "
+            "with trainer.v1.trainer_mode=separate_async if need be",
+        )
+
+
+def own_fit(plan: Plan, settings: Settings) -> Said:
+    row = trainers.row(settings.trainer)
+    if row is not None and row.own_fit and trainers.stage_of(plan):
+        yield None, trainers.out_of_reach(plan, settings.trainer)
 
 
 def rewards_past_the_kl(plan: Plan, settings: Settings) -> Said:
@@ -438,6 +446,7 @@ ROWS = (
     another_main,
     synchronous_trainer,
     another_trainer,
+    own_fit,
     rewards_past_the_kl,
     no_definite_strength,
     length_tilts,

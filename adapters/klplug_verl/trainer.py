@@ -39,7 +39,7 @@ from klplug.seen import in_a_key
 from klplug.spec import TermSpec
 from klplug.tally import PREFIX
 from klplug.watch import NONFINITE, Watch
-from klplug_verl import hidden, moving, samples, teacher
+from klplug_verl import hidden, moving, samples, teacher, trainers
 from klplug_verl.actor import BASELINE, POSTERIOR, STORED_SUMS, SUMS
 from klplug_verl.keys import COEF_KEY, is_stock
 from klplug_verl.plan import Plan
@@ -102,8 +102,8 @@ def init(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> None:
     if plan is None:
         return
     passes_by = _fits_itself(trainer)
-    if passes_by:
-        _check_stages(plan, trainer)
+    if passes_by and trainers.stage_of(plan):
+        raise RuntimeError(trainers.out_of_reach(plan, type(trainer).__name__))
     announce("the trainer", plan.spec, plan.kl_coef)
     if (term := exact_term(plan.spec)) is not None:
         print(hidden.foretell(term, config), flush=True)
@@ -121,25 +121,6 @@ def _fits_itself(trainer: Any) -> bool:
         return False
     code = type(trainer).fit.__code__
     return not ("__class__" in code.co_freevars and "fit" in code.co_names)
-
-
-def _check_stages(plan: Plan, trainer: Any) -> None:
-    """Workers compute a KL as loss without verl's own steps, at the coefficient of their config."""
-    needs = [
-        *(f"{t} is in the reward" for t in plan.in_reward.terms),
-        *([f"kl_ctrl={plan.kl_ctrl} moves the coefficient"] if plan.kl_ctrl != "fixed" else []),
-        *([f"ref_update={plan.ref_update}"] if plan.ref_update is not None else []),
-        *(f"baseline={t.baseline}" for t in plan.as_loss.terms if t.baseline != "none"),
-        *(f"weight={own.written}" for own in weights_of(plan.spec)),
-        *(["reference=posterior"] if plan.spec.has_the_reward else []),
-        *(["reference=teacher"] if plan.needs_teacher else []),
-        *([f"vocab={plan.vocab}"] if plan.over_vocabulary else []),
-    ]
-    if needs:
-        raise RuntimeError(
-            f"kl_type {plan.spec}: {needs[0]}, and {type(trainer).__name__} has a fit of its own. "
-            "klplug does not reach it. Use verl.trainer.main_ppo, or k2_as_loss with kl_ctrl=fixed"
-        )
 
 
 def compute_advantage(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:

@@ -5,6 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from klplug.samples import weights_of
+
+if TYPE_CHECKING:
+    from klplug_verl.plan import Plan
 
 ITERATIVE = "actor_rollout_ref.actor.use_iterative_ref_model"
 """RPG: the reference is the policy at the start of the step."""
@@ -33,6 +39,7 @@ class Trainer:
         drops: why a KL in the reward never reaches its advantages; empty where it does.
         own_loss: its loss is not verl's, and what KL it has is not known.
         served: klplug has hooks for it.
+        own_fit: its ``fit`` is not ``RayPPOTrainer``'s; ``None`` where that is not known.
         estimators: of its own, to the kl_type of the same gradient where ITERATIVE is on.
     """
 
@@ -43,6 +50,7 @@ class Trainer:
     drops: str = ""
     own_loss: bool = False
     served: bool = False
+    own_fit: bool | None = None
     estimators: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -68,6 +76,7 @@ TRAINERS = (
         r"\bprime\b",
         "The trainer of PRIME, which makes its rewards itself.",
         drops="the trainer of PRIME never calls apply_kl_penalty",
+        own_fit=True,
     ),
     Trainer(
         r"(?:\b|_)(?:spin|flowrl|gkd)\b",
@@ -80,6 +89,13 @@ TRAINERS = (
         "made the samples. Its estimators named rpg_ have a clamp of 10 on their value.",
         estimators=RPG,
     ),
+    Trainer(
+        r"recipe[./](?:dapo|entropy|sppo|spo|rep_exp|atropos|async_flow|dance_grpo|partial_rollout"
+        r"|specRL)[./]",
+        "",
+        served=True,
+        own_fit=True,
+    ),
     Trainer(r"recipe", "", served=True),
 )
 
@@ -87,3 +103,28 @@ TRAINERS = (
 def row(trainer: str) -> Trainer | None:
     """The row of a trainer other than ``main_ppo``."""
     return next((known for known in TRAINERS if re.search(known.name, trainer)), None)
+
+
+def stage_of(plan: Plan) -> str:
+    """What needs verl's own steps, which a ``fit`` of a trainer's own passes by; empty for nothing.
+
+    Workers compute a KL as loss without them, at the coefficient of their config.
+    """
+    needs = (
+        *(f"{t} is in the reward" for t in plan.in_reward.terms),
+        *([f"kl_ctrl={plan.kl_ctrl} moves the coefficient"] if plan.kl_ctrl != "fixed" else []),
+        *([f"ref_update={plan.ref_update}"] if plan.ref_update is not None else []),
+        *(f"baseline={t.baseline}" for t in plan.as_loss.terms if t.baseline != "none"),
+        *(f"weight={own.written}" for own in weights_of(plan.spec)),
+        *(["reference=posterior"] if plan.spec.has_the_reward else []),
+        *(["reference=teacher"] if plan.needs_teacher else []),
+        *([f"vocab={plan.vocab}"] if plan.over_vocabulary else []),
+    )
+    return next(iter(needs), "")
+
+
+def out_of_reach(plan: Plan, trainer: str) -> str:
+    return (
+        f"kl_type {plan.spec}: {stage_of(plan)}, and {trainer} has a fit of its own. klplug does "
+        "not reach it. Use verl.trainer.main_ppo, or k2_as_loss with kl_ctrl=fixed"
+    )

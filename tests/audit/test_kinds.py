@@ -184,6 +184,32 @@ def test_prime_drops_a_kl_in_the_reward(tmp_path: Path) -> None:
     assert usual.gradient == "reverse" and "never-reaches" not in _ids(usual)
 
 
+@pytest.mark.parametrize(
+    ("asked", "stage"),
+    [
+        ("+klplug.kl_type=k1_in_reward +klplug.kl_coef=0.1", "k1_in_reward is in the reward"),
+        ("+klplug.kl_type=k2_as_loss,weight=positive +klplug.kl_coef=0.1", "weight=positive"),
+        ("algorithm.use_kl_in_reward=True", "a KL in the reward"),
+        ("+klplug.kl_type=k2_as_loss +klplug.kl_coef=0.1", ""),
+        (f"{_A}.use_kl_loss=True", ""),
+    ],
+)
+def test_what_hangs_on_a_recipes_fit_is_said_not_to_be_known(
+    tmp_path: Path, asked: str, stage: str
+) -> None:
+    asked = asked.replace("k2_as_loss,weight=positive", "'\"k2_as_loss,weight=positive\"'")
+    grpo = "algorithm.adv_estimator=grpo actor_rollout_ref.rollout.n=8"
+    report = _audit(tmp_path, f"python3 -m recipe.mine.main_mine {grpo} {asked}")
+    said = [f.message for f in report.findings if f.id == "another-trainer"]
+    assert said == [
+        "Whether recipe.mine.main_mine has a fit of its own is not known. klplug would not start "
+        f"one: {stage}."
+    ] * bool(stage)
+    known = _audit(tmp_path, f"python3 -m recipe.dapo.main_dapo {grpo} {asked}")
+    assert "another-trainer" not in _ids(known)
+    assert ("klplug-refuses" in _ids(known)) == (bool(stage) and "klplug" in asked)
+
+
 def test_a_loss_of_its_own_is_unknown(tmp_path: Path) -> None:
     report = _audit(tmp_path, f"python3 -m recipe.spin.main_spin {_GRPO}")
     assert report.gradient is None and "loss of its own" in report.unknown["gradient"][0]

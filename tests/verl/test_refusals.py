@@ -17,6 +17,7 @@ from tests.verl.trainer import derived
 
 MAIN = ["python", "-m", "verl.trainer.main_ppo", "algorithm.adv_estimator=grpo"]
 GROUP = "actor_rollout_ref.rollout.n=2"  # as derived() has it
+MOVES = ("+klplug.kl_ctrl=adaptive", "+klplug.kl_target=1")
 
 
 def report(overrides: list[str]) -> Report:
@@ -46,9 +47,9 @@ def test_the_audit_refuses_what_the_run_refuses_with_the_same_words(overrides: l
         own("k2_as_loss,horizon=sequence", BYPASS),
         own("k2_as_loss,reference=old", BYPASS),
         own("k1_in_reward", "algorithm.use_pf_ppo=True"),
-        ["+klplug.kl_type=none", *THROWN],
         own("k2_as_loss,horizon=sequence", *DRAWN, "++trainer.use_v1=False"),
         own("k1_in_reward", *DRAWN, "++trainer.use_v1=False"),
+        ["+klplug.kl_type=none", *THROWN],
         own("k1_in_reward", "distillation.enabled=True"),
     ],
 )
@@ -65,8 +66,37 @@ def test_the_main_of_0_8_that_has_a_trainer_inside_is_refused() -> None:
     assert found.after is None
 
 
-# main_ppo's config has all that the first looks for; the second has a test of its own above.
-ELSEWHERE = {"another_main", "synchronous_trainer"}
+@pytest.mark.parametrize(
+    ("trainer", "overrides", "word"),
+    [
+        ("recipe.dapo.main_dapo", own("k1_in_reward"), "k1_in_reward is in the reward"),
+        ("recipe.entropy.main_entropy", own("k2_as_loss", *MOVES), "kl_ctrl=adaptive"),
+        ("recipe.sppo.main_sppo", own("k2_as_loss,weight=positive"), "weight=positive"),
+        ("recipe.prime.main_prime", own("k3_in_reward+k2_as_loss"), "k3_in_reward is in"),
+        ("verl.experimental.one_step_off_policy.main_ppo", own("k2_as_loss"), "one-step-off"),
+    ],
+)
+def test_a_trainer_of_its_own_is_refused_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, trainer: str, overrides: list[str], word: str
+) -> None:
+    monkeypatch.setattr("klplug_verl.keys.started", lambda: trainer)
+    with pytest.raises(ValueError, match=word) as error:
+        derived(*overrides)
+    found = audit(["python", "-m", trainer, *MAIN[3:], GROUP, *overrides]).findings
+    (refused,) = (f.message for f in found if f.id == "klplug-refuses")
+    assert refused == f"klplug refuses to start: {error.value}."
+
+
+def test_a_recipe_with_a_fit_of_its_own_has_a_kl_as_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = "recipe.dapo.main_dapo"
+    monkeypatch.setattr("klplug_verl.keys.started", lambda: trainer)
+    derived(*own("k2_as_loss"))
+    report = audit(["python", "-m", trainer, *MAIN[3:], GROUP, *own("k2_as_loss")])
+    assert not {"klplug-refuses", "another-trainer"} & {f.id for f in report.findings}
+
+
+# main_ppo's config has all that the first looks for; the others have a test of their own above.
+ELSEWHERE = {"another_main", "synchronous_trainer", "own_fit"}
 
 
 def test_every_row_is_among_the_mistakes() -> None:
