@@ -31,7 +31,7 @@ def report_command(
         typer.Option(
             "--samples",
             metavar="FILE",
-            help="Answers of the reference, JSON lines with prompt, reward and tokens: draws the "
+            help="Answers of the reference, JSON lines with prompt, reward and tokens. Draws the "
             "best policies and best of N beside the runs.",
         ),
     ] = None,
