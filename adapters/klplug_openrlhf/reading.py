@@ -122,8 +122,11 @@ def settings(table: Table, launched: Parsed, version_from: str = "installed") ->
             setting = Setting(full, None, word.line, True)
             rejected.append(Rejected(setting, f"--{full} needs a value"))
         else:
-            value = _value(key, values[0].text) if len(values) == 1 else [v.text for v in values]
+            one = len(values) == 1 or isinstance(table.defaults.get(full), (int, float, str))
+            value = _value(key, values[0].text) if one else [v.text for v in values]
             setting = Setting(full, value, word.line, True, unknown)
+            if one and len(values) > 1 and not unknown:
+                rejected.append(Rejected(setting, f"--{full} takes one value"))
             allowed = table.choices.get(full)
             if allowed and not unknown and value not in allowed and not _kl_type(value):
                 rejected.append(Rejected(setting, f"--{full} takes {', '.join(map(str, allowed))}"))

@@ -17,7 +17,7 @@ from klplug.audit.errors import AuditError, NoCommand
 from klplug.audit.frameworks import configured_by, started_by
 from klplug.audit.report import Report, report
 from klplug.audit.settings import Launch
-from klplug.audit.shell import Command, Script, Word
+from klplug.audit.shell import Command, Script, Word, with_newlines
 from klplug.audit.tables import Table, beside, candidates, flattened, given
 from klplug.hosting.host import Host, hosts
 
@@ -196,7 +196,7 @@ def read_from(file: BinaryIO, name: str) -> str:
         raise AuditError(f"{name}: more than {_MAX_BYTES} bytes are no training script")
     if b"\0" in content:
         raise AuditError(f"{name}: not a text file")
-    return content.decode("utf-8", errors="replace").replace("\r\n", "\n")
+    return with_newlines(content.decode("utf-8", errors="replace"))
 
 
 def _launch(

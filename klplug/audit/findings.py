@@ -162,11 +162,12 @@ def _unknown_value(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
                 yield f"The verdict depends on a value that is not known: {reason}.", setting
 
 
-@rule("sourced-script", INFO, "Another script is read first")
+@rule("sourced-script", INFO, "Variables are set from outside of the script")
 def _sourced(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for line in run.sourced:
         yield (
-            "Another script is read here, and variables that it sets are not seen.",
+            "What is read here stands outside of this script, and variables that it sets are not "
+            "seen.",
             Setting("", None, line),
         )
 

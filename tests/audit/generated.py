@@ -66,6 +66,7 @@ class _Writer:
                 operation = self.one(
                     "%.*", "%%/*", "#*/", "##*/", "/a/b", "//b/", "^^", ",,", "^", ":1", ":0:2",
                     ":1:1", "/#p/z", "/%h/z", "%?", "#?", "//[a-c]/-", "/ /_", "//\\//.",
+                    "/#/s", "/%/.t",
                 )  # fmt: skip
                 return self.one(f"${{{name}{operation}}}", f'"${{{name}{operation}}}"')
             case 8:
@@ -148,6 +149,13 @@ class _Writer:
                     f"run \\\n  a \\\n  '{name}' # c\n", f"{name}=x run \"${name}\"",
                     f'IFS=,; {name}="${{L[*]}}"; unset IFS', f"declare -A H=([k]={name} [m]=2)\n"
                     'run "${H[k]}" ${#H[@]}', f'local_={name}; run "${{!local_}}"',
+                    f"{{ read {name}; run $? \"${name}\"; read -r B C; }} <<< $'p q\\nr  s t'",
+                    f"while read -r {name} I; do run \"${name}\" $I; done <<E\n{self.one(*_LINES)}"
+                    f"{self.one(*_LINES)}E",
+                    f"printf '%s\\n' \"${name}\" 'v w' | while read -r I; do run \"$I\"; done",
+                    f'echo {self.word()} > .f; read {name} < .f; run "${name}"',
+                    f'h() {{ local -n R=$1; R{self.one("=", "+=")}{self.part()}; }}; h {name}',
+                    f"unset '{array}[-1]'; run ${{#{array}[@]}} \"${{{array}[@]}}\"",
                 )  # fmt: skip
             case 8:
                 quoted = self.one("E", "'E'", "-E", '"E"')

@@ -139,6 +139,31 @@ FORMS = [
     "do run \"$A\"; done < f; echo d > ./f; read A < f; run $A",
     "f() { echo x; [ -d /etc ] && return; echo y; }; "
     "f > g; read A < g; run \"$A\"; A=$(f); run \"$A\"",
+    # An empty pattern that is held to an end.
+    "A=abc E= B=(a '' c); run \"${A/#/x}\" \"${A/%/y}\" \"${E/#/x}\" \"${A/#$E/z}\" \"${A//}\"",
+    "B=(a '' c); run \"${B[@]/#/p.}\" ${B[@]/%/.s} \"${B[*]/#/+}\"",
+    # An element that is unset.
+    "L=(1 2 3); unset 'L[2]' \"L[-1]\"; L+=(x); run \"${L[@]}\" ${#L[@]} \"${L[1]}\"; unset 'L[7]'",
+    "L=(a b); I=1; unset \"L[$I]\"; run \"${L[@]}\"; unset 'L[I-1]'; run ${#L[@]}; L+=(c); run $L",
+    "A=s B=t; unset 'A[0]' 'B[1]'; run \"${A-gone}\" $B; "
+    "L=(a b); unset 'L[@]'; run ${#L[@]} \"${L-gone}\"",
+    "declare -A M=([a]=1 [b]=2 [c]=3); K=a; unset \"M[$K]\" 'M[c]'; "
+    "run ${#M[@]} \"${M[@]}\" \"${M[a]-gone}\"",
+    "f() { run f; }; unset -f f; f; g() { run g; }; "
+    "unset g; g; g=1; g() { run h; }; unset g; g; run \"$g\"",
+    "L=(a); unset L; run ${#L[@]} \"${L[@]}\" end; "
+    "L+=(b); run \"${L[@]}\"; unset L; L[0]=c; run $L",
+    # Another name.
+    "f() { local -n R=$1; R+=(x 'y z'); "
+    "run \"${R[@]}\" ${!R} ${#R[@]} $R; }; L=(a); f L; run \"${L[@]}\"",
+    "f() { local -n R=$1 S=B; R=new S+=$2; local L=own; "
+    "run $R $L; }; B=b A= L=; f A c; run \"$A\" \"$B\" \"$L\"",
+    "declare -n R=A; A=1; R=2; run $A; (( R += 3 )); run $A; "
+    "unset R; run \"${A-gone}\"; R=5; run $A; unset -n R",
+    "declare -n R; R=A; R=5; run $A \"${!R}\"; f() { local -n R=$1; "
+    "R=$2; }; g() { local V; f V x; run $V; }; g",
+    "f() { local -n R=$1; [ -d /etc ] && return; R=x; }; A=a; f A; run $A; f B; run \"${B-gone}\"",
+    "declare -n R=A; for I in 1 2; do R+=$I; done; run $A; if [ -d /etc ]; then R=y; fi; run $A",
     "shopt -s extglob\nrun !(x) @(a|b c)d\ncase ab in +(a|b)) run case ;; esac; run end",
 ]  # fmt: skip
 
@@ -200,6 +225,29 @@ def test_how_many_elements_there_are_is_not_known_of_what_is_not(command: str) -
     several, one = [c.words[1:] for c in Script(text).commands if c.words[0].text == "run"]
     assert all(word.unknown for word in several)
     assert [w.text for w in one] == ["2", "", "y", "y"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "L=(a b c); unset 'L[0]'; run \"${L[@]}\"",
+        'L=(a b); unset "L[$(pick)]"; run "${L[@]}"',
+        'A=abc; run "${A/b/[&]}"',
+        'declare -n R=$(pick); run "$R"',
+        "declare -n R='L[0]'; L=(a); run \"$R\"",
+    ],
+)
+def test_what_is_not_worked_out_is_unknown(text: str) -> None:
+    command = Script(text).commands[-1]
+    assert command.words[0].text == "run" and command.words[1].unknown
+
+
+@pytest.mark.parametrize(
+    "line", ["export $(xargs < .env)", 'eval "$(pick)"', 'export "$(pick)=1"', 'export $U "a=$(b)"']
+)
+def test_what_sets_variables_from_outside_is_told(line: str) -> None:
+    assert Script(f"run\n{line}\nrun").sourced == ([] if "$U" in line else [2])
+    assert not Script('eval "run a=$(pick)"; export A=$(pick) $U').sourced
 
 
 # Another shell: its script, its name and its arguments; from a word, a file or what it reads.

@@ -322,6 +322,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ([*_ORL, "--algo.kl.estimator", "k4"], "takes k1, k2, k3"),
         ([*_ORL, "--algo.kl.use_loss", "True"], "takes no value"),
         ([*_ORL, "--algo.kl.init_coef"], "needs a value"),
+        ([*_ORL, "--rollout.n_samples_per_prompt", "8", "9"], "takes one value"),
         ([*_ORL, "--algo.advantage.estimator", "rloo"], "more than one answer per prompt"),
     ],
 )

@@ -293,19 +293,31 @@ def test_fix_edits_those_words_and_no_others(
     klplug_command: Klplug, tmp_path: Path, ending: str
 ) -> None:
     script = tmp_path / "train.sh"
-    script.write_bytes(ARRAY.replace("\n", ending).encode())
+    # No line goes on after a backslash and a carriage return.
+    before, wanted = (t.replace("\\\n", "") if ending == "\r\n" else t for t in (ARRAY, AFTER))
+    script.write_bytes(before.replace("\n", ending).encode())
     shown = klplug_command("audit", "--diff", script)
-    assert script.read_bytes() == ARRAY.replace("\n", ending).encode()
+    assert script.read_bytes() == before.replace("\n", ending).encode()
     assert shown.status == 0 and shown.out.startswith(f"--- a{script}\n+++ b{script}\n")
-    assert f"\n-  {_A}.kl_loss_coef=0.01{ending}" in shown.out
+    assert f" {_A}.kl_loss_coef=0.01{ending}" in shown.out
     assert klplug_command("audit", "--fix", script).status == 0
     kept = script.read_bytes().decode().replace(ending, "\n")
     assert [line.split() for line in kept.splitlines()] == [
-        line.split() for line in AFTER.splitlines()
+        line.split() for line in wanted.splitlines()
     ]
     assert klplug_command("audit", script).status == 0
     # Nothing is left to do.
     assert klplug_command("audit", "--diff", script).out == ""
+
+
+def test_a_carriage_return_after_a_backslash_ends_the_command(
+    klplug_command: Klplug, tmp_path: Path
+) -> None:
+    script = tmp_path / "train.sh"
+    script.write_bytes(f"{_TRAIN} \\\r\n  {_ON}=0.01\r\n".encode())
+    done = klplug_command("audit", script)
+    assert done.status == 1
+    assert "train.sh:2: command-cut" in done.out and "a carriage return follows" in done.out
 
 
 @pytest.mark.parametrize("last", ["\n", "\r\n", ""])

@@ -9,7 +9,8 @@ what is found, and ``script`` is the way in.
 """
 
 from klplug.audit.shell.command import Command
+from klplug.audit.shell.scanner import with_newlines
 from klplug.audit.shell.script import Broken, Cut, Script
 from klplug.audit.shell.values import Word
 
-__all__ = ["Broken", "Command", "Cut", "Script", "Word"]
+__all__ = ["Broken", "Command", "Cut", "Script", "Word", "with_newlines"]

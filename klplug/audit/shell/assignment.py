@@ -7,9 +7,10 @@ import re
 from klplug.audit.shell import conditions, syntax
 from klplug.audit.shell.conditions import Holds
 from klplug.audit.shell.expansion import as_elements, kept, reckoned, scalar, unsplit, value_of
-from klplug.audit.shell.state import Listed, Mapped, Scalar, Shell, Variable
+from klplug.audit.shell.state import Alias, Listed, Mapped, Scalar, Shell, Variable
 from klplug.audit.shell.syntax import NAME
 from klplug.audit.shell.values import (
+    NOTHING,
     Flat,
     Piece,
     Value,
@@ -103,7 +104,7 @@ def _assign_elements(shell: Shell, assignment: syntax.Assignment, before: Variab
     if assignment.appends:
         if isinstance(before, Listed):
             old = before.value
-        elif isinstance(before, Scalar):
+        elif isinstance(before, Scalar) and before.value != NOTHING:
             old = array([before.value])
     shell.set(assignment.name, Listed((*old, *listed)))
 
@@ -122,7 +123,7 @@ def _assign_element(
     listed: Value = ()
     if isinstance(before, Listed):
         listed = before.value
-    elif isinstance(before, Scalar):
+    elif isinstance(before, Scalar) and before.value != NOTHING:
         listed = array([before.value])
 
     def placed(pieces: Flat, number: Flat, new: Flat) -> Value:
@@ -150,6 +151,9 @@ def declare(shell: Shell, command: syntax.Simple) -> None:
         if isinstance(item, syntax.Assignment):
             value = kept(shell, item.value)  # of the variable outside
             _make_local(shell, builtin, item.name)
+            if "n" in flags and builtin not in ("export", "readonly"):
+                shell.put(item.name, _alias(value, item))
+                continue
             if "A" in flags and not isinstance(shell.get(item.name), Mapped):
                 shell.set(item.name, Mapped({}))
             assign(shell, item, value)
@@ -163,9 +167,13 @@ def declare(shell: Shell, command: syntax.Simple) -> None:
                     continue
                 name, equals, _ = made.partition("=")
                 if not re.fullmatch(NAME, name):
+                    if any(p.unknown and not p.unset for p in pieces):  # export $(xargs < .env)
+                        shell.sourced.append(shell.line(command.line))
                     continue
                 _make_local(shell, builtin, name)
-                if equals:
+                if "n" in flags and not equals:
+                    shell.put(name, Alias(""))
+                elif equals:
                     rest = after_equals(pieces)
                     shell.set(name, Scalar(plain_value(rest)))
                 elif "A" in flags and shell.get(name) is None:
@@ -178,11 +186,20 @@ def declare(shell: Shell, command: syntax.Simple) -> None:
     shell.ends(Holds(True))
 
 
+def _alias(value: Value, assignment: syntax.Assignment) -> Variable:
+    """``local -n NAME=OTHER``; of what is not known, or an element, it is no name that is read."""
+    target = text(usual(value))
+    if not any(piece.unknown for piece in usual(value)) and re.fullmatch(NAME, target):
+        return Alias(target)
+    why = f"${assignment.name} is another name of what is not known"
+    return Scalar((Piece(f"${assignment.name}", assignment.line, unknown=why),))
+
+
 def _make_local(shell: Shell, builtin: str, name: str) -> None:
     declares = builtin == "local" or builtin in ("declare", "typeset")
     if declares and shell.locals and name not in shell.locals[-1]:
-        shell.locals[-1][name] = shell.get(name)
-        shell.set(name, None)
+        shell.locals[-1][name] = shell.variables.get(name)
+        shell.put(name, None)
 
 
 def _export(shell: Shell, builtin: str, flags: str, name: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from klplug.audit.shell import syntax
-from klplug.audit.shell.state import Changes, Early, Listed, Mapped, Scalar, Shell, Variable
+from klplug.audit.shell.state import Alias, Changes, Early, Listed, Mapped, Scalar, Shell, Variable
 from klplug.audit.shell.values import Choice, Decision, Piece, Value, array, chosen, decisions
 
 
@@ -94,8 +94,8 @@ def _tree(decision: Decision) -> Value:
 def _settle(shell: Shell, tree: Value, branches: Sequence[Changes]) -> None:
     """Each variable holds what it may hold after branches of which one was taken."""
     for name in dict.fromkeys(name for changes in branches for name in changes):
-        before = shell.get(name)
-        shell.set(name, _merged(tree, [changes.get(name, before) for changes in branches]))
+        before = shell.variables.get(name)
+        shell.put(name, _merged(tree, [changes.get(name, before) for changes in branches]))
 
 
 def rejoin(shell: Shell, since: int, *flows: str) -> None:
@@ -107,10 +107,10 @@ def rejoin(shell: Shell, since: int, *flows: str) -> None:
             continue
         shell.undecided -= 1
         for name in dict.fromkeys((*early.variables, *shell.variables)):
-            now, then = shell.get(name), early.variables.get(name)
+            now, then = shell.variables.get(name), early.variables.get(name)
             if now is not then:
                 options = [then, now] if early.if_true else [now, then]
-                shell.set(name, _merged(early.tree, options))
+                shell.put(name, _merged(early.tree, options))
     shell.early[since:] = reversed(kept)
 
 
@@ -152,6 +152,8 @@ def _merged(tree: Value, options: Sequence[Variable | None]) -> Variable | None:
     if all(option == first for option in options[1:]):
         return first
     kinds = set(map(type, options))
+    if Alias in kinds:
+        return next(option for option in options if isinstance(option, Alias))
     if syntax.Function in kinds:
         return next(option for option in options if isinstance(option, syntax.Function))
     if Mapped in kinds:

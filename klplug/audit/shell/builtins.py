@@ -14,9 +14,9 @@ from typing import TypeAlias
 from klplug.audit.shell import conditions, syntax
 from klplug.audit.shell.assignment import arithmetic_command
 from klplug.audit.shell.conditions import UNKNOWN, Holds, as_status
-from klplug.audit.shell.expansion import fields_of
+from klplug.audit.shell.expansion import fields_of, reckoned
 from klplug.audit.shell.scripts import evaluate, file_named, is_script, program, read_file
-from klplug.audit.shell.state import MAX_DEPTH, MAX_ROUNDS, Listed, Scalar, Shell
+from klplug.audit.shell.state import MAX_DEPTH, MAX_ROUNDS, Listed, Mapped, Scalar, Shell
 from klplug.audit.shell.syntax import NAME
 from klplug.audit.shell.values import (
     NOTHING,
@@ -252,10 +252,48 @@ def _set(shell: Shell, values: list[Value], split: list[Flat], command: syntax.S
 
 
 def _unset(shell: Shell, values: list[Value], split: list[Flat], command: syntax.Simple) -> None:
-    for name in _texts(split)[1:]:
-        if re.fullmatch(NAME, name):
-            shell.set(name, Scalar(NOTHING))
+    texts = _texts(split)[1:]
+    for name in texts:
+        element = re.fullmatch(rf"({NAME})\[(.+)\]", name)
+        if element is not None and element[2] not in "@*":
+            _unset_element(shell, element[1], element[2], command.line)
+        elif element is not None:
+            shell.set(element[1], Scalar(NOTHING))
+        elif re.fullmatch(NAME, name) and "-n" in texts:
+            shell.put(name, Scalar(NOTHING))
+        elif re.fullmatch(NAME, name):
+            is_function = shell.get(name) is None or "-f" in texts
+            if is_function and shell.get(f"{name}()") is not None:
+                shell.set(f"{name}()", None)
+            else:
+                shell.set(name, Scalar(NOTHING))
     shell.ends(Holds(True))
+
+
+def _unset_element(shell: Shell, name: str, index: str, line: int) -> None:
+    variable = shell.get(name)
+    if isinstance(variable, Mapped):
+        key = index.strip("\"'")
+        shell.set(name, Mapped({k: v for k, v in variable.items.items() if k != key}))
+        return
+    literal = syntax.Text((syntax.Literal(index, line, False),), line, (0, 0))
+    number = reckoned(shell, literal, f"{name}[{index}]")
+
+    def kept(pieces: Flat, number: Flat) -> Value:
+        found, items = conditions.known(number), elements(pieces)
+        last = len(items) - 1
+        if found is not None and is_counted(pieces):
+            at = int(found[0]) + (len(items) if int(found[0]) < 0 else 0)
+            if not 0 <= at < last:
+                return as_array(items[:last]) if at == last else pieces
+        written = f"${{{name}[@]}}"
+        why = f"an element of {written} is unset (line {line})"
+        return array([(Piece(written, line, splits=True, unknown=why),)])
+
+    if isinstance(variable, Listed):
+        shell.set(name, Listed(lifted(kept, variable.value, number)))
+    elif isinstance(variable, Scalar) and text(usual(number)) == "0":
+        shell.set(name, Scalar(NOTHING))
 
 
 def _let(shell: Shell, values: list[Value], split: list[Flat], command: syntax.Simple) -> None:

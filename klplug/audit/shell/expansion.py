@@ -13,7 +13,7 @@ from klplug.audit.shell import conditions, syntax
 from klplug.audit.shell.arithmetic import NotKnown, Reckoning
 from klplug.audit.shell.braces import brace_words
 from klplug.audit.shell.patterns import regex, without
-from klplug.audit.shell.state import MAX_DEPTH, Listed, Mapped, Scalar, Shell
+from klplug.audit.shell.state import MAX_DEPTH, Alias, Listed, Mapped, Scalar, Shell
 from klplug.audit.shell.values import (
     MAX_TEXT,
     NOTHING,
@@ -184,6 +184,10 @@ def _parameter(shell: Shell, part: syntax.Parameter, keeps: bool = False) -> Val
 
 
 def _indirect(shell: Shell, part: syntax.Parameter) -> Value:
+    alias = shell.variables.get(part.name)
+    if isinstance(alias, Alias):
+        return _expanded((Piece(alias.target, shell.line(part.line)),), part.quoted)
+
     def followed(pieces: Flat) -> Value:
         name = conditions.known(pieces)
         if name is None or not re.fullmatch(r"\w+", name[0]):
@@ -229,7 +233,7 @@ def _looked_up(shell: Shell, part: syntax.Parameter) -> Value:
         why = f"{part.written} is known to a shell alone"
         return (Piece(part.written, shell.line(part.line), unknown=why),)
     variable = shell.get(name)
-    if variable is None or isinstance(variable, syntax.Function):
+    if variable is None or isinstance(variable, (Alias, syntax.Function)):
         return _unset(shell, part)
     if isinstance(variable, Scalar):
         return variable.value if part.index is None or part.index.plain() == "0" else ()
@@ -268,7 +272,7 @@ def _listing(shell: Shell, part: syntax.Parameter) -> Value:
             case Listed():
                 listed = variable.value
             case Scalar():
-                listed = array([variable.value])
+                listed = () if variable.value == NOTHING else array([variable.value])
             case Mapped():
                 listed = array([*variable.items.values()])
                 if part.indirect:
@@ -424,8 +428,11 @@ def _edited(shell: Shell, pieces: Flat, part: syntax.Parameter) -> Value:
         whole = without(whole, pattern, action)
         return (Piece(whole, shell.line(part.line), soft=found[1]),)
     second = () if part.second is None else scalar(shell, part.second)
+    if "&" in text(usual(second)):  # what is matched, from bash 5.2 on
+        return _not_computed(part)
     matcher = regex(pattern)
-    if not pattern or not text(flat(pattern_pieces)):
+    unset = any(piece.unset for piece in pieces)
+    if not text(flat(pattern_pieces)) and (unset or action not in ("/#", "/%")):
         return pieces
     anchored = {"/#": rf"\A(?:{matcher.pattern})", "/%": rf"(?:{matcher.pattern})\Z"}
     compiled = re.compile(anchored.get(action, matcher.pattern), re.DOTALL)

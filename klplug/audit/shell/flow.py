@@ -304,16 +304,16 @@ def _some_rounds(
 
 def _unknown_after(shell: Shell, changed: Changes, line: int) -> None:
     for name, variable in changed.items():
-        if name == "?" or variable == shell.get(name):
+        if name == "?" or variable == shell.variables.get(name):
             continue
         why = f"${name} is set in a loop (line {line})"
         unknown: Value = (Piece(f"${name}", line, unknown=why),)
         if outlives(name):
-            shell.set(name, Scalar((output("a loop"),)))
+            shell.put(name, Scalar((output("a loop"),)))
         elif isinstance(variable, Listed):
-            shell.set(name, Listed(array([unknown])))
+            shell.put(name, Listed(array([unknown])))
         elif not isinstance(variable, syntax.Function):
-            shell.set(name, Scalar(unknown))
+            shell.put(name, Scalar(unknown))
 
 
 def tested(shell: Shell, node: syntax.Test) -> Value:

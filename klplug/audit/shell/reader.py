@@ -198,7 +198,6 @@ def _call(shell: Shell, function: syntax.Function, arguments: Value) -> None:
     if shell.flow == "return":
         shell.flow = ""
     rejoin(shell, early, "return")
-    for name, old in shell.locals.pop().items():
-        shell.set(name, old)
+    shell.apply(shell.locals.pop())
     shell.set("@", outer)
     shell.depth -= 1

@@ -23,6 +23,11 @@ _BLANK = re.compile(r"(?:[ \t]+|\\\n|#[^\n]*)+")
 PLACEHOLDER = re.compile(r"<[A-Za-z][^<>\n|&;()]*(?<=\S)>(?=[\s\"'/\\.,:;|&)_-]|$)")
 
 
+def with_newlines(text: str) -> str:
+    """A text whose lines end in LF; CR and LF after a backslash are as a shell takes them."""
+    return re.sub(r"(?<!\\)\r\n", "\n", text)
+
+
 class SyntaxProblem(Exception):
     """What a shell would not read, and the line it begins on."""
 

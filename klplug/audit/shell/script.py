@@ -80,8 +80,9 @@ class Script:
         after = "" if command.end is None else self._source[command.end :].partition("\n")[0]
         if re.match(r"[ \t]*#.*\\[ \t]*$", after):
             reason = "the backslash belongs to a comment, which ends the command there"
-        elif cut := re.search(r"\\[ \t]+(#.*)?$", last):
+        elif cut := re.search(r"\\[ \t\r]+(#.*)?$", last):
             what = "a comment" if cut[1] else "a blank"
+            what = "a carriage return" if last.endswith("\r") else what
             reason = f"{what} follows the backslash, which ends the command there"
         elif last.endswith("\\"):
             if following.startswith("#"):

@@ -14,7 +14,7 @@ from klplug.audit.shell import syntax
 from klplug.audit.shell.branches import split_on
 from klplug.audit.shell.command import Command
 from klplug.audit.shell.expansion import fields_of
-from klplug.audit.shell.scanner import SyntaxProblem
+from klplug.audit.shell.scanner import SyntaxProblem, with_newlines
 from klplug.audit.shell.state import MAX_DEPTH, MAX_LISTS, Listed, Scalar, Shell, outlives
 from klplug.audit.shell.values import (
     Flat,
@@ -275,7 +275,7 @@ def read_file(shell: Shell, path: Path, line: int) -> None:
     shell.depth += 1
     # bash says what it cannot read, and goes on with the script that asked for the file.
     try:
-        shell.read(content.decode("utf-8", errors="replace").replace("\r\n", "\n"))
+        shell.read(with_newlines(content.decode("utf-8", errors="replace")))
     except SyntaxProblem:
         shell.sourced.append(shell.line(line))
     shell.depth -= 1
@@ -288,6 +288,10 @@ def evaluate(shell: Shell, script: Value) -> None:
     if shell.depth >= MAX_DEPTH:
         return
     if not found or number_of_runs(found) > MAX_LISTS:
-        _read_value(shell, usual(script))
+        pieces = usual(script)
+        first = next((p for p in pieces if p.text or p.unknown), None)
+        if first is not None and first.unknown and not first.unset:  # eval "$(...)"
+            shell.sourced.append(shell.line(first.line))
+        _read_value(shell, pieces)
         return
     split_on(shell, found[0], lambda taken: evaluate(shell, decided(script, taken)))

@@ -53,7 +53,14 @@ class Mapped:
     items: dict[str, Value]
 
 
-Variable: TypeAlias = "Scalar | Listed | Mapped | syntax.Function"
+@dataclass(frozen=True)
+class Alias:
+    """Another name of a variable (``declare -n``); of none, as long as the target is empty."""
+
+    target: str
+
+
+Variable: TypeAlias = "Scalar | Listed | Mapped | Alias | syntax.Function"
 Changes: TypeAlias = "dict[str, Variable | None]"
 
 
@@ -119,9 +126,25 @@ class Shell(ABC):
         """Walk a statement."""
 
     def get(self, name: str) -> Variable | None:
-        return self.variables.get(name)
+        return self.variables.get(self._followed(name))
 
     def set(self, name: str, variable: Variable | None) -> None:
+        name = self._followed(name)
+        if isinstance(self.variables.get(name), Alias) and isinstance(variable, Scalar):
+            variable = Alias(text(usual(variable.value)))
+        self.put(name, variable)
+
+    def _followed(self, name: str) -> str:
+        """The variable that a name means, whatever other names it has."""
+        for _ in range(MAX_DEPTH):
+            variable = self.variables.get(name)
+            if not isinstance(variable, Alias) or not variable.target:
+                break
+            name = variable.target
+        return name
+
+    def put(self, name: str, variable: Variable | None) -> None:
+        """Set a name itself, though it be another's."""
         if self.journals and name not in self.journals[-1]:
             self.journals[-1][name] = self.variables.get(name)
         if isinstance(variable, Listed):
@@ -143,7 +166,7 @@ class Shell(ABC):
 
     def apply(self, changes: Changes) -> None:
         for name, variable in changes.items():
-            self.set(name, variable)
+            self.put(name, variable)
 
     def ends(self, holds: Holds) -> None:
         self.set("?", Scalar(conditions.as_status(holds)))
