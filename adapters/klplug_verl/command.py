@@ -15,7 +15,7 @@ from klplug.audit.settings import Launch, Setting, scalar
 from klplug.audit.shell import Word
 from klplug.audit.tables import Table, flattened, load_yaml
 from klplug_verl import configs, trainers
-from klplug_verl.keys import ENGINE
+from klplug_verl.keys import ACTOR_FILE, ENGINE
 
 _OPENED = ("ray_kwargs", "hydra", "klplug")
 
@@ -169,30 +169,67 @@ def _from_yaml(content: Mapping[str, Any], lines: Mapping[str, int]) -> dict[str
 def _over_config(given: Parsed, launch: Launch) -> Parsed:
     """The settings of the config file that is taken, under those of the command itself.
 
-    Where neither the command names one nor the trainer's source lies beside the script, verl's own
-    defaults are all there is.
+    Where neither the command names one nor the trainer's source lies beside the script, it is one
+    of verl's own, as far as the trainer is known.
     """
     trainer, flags = launch.words[launch.main], given.flags
     source = configs.entry(trainer, launch.folder)
     own = None if source is None else configs.main(source)
     asked = "name" in flags or "path" in flags
-    if own is None and not asked:
-        return given
-    path = configs.named(flags, launch.folder, trainer, own)
-    brought = None if path is None else configs.stock(path)
-    if path is None and (asked or (own is not None and configs.is_verls(own.folder))):
-        name = flags.get("name", Word((own and own.name) or configs.MAIN)).text
+    path: Path | None = None
+    brought: Mapping[str, Any] | None = configs.STOCK[configs.MAIN]
+    if own is not None or asked:
+        path = configs.named(flags, launch.folder, trainer, own)
+        brought = None if path is None else configs.stock(path)
+    name = flags.get("name", Word((own and own.name) or configs.MAIN)).text
+    if own is None and not launch.foreign:
+        name = name if asked else configs.default(trainer.text) or configs.MAIN
+    if path is None and (own is None or asked or configs.is_verls(own.folder)):
         brought = configs.STOCK.get(name.removesuffix(".yaml"))
-    if brought is not None:
-        return replace(given, written=_values_of(brought, asked) | given.written)
-    if path is None:
-        return replace(given, unread=(_unread(flags, own, trainer),), own_config=True)
-    config = configs.read(path, launch.folder)
+    if path is None and brought is None:
+        return replace(given, unread=(_unread(flags, own, name, trainer),), own_config=True)
+    return _composed(given, launch, path, brought, asked)
+
+
+def _composed(
+    given: Parsed,
+    launch: Launch,
+    path: Path | None,
+    brought: Mapping[str, Any] | None,
+    asked: bool,
+) -> Parsed:
+    """The settings of a command over those of its config, with the files that it chooses.
+
+    Args:
+        path: the config.
+        brought: what it changes, where it is one of verl's own.
+    """
+    directory, searched = given.flags.get("dir"), given.written.get("hydra.searchpath")
+    more, there = configs.searched_too(directory, searched and searched.value, launch.folder)
+    choices = {
+        key: (setting.value, key in given.added)
+        for key, setting in given.written.items()
+        if "." not in key.partition("@")[0]
+    }
+    path = path if brought is None else None
+    config = configs.read(path, launch.folder, choices, more)
+    unread = list(_unread_defaults(path, config))
+    written = {key: s for key, s in given.written.items() if key not in config.chosen}
+    for key, setting in written.items():
+        if key.startswith("hydra/"):
+            continue
+        # What chooses a file that is not here, as far as that can be told.
+        lost = not there and key in given.added and "." not in key
+        known = key == ACTOR_FILE and setting.value in configs.ENGINES
+        if lost or (("@" in key or "/" in key) and not known):
+            unread.append(setting)
     return replace(
         given,
-        written=_values_of(config.settings, asked) | given.written,
-        unread=_unread_defaults(path, config),
-        own_config=True,
+        written=_values_of(brought or {}, asked)
+        | _values_of(config.settings, asked or bool(config.chosen))
+        | written,
+        unread=tuple(unread),
+        own_config=given.own_config or path is not None or bool(config.chosen),
     )
 
 
@@ -204,17 +241,20 @@ def _values_of(config: Mapping[str, Any], asked: bool) -> dict[str, Setting]:
     }
 
 
-def _unread_defaults(path: Path, config: configs.Config) -> tuple[Setting, ...]:
-    return tuple(Setting(f"{path.name}'s default", name) for name in config.missing)
+def _unread_defaults(path: Path | None, config: configs.Config) -> tuple[Setting, ...]:
+    whose = "the command" if path is None else path.name
+    return tuple(Setting(f"{whose}'s default", name) for name in config.missing)
 
 
-def _unread(flags: Mapping[str, Word], own: configs.Main | None, trainer: Word) -> Setting:
+def _unread(
+    flags: Mapping[str, Word], own: configs.Main | None, default: str, trainer: Word
+) -> Setting:
     """What names a config file that is not there."""
     for flag in ("name", "path"):
         if flag in flags:
             word = flags[flag]
             return Setting(f"--config-{flag}", word.text, word.line, True, word.unknown)
-    name = own.name if own is not None else None
+    name = default if own is None else own.name
     return Setting("hydra.main's config_name", name, trainer.line, True)
 
 

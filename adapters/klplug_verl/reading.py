@@ -6,11 +6,12 @@ Sources, in verl 0.9.1: ``trainer/ppo/core_algos.py`` (``kl_penalty``, the advan
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from klplug.audit import run as aspects
@@ -28,10 +29,12 @@ from klplug.controllers import CONTROLS
 from klplug.hosting.settings import Unknown
 from klplug_verl import sources, trainers
 from klplug_verl.command import Parsed, appended, lacking
+from klplug_verl.configs import ENGINES
 from klplug_verl.edit import without_klplug
 from klplug_verl.host import HOST
 from klplug_verl.keys import (
     ACTOR,
+    ACTOR_FILE,
     BYPASS,
     CTRL_COEF,
     CTRL_HORIZON,
@@ -109,7 +112,6 @@ ASPECTS = {
     CTRL_TARGET: aspects.CONTROLLER,
 }
 
-_STRATEGIES = {"dp": "fsdp"}  # what the files of the group model_engine set
 _KL_KEYS = (LOSS_TYPE, LOSS_COEF, PENALTY, CTRL_COEF, CTRL_TYPE, CTRL_TARGET, CTRL_HORIZON)
 N_AGENT = "actor_rollout_ref.rollout.n_agent"
 _COUNTS = (TRAIN_BATCH, MINI_BATCH, EPOCHS)
@@ -149,10 +151,8 @@ def settings(table: Table, launched: Parsed, version_from: str) -> Settings:
         N in written and written[N].value != 1
     ):  # of verl 0.1, in Search-R1
         written[N] = replace(written[N_AGENT], key=N_AGENT)
-    engine = written.get(ENGINE)
-    if engine is not None and not engine.unknown and STRATEGY not in written:
-        value = _STRATEGIES.get(str(engine.value), engine.value)
-        written[STRATEGY] = replace(engine, key=STRATEGY, value=value)
+    if STRATEGY not in written:
+        written |= _strategy(written)
     return _resolved(
         Settings(
             table,
@@ -163,10 +163,28 @@ def settings(table: Table, launched: Parsed, version_from: str) -> Settings:
             launched.behind,
             rejected=tuple(rejected),
             nobodys=nobodys("verl", missing, version_from),
-            unread=launched.unread,
+            unread=tuple(s for s in launched.unread if any(_may_set(s, key) for key in ASPECTS)),
             holes=launched.holes,
         )
     )
+
+
+def _strategy(written: Mapping[str, Setting]) -> dict[str, Setting]:
+    """That which the file of the actor sets, chosen itself or by the engine."""
+    if (chosen := written.get(ACTOR_FILE)) is not None:
+        if chosen.value in ENGINES:
+            return {STRATEGY: replace(chosen, key=STRATEGY, value=ENGINES[chosen.value])}
+        return {STRATEGY: replace(chosen, key=STRATEGY, unknown=(f"{chosen} is not read",))}
+    if (chosen := written.get(ENGINE)) is not None:
+        value = ENGINES.get(f"{chosen.value}_actor", chosen.value)
+        return {STRATEGY: replace(chosen, key=STRATEGY, value=value)}
+    return {}
+
+
+def _may_set(config: Setting, key: str) -> bool:
+    """Whether a config that is not read may set a key: one chosen by ``group@package`` its own."""
+    package = config.key.partition("@")[2].replace("_global_", "")
+    return not package or key.startswith(f"{package}.")
 
 
 def run(settings: Settings) -> Run:
@@ -568,17 +586,17 @@ def _unknown(
     if other is not None and other.estimators and settings.on(USE_REWARD) and amount.value != 0:
         reason = f"its trainer takes the KL in the reward from {settings[LOSS_TYPE]}"
         unknown.setdefault(aspects.KL, []).append((settings[LOSS_TYPE], reason))
-    for config in settings.unread:
-        for key in _left_to_config(settings):
-            reason = f"{config} is not read, and may set {key}"
-            unknown.setdefault(ASPECTS[key], []).append((config, reason))
-    for setting, reason in _changed(settings):
-        unknown.setdefault(aspects.KL, []).append((setting, reason))
     if other is not None and other.own_loss and settings.launch is not None:
         setting = Setting("", None, settings.launch.line)
         reason = f"{settings.launch.trainer} has a loss of its own"
         for aspect in (aspects.KL, aspects.ADVANTAGE, aspects.POLICY_LOSS):
             unknown.setdefault(aspect, []).append((setting, reason))
+    for config in settings.unread:
+        for key in filter(functools.partial(_may_set, config), _left_to_config(settings)):
+            reason = f"{config} is not read, and may set {key}"
+            unknown.setdefault(ASPECTS[key], []).append((config, reason))
+    for setting, reason in _changed(settings):
+        unknown.setdefault(aspects.KL, []).append((setting, reason))
     for setting, reason in settings.holes:
         for aspect in set(ASPECTS.values()):
             unknown.setdefault(aspect, []).append((setting, reason))

@@ -154,3 +154,83 @@ def test_a_config_on_its_own_has_its_defaults(tmp_path: Path) -> None:
     (package / "mine.yaml").write_text("defaults: [ppo_trainer, _self_]\nalgorithm: {gamma: 1}\n")
     assert audit(package / "mine.yaml").version_from == "beside"
     assert audit(package / "mine.yaml").gradient == "reverse"
+
+
+_GROUPS = {
+    "conf/base.yaml": "defaults: [ppo_trainer, {algo: plain}, _self_]\n",
+    "conf/algo/plain.yaml": "algorithm: {adv_estimator: grpo}\n",
+    "conf/algo/kl.yaml": f"# @package _global_\n{_LOSS}",
+}
+_RUN = "python3 -m verl.trainer.main_ppo"
+_NAMED = "--config-path=../../conf --config-name=base"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"{_NAMED} algo=kl",
+        f"{_NAMED} +algo@here=kl",
+        "--config-dir=../../conf +algo=kl",
+        "'hydra.searchpath=[file://conf]' +algo=kl",
+    ],
+)
+def test_a_file_that_the_command_chooses_is_read(tmp_path: Path, words: str) -> None:
+    report = _project(tmp_path, _GROUPS, f"{_RUN} {words} {_GRPO}")
+    # As Hydra has it, what goes elsewhere sets no KL.
+    right = ("none", 0.0) if "@here" in words else ("reverse", 0.25)
+    assert (report.gradient, report.beta) == right
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"{_NAMED} algo=lacks",
+        f"{_NAMED} algo=$ALGO",
+        "--config-dir=lacks +algo=kl",
+        "rollout@actor_rollout_ref=mine",
+        "actor@actor_rollout_ref.actor=mine_actor",
+    ],
+)
+def test_what_a_chosen_file_that_is_not_there_decides_is_unknown(
+    tmp_path: Path, words: str
+) -> None:
+    report = _project(tmp_path, _GROUPS, f"{_RUN} {words} {_GRPO} {_A}.use_kl_loss=True")
+    assert report.gradient is None
+    assert "config-not-read" in {finding.id for finding in report.findings}
+
+
+def test_a_chosen_file_decides_its_own_package_alone(tmp_path: Path) -> None:
+    # critic and reference have no setting that the verdict hangs on.
+    words = "critic@critic=mine ref@actor_rollout_ref.ref=mine"
+    written = f"{_A}.use_kl_loss=True {_A}.kl_loss_type=k2"
+    report = _project(tmp_path, {}, f"{_RUN} {words} {_GRPO} {written}")
+    assert report.gradient == "reverse" and report.unknown == {}
+    assert "config-not-read" not in {finding.id for finding in report.findings}
+
+
+@pytest.mark.parametrize("engine", ["dp", "megatron", "torchtitan", "veomni"])
+def test_the_file_of_the_actor_has_the_engine(tmp_path: Path, engine: str) -> None:
+    words = f"actor@actor_rollout_ref.actor={engine}_actor {_GRPO}"
+    kl_type = "'+klplug.kl_type=\"k2_as_loss,vocab=exact\"' +klplug.kl_coef=0.1"
+    report = _project(tmp_path, {}, f"{_RUN} {words} {kl_type}")
+    refused = "klplug-refuses" in {finding.id for finding in report.findings}
+    assert refused == (engine != "dp")
+
+
+@pytest.mark.parametrize("recipe", ["recipe.dmpo.main_dmpo", "recipe/mine/main_mine.py"])
+def test_the_config_of_a_recipe_that_is_not_here_is_unknown(tmp_path: Path, recipe: str) -> None:
+    started = f"python3 {'' if recipe.endswith('.py') else '-m '}{recipe}"
+    report = _project(tmp_path, {}, f"{started} {_GRPO} {_A}.use_kl_loss=True")
+    assert report.gradient is None
+    assert "_trainer is not read" in report.unknown["gradient"][0]
+
+
+def test_the_config_of_a_recipe_of_verls_is_known(tmp_path: Path) -> None:
+    # verl-recipe prime/config/prime_trainer.yaml: rloo, 4 answers.
+    report = _project(tmp_path, {}, f"python3 -m recipe.prime.main_prime {_A}.use_kl_loss=True")
+    assert (report.gradient, report.beta_relative) == ("forward", 0.001)
+    # one_step_off_ppo_trainer.yaml has bypass_mode: the old policy is the sampler.
+    started = "python3 -m verl.experimental.one_step_off_policy.main_ppo"
+    kl_type = f"{_A}.use_kl_loss=True +klplug.kl_type=k2_as_loss +klplug.kl_coef=0.1"
+    (tmp_path / "scripts/train/run.sh").write_text(f"{started} {_GRPO} {kl_type}\n")
+    assert audit(tmp_path / "scripts/train/run.sh").rollout_corrected

@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from klplug_verl import configs
 from omegaconf import OmegaConf
 
+from klplug.audit.settings import scalar
 from klplug.audit.tables import flattened
 
 _GROUPS = {
@@ -46,3 +47,42 @@ def test_a_config_file_is_composed_as_hydra_does(tmp_path: Path, name: str) -> N
         right = OmegaConf.to_container(compose("mine"))
     read = configs.read(tmp_path / "mine.yaml", tmp_path)
     assert read.settings == flattened(right) and not read.missing
+
+
+_CHOICES = {
+    "actor/base.yaml": "lr: 1\n",
+    "actor/fast.yaml": "lr: 2\n",
+    "algo/grpo.yaml": "n: 5\nkl: false\n",
+    "algo/kl.yaml": "# @package _global_\nkl: {type: k1}\nactor: {lr: 3}\n",
+    "experiment/kl.yaml": "# @package _global_\ndefaults: [override /algo: kl]\nactor: {lr: 4}\n",
+    "experiment/inside.yaml": "# @package algo.inner\na: 1\n",
+}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["algo=kl"],
+        ["actor@policy.actor=fast"],
+        ["+experiment=inside"],
+        ["+actor@policy.critic=fast", "algo=kl"],
+        ["+actor@other=fast", "algo=grpo"],
+        ["+experiment=[inside,kl]"],
+        ["+experiment=kl"],
+        ["+experiment@algo.deep=inside"],
+    ],
+)
+def test_a_file_that_the_command_chooses_is_composed_as_hydra_does(
+    tmp_path: Path, words: list[str]
+) -> None:
+    mine = "defaults: [{actor@policy.actor: base}, {algo: grpo}, _self_]\npolicy: {b: 1}\n"
+    for path, text in {"mine.yaml": mine, **_CHOICES}.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    with initialize_config_dir(str(tmp_path), version_base=None):
+        right = OmegaConf.to_container(compose("mine", words))
+    pairs = [word.partition("=") for word in words]
+    choices = {key.lstrip("+"): (scalar(name), key.startswith("+")) for key, _, name in pairs}
+    read = configs.read(tmp_path / "mine.yaml", tmp_path, choices)
+    assert read.settings == flattened(right) and not read.missing
+    assert read.chosen == choices.keys()
