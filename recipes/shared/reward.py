@@ -26,7 +26,7 @@ END_TOKENS = re.compile(r"<\|im_end\|>|<\|endoftext\|>|<\|eot_id\|>|</s>|<eos>|<
 OTHER_TOKENS = re.compile(r"<\|[^<>|]*\|>|<pad>|<s>|<bos>")
 NUMBER = re.compile(
     r"""[\s*=:]*
-        (?P<sign>-?)\s*(?:\\?[$€£])?\s*(?P<minus>-?)
+        (?:(?P<sign>-)\s*)?(?:\\?[$€£]\s*)?(?P<minus>-?)
         (?P<digits>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)
         \**(?:\s*\\?%)?
         (?:\s*\\(?:text|textrm|mathrm|mbox)\s*\{[^{}\d]*\}(?:\^\{?\d\}?)?)*  # a unit,
@@ -68,7 +68,8 @@ HARMLESS_POWER = re.compile(
 
 def _number(text: str) -> Decimal | None:
     """The number a text consists of, but for currency, unit and punctuation; else None."""
-    if (match := NUMBER.fullmatch(text)) is None or (match["sign"] and match["minus"]):
+    match = NUMBER.fullmatch(text) if len(text) <= TAME_LENGTH else None
+    if match is None or (match["sign"] and match["minus"]):
         return None
     value = Decimal(match["digits"].replace(",", ""))
     return -value if match["sign"] or match["minus"] else value

@@ -161,6 +161,9 @@ def test_final_answers() -> None:
         "$" + "(" * 800 + "9" + ")" * 800 + "$",
         "#### 12 " + "a" * 60 + "!",
         "1" * 5000,
+        r"\boxed{-" + " " * 20000 + "x}",
+        r"\boxed{=" + " " * 900 + "x}",
+        r"\boxed{12" + "*" * 20000 + "x}",
     ],
 )
 def test_a_policy_gone_astray_does_not_hold_up_the_run(response: str) -> None:
