@@ -204,4 +204,4 @@ def _make_local(shell: Shell, builtin: str, name: str) -> None:
 
 def _export(shell: Shell, builtin: str, flags: str, name: str) -> None:
     if builtin == "export" or "x" in flags:
-        shell.exported.add(name)
+        shell.exported.add(f"{name}()" if "f" in flags else name)

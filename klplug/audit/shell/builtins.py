@@ -161,16 +161,15 @@ def _read(shell: Shell, values: list[Value], split: list[Flat], command: syntax.
     names: list[str] = []
     at = 0
     while at < len(texts):
-        if re.fullmatch(r"-[a-zA-Z]+", texts[at]):
-            flags = texts[at][1:]
+        if option := re.fullmatch(r"-([aers]*)(?:([dnNptui])(.*))?", texts[at], re.DOTALL):
+            flags, takes, of = option.groups("")
             is_array = is_array or "a" in flags
             raw = raw or "r" in flags
-            takes = re.search(r"[dnNptui]$", flags)
-            if takes:
-                elsewhere = elsewhere or takes[0] in "nNu"
-                if takes[0] == "d" and at + 1 < len(texts):
-                    end = texts[at + 1][:1]
+            elsewhere = elsewhere or takes in [*"nNu"]
+            if takes and not of:
                 at += 1
+                of = texts[at] if at < len(texts) else ""
+            end = of[:1] if takes == "d" else end
         elif texts[at] or names:
             names.append(texts[at])
         at += 1

@@ -68,7 +68,7 @@ class Script:
             line = min(problem.line, len(self._lines))
             self.broken = Broken(line, problem.what, self._lines[line - 1].strip()[:60])
         self.commands: list[Command] = reader.commands
-        self.sourced: list[int] = reader.sourced
+        self.sourced = list(dict.fromkeys(reader.sourced))
         if self.broken is not None and not self.commands:
             raise AuditError(str(self.broken))
 

@@ -15,7 +15,8 @@ from klplug.audit.shell.branches import split_on
 from klplug.audit.shell.command import Command
 from klplug.audit.shell.expansion import fields_of
 from klplug.audit.shell.scanner import SyntaxProblem, with_newlines
-from klplug.audit.shell.state import MAX_DEPTH, MAX_LISTS, Listed, Scalar, Shell, outlives
+from klplug.audit.shell.state import MAX_DEPTH, MAX_LISTS, Changes, Listed, Scalar, Shell, outlives
+from klplug.audit.shell.syntax import NAME
 from klplug.audit.shell.values import (
     Flat,
     Piece,
@@ -44,6 +45,7 @@ _QUERIES = frozenset(
 # What no program is called: "python train.py" in quotes, say, which is not taken to succeed.
 _NO_NAME = re.compile(r"[\s{}=]")
 _SHELL = re.compile(r"(?:.*/)?(?:ba|z|da|k)?sh")
+_ENV = re.compile(r"(?:.*/)?(?:env|sudo)")
 _BATCH = ("sbatch", "qsub")
 _BATCH_FILE = re.compile(r"[^-].*\.(?:sh|bash|sbatch|slurm|sub|pbs|job)")
 
@@ -53,6 +55,11 @@ def program(shell: Shell, values: list[Value], split: list[Flat], command: synta
     texts = [w.text for w in words]
     line = shell.line(command.line)
     nested = _nested_script(shell, values, words)
+    passed = _environment(words)
+    before = {name: shell.get(name) for name in passed}
+    for name, value in passed.items():
+        shell.set(name, value)
+    exported, shell.exported = shell.exported, shell.exported | passed.keys()
     if nested is not None and shell.depth < MAX_DEPTH:
         _another_shell(shell, lambda: _read_value(shell, nested[0]), nested[1])
     elif shell.depth < MAX_DEPTH and (_ran_a_file(shell, words) or _ran_its_input(shell, words)):
@@ -71,6 +78,9 @@ def program(shell: Shell, values: list[Value], split: list[Flat], command: synta
                 shell.ifs(),
             )
         )
+    shell.exported = exported
+    for name, held in before.items():
+        shell.set(name, held)
     shell.write((output(" ".join(texts)[:40]),))
     nameless = not words[0].unknown and _NO_NAME.search(texts[0]) is not None
     shell.program_ends(asked=nameless or texts[0] in _QUERIES)
@@ -115,6 +125,20 @@ def _after_options(words: Sequence[Word], at: int) -> tuple[int, str]:
             letters += option.strip("-+")
             at += option.count("o") + option.count("O")  # each takes the name of an option
     return at, letters
+
+
+def _environment(words: Sequence[Word]) -> Changes:
+    """What ``env NAME=VALUE PROGRAM`` gives its program."""
+    found: Changes = {}
+    at = next((at for at, w in enumerate(words) if _ENV.fullmatch(w.text)), len(words))
+    for given in words[at + 1 :]:
+        name, equals, value = given.text.partition("=")
+        if equals and re.fullmatch(NAME, name):
+            why = "; ".join(given.unknown) or None
+            found[name] = Scalar((Piece(value, given.line or 0, unknown=why),))
+        elif not given.text.startswith("-"):
+            break
+    return found
 
 
 def _pieces_at(shell: Shell, values: Sequence[Value], index: int) -> Flat:
