@@ -178,7 +178,7 @@ def test_resuming_with_another_teacher_warns(
     for path, said in (("hub/teacher", False), ("hub/other", True)):
         capsys.readouterr()
         trainer(monkeypatch, KL_TYPE, Group(group.saved), teacher=path).init_checkpoint_states()
-        words = "with the teacher hub/other a run that was trained with hub/teacher:"
+        words = "with the teacher hub/other a run that was trained with hub/teacher."
         assert (words in capsys.readouterr().out) is said
 
 

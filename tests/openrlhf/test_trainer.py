@@ -110,7 +110,7 @@ def test_resuming_with_another_reference_warns(
     assert "WARNING" not in capsys.readouterr().out
     trainer(monkeypatch, group=Group(group.saved), model="ckpt/step_3").init_checkpoint_states()
     said = capsys.readouterr().out
-    assert "with the reference ckpt/step_3 a run that was trained with hub/model:" in said
+    assert "with the reference ckpt/step_3 a run that was trained with hub/model." in said
 
 
 def test_a_kl_to_the_sampler_keeps_no_reference(monkeypatch: pytest.MonkeyPatch) -> None:

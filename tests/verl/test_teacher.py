@@ -156,5 +156,5 @@ def test_resuming_with_another_teacher_warns(
         resumed.klplug.models["teacher"] = Reference(path, None)
         capsys.readouterr()
         resumed._load_checkpoint()
-        said = "with the teacher hub/other a run that was trained with hub/teacher:"
+        said = "with the teacher hub/other a run that was trained with hub/teacher."
         assert (said in capsys.readouterr().out) is warns

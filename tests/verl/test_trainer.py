@@ -661,7 +661,7 @@ def test_resuming_with_another_reference_warns(
     resumed.klplug.models["reference"] = Reference.of("hub/model-step-3")
     resumed._load_checkpoint()
     said = capsys.readouterr().out
-    assert "with the reference hub/model-step-3 a run that was trained with hub/model:" in said
+    assert "with the reference hub/model-step-3 a run that was trained with hub/model." in said
 
 
 def test_a_state_file_cut_in_half_stops_the_resume(kind: str, tmp_path: Path) -> None:
