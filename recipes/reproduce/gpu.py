@@ -118,7 +118,8 @@ def measured_run(run: GpuRun, folder: Path, problems: int, samples: int) -> dict
         with phases.timed("training"), finite(lambda: logged(run, log)):
             launched([f"recipes.{run.host}", str(folder / RECIPE)], {"OUT": str(out)}, log)
         policy = trained_policy(run, out)
-        words = ["--data", EVALUATED[run.data], "--samples", str(samples), "--n", str(problems)]
+        words = ["--recipe", run.base, "--data", EVALUATED[run.data]]
+        words += ["--samples", str(samples), "--n", str(problems)]
         with phases.timed("evaluation"):
             out = folder / "evaluation"
             launched(["recipes.evaluate", str(policy), *words, "--out", str(out)], {}, log)

@@ -179,7 +179,7 @@ def test_a_run_is_the_launcher_then_the_evaluation(
     assert training[0] == "recipes.openrlhf"
     assert load_recipe(training[1]).kl_type == "none"
     assert evaluating[1] == str(Path(variables["OUT"]) / "policy")
-    assert evaluating[2:6] == ["--data", "gsm8k", "--samples", "16"]
+    assert evaluating[2:6] == ["--recipe", "qwen2.5-math-1.5b-gsm8k", "--data", "gsm8k"]
     assert "pass@1 60.0% (" in said[-1]
 
 
