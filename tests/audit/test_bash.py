@@ -136,9 +136,12 @@ FORMS = [
     "{ echo a; echo b >&2; echo c; } | { read A; read B; run $A $B; }; echo $(echo a | cat) | cat",
     "for A in a b; do { read B; run $A $B; } <<< \"$A$A\"; done; read A <<< ''; run $? \"$A\"",
     "{ [ -d /etc ] && read A; while read A; do run $A; done; run $A; } <<< $'1\\n2'",
+    "run $(cat <<E\na  b\nE\n) \"$(cat <<< 'a  b')\"; IFS=$'\\n'; "
+    "for I in $(cat <<E\nk2 1\nk1 2\nE\n); do run $I; done",
     # What is written to a file may be read.
     "echo 'a b' > f; echo c >> f; while read A; "
     "do run \"$A\"; done < f; echo d > ./f; read A < f; run $A",
+    "f() { echo \"$1\" > $2; echo $2; }; (f 1 g); A=$(f 2 h); read B < g; read C < $A; run $B $C",
     "f() { echo x; [ -d /etc ] && return; echo y; }; "
     "f > g; read A < g; run \"$A\"; A=$(f); run \"$A\"",
     # An empty pattern that is held to an end.

@@ -105,7 +105,7 @@ def _cat(shell: Shell, values: list[Value], split: list[Flat], command: syntax.S
     given = shell.given()
     if len(split) == 1 and given is not None:
         shell.set("0<", Scalar(()))
-        shell.write(given)
+        shell.write(lifted(lambda p: tuple(q.written(False, False) for q in p), given))
         shell.ends(Holds(True))
         return
     program(shell, values, split, command)

@@ -13,7 +13,7 @@ from klplug.audit.shell import conditions, syntax
 from klplug.audit.shell.arithmetic import NotKnown, Reckoning
 from klplug.audit.shell.braces import brace_words
 from klplug.audit.shell.patterns import regex, without
-from klplug.audit.shell.state import MAX_DEPTH, Alias, Listed, Mapped, Scalar, Shell
+from klplug.audit.shell.state import MAX_DEPTH, Alias, Listed, Mapped, Scalar, Shell, is_file
 from klplug.audit.shell.values import (
     MAX_TEXT,
     NOTHING,
@@ -57,7 +57,8 @@ def _substitution(shell: Shell, part: syntax.Substitution) -> Value:
         shell.set("0<", None)
         written.append(shell.with_stream("1>", (), run))
 
-    shell.trial(walk)
+    changes, _ = shell.trial(walk)
+    shell.apply({name: held for name, held in changes.items() if is_file(name)})
     shell.set("?", status)
     line = shell.line(part.line)
 

@@ -29,9 +29,13 @@ def file_key(name: str) -> str:
     return f"file:{posixpath.normpath(name)}"
 
 
+def is_file(name: str) -> bool:
+    return name.startswith("file:")
+
+
 def outlives(name: str) -> bool:
     """Whether a name is of something that lies outside of a shell's own variables."""
-    return name in ("1>", "0<", "?") or name.startswith("file:")
+    return name in ("1>", "0<", "?") or is_file(name)
 
 
 @dataclass(frozen=True)
