@@ -34,6 +34,7 @@ class Parsed:
     flags: Mapping[str, Word] = field(default_factory=dict)  # --config-name, -path and -dir
     behind: Word | None = None  # where there are flags: the word that overrides come behind
     parted: tuple[Setting, ...] = ()  # overrides that a flag keeps from those before it
+    removed: tuple[Setting, ...] = ()  # with their '~'
     own_config: bool = False  # settings beyond verl's, of a recipe or of a config file
     launch: Launch | None = None  # the command; of a config file on its own there is none
 
@@ -56,6 +57,7 @@ def arguments(args: Iterable[Word]) -> Parsed:
     appended: set[str] = set()
     bare, holes = [], []
     flags: dict[str, Word] = {}
+    removed: dict[str, Setting] = {}
     standing: list[int] = []  # where overrides are, and flags
     flagged: list[int] = []
     args = tuple(args)
@@ -74,11 +76,14 @@ def arguments(args: Iterable[Word]) -> Parsed:
         if not word.unknown or re.match(r"~|[\w@./+-]+=", text):
             standing.append(at)
         if text.startswith("~"):
-            continue  # what Hydra takes out
+            gone = Setting(text.partition("=")[0], None, word.line, True)
+            removed[gone.key[1:]] = gone
+            continue
         if match := re.match(r"(\+{0,2})([\w@./-]+)=(.*)$", text, re.DOTALL):
             settings = _values(match[2], match[3], word)
             written |= settings
             for key in settings:
+                removed.pop(key, None)
                 spelled[key] = (*spelled.get(key, ()), word)
             if match[1]:
                 added |= settings.keys()
@@ -103,6 +108,7 @@ def arguments(args: Iterable[Word]) -> Parsed:
         flags,
         args[first - 1] if flagged and first else None,
         tuple(Setting(word.text, None, word.line, True) for word in parted),
+        tuple(removed.values()),
     )
 
 
@@ -211,6 +217,7 @@ def _composed(
         for key, setting in given.written.items()
         if "." not in key.partition("@")[0]
     }
+    choices |= {setting.key[1:]: (None, False) for setting in given.removed}
     path = path if brought is None else None
     config = configs.read(path, launch.folder, choices, more)
     unread = list(_unread_defaults(path, config))

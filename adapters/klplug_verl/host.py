@@ -65,6 +65,7 @@ HOST = Host(
     ),
     other_trainers=(r"verl\.(?:trainer|experimental)\.[\w.]+",),
     marks=r"\+{0,2}(?:actor_rollout_ref|algorithm)\.[\w.]+=",
+    prints=r"(?:--(?:cfg|info)|-[ci])(?:=.*)?|--(?:hydra-)?help|-h|--version|--shell-completion|-sc",
     command="python -m verl.trainer.main_ppo",
     config="a config of verl's (actor_rollout_ref, algorithm)",
     patch="klplug_verl.hooks:PATCH",

@@ -19,6 +19,7 @@ from klplug_verl.keys import (
     LOGPROBS_MODE,
     LORA,
     LOSS_AGG,
+    RECORDS,
     REF,
     ROLLOUT_IS,
     TEMPERATURE,
@@ -77,7 +78,7 @@ def stale_samples(plan: Plan | None, settings: Settings) -> Said:
     if plan is None or settings.get(TRAINER_MODE) not in ("colocate_async", "separate_async"):
         return
     bypassed = bool(bypass(settings))
-    weighed = bypassed or bool(settings.get(ROLLOUT_IS))
+    weighed = bypassed or bool(settings.get(ROLLOUT_IS) and settings.get(RECORDS, True))
     yield from hosting.stale_samples(plan, TRAINER_MODE, weighed, bypassed)
 
 

@@ -62,6 +62,7 @@ from klplug_verl.keys import (
     MINI_BATCH,
     NORM_BY_STD,
     PENALTY,
+    RECORDS,
     ROLLOUT_IS,
     STOCK,
     STRATEGY,
@@ -103,6 +104,7 @@ ASPECTS = {
     LOSS_MODE: aspects.POLICY_LOSS,
     ROLLOUT_IS: aspects.CORRECTION,
     BYPASS: aspects.CORRECTION,
+    RECORDS: aspects.CORRECTION,
     DISTILLS: aspects.KL,
     DISTIL_MODE: aspects.KL,
     DISTIL_POLICY: aspects.KL,
@@ -151,6 +153,13 @@ def settings(table: Table, launched: Parsed, version_from: str) -> Settings:
         N in written and written[N].value != 1
     ):  # of verl 0.1, in Search-R1
         written[N] = replace(written[N_AGENT], key=N_AGENT)
+    for gone in launched.removed:
+        # The code has a default of its own then.
+        written |= {
+            key: Setting(key, None, gone.line, True, (f"{gone.key} takes it out",))
+            for key in ASPECTS
+            if f"{key}.".startswith(f"{gone.key[1:]}.")
+        }
     if STRATEGY not in written:
         written |= _strategy(written)
     return _resolved(
@@ -227,7 +236,7 @@ def run(settings: Settings) -> Run:
         kl_by_answer=by_answer,
         loss_agg=settings[LOSS_AGG],
         # rollout_rs drops samples by the mask, which the KL loss shares.
-        corrects_rollout=bool(settings[ROLLOUT_IS].value),
+        corrects_rollout=bool(settings[ROLLOUT_IS].value) and settings.on(RECORDS),
         correction=settings[ROLLOUT_IS],
         rollout_is_old=settings.on(BYPASS),
         stale=_stale(settings, other),
@@ -382,7 +391,7 @@ def _advantage(settings: Settings) -> Advantage:
         "gdpo": Scale(mean, std, -1),
         "grpo_passk": Scale(0, std),
         "opo": Scale(mean),
-        "gpg": Scale(mean),
+        "gpg": Scale(mean, alpha=1),
         "reinforce_plus_plus_baseline": Scale(mean, 0, -1),
         "reinforce_plus_plus": Scale(0, 0, -1),
         "gae": Scale(0, 0, -1),
@@ -418,6 +427,9 @@ def _bad_values(settings: Settings) -> list[Rejected]:
     counts = (MINI_BATCH, EPOCHS, N) if fetches else (*_COUNTS, N)
     if is_verls(settings):  # another may count its batches itself
         rejected += settings.not_numbers((LOSS_COEF, CTRL_COEF, GAMMA), counts)
+    if settings.on(BYPASS) and not (settings.on(RECORDS) or settings[RECORDS].unknown):
+        why = f"bypass_mode takes the sampler's log-probs, and {settings[RECORDS]} keeps none"
+        rejected.append(Rejected(settings[BYPASS], why))
     ctrl = settings[CTRL_TYPE]
     if not ctrl.unknown and ctrl.value not in ("fixed", "adaptive"):
         rejected.append(Rejected(ctrl, "kl_ctrl.type takes fixed, adaptive"))

@@ -207,6 +207,8 @@ def _launch(
     if found is None:
         return None
     host, index, foreign = found
+    if not foreign and any(re.fullmatch(host.prints, w.text) for w in words[index + 1 :]):
+        return None
     launch = Launch(
         tuple(words),
         index,

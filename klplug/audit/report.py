@@ -57,7 +57,8 @@ class Report:
             differ by from the trainer's.
         beta: as written; ``None``, as the two below, where two terms differ.
         beta_absolute: its factor in the update, in which the policy loss has factor 1: a number,
-            or a formula in ``sigma`` (the group's standard deviation) and ``sigma_batch``.
+            or a formula in ``sigma`` (the group's standard deviation), ``sigma_batch`` and
+            ``alpha`` (answers of a batch for each whose reward is not 0).
         beta_relative: its factor against the raw reward, likewise.
         dead_zone: intervals of log(pi/ref) in which a host's clamp makes the gradient zero.
         terms: one verdict per KL term.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 from klplug.audit.settings import Rejected, Setting
 from klplug.audit.shell import Broken, Cut, Word
@@ -26,21 +26,23 @@ CONTROLLER = "controller"
 
 @dataclass(frozen=True)
 class Scale:
-    """A factor that the host's advantages carry: ((N-1)/N)^mean * sigma^std * sigma_batch^batch.
+    """A factor of the host's advantages: ((N-1)/N)^mean sigma^std sigma_batch^batch alpha^alpha.
 
     sigma is the standard deviation of the rewards of a group, sigma_batch that of the advantages
     of a batch; ``mean=1`` is what subtracting a mean that includes the answer itself costs.
+    alpha is how many answers a batch has for each whose reward is not 0.
     """
 
     mean: int = 0
     std: int = 0
     batch: int = 0
+    alpha: int = 0
 
     def __mul__(self, other: Scale) -> Scale:
-        return Scale(self.mean + other.mean, self.std + other.std, self.batch + other.batch)
+        return Scale(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def __truediv__(self, other: Scale) -> Scale:
-        return Scale(self.mean - other.mean, self.std - other.std, self.batch - other.batch)
+        return Scale(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def of(self, beta: float, n: int | None) -> float | str:
         """``beta`` times this factor: a number, or a formula in what only the run knows."""
@@ -51,7 +53,8 @@ class Scale:
             parts.append("(N-1)/N" if self.mean > 0 else "N/(N-1)")
         elif self.mean and n is not None and n > 1:
             number *= ((n - 1) / n) ** self.mean
-        for name, power in (("sigma", self.std), ("sigma_batch", self.batch)):
+        powers = (("sigma", self.std), ("sigma_batch", self.batch), ("alpha", self.alpha))
+        for name, power in powers:
             if power:
                 (parts if power > 0 else over).append(name)
         if not parts and not over:

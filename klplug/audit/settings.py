@@ -199,8 +199,9 @@ class Settings:
         return (*words[:place], *added, *words[len(words) if place is None else place :])
 
     def on(self, key: str) -> bool:
-        value = self[key].value
-        return value is True or str(value).lower() in ("true", "1", "yes", "on")
+        """Whether the host takes the value for a true one, as any text is that is not empty."""
+        setting = self[key]
+        return not setting.unknown and bool(setting.value)
 
     def text(self, key: str) -> str:
         value = self[key].value

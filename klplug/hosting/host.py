@@ -59,6 +59,7 @@ class Host:
         trainers: patterns of the words that start a trainer klplug serves.
         other_trainers: patterns of those that start one it does not.
         marks: pattern of an argument that only a training command of it, or of a fork, has.
+        prints: pattern of an argument with which it prints something, and trains nothing.
         launcher: klplug's own launcher, a word in the place of such a trainer's.
         command: how a training command is written, for messages.
         config: what a config file of it is called and has, for messages.
@@ -81,6 +82,7 @@ class Host:
     command: str
     other_trainers: tuple[str, ...] = ()
     marks: str | None = None
+    prints: str = "(?!)"
     launcher: str | None = None
     config: str = ""
     patch: str | None = None

@@ -257,6 +257,65 @@ def test_whether_the_rollout_engine_is_corrected_for(kl: str, expected: bool) ->
     assert bare.rollout_corrected is ("rollout'" in kl)
 
 
+_RECORDS = "actor_rollout_ref.rollout.calculate_log_probs"
+_CORRECTION = "algorithm.rollout_correction"
+
+
+@pytest.mark.parametrize(
+    ("version", "records", "weighed"),
+    [  # its default: verl's trainer/config/rollout/rollout.yaml
+        ("0.9.1", [], True),
+        ("0.9.1", [f"{_RECORDS}=False"], False),
+        ("0.8.0", [], False),
+        ("0.8.0", [f"{_RECORDS}=True"], True),
+    ],
+)
+def test_without_the_samplers_log_probs_nothing_corrects_for_it(
+    version: str, records: list[str], weighed: bool
+) -> None:
+    # compute_rollout_correction_and_add_to_batch where rollout_log_probs are in the batch.
+    words = [*_VERL, *_LOSS, f"{_CORRECTION}.rollout_is=token", *records]
+    ids = {finding.id for finding in audit(words, host_version=version).findings}
+    assert ("rollout-mismatch" in ids) == weighed
+    # apply_bypass_mode raises where they are not.
+    bypass = audit([*_VERL, *_LOSS, f"{_CORRECTION}.bypass_mode=True", *records])
+    rejected = [f.message for f in bypass.findings if f.id == "rejected-setting"]
+    assert bool(rejected) == (f"{_RECORDS}=False" in records)
+
+
+# losses.py: `if config.use_kl_loss`. Hydra makes a bool of true and false alone.
+@pytest.mark.parametrize(
+    ("value", "on"),
+    [("None", True), ("off", True), ("1", True), ("false", False), ("null", False), ("0", False)],
+)
+def test_a_switch_is_what_python_takes_for_true(value: str, on: bool) -> None:
+    words = [*_VERL, f"actor_rollout_ref.actor.use_kl_loss={value}"]
+    assert audit(words).gradient == ("forward" if on else "none")
+
+
+def test_what_is_taken_out_is_unknown() -> None:
+    name = "actor_rollout_ref.actor.kl_loss_type"
+    report = audit([*_VERL, *_LOSS, f"{name}=k1", f"~{name}"])
+    assert report.unknown["gradient"] == (f"~{name} takes it out",)
+    assert audit([*_VERL, *_LOSS, f"~{name}", f"+{name}=k1"]).gradient == "zero"
+
+
+@pytest.mark.parametrize("flag", [["--cfg", "job"], ["-c", "job"], ["--info=all"], ["--help"]])
+def test_a_command_that_prints_its_settings_trains_nothing(flag: list[str]) -> None:
+    with pytest.raises(NoCommand):
+        audit([*_VERL, *_LOSS, *flag])
+    # --package takes a value, and does nothing else.
+    assert "rejected-setting" not in [f.id for f in audit([*_VERL, "-p", "actor"]).findings]
+
+
+def test_gpg_multiplies_by_what_only_the_run_knows() -> None:
+    # core_algos.compute_gpg_outcome_advantage: alpha = answers / those with a score.
+    words = [*_VERL[:-1], "algorithm.adv_estimator=gpg", *_LOSS]
+    assert audit(words).beta_relative == "0.00114286 / alpha"
+    reward = audit([*words, "algorithm.use_kl_in_reward=True", f"{_LOSS[0][:-4]}False"])
+    assert (reward.beta_absolute, reward.beta_relative) == ("0.000875 * alpha", 0.001)
+
+
 def test_the_text_of_an_unknown_value_is_not_judged(tmp_path: Path) -> None:
     script = f'{" ".join(_VERL)} trainer.experiment_name=$(basename "${{M,,}}")-x\n'
     assert "rejected-setting" not in [f.id for f in audit(_write(tmp_path, script)).findings]
