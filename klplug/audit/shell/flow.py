@@ -251,7 +251,7 @@ def walk_while(
         if shell.flow:
             return
         if any(leaf.unknown for leaf in leaves) or len({p.text for p in leaves}) > 1:
-            _some_rounds(shell, body, step, line)
+            _some_rounds(shell, body, step, line, condition)
             rejoin(shell, early, "break")
             return
         if leaves[0].text != "0":
@@ -282,7 +282,11 @@ def walk_while(
 
 
 def _some_rounds(
-    shell: Shell, body: Callable[[], None], step: Callable[[], None], line: int
+    shell: Shell,
+    body: Callable[[], None],
+    step: Callable[[], None],
+    line: int,
+    condition: Callable[[], None] = lambda: None,
 ) -> None:
     """A loop that runs, nobody knows how often: what it sets is not known."""
     begun = len(shell.commands)
@@ -294,7 +298,12 @@ def _some_rounds(
         rejoin(shell, early, "break")
 
     shell.undecided += 1
-    changed, _ = shell.trial(once)
+
+    def again() -> None:
+        once()
+        condition()
+
+    changed, _ = shell.trial(again)
     del shell.commands[begun:]
     _unknown_after(shell, changed, line)
     shell.trial(once)
