@@ -84,13 +84,19 @@ TRAINERS = (
         own_loss=True,
     ),
     Trainer(
+        r"\bsppo\b",
+        "The trainer of SPPO, whose loss is a square without a ratio and not verl's policy loss.",
+        own_loss=True,
+        own_fit=True,
+    ),
+    Trainer(
         r"\brpg\b",
         "The trainer of RPG: where use_iterative_ref_model, its reference is the policy that "
         "made the samples. Its estimators named rpg_ have a clamp of 10 on their value.",
         estimators=RPG,
     ),
     Trainer(
-        r"recipe[./](?:dapo|entropy|sppo|spo|rep_exp|atropos|async_flow|dance_grpo|partial_rollout"
+        r"recipe[./](?:dapo|entropy|spo|rep_exp|atropos|async_flow|dance_grpo|partial_rollout"
         r"|specRL)[./]",
         "",
         served=True,

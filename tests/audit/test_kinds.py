@@ -210,8 +210,10 @@ def test_what_hangs_on_a_recipes_fit_is_said_not_to_be_known(
     assert ("klplug-refuses" in _ids(known)) == (bool(stage) and "klplug" in asked)
 
 
-def test_a_loss_of_its_own_is_unknown(tmp_path: Path) -> None:
-    report = _audit(tmp_path, f"python3 -m recipe.spin.main_spin {_GRPO}")
+# verl-recipe sppo/dp_actor.py: compute_sppo_loss.
+@pytest.mark.parametrize("recipe", ["spin", "sppo"])
+def test_a_loss_of_its_own_is_unknown(tmp_path: Path, recipe: str) -> None:
+    report = _audit(tmp_path, f"python3 -m recipe.{recipe}.main_{recipe} {_GRPO}")
     assert report.gradient is None and "loss of its own" in report.unknown["gradient"][0]
 
 
