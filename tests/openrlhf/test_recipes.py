@@ -45,10 +45,12 @@ def written(folder: Path, rows: int) -> None:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the trainer's own is: without a process group, which another test may have left here."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-math-7b-gsm8k", "qwen2.5-math-1.5b-gsm8k"])
