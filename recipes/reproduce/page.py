@@ -88,6 +88,7 @@ def page(
     """
     runs, many = Runs(rows), Runs([*updates, *exact])
     found = findings(runs)
+    of_updates = updates_findings(many) if updates else []
     blocks = [
         "<!-- Made by `python -m recipes.reproduce.page` from recipes/reproduce/results. -->",
         "# Evidence",
@@ -102,10 +103,10 @@ def page(
         words.ENUMERATED,
         enumerable_table(enumerated) if enumerated else "",
         "## What came out, in words",
-        *paragraphs([*found, *(updates_findings(many) if updates else [])]),
+        *paragraphs([*found, *of_updates]),
         "## Tier 1: seven formulations, kl_coef 0.5, 4 updates per rollout",
         *(tier1_blocks(runs) if rows else ["No run was made yet."]),
-        *(updates_blocks(updates, many) if updates else []),
+        *(updates_blocks(updates, many, of_updates) if updates else []),
         *(exact_blocks(exact, runs, verl) if exact else []),
         *(language_blocks(language) if language else []),
     ]
@@ -186,12 +187,12 @@ def tier1_blocks(runs: Runs) -> list[str]:
     return blocks
 
 
-def updates_blocks(rows: Sequence[Row], runs: Runs) -> list[str]:
+def updates_blocks(rows: Sequence[Row], runs: Runs, found: Sequence[Finding]) -> list[str]:
     """The section on `grids/updates.yaml`, whose k2 is that of `grids/exact.yaml`."""
     return [
         "## Many updates per rollout",
         words.ON_UPDATES,
-        verdict_table(updates_findings(runs)),
+        verdict_table(found),
         *tables(runs, (K2, UNWEIGHTED, FROZEN), 64, moved=MOVED_FURTHER),
         provenance(rows),
         *missing_blocks("updates", rows),

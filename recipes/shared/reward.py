@@ -130,7 +130,10 @@ def _hashed(text: str) -> str:
 
 def final_answer(response: str) -> str:
     """The content of the last box; without one the number after the last `####`; else nothing."""
-    text = _ended(response)
+    return _final(_ended(response))
+
+
+def _final(text: str) -> str:
     if boxed := last_boxed(text):
         return boxed.removeprefix(r"\boxed{").removesuffix("}").strip()
     given = _hashed(text)
@@ -141,19 +144,19 @@ def is_correct(response: str, answer: str) -> bool:
     """Whether a response reaches the answer: GSM8K's whole answer text, or the answer alone."""
     _, own_form, answer = answer.rpartition("####")
     answer = _plain(answer.strip())
-    if final := final_answer(response):
+    text = _ended(response)
+    if final := _final(text):
         given, expected = _number(final), _number(answer)
         if given is not None and expected is not None:
             return given == expected
         # How math-verify takes a percent sign depends on the version of its grammar.
         final, answer = (
-            text if number is None else f"{number:f}"
-            for text, number in ((final, given), (answer, expected))
+            written if number is None else f"{number:f}"
+            for written, number in ((final, given), (answer, expected))
         )
         return _is_equal(rf"\boxed{{{final}}}", answer)
     if not own_form:
         return False
-    text = _ended(response)
     if "####" not in text:
         return _is_equal(text, answer)
     final = _hashed(text)
