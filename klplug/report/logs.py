@@ -18,9 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from klplug.numerics import number_of
+
 EVENTS = "events.out.tfevents."
 WANDB = ".wandb"
 CONSOLE = (".log", ".txt", ".out")
+TOLD = 3  # lines of a file that are named each
 SNIFFED = 65536  # bytes at the start of a file, by which it is told what it is
 
 # Columns and keys that count training steps; the first that is there. W&B counts calls as _step.
@@ -35,7 +38,7 @@ STEPS = (
 
 # What consoles say of a step: ``step:3 - actor/kl:0.1 - ...``, or words and a dictionary.
 _DASHED = re.compile(r"\bstep:(\d+) - (?=\S+:)(.*)")
-_PAIR = re.compile(r"(?:^| - )([^\s:]+(?:/[^\s:]+)*):(\S+)")
+_PAIR = re.compile(r"(?:^| - )([^\s:]+):(\S+)")
 _WORDED = re.compile(r"\b[Gg]lobal[ _]step (\d+)(?:: |, eval_metrics: )(\{.*\})")
 _EVALUATED = "eval_metrics"
 _ITEM = re.compile(r"'([^']+)': (?:[\w.]+\()?(-?(?:[\d.]+(?:e[+-]?\d+)?|inf|nan))")
@@ -58,23 +61,40 @@ class Log:
     paused: float = 0.0  # seconds of these in which nothing ran
 
     def add(self, tag: str, step: int, value: float) -> None:
-        # Resumed runs log some steps twice: the later one went on.
-        self.scalars[tag][step] = value
+        series = self.scalars[tag]
+        # A step that comes again is of a run that was resumed before it: what it had logged beyond
+        # is of a branch that was given up.
+        if step in series and step != next(reversed(series)):
+            series = self.scalars[tag] = _before(step, series)
+        series[step] = value
 
     @property
     def first(self) -> float:
         """The first step that was logged; infinite where none was."""
         return min((min(series) for series in self.scalars.values()), default=math.inf)
 
-    def go_on(self, later: Log) -> None:
-        """Add what the same run logged after it was resumed."""
-        for tag, series in later.scalars.items():
+    def follows(self, earlier: Log) -> bool:
+        """Whether all of it was written after the other, as its clock says."""
+        return bool(self.times and earlier.times) and min(self.times) >= max(earlier.times)
+
+    def join(self, other: Log, resumed: bool) -> None:
+        """Add what another file has of the same run; where that was ``resumed`` with it, in the
+        place of what stood at its first step and beyond."""
+        if resumed:
+            before = {tag: _before(other.first, own) for tag, own in self.scalars.items()}
+            self.scalars = defaultdict(dict, {tag: own for tag, own in before.items() if own})
+        for tag, series in other.scalars.items():
             self.scalars[tag].update(series)
-        self.config |= later.config
-        self.problems += later.problems
-        if self.times and later.times:
-            self.paused += max(0.0, min(later.times) - max(self.times))
-        self.times += later.times
+        self.config |= other.config
+        self.problems += other.problems
+        if self.times and other.times:
+            self.paused += max(0.0, min(other.times) - max(self.times))
+        self.paused += other.paused
+        self.times += other.times
+
+
+def _before(first: float, series: dict[int, float]) -> dict[int, float]:
+    return {step: value for step, value in series.items() if step < first}
 
 
 Reader = Callable[[Path, Log], None]
@@ -93,7 +113,8 @@ def kind(path: Path) -> Reader | None:
         return None
     try:
         with path.open("rb") as file:
-            start = file.read(SNIFFED).decode(errors="replace")
+            # Some programs of Windows put a byte order mark first.
+            start = file.read(SNIFFED).decode("utf-8-sig", errors="replace")
     except OSError:
         return None
     if suffix == ".jsonl":
@@ -102,12 +123,11 @@ def kind(path: Path) -> Reader | None:
         columns = next(csv.reader(start.splitlines()), [])
         return _table if _step_column(columns) is not None else None
     # Training says its first step late: a console's log is read to the end.
-    return _console if any(True for _ in _spoken(path)) else None
+    return _console if any(_spoken(path)) else None
 
 
 def read(path: Path, log: Log) -> None:
-    """Add what can be read of one file to ``log``, and to its problems what can't."""
-    before = sum(map(len, log.scalars.values()))
+    """Add what can be read of one file to an empty ``log``, and to its problems what can't."""
     reader = kind(path)
     assert reader is not None, f"{path} is no log"
     try:
@@ -122,23 +142,32 @@ def read(path: Path, log: Log) -> None:
         extra = "wandb" if package == "wandb" else "'klplug[report]'"
         log.problems.append(f"{path}: reading it needs {package}: pip install {extra}")
     else:
-        if sum(map(len, log.scalars.values())) == before:
+        # One that has a time was written well: text, say, stands in a file of its own.
+        if not log.scalars and not log.times:
             log.problems.append(f"{path}: no scalar in it")
 
 
 def _json_lines(path: Path, log: Log) -> None:
+    wrong = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
             step = int(record.pop("step"))
             record = record.pop("data", record)
             items = list(record.items())
         except (ValueError, OverflowError, KeyError, TypeError, AttributeError):
-            log.problems.append(f"{path}, line {number}: no JSON object with a step")
+            wrong.append(number)
             continue
         for tag, value in items:
-            if value is None or _is_number(value):
-                log.add(tag, step, math.nan if value is None else float(value))
+            found = math.nan if value is None else number_of(value)
+            if found is not None:
+                log.add(tag, step, found)
+    for number in wrong[:TOLD]:
+        log.problems.append(f"{path}, line {number}: no JSON object with a step")
+    if more := len(wrong[TOLD:]):
+        log.problems.append(f"{path}: {more} more lines are no JSON object with a step")
 
 
 def _step_column(columns: list[str]) -> str | None:
@@ -157,18 +186,20 @@ def _several_runs(columns: Sequence[str]) -> list[str]:
 
 
 def _table(path: Path, log: Log) -> None:
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
         rows = csv.DictReader(file)
         steps = _step_column(list(rows.fieldnames or ()))
         assert steps is not None
         if runs := _several_runs(rows.fieldnames or ()):
             raise csv.Error(f"columns of several runs ({', '.join(runs)}): export one run a file")
+        found: list[tuple[int, dict[str, str]]] = []
         for row in rows:
             try:
-                step = int(float(row[steps]))
+                found.append((int(float(row[steps])), row))
             except (TypeError, ValueError, OverflowError):
                 log.problems.append(f"{path}, line {rows.line_num}: no step")
-                continue
+        # A table may be sorted in any way.
+        for step, row in sorted(found, key=lambda pair: pair[0]):
             for column, cell in row.items():
                 # W&B's export names its columns "run - tag", and adds "... __MIN".
                 tag = column.rpartition(" - ")[2] if column else ""
@@ -180,15 +211,19 @@ def _table(path: Path, log: Log) -> None:
                     continue
 
 
-def _spoken(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
-    """Steps that a console printed, with their scalars."""
+def _spoken(path: Path) -> Iterator[tuple[int, dict[str, float], bool]]:
+    """Steps that a console printed, with their scalars, and whether the line ends.
+
+    Of one that does not, the last number may be half of one: it is left out.
+    """
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             if "step" not in line:
                 continue
-            line = _ESCAPES.sub("", line)
+            whole, line = line.endswith("\n"), _ESCAPES.sub("", line)
             if found := _DASHED.search(line):
-                values = {tag: _number(value) for tag, value in _PAIR.findall(found[2])}
+                pairs = _PAIR.findall(found[2])
+                values = {tag: _number(value) for tag, value in pairs[: None if whole else -1]}
             elif found := _WORDED.search(line):
                 values = _dictionary(found[2])
                 if _EVALUATED in found[0]:
@@ -196,7 +231,7 @@ def _spoken(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
             else:
                 continue
             if kept := {tag: value for tag, value in values.items() if value is not None}:
-                yield int(found[1]), kept
+                yield int(found[1]), kept, whole or found[0].endswith("}")
 
 
 def _number(text: str) -> float | None:
@@ -213,17 +248,15 @@ def _dictionary(text: str) -> dict[str, float | None]:
         made = ast.literal_eval(text)
     except (ValueError, SyntaxError):  # nan, or numbers of numpy: no literals
         return {tag: _number(value) for tag, value in _ITEM.findall(text)}
-    return {tag: float(value) for tag, value in made.items() if _is_number(value)}
+    return {tag: number_of(value) for tag, value in made.items()}
 
 
 def _console(path: Path, log: Log) -> None:
-    for step, values in _spoken(path):
+    for step, values, whole in _spoken(path):
         for tag, value in values.items():
             log.add(tag, step, value)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not whole:
+            log.problems.append(f"{path}: ends within the line of step {step}")
 
 
 def _events(path: Path, log: Log) -> None:
@@ -271,15 +304,17 @@ def _wandb(path: Path, log: Log) -> None:
 
 def _wandb_step(history: Any, log: Log) -> None:
     items = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in history.item}
-    steps = (items.get(key) for key in STEPS)
+    steps = (number_of(items.get(key)) for key in STEPS)
     step = next((int(s) for s in steps if s is not None), int(history.step.num))
     for tag, value in items.items():
-        if tag == "_timestamp" and _is_number(value):
-            log.times.append(value)
         # W&B writes numbers that are not finite as words.
-        value = math.nan if value in ("NaN", "Infinity", "-Infinity") else value
-        if _is_number(value) and not tag.startswith("_"):
-            log.add(tag, step, float(value))
+        found = math.nan if value in ("NaN", "Infinity", "-Infinity") else number_of(value)
+        if found is None:
+            continue
+        if tag == "_timestamp" and math.isfinite(found):
+            log.times.append(found)
+        if not tag.startswith("_"):
+            log.add(tag, step, found)
 
 
 class _Torn(Exception):

@@ -84,7 +84,7 @@ def report(folders: Sequence[Path], out: Path, samples: Path | None = None) -> R
     pictures = {name: out / f"{name.replace('/', '_')}.svg" for name in drawn}
     for name, path in pictures.items():
         path.write_text(plots.standalone(drawn[name]), encoding="utf-8")
-    (out / PAGE).write_text(page, encoding="utf-8")
+    (out / PAGE).write_text(page, encoding="utf-8", errors="backslashreplace")
     return Report(out / PAGE, pictures, found, finals, problems)
 
 

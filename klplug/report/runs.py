@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +138,12 @@ def groups(folders: Sequence[Path]) -> tuple[list[Group], list[str]]:
     problems: list[str] = []
     for folder in folders:
         for place, log in _joined(_log_places(folder), folder).items():
+            if place.resolve() in runs:  # a run is one, whatever path it is named by
+                continue
             run, told = _run(place, log)
             problems += told
             if run is not None:
-                runs[place] = run
+                runs[place.resolve()] = run
     together: dict[str, list[Run]] = defaultdict(list)
     for run in runs.values():
         together[run.group].append(run)
@@ -200,18 +203,25 @@ def _joined(places: dict[Path, list[Path]], asked: Path) -> dict[Path, Log]:
     logs: dict[Path, Log] = {}
     started: dict[Path, list[Path]] = defaultdict(list)
     for place, files in places.items():
-        log = logs[place] = Log()
+        # A trainer that is started again may write beside what it wrote.
+        written: dict[tuple[Path, bool], Log] = defaultdict(Log)
         for path in files:
-            read(path, log)
+            own = Log()
+            read(path, own)
+            before = written[path.parent, path.name.startswith(EVENTS)]
+            before.join(own, resumed=own.follows(before))
+        logs[place] = log = Log()
+        for own in written.values():
+            log.join(own, resumed=False)
         if _STARTED.fullmatch(place.name) and place.parent.is_relative_to(asked):
             started[place.parent].append(place)
     for above, parts in started.items():
-        parts.sort(key=lambda place: (logs[place].first, place))
+        parts.sort(key=lambda part: (min(logs[part].times, default=0.0), logs[part].first, part))
         first = logs[parts[0]].first
         if all(logs[part].first > first for part in parts[1:]):
             logs[above] = whole = Log()
             for part in parts:
-                whole.go_on(logs.pop(part))
+                whole.join(logs.pop(part), resumed=True)
     return logs
 
 
@@ -238,13 +248,16 @@ def _run(place: Path, log: Log) -> tuple[Run | None, list[str]]:
         if scalars:
             known = ", ".join(tag for metric in METRICS for tag in metric.tags)
             log.problems.append(f"{place}: none of the scalars that are looked for: {known}")
+        elif not log.problems:
+            log.problems.append(f"{place}: no scalar in it")
         return None, log.problems
     settings = _object(place / "settings.json") or log.config
     label, group = _names(place, settings)
     seconds = max(log.times) - min(log.times) - log.paused if log.times else None
     summary = _object(place / "summary.json")
     run = Run(place, label, group, metrics, settings, summary, seconds)
-    return run, log.problems + [f"{place}: {told}" for told in not_finite(metrics)]
+    told = [*not_finite(metrics), *stopped(metrics, run.steps)]
+    return run, log.problems + [f"{place}: {problem}" for problem in told]
 
 
 def not_finite(metrics: dict[str, Series]) -> list[str]:
@@ -252,15 +265,36 @@ def not_finite(metrics: dict[str, Series]) -> list[str]:
 
     A hole that closes again is not told: trainers skip what they have no sample for.
     """
-    titles = {metric.name: next(iter(metric.tags), metric.name) for metric in METRICS}
     told: dict[str, list[str]] = defaultdict(list)
     for name, series in metrics.items():
         first = None
         for step, value in series.items():
             first = None if math.isfinite(value) else step if first is None else first
         if first is not None:
-            told[f"from step {first} to the last, {max(series)}"].append(titles.get(name, name))
+            told[f"from step {first} to the last, {max(series)}"].append(_tag(name))
     return [f"no finite number {of}: {', '.join(names)}" for of, names in told.items()]
+
+
+def stopped(metrics: dict[str, Series], end: int) -> list[str]:
+    """Metrics that a run went on without, by the last step that has them.
+
+    Without them for longer than ever before, that is: a model is evaluated now and then.
+    """
+    told: dict[int, list[str]] = defaultdict(list)
+    for name, series in metrics.items():
+        steps = list(series)
+        gaps = [later - step for step, later in pairwise(steps)]
+        if gaps and end - steps[-1] > max(gaps):
+            told[steps[-1]].append(_tag(name))
+    return [
+        f"not logged after step {step}, and the run ends at {end}: {', '.join(names)}"
+        for step, names in told.items()
+    ]
+
+
+def _tag(name: str) -> str:
+    """What a metric is logged as first of all."""
+    return next((tag for m in METRICS if m.name == name for tag in m.tags), name)
 
 
 def _object(path: Path) -> dict[str, Any]:

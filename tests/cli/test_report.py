@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +20,8 @@ from torch.utils.tensorboard import SummaryWriter
 from klplug.report.closed_form import closed_form
 from klplug.report.intervals import final
 from klplug.report.logs import EVENTS, Log, _wandb_step, read
-from klplug.report.runs import _run, groups, not_finite, rolling_mean
+from klplug.report.page import report
+from klplug.report.runs import NoLogs, groups, not_finite, rolling_mean
 from tests.cli.conftest import Klplug
 
 STEPS = 20
@@ -444,11 +447,152 @@ def test_a_resumed_run_is_one(
     assert group.runs[0].metrics["reward"] == {s: s + (s > 6) / 8 for s in range(1, 21)}
 
 
-def test_a_resumed_run_s_hours_are_those_in_which_it_ran() -> None:
-    log, later = (Log({"reward": {1: 0.5}}, times=times) for times in ([0.0, 60.0], [900.0, 990.0]))
-    log.go_on(later)
-    run, _ = _run(Path("run"), log)
-    assert run is not None and run.seconds == 60 + 90
+def clocked(folder: Path, monkeypatch: pytest.MonkeyPatch, *starts: tuple[float, int, int]) -> None:
+    """Event files of a trainer that took a second a step; each start has its time and its steps."""
+    for index, (began, first, last) in enumerate(starts):
+        now = [1e9 + began]
+        monkeypatch.setattr(time, "time", lambda now=now: now[0])
+        with SummaryWriter(log_dir=str(folder)) as writer:
+            for step in range(first, last + 1):
+                now[0] += 1
+                writer.add_scalar("critic/score/mean", step + index / 8, step)
+                if step % 5 == 0:
+                    writer.add_scalar("val-core/x", step, step)
+
+
+def test_what_a_resumed_run_had_logged_beyond_counts_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """verl writes all starts into one folder, OpenRLHF each into its own."""
+    expected = {s: s + (s > 10) / 8 for s in range(1, 14)}
+    starts = (0, 1, 20), (1000, 11, 13)
+    clocked(tmp_path / "verl", monkeypatch, *starts)
+    for name, start in zip(("ppo_1128T09:30", "ppo_1128T13:05"), range(2), strict=True):
+        (tmp_path / "openrlhf" / name).mkdir(parents=True)
+        path = sorted((tmp_path / "verl").iterdir())[start]
+        (tmp_path / "openrlhf" / name / path.name).write_bytes(path.read_bytes())
+    for folder in ("verl", "openrlhf"):
+        ((group,), problems) = groups([tmp_path / folder])
+        (run,) = group.runs
+        assert run.metrics == {"reward": expected, "val-core/x": {5: 5.0, 10: 10.0}}
+        assert problems == [] and run.seconds == 20 + 3
+
+
+def test_a_start_from_an_earlier_checkpoint_than_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, start in {"a": (0, 1, 20), "b": (100, 16, 18), "c": (200, 11, 13)}.items():
+        clocked(tmp_path / f"run-20261128_09300{'abc'.index(name)}-{name}", monkeypatch, start)
+    ((group,), _) = groups([tmp_path])
+    assert list(group.runs[0].metrics["reward"]) == list(range(1, 14))
+    assert group.runs[0].seconds == 20 + 3 + 3
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("metrics.jsonl", '{{"step": {step}, "reward": {value}}}'),
+        ("train.log", "step:{step} - actor/entropy:0.5 - reward:{value}"),
+    ],
+)
+def test_a_log_that_goes_back_goes_on_from_there(tmp_path: Path, name: str, line: str) -> None:
+    steps = [*range(1, 21), *range(11, 14)]
+    lines = [line.format(step=step, value=index) for index, step in enumerate(steps)]
+    (tmp_path / name).write_text("".join(f"{written}\n" for written in lines))
+    reward = logged(tmp_path / name).scalars["reward"]
+    assert reward == {step: step - 1 + 10 * (step > 10) for step in range(1, 14)}
+
+
+def test_lines_in_another_order_are_all_there(tmp_path: Path) -> None:
+    for name, form in (("metrics.jsonl", '{{"step": {0}, "reward": {0}}}'), ("run.csv", "{0},{0}")):
+        head = ["step,reward"] if name.endswith("csv") else []
+        lines = [*head, *(form.format(step) for step in (3, 1, 2, 5, 4))]
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+        assert logged(tmp_path / name).scalars["reward"] == {step: step for step in range(1, 6)}
+
+
+def test_a_run_is_one_whatever_path_it_is_named_by(
+    klplug_command: Klplug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its settings tell seeds apart from others: twice itself it would be two, with no spread."""
+    quickstart(tmp_path / "runs" / "one")
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to("runs")
+    named = Path("runs"), tmp_path / "runs" / "one", Path("link/one")
+    _, document = reported(klplug_command, tmp_path / "out", *named)
+    (run,) = document["runs"]
+    assert run["folders"] == ["runs/one"] and run["final"]["reward"]["over"] == "steps"
+
+
+def test_a_metric_that_a_run_went_on_without_is_a_problem(tmp_path: Path) -> None:
+    """As klplug's own are, of a run that is resumed without klplug."""
+    lines: list[dict[str, object]] = [{"step": s, "reward": 0.5} for s in range(1, 21)]
+    for line in lines[:9]:
+        line["klplug/k3"] = 0.25
+    for line in lines[4::5]:
+        line["val-core/x"] = 0.5
+    del lines[19]["val-core/x"]  # it may come at 25
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    _, problems = groups([tmp_path])
+    assert problems == [f"{tmp_path}: not logged after step 9, and the run ends at 20: klplug/k3"]
+
+
+def test_an_event_file_of_text_is_no_problem(tmp_path: Path) -> None:
+    """verl's validation samples have a writer of their own, in the same folder."""
+    tensorboard(tmp_path)
+    with SummaryWriter(log_dir=str(tmp_path), filename_suffix=".text") as writer:
+        writer.add_text("val/generations", "an answer", 1)
+    ((group,), problems) = groups([tmp_path])
+    assert problems == [] and len(group.runs[0].metrics["reward"]) == STEPS
+    (tmp_path / "alone").mkdir()
+    with SummaryWriter(log_dir=str(tmp_path / "alone")) as writer:
+        writer.add_text("val/generations", "an answer", 1)
+    with pytest.raises(NoLogs, match="no scalar in it"):
+        report([tmp_path / "alone"], tmp_path / "out")
+
+
+def test_a_console_s_last_number_may_be_half_of_one(tmp_path: Path) -> None:
+    path = tmp_path / "train.log"
+    path.write_text("step:1 - reward:0.5 - kl:0.25\nstep:2 - reward:0.75 - kl:0.")
+    log = logged(path)
+    assert log.scalars == {"reward": {1: 0.5, 2: 0.75}, "kl": {1: 0.25}}
+    assert log.problems == [f"{path}: ends within the line of step 2"]
+
+
+def test_an_integer_that_no_float_reaches_is_infinite(tmp_path: Path) -> None:
+    huge = "1" + 400 * "0"
+    for name, line in (
+        ("metrics.jsonl", f'{{"step": 1, "reward": {huge}, "kl": true}}'),
+        ("train.log", f"Global step 1: {{'reward': {huge}, 'kl': True}}"),
+    ):
+        (tmp_path / name).write_text(line + "\n")
+        assert logged(tmp_path / name).scalars == {"reward": {1: math.inf}}
+
+
+def test_a_byte_order_mark_and_empty_lines_are_nothing(tmp_path: Path) -> None:
+    for name, text in (
+        ("run.csv", "step,reward\n1,0.5\n"),
+        ("run.jsonl", '{"step": 1, "reward": 0.5}\n\n'),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        log = logged(tmp_path / name)
+        assert (log.scalars, log.problems) == ({"reward": {1: 0.5}}, [])
+
+
+def test_of_many_wrong_lines_some_are_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"loss": 1}\n' * 1000 + '{"step": 1, "reward": 2}\n')
+    *named, more = logged(tmp_path / "metrics.jsonl").problems
+    assert [re.findall(r"line (\d+)", problem) for problem in named] == [["1"], ["2"], ["3"]]
+    assert "997 more lines" in more
+
+
+def test_a_folder_whose_name_is_no_text(klplug_command: Klplug, tmp_path: Path) -> None:
+    run = tmp_path / os.fsdecode(b"run-\xff")
+    (quickstart(run) / "settings.json").unlink()
+    status, document = reported(klplug_command, tmp_path / "out", run)
+    assert status == 0 and document["runs"][0]["label"] == run.name
+    assert r"run-\udcff" in page_of(tmp_path / "out").text
+    assert r"run-\udcff" in klplug_command("report", run, "--out", tmp_path / "out").out
 
 
 def test_runs_in_one_folder_and_folders_that_are_named_stay_apart(
@@ -529,6 +673,14 @@ def test_an_evaluation_in_wandb_stands_at_its_own_step() -> None:
     log = Log()
     _wandb_step(SimpleNamespace(item=items, step=SimpleNamespace(num=7)), log)
     assert log.scalars["eval/gsm8k_pass1"] == {40: 0.5}
+
+
+def test_a_step_in_words_is_none(tmp_path: Path) -> None:
+    values = {"step": '"1/100"', "reward": "0.5", "kl": '"NaN"', "note": '"a word"'}
+    items = [SimpleNamespace(key=key, value_json=value) for key, value in values.items()]
+    log = Log()
+    _wandb_step(SimpleNamespace(item=items, step=SimpleNamespace(num=7)), log)
+    assert log.scalars["reward"] == {7: 0.5} and set(log.scalars) == {"reward", "kl"}
 
 
 def test_samples_in_another_encoding_are_named_by_line(
