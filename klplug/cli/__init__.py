@@ -5,6 +5,7 @@ Every command is also a function to import, and prints one JSON document under `
 
 from __future__ import annotations
 
+import io
 import sys
 
 from klplug.cli.status import Status, Unreadable
@@ -28,6 +29,8 @@ EXTRAS = {
 
 def main() -> None:
     """Run ``klplug`` with the process's arguments, and exit with a ``Status``."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: a name may be bytes
     try:
         from klplug.cli.app import app
 
@@ -37,7 +40,7 @@ def main() -> None:
         if package not in EXTRAS:
             raise
         _end(f"there is no module {package}: pip install 'klplug[{EXTRAS[package]}]'")
-    except Unreadable as error:
+    except (Unreadable, OSError) as error:  # no room for what is printed, say
         _end(str(error))
 
 

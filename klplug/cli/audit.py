@@ -97,6 +97,8 @@ def audit(
     """Say what gradient the KL of a training command follows, how strongly, and what to change."""
     options: dict[str, Any] = {"host": host, "host_version": host_version}
     files = sources(arguments)
+    if files is None and (diff or fix):
+        raise Unreadable(f"{'--fix' if fix else '--diff'} is for files: a command line is none")
     runs: list[tuple[str, Report]] = []
     without = 0
     status = Status.CLEAN
@@ -149,6 +151,8 @@ def sources(arguments: Sequence[str]) -> list[Path] | None:
     found: list[Path] = []
     for name in arguments:
         path = Path(name)
+        if not name:  # a variable that is not set, which as a path would be this folder
+            raise Unreadable("'': No such file or directory")
         if path.is_dir():
             # os.path: Path.is_file raises where a folder may not be opened.
             scripts = (p for p in path.rglob("*") if p.suffix in _SCRIPTS)
@@ -378,7 +382,7 @@ def sarif(runs: Sequence[tuple[str, Report]]) -> dict[str, Any]:
 
 
 def _uri(path: Path) -> str:
-    return path.as_uri() if path.is_absolute() else quote(path.as_posix())
+    return path.as_uri() if path.is_absolute() else quote(os.fsencode(path))
 
 
 def show(report: Report, out: Console, name: str) -> None:

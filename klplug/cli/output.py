@@ -25,7 +25,8 @@ def console() -> Console:
 
 def print_json(document: Any) -> None:
     """``document`` as JSON that any reader takes: numbers that are not finite become null."""
-    print(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+    as_it_is = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    print(json.dumps(_finite(document), indent=2, ensure_ascii=not as_it_is, allow_nan=False))
 
 
 def _finite(value: Any) -> Any:

@@ -50,6 +50,31 @@ def test_a_command_line_as_json(klplug_command: Klplug) -> None:
     assert json.loads(done.out) == audit(COMMAND).to_json()
 
 
+@pytest.mark.parametrize("option", ["--diff", "--fix"])
+def test_a_command_line_is_nothing_to_edit(klplug_command: Klplug, option: str) -> None:
+    done = klplug_command("audit", option, "--", *COMMAND)
+    assert (done.status, done.out) == (2, "")
+    assert done.err == f"klplug: error: {option} is for files: a command line is none\n"
+
+
+def test_an_empty_word_is_no_file(klplug_command: Klplug, folder: Path) -> None:
+    """As an unset variable is in quotes. As a path it would be the working folder."""
+    for words in ([""], ["good.sh", ""]):
+        done = klplug_command("audit", *words)
+        assert (done.status, done.out) == (2, "")
+        assert done.err == "klplug: error: '': No such file or directory\n"
+    assert klplug_command("audit", "--", *COMMAND, "").status == 1
+
+
+@pytest.mark.parametrize("form", ["text", "json", "github", "sarif"])
+def test_a_file_whose_name_is_no_text(klplug_command: Klplug, tmp_path: Path, form: str) -> None:
+    for name in (b"\xff.sh", b"other.sh"):
+        (tmp_path / os.fsdecode(name)).write_text(" ".join(COMMAND) + "\n")
+    done = klplug_command("audit", "--format", form, tmp_path)
+    assert done.status == 1 and done.err == ""
+    assert ("%FF.sh" if form == "sarif" else r"\udcff.sh") in done.out
+
+
 def test_a_command_line_that_was_quoted(klplug_command: Klplug) -> None:
     done = klplug_command("audit", " ".join(COMMAND))
     assert done.status == 2

@@ -191,6 +191,32 @@ def test_importing_klplug_loads_nothing_of_the_command_line() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+def test_no_room_for_what_is_printed_is_status_2() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-u", "-m", "klplug", "--version"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 2
+    assert done.stderr == "klplug: error: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_json_is_json_in_any_encoding(encoding: str) -> None:
+    pages = "k1-as-loss", "k3-in-reward"  # which have a middle dot and a double bar
+    done = subprocess.run(
+        [sys.executable, "-m", "klplug", "explain", *pages, "--json"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        check=True,
+    )
+    found = json.loads(done.stdout.decode("ascii"))
+    assert "E[1 · grad" in found[0]["text"] and "KL(pi‖ref)" in found[1]["text"]
+
+
 def test_python_m_klplug_is_the_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "klplug", "--version"], capture_output=True, text=True
