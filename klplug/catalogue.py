@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -202,6 +203,7 @@ _SAMPLER = _row(
     "k2_as_loss,reference=rollout",
     coefficient="log pi - log rollout",
     target="grad KL(pi||rollout): zero on-policy, a trust region from then on",
+    value_bias="biased for KL(pi||rollout), second order near it",
     gradient_bias="another reference: unbiased for KL(pi||rollout) of each token",
     off_policy="OLDPREF of KL(pi||rollout), exact below the cap",
     source="klplug; the sampler as the proximal policy",
@@ -211,6 +213,7 @@ _SAMPLER_WITHOUT_RATIO = _row(
     "k2_as_loss,ratio=none,reference=rollout",
     coefficient="log pi - log rollout",
     target="grad E_rollout[k2 to the sampler]: zero on-policy, a trust region from then on",
+    value_bias="biased for KL(pi||rollout), second order near it",
     gradient_bias="another reference: near the sampler KL(pi||rollout), to second order",
     off_policy="exact: the sampler's own tokens are what it is an expectation over",
     source="Kimi K2.5, arXiv 2602.02276; prime-rl's default",
@@ -220,6 +223,7 @@ _OLD = _row(
     "k2_as_loss,reference=old",
     coefficient="log pi - log old",
     target="grad KL(pi||old): zero on-policy, a trust region from then on",
+    value_bias="biased for KL(pi||old), second order near it",
     gradient_bias="another reference: unbiased for KL(pi||old) of each token",
     off_policy="OLDPREF of KL(pi||old), exact below the cap",
     source="klplug; the policy at the start of the step as the proximal policy",
@@ -241,6 +245,7 @@ _TEACHER = _row(
     "k2_as_loss,reference=teacher",
     coefficient="log pi - log teacher",
     target="LOC: grad KL(pi||teacher) of each token, the KL to a second frozen model",
+    value_bias="biased for KL(pi||teacher), second order near it",
     gradient_bias="another reference: unbiased for LOC of KL(pi||teacher)",
     off_policy="OLDPREF of KL(pi||teacher), exact below the cap",
     source="on-policy distillation; KDRL, arXiv 2506.02208",
@@ -292,6 +297,91 @@ _MONITOR = replace(
     requires=parse("monitor").requires,
     test="test_monitor_measures_the_kl_and_moves_nothing",
 )
+
+
+_UNWEIGHED = "no weight: the mean over samples of old, biased from a rollout's second update on"
+_BEFORE = "LOC with ratio=old, that of the tokens before"
+
+
+def refined(spec: TermSpec, row: KLType) -> KLType:
+    """``row`` with what the options of ``spec`` that its name does not write make of its words."""
+    (own,) = parse(row.name).terms
+    if spec.over_vocabulary:
+        row = row if own.over_vocabulary else _summed(spec, row)
+    elif spec.head != own.head:
+        dropped = "without the tokens that PPO's clip drops"
+        row = replace(row, off_policy=f"the same at the prefixes of old, {dropped}")
+        if spec.horizon == "sequence":
+            row = replace(row, off_policy=f"biased by the later tokens' ratios, and {dropped}")
+    elif spec.ratio == "none" != own.ratio and spec.estimator != "k1":
+        row = replace(row, off_policy=_UNWEIGHED)
+    elif spec.level != own.level and spec.estimator != "k1":
+        of = "weights of prefixes" if spec.level == "prefix" else "weight of the whole answer"
+        row = replace(row, off_policy=f"the same ({of}), exact below the cap")
+    if spec.reference != own.reference:
+        row = _to_another(spec, row)
+    if spec.bound != own.bound:
+        row = replace(
+            row,
+            coefficient=f"{row.coefficient}, held between -{spec.bound:g} and {spec.bound:g}",
+            gradient_bias=f"{row.gradient_bias}, where no bound acts",
+        )
+    if spec.reward_norm != own.reward_norm:
+        row = replace(
+            row,
+            gradient_bias=f"{row.gradient_bias}, each prompt's over its rewards' deviation",
+        )
+    return weighed(spec, row)
+
+
+def _summed(spec: TermSpec, row: KLType) -> KLType:
+    """The words of a sampled form for the same over the vocabulary."""
+    value = "log pi - log ref" if spec.estimator == "k2" else row.formula
+    of = "whole vocabulary" if spec.top is None else f"top {spec.top} tokens and all others as one"
+    later = spec.horizon == "sequence"
+    row = replace(
+        row,
+        formula=f"sum_v pi ({value}), over the {of}",
+        coefficient="the exact values of all later tokens, beside the gradient of the own one"
+        if later
+        else "none: that sum is differentiated itself",
+        value_bias="exact, never negative",
+        gradient_bias=f"{row.gradient_bias}, without noise of the own token",
+        off_policy="the same (weights of the tokens before, inside the sum), exact below the cap"
+        if later
+        else f"the same at the prefixes of old, without a ratio; {_BEFORE}",
+        source="Rao-Blackwell form, arXiv 2504.10637",
+        test="test_off_policy_the_exact_kl_needs_a_ratio_of_the_tokens_before_alone",
+    )
+    if spec.top is None:
+        return row
+    return replace(
+        row,
+        target=f"{row.target}, of K + 1 categories alone: a lower bound",
+        value_bias="at most the whole divergence, never negative",
+        gradient_bias="that of a lower bound: unbiased for it, without noise of the own token",
+        test="test_the_top_tokens_have_the_gradient_of_their_categories",
+    )
+
+
+def _to_another(spec: TermSpec, row: KLType) -> KLType:
+    """The words of a KL to the reference model for another reference."""
+
+    def said(words: str) -> str:
+        return re.sub(r"\bref\b", spec.reference, words)
+
+    if row.target == "zero":
+        return row
+    at_rest = "; zero on-policy" if spec.reference in ("old", "rollout") else ""
+    bias = said(row.gradient_bias.removeprefix("another divergence: "))
+    return replace(
+        row,
+        formula=f"{said(row.formula)}, x to {spec.reference}",
+        coefficient=f"{said(row.coefficient)}, x to {spec.reference}",
+        target=f"{said(row.target)}{at_rest}",
+        value_bias=said(row.value_bias),
+        gradient_bias=f"another reference: {bias}",
+    )
 
 
 def weighed(spec: TermSpec, row: KLType) -> KLType:

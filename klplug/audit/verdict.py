@@ -81,9 +81,8 @@ def gradient_of(spec: TermSpec) -> tuple[str, str]:
     """The gradient of a single kl_type, and the words for it in the table of kl_types."""
     target = weighed(spec, _row(spec)).target
     # A trust region, whose direction is no regulariser's; or another model than ref.
-    if spec.reference in ("old", "teacher"):
-        words = target.replace("||ref", f"||{spec.reference}")
-        return NEITHER, words.replace("ref||", f"{spec.reference}||")
+    if spec.reference in ("old", "rollout", "teacher") and target != "zero":
+        return NEITHER, re.sub(r"\bref\b", spec.reference, target)
     match = _OWN.match(target)
     if match is not None and spec.weight == "none":
         return (REVERSE if match[1] == "pi||ref" else FORWARD), target

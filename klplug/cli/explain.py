@@ -18,7 +18,7 @@ import klplug
 from klplug.audit import RULES, Rule
 from klplug.audit.pages import text
 from klplug.axes import AXES, OPTIONS, size_of
-from klplug.catalogue import weighed
+from klplug.catalogue import refined
 from klplug.cli.catalogue import WORDS, completed, stock, stock_text
 from klplug.cli.output import AsJson, console, print_json
 from klplug.cli.plot import COLOURS, LETTERS, text_plot
@@ -32,6 +32,7 @@ STEPS = 10  # a nat
 TABLED = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
 MOST = len(LETTERS)
 PICTURES = ("png", "svg", "pdf")
+OVER = "Over the vocabulary c is that of each of its tokens, and what acts is their mean under pi."
 # What these do depends on the rest of the batch; c itself is the same without.
 OF_THE_BATCH = ("baseline", "head", "cap", "mode", "vocab", "weight")
 
@@ -116,13 +117,14 @@ def registered(spec: klplug.KLSpec) -> tuple[klplug.KLType, ...]:
         written = [option.partition("=")[0] for option in row.name.split(",")[1:]]
         if (
             own.name == asked.name
+            and own.horizon == asked.horizon
             and all(_alike(option, own, asked) for option in written)
             and (found is None or len(written) > found[0])
         ):
             found = len(written), row
     if found is not None:
         (asked,) = spec.terms
-        return (weighed(asked, found[1]),)
+        return (refined(asked, found[1]),)
     return tuple(_times(term.factor, row) for term in spec.terms for row in registered(term.alone))
 
 
@@ -281,6 +283,8 @@ def explain_command(
     out.print(value_table(explained[0].log_ratio, curves))
     out.print("c against log(pi/ref) of a token, in nats:")
     out.print(text_plot(explained[0].log_ratio, curves, limit=REACH), end="")
+    if any(term.over_vocabulary for e in explained for term in klplug.parse(e.kl_type).terms):
+        out.print(OVER)
     if png is not None:
         out.print(f"drawn in {png}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from klplug.audit.command import audits
 from klplug.audit.errors import NoCommand
 from klplug.audit.shell import Script
 from klplug.audit.tables import versions
+from klplug.audit.verdict import gradient_of
+from klplug.spec import parse
 
 _VERL = ["python", "-m", "verl.trainer.main_ppo", "algorithm.adv_estimator=grpo"]
 _LOSS = ["actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.rollout.n=8"]
@@ -490,6 +493,20 @@ def test_a_sum_of_klplugs_own_is_named_whole_and_nothing_better_is_known() -> No
     report = audit([*_VERL, f"+klplug.kl_type='{kl_type}'", "+klplug.kl_coef=0.01"])
     assert (report.kl_type, report.recommended, report.beta) == (kl_type, kl_type, 0.01)
     assert [term.beta_absolute for term in report.terms] == pytest.approx([0.015, -0.005])
+
+
+def test_a_kl_to_the_sampler_is_none_to_the_reference() -> None:
+    for kl_type, words in (
+        ("forward_as_loss,reference=rollout", "KL(rollout||pi)"),
+        ("js_as_loss,reference=old", "JS(pi, old)"),
+        ("abs_as_loss,reference=teacher", "total variation"),
+    ):
+        (term,) = parse(kl_type).terms
+        gradient, target = gradient_of(term)
+        assert gradient == "neither" and words in target
+        assert not re.search(r"\bref\b", target)
+    (term,) = parse("k1_as_loss,reference=old").terms
+    assert gradient_of(term) == ("zero", "zero")
 
 
 def test_a_divergence_to_the_posterior_has_the_raw_reward_in_it() -> None:

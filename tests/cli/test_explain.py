@@ -14,7 +14,7 @@ import klplug
 from klplug.audit import RULES
 from klplug.axes import AXES, OPTIONS
 from klplug.cli.catalogue import stock
-from klplug.cli.explain import explain, registered
+from klplug.cli.explain import OVER, explain, registered
 from tests.cli.conftest import Klplug
 
 COEFFICIENTS: dict[str, Callable[[float], float]] = {
@@ -103,15 +103,50 @@ def test_every_registered_kl_type_is_explained_by_its_own_row(name: str) -> None
         ("k2_as_loss,cap=5,horizon=sequence", ["k2_as_loss,horizon=sequence"]),
         ("k3_as_loss+k3_in_reward", ["k3_in_reward+k3_as_loss"]),
         ("k3_as_loss,cap=5+k3_in_reward", ["k3_in_reward", "k3_as_loss"]),
+        ("k2_as_loss,vocab=topk:8", ["k2_as_loss,vocab=topk:64"]),
+        ("k2_as_loss,horizon=sequence,ratio=none,reference=old", ["k2_as_loss,horizon=sequence"]),
     ],
 )
 def test_the_row_that_answers_for_a_kl_type(kl_type: str, rows: list[str]) -> None:
     assert [row.name for row in registered(klplug.parse(kl_type))] == rows
 
 
+@pytest.mark.parametrize(
+    ("kl_type", "field", "words"),
+    [
+        # Without a ratio the mean is over old's samples; with that of prefixes it is LOC again.
+        ("k3_as_loss,ratio=none", "off_policy", "no weight: the mean over samples of old"),
+        ("k2_as_loss,ratio=none,horizon=sequence", "off_policy", "no weight"),
+        ("k2_as_loss,level=prefix", "off_policy", "the same (weights of prefixes)"),
+        ("k2_as_loss,level=sequence,horizon=sequence", "off_policy", "weight of the whole answer"),
+        ("js_as_loss,head=combined", "off_policy", "without the tokens that PPO's clip drops"),
+        ("k2_as_loss,bound=0.5", "coefficient", "x, held between -0.5 and 0.5"),
+        ("js_as_loss,reference=old", "target", "2 JS(pi, old)"),
+        ("k3_as_loss,reference=rollout", "target", "KL(rollout||pi)"),
+        ("k2_as_loss,reference=old", "value_bias", "KL(pi||old)"),
+        ("js_as_loss,vocab=exact", "value_bias", "exact, never negative"),
+        ("js_as_loss,vocab=exact", "off_policy", "without a ratio"),
+        ("k2_as_loss,vocab=topk:8,horizon=sequence", "target", "a lower bound"),
+        ("k2_as_loss,vocab=topk:8,horizon=sequence", "gradient_bias", "of a lower bound"),
+        ("k1_in_reward,reward_norm=group", "gradient_bias", "over its rewards' deviation"),
+        ("k1_as_loss,reference=rollout", "target", "zero"),
+    ],
+)
+def test_the_words_are_of_the_options_too(kl_type: str, field: str, words: str) -> None:
+    (row,) = registered(klplug.parse(kl_type))
+    assert words in getattr(row, field)
+    if "reference" in kl_type:
+        assert "ref)" not in row.target and "(ref" not in row.target
+
+
+def test_over_the_vocabulary_c_is_of_every_token(klplug_command: Klplug) -> None:
+    assert OVER in " ".join(klplug_command("explain", "exact_as_loss").out.split())
+    assert OVER not in " ".join(klplug_command("explain", "k2_as_loss").out.split())
+
+
 def test_a_coefficient_is_in_the_row_of_its_term() -> None:
     first, second = registered(klplug.parse("1.5*k2_as_loss+-0.5*k3_as_loss,reference=old"))
-    assert (first.coefficient, second.formula) == ("1.5 (x)", "-0.5 (exp(-x) - 1 + x)")
+    assert (first.coefficient, second.formula) == ("1.5 (x)", "-0.5 (exp(-x) - 1 + x, x to old)")
     assert first.target.startswith("1.5 times LOC") and "drives away" not in first.target
     assert second.target.endswith("below 0 it drives away from that reference")
 
