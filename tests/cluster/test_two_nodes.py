@@ -102,7 +102,7 @@ def test_a_node_without_klplug_stops_the_command_unless_the_job_brings_it(
     with cluster.node(bare, on_cpu(host)):
         stopped = cluster.run(command(host, tmp_path), on_cpu(host, WITH_KLPLUG))
         done = cluster.run(driver(host, **brings))
-    for word in (SECOND, f"No module named 'klplug_{host}'", "Install it", host):
+    for word in (SECOND, f"No module named 'klplug_{host}'", "Install klplug in", host):
         assert word in error_of(stopped)
     assert "active in" not in stopped.stdout
     assert done.returncode == 0, done.stderr
