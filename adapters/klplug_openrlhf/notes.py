@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from klplug.hosting import notes as hosting
 from klplug.hosting.refusals import Refusal, refusals
-from klplug.hosting.settings import Said, Settings
+from klplug.hosting.settings import Said, Settings, number
 from klplug_openrlhf.keys import (
     ASYNC,
     DUAL_CLIP,
@@ -38,7 +38,7 @@ def cut(settings: Settings) -> hosting.Cut:
 
     Trainer and sampler divide by the same temperature.
     """
-    top_p = settings.get(TOP_P, 1.0)
+    top_p = number(settings, TOP_P, 1)
     return (TOP_P, f"{settings.named(TOP_P)} {top_p:g}") if top_p < 1 else None
 
 
@@ -52,8 +52,8 @@ def divided_by_length(plan: Plan | None, settings: Settings) -> Said:
 
 
 def dual_clip(plan: Plan | None, settings: Settings) -> Said:
-    clip = settings.get(DUAL_CLIP)
-    if plan is not None and plan.combined.terms and clip is not None:
+    if plan is not None and plan.combined.terms and settings.get(DUAL_CLIP) is not None:
+        clip = number(settings, DUAL_CLIP)
         yield (
             DUAL_CLIP,
             f"{settings.named(DUAL_CLIP)} {clip:g} clips the KL with the advantages that it is in",
@@ -72,12 +72,12 @@ def stale_samples(plan: Plan | None, settings: Settings) -> Said:
 
 
 def short_horizon(plan: Plan | None, settings: Settings) -> Said:
-    answers = int(settings.get(ROLLOUT_BATCH, 0)) * int(settings.get(N, 1))
+    answers = int(number(settings, ROLLOUT_BATCH, 0)) * int(number(settings, N, 1))
     if plan is not None:
         for words in hosting.short_horizon(plan, answers):
             yield KL_HORIZON, words
         return
-    horizon = settings.get(HORIZON)
+    horizon = number(settings, HORIZON)
     if settings.get(TARGET) and horizon and 5 * horizon < answers:
         yield HORIZON, hosting.negative_horizon(horizon, answers)
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from klplug import parse
 from klplug.hosting import refusals as hosting
 from klplug.hosting.refusals import Refusal
-from klplug.hosting.settings import Said, Settings
+from klplug.hosting.settings import Said, Settings, number
+from klplug.numerics import number_of
 from klplug_openrlhf.keys import (
     COEF,
     ENGINES,
@@ -73,7 +74,7 @@ def another_kl_type(plan: Plan, settings: Settings) -> Said:
 def two_coefficients(plan: Plan, settings: Settings) -> Said:
     if settings.get(KL_COEF) is None:
         return
-    value = coefficient(plan.spec, settings)
+    value = number_of(coefficient(plan.spec, settings))
     if value is not None and value != plan.kl_coef:
         yield (
             COEF,
@@ -174,7 +175,7 @@ def baseline_on_discounted_returns(plan: Plan, settings: Settings) -> Said:
         return
     estimator = settings.get(ESTIMATOR)
     discount = ""
-    if estimator == "reinforce" and (gamma := settings.get(GAMMA)) != 1:
+    if estimator == "reinforce" and (gamma := number(settings, GAMMA, 1)) != 1:
         discount = f" and {settings.named(GAMMA)} {gamma:g}"
     if estimator == "gae" or discount:
         yield (
@@ -189,10 +190,10 @@ def hidden_states_in_pieces(plan: Plan, settings: Settings) -> Said:
     if not plan.over_vocabulary:
         return
     for key, cut in ((RING, "answers are"), (TENSOR_PARALLEL, "the vocabulary is")):
-        if (size := settings.get(key, 1)) > 1:
+        if (size := number(settings, key, 1)) > 1:
             yield (
                 key,
-                f"kl_type {plan.spec} with {settings.named(key)} {size}: vocab={plan.vocab} is "
+                f"kl_type {plan.spec} with {settings.named(key)} {size:g}: vocab={plan.vocab} is "
                 f"refused where {cut} cut over ranks. Leave {settings.named(key)} out, or the "
                 "option vocab",
             )
@@ -217,11 +218,12 @@ def weights_of_another_kind(plan: Plan, settings: Settings) -> Said:
 
 def stored_answers_in_a_ring(plan: Plan, settings: Settings) -> Said:
     """ring-flash-attn has the answers' lengths of one forward at a time, in a global."""
-    size = settings.get(RING, 1)
-    if plan.source is not None and size > 1 and settings.get(RECOMPUTES, False):
+    if plan.source is None:
+        return
+    if (size := number(settings, RING, 1)) > 1 and settings.get(RECOMPUTES, False):
         yield (
             RECOMPUTES,
-            f"{settings.named(SOURCE)} is {plan.source}, with {settings.named(RING)} {size} and "
+            f"{settings.named(SOURCE)} is {plan.source}, with {settings.named(RING)} {size:g} and "
             f"{settings.named(RECOMPUTES)}. The backward computes the layers of the policy's own "
             "answers again. Ring attention has the lengths of the stored ones by then. Leave one "
             "out",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from klplug.hosting import notes as hosting
 from klplug.hosting.refusals import Refusal, refusals
-from klplug.hosting.settings import Said, Settings
+from klplug.hosting.settings import Said, Settings, number
 from klplug_verl.keys import (
     ACTOR,
     ADAPTERS,
@@ -43,15 +43,15 @@ def cut(settings: Settings) -> hosting.Cut:
     Trainer and sampler divide by the same temperature, but for log-probs that are taken before it.
     """
     if settings.get(LOGPROBS_MODE, "processed_logprobs") == "raw_logprobs":
-        temperature = settings.get(TEMPERATURE, 1.0)
+        temperature = number(settings, TEMPERATURE, 1)
         if temperature != 1:
             return TEMPERATURE, f"{LOGPROBS_MODE}=raw_logprobs and {TEMPERATURE}={temperature:g}"
         return None
-    top_p, top_k = settings.get(TOP_P, 1), settings.get(TOP_K, -1)
+    top_p, top_k = number(settings, TOP_P, 1), number(settings, TOP_K, -1)
     if top_p < 1:
         return TOP_P, f"{TOP_P}={top_p:g}"
     if top_k > 0:
-        return TOP_K, f"{TOP_K}={top_k}"
+        return TOP_K, f"{TOP_K}={top_k:g}"
     return None
 
 
@@ -118,12 +118,12 @@ def dtype(settings: Settings, side: str) -> str:
 
 
 def short_horizon(plan: Plan | None, settings: Settings) -> Said:
-    answers = int(settings.get(TRAIN_BATCH, 0)) * int(settings.get(N, 1))
+    answers = int(number(settings, TRAIN_BATCH, 0)) * int(number(settings, N, 1))
     if plan is not None:
         for words in hosting.short_horizon(plan, answers):
             yield KL_HORIZON, words
         return
-    horizon = settings.get(CTRL_HORIZON)
+    horizon = number(settings, CTRL_HORIZON)
     if settings.get(CTRL_TYPE) == "adaptive" and horizon and 5 * horizon < answers:
         yield CTRL_HORIZON, hosting.negative_horizon(horizon, answers)
 

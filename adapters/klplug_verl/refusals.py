@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from klplug import parse
 from klplug.hosting import refusals as hosting
 from klplug.hosting.refusals import Refusal
-from klplug.hosting.settings import Said, Settings
+from klplug.hosting.settings import Said, Settings, number
 from klplug.samples import weights_of
 from klplug_verl import trainers
 from klplug_verl.keys import (
@@ -183,7 +183,7 @@ def length_tilts(plan: Plan, settings: Settings) -> Said:
     if not joined_after or not divides_by_length(settings):
         return
     alone = settings.get(ESTIMATOR) == "gae"
-    key, value = (ESTIMATOR, "gae") if alone else (N, settings.get(N, 1))
+    key, value = (ESTIMATOR, "gae") if alone else (N, int(number(settings, N, 1)))
     if alone or int(value) < 2:
         other = (
             (LOSS_AGG, "token-mean") if aggregation_divides(settings) else (LOSS_MODE, "vanilla")
@@ -421,10 +421,10 @@ def hidden_states_out_of_reach(plan: Plan, settings: Settings) -> Said:
     for key in SEQUENCE_PARALLEL:
         if key.startswith(REF) and not settings.wrote(key):
             continue  # it follows the policy's
-        if (size := settings.get(key, 1)) > 1:
+        if (size := number(settings, key, 1)) > 1:
             yield (
                 key,
-                f"kl_type {plan.spec} with {key}={size}: vocab={plan.vocab} is refused where "
+                f"kl_type {plan.spec} with {key}={size:g}: vocab={plan.vocab} is refused where "
                 "answers are cut over ranks. Set it to 1, or leave vocab out",
             )
     if settings.get(TRAINER_MODE) == "separate_async":

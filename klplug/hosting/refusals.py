@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from klplug.hosting.notes import Cut, truncated
-from klplug.hosting.settings import Asked, Said, Settings, Unknown
+from klplug.hosting.settings import Asked, Said, Settings, Unknown, number
 from klplug.samples import weights_of
 from klplug.stored import reasons
 
@@ -191,9 +191,9 @@ def no_other_answers(plan: Asked, settings: Settings, samples: str, prompts: str
     baselines = {term.baseline for term in plan.spec.terms} - {"none"}
     if not baselines:
         return
-    n = int(settings.get(samples, 1))
+    n = int(number(settings, samples, 1))
     baseline = "group" if "group" in baselines else "batch"
-    answers = n if baseline == "group" else n * int(settings.get(prompts, 2))
+    answers = n if baseline == "group" else n * int(number(settings, prompts, 2))
     if answers < 2:
         yield (
             samples,
@@ -208,7 +208,7 @@ def weight_of_no_group(plan: Asked, settings: Settings, samples: str) -> Said:
     Args:
         samples: the setting of the answers to each prompt.
     """
-    n = int(settings.get(samples, 1))
+    n = int(number(settings, samples, 1))
     for own in weights_of(plan.spec, "group_ids"):
         if n < 2:
             yield (
@@ -226,7 +226,7 @@ def posterior_of_no_group(plan: Asked, settings: Settings, samples: str) -> Said
     """
     if not plan.spec.has_the_reward:
         return
-    n = int(settings.get(samples, 1))
+    n = int(number(settings, samples, 1))
     if n < 2:
         yield (
             samples,

@@ -12,6 +12,7 @@ from klplug.controllers import CONTROLS, KLController, kl_controller
 from klplug.controllers import SETTINGS as CONTROLLER_SETTINGS
 from klplug.hosting.ref_update import RefUpdate
 from klplug.hosting.state import Reference
+from klplug.numerics import number_of
 from klplug.spec import KLSpec
 
 
@@ -48,6 +49,18 @@ class Settings(Protocol):
 
     def below(self, key: str) -> Any:
         """What is written inside of a key: a mapping, or whatever else stands there."""
+
+
+def number(settings: Settings, key: str, default: float | None = None) -> float:
+    """A setting that is to be a number; ``default`` where there is none.
+
+    Raises:
+        Unknown: only a run could tell, or it is no number, which the host itself will say.
+    """
+    value = number_of(settings.get(key, default))
+    if value is None or not math.isfinite(value):
+        raise Unknown(key)
+    return value
 
 
 def started() -> str:

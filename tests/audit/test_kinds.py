@@ -14,6 +14,7 @@ from klplug.audit import AuditError, Report, audit
 from klplug.audit.frameworks import frameworks
 
 _A = "actor_rollout_ref.actor"
+_V = "python3 -m verl.trainer.main_ppo"
 _GRPO = f"algorithm.adv_estimator=grpo actor_rollout_ref.rollout.n=8 {_A}.use_kl_loss=True"
 
 
@@ -44,6 +45,41 @@ def test_a_trainer_of_a_fork_is_read_and_named(tmp_path: Path, trainer: str) -> 
     assert trainer.split()[-1] in said.message
     # What the host itself has is still advised.
     assert any("kl_loss_type=k3+" in write for _, write in report.instead)
+
+
+def _kl(kl_type: str) -> str:
+    return f"{_V} +klplug.kl_coef=0.1 \"+klplug.kl_type='{kl_type}'\""
+
+
+_O = "python -m klplug_openrlhf --klplug.kl_coef 0.1 --klplug.kl_type"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"{_V} {_GRPO.replace('n=8', 'n=8,16')} -m",  # Hydra's sweep
+        f"{_V} {_GRPO} 'data.train_batch_size=[8]'",
+        f"{_V} algorithm.kl_ctrl.type=adaptive algorithm.kl_ctrl.horizon=long",
+        f"{_kl('js_as_loss,reference=posterior')} actor_rollout_ref.rollout.n=.inf",
+        f"{_kl('k2_as_loss,weight=difficulty')} actor_rollout_ref.rollout.n=nan",
+        f"{_kl('k2_as_loss,ratio=rollout')} actor_rollout_ref.rollout.top_p=x",
+        f"{_kl('k2_as_loss,ratio=rollout')} actor_rollout_ref.rollout.top_k=x",
+        f"{_kl('exact_as_loss')} {_A}.ulysses_sequence_parallel_size=x",
+        f"{_kl('k1_in_reward')} algorithm.adv_estimator=gae algorithm.gamma=x",
+        f"{_O} k2_as_loss --algo.kl.init_coef x",
+        f"{_O} k2_as_loss --rollout.batch_size x",
+        f"{_O} k2_as_loss,head=combined --actor.dual_clip x",
+        f"{_O} exact_as_loss --ds.ring_attn_size x",
+        f"{_O} k2_as_loss,ratio=rollout --rollout.top_p x",
+        f"{_O} k1_in_reward,baseline=group --algo.advantage.estimator reinforce "
+        "--algo.advantage.gamma x",
+    ],
+)
+def test_what_should_be_a_number_is_left_to_the_host_to_refuse(
+    tmp_path: Path, command: str
+) -> None:
+    """No row of a refusal or a note that reads it knows anything."""
+    assert _audit(tmp_path, command).host in ("verl", "openrlhf")
 
 
 _MARKED = "--micro_rollout_batch_size 1 --init_kl_coef 0.01"
