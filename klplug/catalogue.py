@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from klplug.estimators import ESTIMATORS, Estimator
-from klplug.spec import PLACEMENTS, TermSpec, parse
+from klplug.spec import PLACEMENTS, KLSpec, TermSpec, parse
 
 
 @dataclass(frozen=True)
@@ -308,6 +309,8 @@ def refined(spec: TermSpec, row: KLType) -> KLType:
     (own,) = parse(row.name).terms
     if spec.over_vocabulary:
         row = row if own.over_vocabulary else _summed(spec, row)
+        if spec.ratio == "none" and spec.horizon == "sequence":
+            row = replace(row, off_policy=_UNWEIGHED)
     elif spec.head != own.head:
         dropped = "without the tokens that PPO's clip drops"
         row = replace(row, off_policy=f"the same at the prefixes of old, {dropped}")
@@ -318,6 +321,11 @@ def refined(spec: TermSpec, row: KLType) -> KLType:
     elif spec.level != own.level and spec.estimator != "k1":
         of = "weights of prefixes" if spec.level == "prefix" else "weight of the whole answer"
         row = replace(row, off_policy=f"the same ({of}), exact below the cap")
+    if spec.ratio == "rollout" and own.ratio == "old" and not spec.over_vocabulary:
+        at = row.off_policy.removeprefix("OLDPREF: ")
+        row = replace(row, off_policy=at.replace("prefixes of old", "prefixes of the sampler"))
+    if spec.cap == math.inf:
+        row = replace(row, off_policy=row.off_policy.replace("exact below the cap", "exact"))
     if spec.reference != own.reference:
         row = _to_another(spec, row)
     if spec.bound != own.bound:
@@ -331,7 +339,13 @@ def refined(spec: TermSpec, row: KLType) -> KLType:
             row,
             gradient_bias=f"{row.gradient_bias}, each prompt's over its rewards' deviation",
         )
-    return weighed(spec, row)
+    return replace(weighed(spec, row), requires=spec.requires, served=_served(spec))
+
+
+def _served(spec: KLSpec) -> dict[str, str]:
+    from klplug.hosting.host import hosts  # the floor above: it knows the hosts
+
+    return {host.name: host.served(spec) for host in hosts().values()}
 
 
 def _summed(spec: TermSpec, row: KLType) -> KLType:
@@ -421,10 +435,4 @@ def kl_types() -> dict[str, KLType]:
         _MONITOR,
         _NONE,
     ]
-    from klplug.hosting.host import hosts  # the floor above: it knows the hosts
-
-    found = hosts().values()
-    return {
-        row.name: replace(row, served={h.name: h.served(parse(row.name)) for h in found})
-        for row in rows
-    }
+    return {row.name: replace(row, served=_served(parse(row.name))) for row in rows}

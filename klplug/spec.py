@@ -173,6 +173,11 @@ class TermSpec(KLSpec):
         return ESTIMATORS[self.estimator] if self.alpha is None else alpha_divergence(self.alpha)
 
     @property
+    def needs_no_weight(self) -> bool:
+        """Whether answers of any policy serve as they are: no sampled token stands in its KL."""
+        return self.over_vocabulary and self.horizon == "token"
+
+    @property
     def exact_on_answers(self) -> bool:
         """Whether the estimator's divergence has a form that is exact on whole answers."""
         return self.definition.later is not None or self.definition.of_answer is not None

@@ -15,6 +15,8 @@ _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 def served(spec: KLSpec) -> str:
+    if any(term.reward_norm == "group" for term in spec.terms):
+        return "no: reward_norm=group is verl's own order"
     if spec.needs_ppo:
         return "with policy_loss_type=ppo"
     return of_teacher(spec) or "yes"

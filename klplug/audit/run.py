@@ -281,13 +281,15 @@ class Run:
         return "rollout" if ratio == "old" and self.rollout_is_old else ratio
 
     def corrected(self, term: Term) -> bool:
-        return self.ratio_of(term) in ("old", "rollout")
+        """Samples of an older policy are weighted to the current one, or need no weight."""
+        assert term.spec is not None
+        return term.spec.needs_no_weight or self.ratio_of(term) in ("old", "rollout")
 
     def rollout_corrected(self, term: Term) -> bool:
-        """Samples are weighted from the rollout engine's own probabilities, for this term."""
+        """Samples are weighted from the rollout engine's own probabilities, or need no weight."""
         assert term.spec is not None
         if term.as_loss and term.spec.head != "combined":
-            return self.ratio_of(term) == "rollout"
+            return term.spec.needs_no_weight or self.ratio_of(term) == "rollout"
         return self.corrects_rollout or self.rollout_is_old
 
     def absolute(self, term: Term) -> float | str:

@@ -29,9 +29,9 @@ class Verdict:
         gradient: ``reverse``, ``forward``, ``zero``, ``neither`` or ``none``.
         target: the same in words, from the table of kl_types.
         scope: ``token`` or ``sequence``; ``None`` where there is no gradient.
-        corrected: samples of an older policy are weighted to the current one.
+        corrected: samples of an older policy are weighted to the current one, or need no weight.
         ratio: by which ratio: to ``old``, to ``rollout``, ``gspo``'s, or ``none``.
-        rollout_corrected: they are weighted from the rollout engine's own probabilities.
+        rollout_corrected: likewise from the rollout engine's own probabilities.
         beta: as written; ``None``, like the two below, where only a run could tell.
         beta_absolute: its factor in the update, in which the policy loss has factor 1.
         beta_relative: its factor against the raw reward.

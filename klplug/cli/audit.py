@@ -482,13 +482,17 @@ def _corrected(report: Report) -> Text | str:
         if updates is not None and updates <= 1:
             return "no weight on the KL, and none needed for on-policy samples"
         return "no: the KL has no weight for samples of an older policy"
-    ratios = sorted({f"pi/{term.ratio}" for term in report.terms})
+    ratios = sorted({f"pi/{term.ratio}" for term in report.terms if term.ratio != "none"})
+    if not ratios:
+        return "yes: over the vocabulary a token's KL needs no weight"
     return f"yes, by the ratio {' and '.join(ratios)}"
 
 
 def _rollout(report: Report) -> Text | str:
     if report.rollout_corrected is None:
         return _unknown(report, "rollout_corrected")
+    if report.rollout_corrected and all(term.ratio == "none" for term in report.terms):
+        return "the KL needs no weight for the rollout engine's own probabilities"
     if report.rollout_corrected:
         return "the KL is weighted for the rollout engine's own probabilities"
     return "the KL has no weight for the rollout engine's own probabilities"

@@ -126,7 +126,8 @@ def stale_samples(plan: Asked, setting: str, in_policy_loss: bool, bypass: bool 
     """
     for term in plan.spec.terms if plan.source is None else ():
         inside = term.placement == "in_reward" or term.head == "combined"
-        if not (in_policy_loss if inside else weighs_the_sampler(term, bypass)):
+        weighed = term.needs_no_weight or weighs_the_sampler(term, bypass)
+        if not (in_policy_loss if inside else weighed):
             yield setting, STALE
             return
 

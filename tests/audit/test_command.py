@@ -260,6 +260,23 @@ def test_whether_the_rollout_engine_is_corrected_for(kl: str, expected: bool) ->
     assert bare.rollout_corrected is ("rollout'" in kl)
 
 
+@pytest.mark.parametrize(
+    "kl_type", ["exact_as_loss", "k2_as_loss,vocab=topk:8", "js_as_loss,vocab=exact"]
+)
+def test_over_the_vocabulary_a_tokens_own_kl_needs_no_weight(kl_type: str) -> None:
+    """docs/exact.md, whose table the oracle holds: OLDPREF, as with a ratio for each token."""
+    asynchronous = "trainer.v1.trainer_mode=colocate_async"
+    corrects = "algorithm.rollout_correction.rollout_is=token"
+    words = [*_VERL, "actor_rollout_ref.rollout.n=8", asynchronous, corrects, "+klplug.kl_coef=1"]
+    report = audit([*words, f"+klplug.kl_type='{kl_type}'"])
+    ids = {finding.id for finding in report.findings}
+    assert report.updates_per_rollout == 4 and report.corrected and report.rollout_corrected
+    assert not {"off-policy-uncorrected", "stale-samples", "rollout-mismatch"} & ids
+    # What is summed up over later tokens has one.
+    whole = audit([*words, f"+klplug.kl_type='{kl_type},horizon=sequence,ratio=none'"])
+    assert not whole.corrected and not whole.rollout_corrected
+
+
 _RECORDS = "actor_rollout_ref.rollout.calculate_log_probs"
 _CORRECTION = "algorithm.rollout_correction"
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import combinations
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,6 +17,9 @@ from klplug.audit import RULES
 from klplug.axes import AXES, OPTIONS
 from klplug.cli.catalogue import stock
 from klplug.cli.explain import OVER, explain, registered
+from klplug.estimators import ESTIMATORS
+from klplug.hosting.host import hosts
+from klplug.spec import PLACEMENTS
 from tests.cli.conftest import Klplug
 
 COEFFICIENTS: dict[str, Callable[[float], float]] = {
@@ -130,6 +135,8 @@ def test_the_row_that_answers_for_a_kl_type(kl_type: str, rows: list[str]) -> No
         ("k2_as_loss,vocab=topk:8,horizon=sequence", "gradient_bias", "of a lower bound"),
         ("k1_in_reward,reward_norm=group", "gradient_bias", "over its rewards' deviation"),
         ("k1_as_loss,reference=rollout", "target", "zero"),
+        ("k2_as_loss,ratio=rollout", "off_policy", "the same at the prefixes of the sampler"),
+        ("exact_as_loss,horizon=sequence,ratio=none", "off_policy", "no weight"),
     ],
 )
 def test_the_words_are_of_the_options_too(kl_type: str, field: str, words: str) -> None:
@@ -137,6 +144,48 @@ def test_the_words_are_of_the_options_too(kl_type: str, field: str, words: str) 
     assert words in getattr(row, field)
     if "reference" in kl_type:
         assert "ref)" not in row.target and "(ref" not in row.target
+
+
+@pytest.mark.parametrize(
+    ("kl_type", "openrlhf", "verl"),
+    [  # each host's refusals
+        ("k1_in_reward,reward_norm=group", "no: reward_norm=group is verl's own order", "yes"),
+        ("k3_as_loss,head=combined", "with policy_loss_type=ppo", "with loss_mode=vanilla"),
+        ("js_as_loss,vocab=exact", "yes", "with strategy=fsdp or fsdp2"),
+    ],
+)
+def test_a_host_serves_the_options_too(kl_type: str, openrlhf: str, verl: str) -> None:
+    (row,) = registered(klplug.parse(kl_type))
+    assert row.served == {"openrlhf": openrlhf, "verl": verl}
+
+
+WITH = (
+    *("ratio=none", "ratio=rollout", "level=prefix", "level=sequence", "cap=none", "bound=2"),
+    *("head=combined", "head=clipped", "reference=old", "reference=rollout", "reference=teacher"),
+    *("vocab=exact", "vocab=topk:8", "horizon=sequence", "baseline=group", "reward_norm=group"),
+)
+
+
+def in_two_options() -> Iterator[str]:
+    for name in (f"{estimator}_{place}" for estimator in ESTIMATORS for place in PLACEMENTS):
+        for options in (*combinations(WITH, 1), *combinations(WITH, 2)):
+            with contextlib.suppress(ValueError):
+                yield str(klplug.parse(",".join([name, *options])))
+
+
+def test_a_cap_is_in_the_words_where_a_weight_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = klplug.kl_types()
+    monkeypatch.setattr(klplug, "kl_types", lambda: table)
+    for kl_type in dict.fromkeys(in_two_options()):
+        spec = klplug.parse(kl_type)
+        (row,), (term,) = registered(spec), spec.terms
+        weighed = term.ratio not in (None, "none") and not term.needs_no_weight
+        if term.estimator != "k1":  # whose row says what is without one too
+            assert ("below the cap" in row.off_policy) == (weighed and term.cap != math.inf), (
+                kl_type
+            )
+        assert row.requires == spec.requires
+        assert row.served == {host.name: host.served(spec) for host in hosts().values()}
 
 
 def test_over_the_vocabulary_c_is_of_every_token(klplug_command: Klplug) -> None:
