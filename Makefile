@@ -1,7 +1,7 @@
 # make quickstart              corrected GRPO on a CPU, end to end; options as in KL_TYPE=k3_as_loss
 # make doctor                  klplug doctor in the quickstart's environment; HOST=verl for that one
 # make test                    everything, cheap checks first; KLPLUG_TEST_HOSTS=openrlhf,verl (empty: the core)
-# make test-runs               every other whole training run, about 50 minutes: before a release
+# make test-runs               every other whole training run, about an hour: before a release
 # make test-latest             the newest release of each host that the registry has: a line each
 # make lint                    ruff and mypy
 # make docs                    the documentation into site/, strictly
@@ -118,7 +118,7 @@ RUNS = $(TEST_HOSTS:%=test-runs-%) test-runs-cluster
 test-runs-openrlhf test-runs-verl test-runs-cluster: export OMP_NUM_THREADS := 1
 # As in test: the hosts' side by side, what needs two nodes in a third job.
 test-runs: $(TEST_HOSTS:%=.venv-%)
-	$(call say,every whole run that make test leaves out; about 50 minutes)
+	$(call say,every whole run that make test leaves out; about an hour)
 	@$(MAKE) --no-print-directory --keep-going -j2 --output-sync=target $(RUNS)
 
 WHOLE_RUNS = KLPLUG_TEST_HOSTS=$(1) $(call PYTEST,-$(1)) --durations=0 -m 'slow and not smoke' $(2)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import klplug
+from klplug.audit.tables import versions
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -79,6 +80,13 @@ def test_the_costs_that_the_faq_says_are_those_of_the_tables() -> None:
     ratios, operations = ([float(row[i]) for row in rows] for i in (0, 1))
     assert f"are {min(operations):.0f} to {max(operations):.0f} operations on the device" in faq
     assert f"take {min(ratios):.2f} to {max(ratios):.2f} of the time" in faq
+
+
+@pytest.mark.parametrize("host", ["verl", "openrlhf"])
+def test_the_audits_page_names_every_release_that_it_has_defaults_of(host: str) -> None:
+    page = (ROOT / "docs" / "audit.md").read_text(encoding="utf-8")
+    (said,) = re.findall(r"`--host-version` names another\.(.*?)\n\n", page, re.DOTALL)
+    assert set(versions(host)) <= set(re.findall(r"\d[\w.]*\w", said))
 
 
 def test_no_path_of_a_machine_and_no_registry_is_committed() -> None:
