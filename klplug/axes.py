@@ -181,8 +181,8 @@ AXES: dict[str, Axis] = {
             "baseline",
             ("none", "batch", "group"),
             lambda term: "none",
-            "what a whole answer's KL is compared with: nothing, or the mean of the others in the "
-            "batch or in its group",
+            "what a whole answer's KL is compared with. It is nothing, or the mean of the others "
+            "in the batch or in its group",
             needs={"group": ("group_ids",)},
         ),
         Axis(

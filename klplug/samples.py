@@ -1,7 +1,7 @@
 """``weight=``: how much each token or answer counts in a KL, a row for each name.
 
 A weight is one number per token, made once a step of all its answers, before the policy moves. It
-multiplies c, and what a token adds to those before it: no gradient goes through it, and no ratio or
+multiplies c, and what a token adds to those before it. No gradient goes through it, and no ratio or
 bound sees it. Nothing here needs torch before there are tensors.
 
 Others add theirs by the entry-point group ``klplug.weights``: a name, and a ``SampleWeight``. So a
@@ -97,8 +97,8 @@ class SampleWeight:
     """One row.
 
     Attributes:
-        function: of the samples, and of what stands after the name's colon: (B, T), or (B,) for a
-            number per answer; finite, not negative and detached.
+        function: of the samples, and of what stands after the name's colon. It gives (B, T), or
+            (B,) for a number per answer. All are finite, not negative and detached.
         meaning: in words, for documentation and command line.
         source: where it comes from.
         needs: attributes of ``Samples`` that it reads.
@@ -126,7 +126,7 @@ def _positive(samples: Samples, _: str) -> Tensor:
 
 
 def _difficulty(samples: Samples, _: str) -> Tensor:
-    """1 - exp(-e p) where A > 0, p the share of the group that is right; 1 elsewhere, and where p
+    """1 - exp(-e p) where A > 0, p the share of the group that is right. 1 elsewhere, and where p
     is 0 or 1. A row without tokens is no answer, and one whose reward is nan is neither."""
     assert samples.advantages is not None and samples.rewards is not None
     right = (samples.rewards >= 1).to(_widened(samples.advantages).dtype)
@@ -220,8 +220,8 @@ WEIGHTS: dict[str, SampleWeight] = {
     ),
     "difficulty": SampleWeight(
         _difficulty,
-        "1 - exp(-e p) for tokens whose advantage is above 0, p being the group's share of answers "
-        "with a reward of at least 1. 1 for other tokens, and where all or none are right",
+        "1 - exp(-e p) for tokens whose advantage is above 0. p is the share of the group's "
+        "answers with a reward of at least 1. 1 for other tokens, and where all or none are right",
         "DADS of APO, arXiv 2506.21655, as in the code of View-R1",
         needs=("advantages", "rewards", "group_ids"),
     ),
@@ -372,7 +372,7 @@ def described(spec: KLSpec) -> str:
 def sample_weights(spec: str | KLSpec, samples: Samples) -> dict[str, Tensor]:
     """What ``kl_term`` takes as its ``sample_weights``: by ``weight=``, (B, T), 0 where masked.
 
-    For the start of a step, when the whole batch is at hand: a weight may compare answers, and a
+    For the start of a step, when the whole batch is at hand. A weight may compare answers, and a
     micro-batch has some of them only.
 
     Args:
@@ -380,8 +380,8 @@ def sample_weights(spec: str | KLSpec, samples: Samples) -> dict[str, Tensor]:
         samples: with all that its weights need.
 
     Raises:
-        ValueError: ``samples`` lacks what a weight needs, or has it in another shape or elsewhere;
-            or so is a weight, it is negative or no number at a counted token, or has a gradient.
+        ValueError: ``samples`` lacks what a weight needs, or has it in another shape or elsewhere.
+            Or a weight is so, is negative or no number at a counted token, or has a gradient.
         TypeError: either is no tensor.
     """
     from klplug.spec import parse

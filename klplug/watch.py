@@ -60,8 +60,8 @@ RULES = (
         "klplug/nonfinite_share",
         0.0,
         False,
-        "tokens with a nan or an infinite number are left out of the KL or of its metrics, or have "
-        "the limit of the KL",
+        "a token's number is nan or infinite. It is left out of the KL or of its metrics, or has "
+        "the KL's limit",
         patience=1,
     ),
 )

@@ -1,10 +1,10 @@
 """vocab=exact: the reference's hidden states on their way to the policy, and the exact KL there.
 
 The reference's actor keeps, beside its log-probs, the hidden states of the answers' tokens, and
-lends its output matrix once; with vocab=topk:K it keeps its top K tokens alone. They travel in
+lends its output matrix once. With vocab=topk:K it keeps its top K tokens alone. They travel in
 ``Experience.info``, the only field of OpenRLHF's that takes more than a number per token. The
-policy's own states are taken as they enter its output layer, inside the engine, so that their
-gradient is the engine's.
+policy's own states are taken as they enter its output layer, inside the engine. So their gradient
+is the engine's.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def of_answers(hidden: Tensor, action_mask: Tensor, attention_mask: Tensor) -> T
         kept = attention_mask.flatten().cumsum(0)
         if hidden.shape[:2] != (1, int(kept[-1])):
             raise RuntimeError(
-                "for a KL over the vocabulary the output layer was given hidden states of shape "
-                f"{tuple(hidden.shape)} for token ids of shape {tuple(attention_mask.shape)}"
+                "a KL over the vocabulary: the output layer was given hidden states of shape "
+                f"{tuple(hidden.shape)}. The token ids have shape {tuple(attention_mask.shape)}"
             )
         position = kept[position] - 1
     return hidden.flatten(0, 1)[position]

@@ -99,8 +99,8 @@ def kind(term: TermSpec) -> str:
 def sent(term: TermSpec, model: Any, hidden: Tensor, temperature: float) -> Tensor:
     """What a reference sends of the tokens at ``hidden``, (N, H), while its output layer is whole.
 
-    The states themselves; or of its top K tokens, (N, 2 K), first the ids and then the log-probs:
-    one tensor, as the states are. float32 has every whole number up to 2^24.
+    The states themselves, or of its top K tokens (N, 2 K), first the ids and then the log-probs.
+    That is one tensor, as the states are. float32 has every whole number up to 2^24.
     """
     if term.top is None:
         return hidden
@@ -180,8 +180,8 @@ class Comparison:
         apart = float((engines.detach() - own.detach()).abs().mean())
         if not apart < APART:
             raise RuntimeError(
-                f"vocab={term.vocab}: the log-probs of {whose} from its hidden states and output "
-                f"matrix are {apart:.3g} nats from the engine's own (allowed: {APART}). Its logits "
+                f"vocab={term.vocab}: the log-probs of {whose} from its hidden states and matrix "
+                f"are {apart:.3g} nats from the engine's own (allowed: {APART}). Its logits "
                 "are scaled, or its answers placed, in a way that klplug does not know"
             )
         self.done.add(whose)

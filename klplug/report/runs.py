@@ -78,8 +78,8 @@ class Run:
     Attributes:
         settings: from ``settings.json``, or a W&B run's configuration.
         summary: what ``summary.json`` holds.
-        seconds: from the first line of a log to the last, where it has a clock; without the time
-            before it was resumed.
+        seconds: from the first line of a log to the last, where it has a clock. The time before it
+            was resumed is not counted.
     """
 
     folder: Path
@@ -179,8 +179,8 @@ def _log_places(folder: Path) -> dict[Path, list[Path]]:
     logs = list({path.resolve(): path for path in found if kind(path) is not None}.values())
     if not logs:
         raise NoLogs(
-            f"{folder}: no log in it: no events.out.tfevents.* of TensorBoard, no .wandb file of "
-            "an offline W&B run, no JSON lines or CSV with a step, no console's log with steps"
+            f"{folder}: no log in it. Looked for: events.out.tfevents.* of TensorBoard, .wandb "
+            "files of offline W&B runs. Also JSON lines, CSV and a console's log, with steps"
         )
     places: dict[Path, list[Path]] = defaultdict(list)
     for path in sorted(logs, key=lambda path: (_rank(path), len(path.parts), path)):
@@ -198,7 +198,7 @@ def _joined(places: dict[Path, list[Path]], asked: Path) -> dict[Path, Log]:
     """What each run logged: a resumed one may have a folder for each time that it was started.
 
     It stands under the folder above these. Where several of them begin at the first step they are
-    several runs, and nothing tells which of them was resumed.
+    several runs. Nothing tells which of them was resumed.
     """
     logs: dict[Path, Log] = {}
     started: dict[Path, list[Path]] = defaultdict(list)

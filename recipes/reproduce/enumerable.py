@@ -1,12 +1,12 @@
 """Sampled GRPO where everything can be enumerated: how far from ref exp(r/beta)/Z does it stay?
 
-A policy is a table: one row of logits for each prefix of an answer of `tokens` tokens over
-`symbols` symbols. It is trained as a language model is, on sampled groups of answers with PPO's
-clip and several updates per rollout, through klplug's own `kl_term` and `policy_loss`. What is
-*measured* is exact: every answer's probability is known.
+A policy is a table: one row of logits for each prefix of an answer. An answer has `tokens` tokens
+over `symbols` symbols. It is trained as a language model is, on sampled groups of answers. It has
+PPO's clip and several updates per rollout, through klplug's own `kl_term` and `policy_loss`. What
+is *measured* is exact: every answer's probability is known.
 
 A batch of seeds is one tensor. Each seed has its own reference, its own good answers and its own
-samples; nothing couples them but the learning rate.
+samples. Nothing couples them but the learning rate.
 
     python -m recipes.reproduce.enumerable [--only closed] [--seeds 100]
 

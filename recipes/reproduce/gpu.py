@@ -1,7 +1,7 @@
 """A grid's runs on GPUs: the recipes' own launcher and evaluation, each in a process of its own.
 
-What the quickstart's grids measure over the whole vocabulary (KL, entropy) is not measured here:
-the hosts' own estimates along the run are kept.
+What the quickstart's grids measure over the whole vocabulary (KL, entropy) is not measured here.
+The hosts' own estimates along the run are kept.
 """
 
 import json
@@ -142,10 +142,10 @@ def measured_run(run: GpuRun, folder: Path, problems: int, samples: int) -> dict
 
 
 def begun(folder: Path, log: Path) -> dict[str, Any]:
-    """The commit of a run's first call, whether a later one had another, and the seconds of those
-    before this one.
+    """Of a run's calls: the commit of the first, whether a later one had another, and seconds.
 
-    A call that was killed ended with the last line of its log.
+    The seconds are of those before this one. A call that was killed ended with the last line of its
+    log.
     """
     here, changed = commit()
     made = {"commit": here, "changed": changed, "seconds": 0.0}

@@ -1,17 +1,17 @@
 """How good is each formulation's gradient on a real language model?
 
 SmolLM2-135M-Instruct is the reference. Its upper layers are fine-tuned a little, more and much, and
-each of the three policies answers short questions. For every answer the gradient that a formulation
-gives is compared with the gradient of KL(pi||ref) that is exact over the vocabulary:
+each of the three policies answers short questions. A formulation gives a gradient for every answer.
+It is compared with the gradient of KL(pi||ref) that is exact over the vocabulary:
 
 - LOC: ``sum_t grad D_t``, D_t the KL of the next token's distribution, prefixes held fixed;
 - FULL: ``sum_t (grad D_t + s_t sum_{s>t} D_s)``, of whole answers, ``s_t = grad log pi(y_t)``.
 
 Both by their mean over answers that the compared estimate has not seen. Nothing is trained by RL.
 
-Gradients are taken in a random subspace of the last layer: each of its seven matrices W becomes
-``W + L A R^T`` with fixed random L and R, and the gradient is that of A at 0. It is a linear map of
-the layer's full gradient, the same for estimate and truth.
+Gradients are taken in a random subspace of the last layer. Each of its seven matrices W becomes
+``W + L A R^T`` with fixed random L and R. The gradient is that of A at 0. It is a linear map of the
+layer's full gradient, the same for estimate and truth.
 
     python -m recipes.reproduce.gradient_study --model DIR [--answers 384]
 
@@ -129,8 +129,8 @@ def scored(
     """Log-probs, exact divergences and gradients of sampled answers.
 
     Args:
-        lower: (B, positions, width), what enters the first of the upper layers, for the prompt and
-            all tokens but the last.
+        lower: (B, positions, width), what enters the first of the upper layers. It is of the prompt
+            and all tokens but the last.
         answers, mask: (B, T); masked after the end of an answer.
     """
     length = answers.shape[1]
@@ -311,7 +311,7 @@ def across(a: Tensor, b: Tensor) -> float:
 def is_lost(x: Tensor) -> bool:
     """Whether the mean of x can't be told from 0: ``|E[x]|^2`` within two of its null's deviations.
 
-    With mean 0 that estimate has the variance ``2 tr(Cov^2) / (n (n - 1))``, and ``tr(Cov^2)`` is
+    With mean 0 that estimate has the variance ``2 tr(Cov^2) / (n (n - 1))``. There ``tr(Cov^2)`` is
     the mean square of ``x_i . x_j``.
     """
     n = len(x)

@@ -5,8 +5,8 @@
       - {kl_type: [none, k2_as_loss], kl_coef: [0.1, 0.5], updates: 4}
 
 With `recipe:` in the place of model, data and steps the runs are those of a GPU recipe.
-In a block every value of a list is combined with every other, seed by seed: all of seed 1, then
-all of seed 2. So an unfinished block holds whole seeds.
+In a block every value of a list is combined with every other. All of seed 1 comes first, then all
+of seed 2. So an unfinished block holds whole seeds.
 """
 
 import difflib

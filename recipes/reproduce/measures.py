@@ -120,8 +120,9 @@ class Runs:
         return {row["settings"]["seed"]: row for row in found}
 
     def log(self, of: Callable[[Row], float]) -> Callable[[Row], float]:
-        """A measure's logarithm; of a run that diverged, that of the runs with as many updates
-        whose measure is the largest.
+        """A measure's logarithm.
+
+        Of a run that diverged it is the largest of the runs with as many updates.
         """
 
         def value(row: Row) -> float:

@@ -1,8 +1,8 @@
 """docs/evidence.md, its figures and README's table: `python -m recipes.reproduce.page`.
 
-Nothing in the page is written by hand but its sentences, in `words.py`: each number is of
-`results/GRID*.jsonl` of the grids tier1, updates, exact, verl-exact and smollm2,
-or of `results/enumerable.jsonl`. What is missing is said to be missing.
+Nothing in the page is written by hand but its sentences, in `words.py`. Each number is of
+`results/GRID*.jsonl` or of `results/enumerable.jsonl`. The grids are tier1, updates, exact,
+verl-exact and smollm2. What is missing is said to be missing.
 """
 
 import argparse
@@ -126,7 +126,7 @@ def tally_line(found: Sequence[Finding]) -> str:
     """How often each verdict was reached, a negative one as plainly as a positive one."""
     counts = Counter(finding.verdict for finding in found if finding.verdict != "no verdict")
     told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
-    return f"Of {counts.total()} predictions that were written before the runs: {told}."
+    return f"Of {counts.total()} predictions on this grid of runs, written before it: {told}."
 
 
 def verdict_table(found: Sequence[Finding]) -> str:

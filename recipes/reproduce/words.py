@@ -6,8 +6,8 @@ LEAST_SEEDS = 3  # of a verdict
 
 INTRODUCTION = """\
 Does the formulation of the KL matter in training? Each run on this page is a run of a real host on
-a CPU: OpenRLHF with DeepSpeed, Ray and vLLM, unless a section names verl. The policy has 0.75 M
-parameters and learns arithmetic word problems, but for the language model at the end. The
+a CPU. It is OpenRLHF with DeepSpeed, Ray and vLLM, unless a section names verl. The policy has
+0.75 M parameters and learns arithmetic word problems, but for the language model at the end. The
 hypotheses, their outcomes and the rule of the verdicts were committed before the runs:
 `recipes/reproduce/HYPOTHESES.md`. One small policy and one task show large effects only.
 """
@@ -57,15 +57,16 @@ ON_EXACT = """\
 ([the exact KL](exact.md)) sums it over the vocabulary: the same target, without that token's
 noise. These runs are of the same policy and task, with kl_coef 0.5, on OpenRLHF and on verl
 with FSDP2. On OpenRLHF `k2_as_loss` with 4 updates has tier 1's runs. The swing is the
-standard deviation, over the last ten rollouts, of the mean log-ratio that klplug logs (`klplug/k1`,
-nats per token). CPU-seconds are those of the whole run, its evaluations included. In these
+standard deviation of `klplug/k1`, the mean log-ratio in nats per token, over the last ten rollouts.
+CPU-seconds are those of the whole run, its evaluations included. In these
 rows the first run of a call has the evaluation before training too.
 """
 ON_LANGUAGE = """\
-SmolLM2-135M-Instruct learns sums of two numbers, on OpenRLHF: kl_coef 0.5, 30 rollouts of 2
-problems with 8 answers each, 4 updates per rollout. One seed decides nothing, so there is no
-verdict. A difference of two KLs is compared with the noise of measuring them, on 64 problems with
-one answer each. What another seed would give is not known. Accuracy has 4 answers to each problem.
+SmolLM2-135M-Instruct learns sums of two numbers, on OpenRLHF. There are 30 rollouts of 2 problems
+with 8 answers each, kl_coef 0.5, and 4 updates per rollout. One seed decides nothing, so there is
+no verdict. A difference of two KLs is compared with the noise of measuring them, on 64 problems
+with one answer each. What another seed would give is not known. Accuracy has 4 answers to each
+problem.
 """
 
 
@@ -75,6 +76,8 @@ HOW = """\
 ```bash
 make reproduce FAST=1                         # the main contrast, two runs
 make reproduce                                # tier 1; the same command goes on
+make reproduce GRID=updates                   # another grid: also exact, smollm2
+make reproduce GRID=verl-exact HOST=verl      # the one on verl
 python -m recipes.reproduce tier1 --dry-run   # what there is to make, and what it costs
 python -m recipes.reproduce.enumerable        # the enumerable task
 python -m recipes.reproduce.study_pages       # docs/closed-form.md, docs/gradient-study.md
@@ -144,9 +147,9 @@ TOLD = {
     ),
     "c": Told(
         "k2 against k3 as a loss, good answers rare or common",
-        "k3 as a loss is GRPO's default. Theory says that it holds a policy less than k2 where "
-        "good answers are rare, and more where they are common. The host's runs have one start, "
-        "so they decide nothing here.",
+        "k3 as a loss is GRPO's default. By theory it holds a policy less than k2 where good "
+        "answers are rare, and more where they are common. The host's runs have one start, so they "
+        "decide nothing here.",
         {},
         "Which of the two moves further was computed before the runs, for each setting, and came "
         "out. Where good answers are rare k3 holds less at the larger betas only.",

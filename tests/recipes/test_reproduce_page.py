@@ -338,7 +338,7 @@ def test_what_came_out_is_told_in_words() -> None:
     text = " ".join(page(rows).split())
     assert "It did not halve the drift that there is without a KL, as predicted" in text
     assert "It did not cost the five points that were predicted (accuracy +0.3 points)." in text
-    tally = "Of 8 predictions that were written before the runs: "
+    tally = "Of 8 predictions on this grid of runs, written before it: "
     assert f"{tally}1 reproduced, 1 not reproduced, 6 not decided yet." in text
 
 
