@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import klplug
 from klplug.audit.run import ADVANTAGE, COEF, Run, Term
-from klplug.catalogue import KLType, weighed
+from klplug.catalogue import KLType, refined, weighed
 from klplug.spec import TermSpec, parse
 
 REVERSE, FORWARD, ZERO, NEITHER, NONE = "reverse", "forward", "zero", "neither", "none"
@@ -83,6 +83,8 @@ def gradient_of(spec: TermSpec) -> tuple[str, str]:
     # A trust region, whose direction is no regulariser's; or another model than ref.
     if spec.reference in ("old", "rollout", "teacher") and target != "zero":
         return NEITHER, re.sub(r"\bref\b", spec.reference, target)
+    if spec.top is not None:
+        return NEITHER, refined(spec, _row(spec)).target
     match = _OWN.match(target)
     if match is not None and spec.weight == "none":
         return (REVERSE if match[1] == "pi||ref" else FORWARD), target

@@ -277,6 +277,12 @@ def test_over_the_vocabulary_a_tokens_own_kl_needs_no_weight(kl_type: str) -> No
     assert not whole.corrected and not whole.rollout_corrected
 
 
+def test_the_kl_of_the_top_tokens_is_no_whole_kl() -> None:
+    report = audit([*_VERL, "+klplug.kl_type='k2_as_loss,vocab=topk:8'", "+klplug.kl_coef=1"])
+    assert report.gradient == "neither" and "a lower bound" in str(report.target)
+    assert report.recommended == report.kl_type  # it was chosen
+
+
 _RECORDS = "actor_rollout_ref.rollout.calculate_log_probs"
 _CORRECTION = "algorithm.rollout_correction"
 
