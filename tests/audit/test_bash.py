@@ -11,6 +11,7 @@ import pytest
 from klplug.audit import AuditError
 from klplug.audit.shell import Command, Script
 from tests.audit.box import bash, bash_without_a_box, namespaces
+from tests.audit.corpus import same
 from tests.audit.generated import script
 
 HOW_MANY = 2000
@@ -247,6 +248,47 @@ def test_how_many_elements_there_are_is_not_known_of_what_is_not(command: str) -
 def test_what_is_not_worked_out_is_unknown(text: str) -> None:
     command = Script(text).commands[-1]
     assert command.words[0].text == "run" and command.words[1].unknown
+
+
+# A command kept in a document, as OpenRLHF's examples have it, of which a part is not known.
+@pytest.mark.parametrize(
+    "reads",
+    [
+        "read -r -d '' A <<E\nrun a \\\n  $D/b $D c\nE\n$A",
+        "read -d '' A <<E || true\n run a '$D/b' c\nE\neval \"$A\"",
+        "read -d '' -ra A <<E\nrun a\n  $D/b c\nE\n${A[@]}",
+    ],
+)
+def test_what_is_not_known_of_a_document_leaves_the_rest(reads: str) -> None:
+    text = f"D=$(pick)\n{reads}"
+    (read,) = (c.words for c in Script(text).commands if c.words[0].text == "run")
+    if namespaces():
+        (ran,) = (c for c in bash([text])[0].commands if c[0] == "run")
+        assert same(read, ran)
+    assert [w.text for w in read if not w.unknown] == ["run", "a", "c"]
+    assert any(w.unknown and w.text.endswith("/b") for w in read)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        """C="run a='$D' '$D b' c"; eval "$C"; eval "$C" """,
+        """C="run \\'$D \\"'$D\\" a\n# it's\nrun '$D' d"; eval "$C"; bash -c "$C" """,
+        """srun bash -c "run a='[\\"$D\\"]' b='$1$D'" """,
+    ],
+)
+def test_what_is_not_known_stays_so_in_single_quotes_of_another_shells_script(text: str) -> None:
+    text = f"D=$(pick)\n{text}"
+    read = [c.words for c in Script(text).commands if c.words[0].text == "run"]
+    assert read and all(w.unknown for words in read for w in words if "pick" in w.text)
+    if namespaces():
+        ran = [c for c in bash([text])[0].commands if c[0] == "run"]
+        assert len(read) == len(ran) and all(map(same, read, ran))
+
+
+def test_of_the_fields_of_a_document_none_is_known_where_a_part_is_not() -> None:
+    text = "D=$(pick); read -r -d '' A B <<E\n$D b\nE\nrun $B"
+    assert Script(text).commands[-1].words[-1].unknown
 
 
 @pytest.mark.parametrize(

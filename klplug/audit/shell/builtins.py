@@ -176,7 +176,10 @@ def _read(shell: Shell, values: list[Value], split: list[Flat], command: syntax.
     names = [n for n in names if re.fullmatch(NAME, n)] or ["REPLY"]
     given = None if elsewhere else shell.given()
     ifs = shell.ifs()
-    if given is None or any(p.unknown and not p.unset for p in usual(given)):
+    # Of a whole text what is not known stays where it is; of its lines and fields it may be many.
+    whole = not end and (is_array or len(names) == 1)
+    hidden = given is None or any(p.unknown and not p.unset for p in usual(given))
+    if given is None or (hidden and not whole):
         for name in names:
             why = f"${name} is read when the script runs"
             unknown: Value = (Piece(f"${name}", shell.line(command.line), unknown=why),)

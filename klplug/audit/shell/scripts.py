@@ -150,6 +150,7 @@ def _read_value(shell: Shell, pieces: Flat) -> None:
     """A script in a word; each of its words stands on the line of its own text."""
     # Arguments that nobody passes are empty, and not those of the other shell.
     pieces = tuple(p.with_text("") if p.unset and p.soft else p for p in pieces)
+    pieces = _out_of_quotes(pieces)
     starts: list[int] = []
     offset = 0
     for piece in pieces:
@@ -181,6 +182,28 @@ def _read_value(shell: Shell, pieces: Flat) -> None:
         )  # fmt: skip
     shell.spans = spans
     shell.depth -= 1
+
+
+# What stands in single quotes in a script, beside all else in which a quote means another thing.
+_QUOTED = re.compile(r"""'(?P<single>[^']*)'|"(?:\\.|[^"\\])*"|\\.|(?<=\s)#[^\n]*""", re.DOTALL)
+
+
+def _out_of_quotes(pieces: Flat) -> Flat:
+    """The pieces of a script, in which single quotes hide nothing that is not known.
+
+    The other shell finds there what the first one put in, and no ``$``.
+    """
+    if not any(piece.unknown for piece in pieces):
+        return pieces
+    script = "".join("x" * len(p.text) if p.unknown else p.text for p in pieces)
+    hidden = [m.span() for m in _QUOTED.finditer(script) if m["single"] is not None]
+    told = []
+    at = 0
+    for piece in pieces:
+        within = piece.unknown and any(start < at < end for start, end in hidden)
+        told.append(piece.with_text(f"'\"{piece.text}\"'") if within else piece)
+        at += len(piece.text)
+    return tuple(told)
 
 
 def _another_shell(shell: Shell, walk: Callable[[], None], arguments: Value | None) -> None:
