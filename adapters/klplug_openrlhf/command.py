@@ -10,7 +10,7 @@ from typing import Any
 
 from klplug.audit.settings import Launch, Setting
 from klplug.audit.shell import Word
-from klplug.audit.tables import Table, before, flattened
+from klplug.audit.tables import Table, before, candidates, flattened
 from klplug_openrlhf.host import HOST
 from klplug_openrlhf.keys import FLAT, KL_TYPE, OWN
 
@@ -60,23 +60,49 @@ def _part(word: Word, text: str) -> Word:
     return Word(text, word.line, word.unknown)
 
 
+# What other trainers' files have too, under the same names, does not tell whose a file is.
+_SHARED = {"gamma", "use_kl_loss", "rollout.temperature", "temperature", "rollout.top_p", "top_p"}
+_TELLING = {
+    name
+    for dotted, flat in FLAT.items()
+    for name in (dotted, flat)
+    if dotted.startswith(("algo.", "rollout.")) and name not in _SHARED
+}
+
+
 def is_config(content: Mapping[str, Any]) -> bool:
-    heads = {str(key).partition(".")[0] for key in content}
-    ours = "klplug" in heads and heads & {"actor", "rollout", "train"}
-    return bool("algo" in heads or ours or set(content) & {*FLAT, *FLAT.values()})
+    """Whether a file has OpenRLHF's flags: some that tell, and no fewer than others."""
+    keys = flattened(dict(content)).keys()
+    heads = {key.partition(".")[0] for key in keys}
+    if "klplug" in heads and heads & {"actor", "rollout", "train", "algo"}:
+        return True
+    tables = candidates("openrlhf") if keys & _TELLING else ()
+    return any(2 * len(keys & table.defaults.keys()) >= len(keys) for table in tables)
 
 
 def parsed_yaml(content: Mapping[str, Any], lines: Mapping[str, int], path: Path) -> Parsed:
     """Flags kept in a file, nested or flat."""
     flags: list[tuple[str, tuple[Word, ...], Word]] = []
+    holes = []
     for key, value in flattened(dict(content)).items():
+        if any(_runs(value)):
+            setting = Setting(key, None, lines.get(key), True)
+            holes.append((setting, f"{key} has settings of several runs"))
+            continue
         values = value if isinstance(value, list) else [value]
         word = Word(f"--{key}", lines.get(key))
         if value is True:
             flags.append((key, (), word))
         elif value is not False and value is not None:
             flags.append((key, tuple(Word(str(v), lines.get(key)) for v in values), word))
-    return Parsed(tuple(flags), (), any(key == KL_TYPE for key, _, _ in flags))
+    return Parsed(tuple(flags), tuple(holes), any(key == KL_TYPE for key, _, _ in flags))
+
+
+def _runs(value: Any) -> Iterable[Mapping[str, Any]]:
+    """The items of a list that have flags: a sweep, say."""
+    items = value if isinstance(value, list) else ()
+    known = {*FLAT, *FLAT.values()}
+    return (item for item in items if isinstance(item, dict) and known & flattened(item).keys())
 
 
 _ALONE = r"(?:.*/)?openrlhf[./]cli[./]train_ppo(?:\.py)?"

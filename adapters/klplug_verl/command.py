@@ -146,8 +146,23 @@ _SHORT = {"-cp": "path", "-cn": "name", "-cd": "dir", "-c": "cfg", "-p": "packag
 
 
 def is_config(content: Mapping[str, Any]) -> bool:
-    heads = {str(key).partition(".")[0] for key in content}
-    return bool(heads & {"actor_rollout_ref", "algorithm"})
+    """Whether a file has verl's settings; an ``algorithm`` is of others, too."""
+    keys = flattened(dict(content)).keys()
+    return any(key.startswith(("actor_rollout_ref.", *_ALGORITHM)) for key in keys) or (
+        "algorithm" in content and _over_verls(content.get("defaults"))
+    )
+
+
+_ALGORITHM = tuple(
+    f"algorithm.{name}"
+    for name in ("adv_estimator", "kl_ctrl", "kl_penalty", "use_kl_in_reward", "norm_adv_by_std")
+)
+
+
+def _over_verls(defaults: object) -> bool:
+    """Whether one of a config's defaults is verl's own."""
+    listed = defaults if isinstance(defaults, list) else ()
+    return any(isinstance(item, str) and item.endswith("_trainer") for item in listed)
 
 
 def parsed_yaml(content: Mapping[str, Any], lines: Mapping[str, int], path: Path) -> Parsed:

@@ -98,6 +98,13 @@ def test_an_openrlhf_config_file(tmp_path: Path) -> None:
         assert (report.host, report.gradient, report.beta) == ("openrlhf", "reverse", 0.02)
 
 
+def test_of_an_openrlhf_config_with_several_runs_nothing_is_known(tmp_path: Path) -> None:
+    text = "advantage_estimator: gae\nsweep:\n  - {init_kl_coef: [0, 0.1], kl_estimator: k3}\n"
+    report = audit(_write(tmp_path, text, "sweep.yaml"))
+    assert report.gradient is report.beta is None
+    assert report.unknown["gradient"] == ("sweep has settings of several runs",)
+
+
 def test_the_config_file_that_a_command_names(tmp_path: Path) -> None:
     (tmp_path / "conf").mkdir()
     _write(
@@ -371,6 +378,13 @@ def test_a_file_that_is_no_training_command(tmp_path: Path, text: str, message: 
         ("a: [1\n", "not valid YAML on line 2"),
         ("- 1\n", "is a mapping"),
         ("model: x\nlr: 1\n", "its keys are lr, model"),
+        # Other trainers' files, and one of verl's groups: a name or two are the hosts' as well.
+        ("lr: 1\nmax_epochs: 9\nseed: 1\n", "its keys are lr, max_epochs, seed"),
+        ("temperature: 1\ngamma: 0.9\ntop_p: 1\n", "its keys are gamma, temperature, top_p"),
+        ("init_kl_coef: 0.1\nadap_kl_ctrl: true\ncliprange: 0.2\n", "its keys are adap_kl_ctrl"),
+        ("use_kl_loss: true\nkl_loss_type: low_var_kl\n", "its keys are kl_loss_type"),
+        ("algorithm: ppo\nseed: 1\n", "its keys are algorithm, seed"),
+        ("algorithm: {name: PPO, gamma: 0.9}\n", "its keys are algorithm"),
     ],
 )
 def test_a_yaml_that_is_no_config(tmp_path: Path, text: str, message: str) -> None:
