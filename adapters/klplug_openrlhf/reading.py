@@ -472,7 +472,7 @@ def _unknown(settings: Settings) -> dict[str, tuple[tuple[Setting, str], ...]]:
             reason = f"{setting} is not one of OpenRLHF's own"
             unknown.setdefault(aspect, []).append((setting, reason))
     source = settings.table.source
-    if source is not None and settings.coefficient(COEF) > 0:
+    if source is not None and not settings.coefficient(COEF) <= 0:  # or not known
         for name, bears in source.changed:
             if bears == sources.OF_REWARD and settings.on(USE_LOSS):
                 continue  # it is given zeros

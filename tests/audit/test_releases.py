@@ -233,9 +233,12 @@ def test_a_copy_of_another_name_is_the_package_that_its_trainer_lies_in(tmp_path
     )
     models = tmp_path / "ours" / "models" / "utils.py"
     models.write_text("def compute_approx_kl(a, b):\n    return b - a\n")
+    ours = f"ours.cli.train --{_ORL_MARK}=1"
     for command, changed in (
         (f"mine.trainer.main {_LOSS}", "mine/trainer/ppo/core_algos.py: kl_penalty"),
-        (f"ours.cli.train --{_ORL_MARK}=1", "ours/models/utils.py: compute_approx_kl"),
+        # A coefficient that is not known may not be zero.
+        (f"{ours} --init_kl_coef $KL", "ours/models/utils.py: compute_approx_kl"),
+        (ours, "ours/models/utils.py: compute_approx_kl"),
     ):
         report = _audit(tmp_path, f"python3 -m {command}")
         assert report.version_from == "beside" and report.gradient is None
