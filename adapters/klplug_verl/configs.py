@@ -44,7 +44,7 @@ ENGINES = {"dp_actor": "fsdp"} | {
 }
 _VERLS = ("verl", "trainer", "config")
 # A variable, or the output of a command, in front of a path.
-_UNKNOWN_HEAD = re.compile(r"^(\$\{?\w+\}?|\$\([^)]*\)|`[^`]*`)/*")
+_UNKNOWN_HEAD = re.compile(r"^(\$\{[^}]*\}|\$\w+|\$\(.*\)|`[^`]*`)/*", re.DOTALL)
 _HEIGHT = 6
 _PASSES = 6  # files that choose files that choose files
 # A file that says itself where its content goes.
@@ -109,7 +109,7 @@ def main(file: Path) -> Main | None:
             if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("hydra.main"):
                 said = dict(zip(("config_path", "config_name"), call.args, strict=False))
                 said |= {word.arg: word.value for word in call.keywords if word.arg}
-                path = _constant(said.get("config_path"))
+                path = _path(said.get("config_path"), module)
                 name = _constant(said.get("config_name"))
                 return Main(file.parent / (path or "."), None if path is None else name)
     return None
@@ -117,6 +117,21 @@ def main(file: Path) -> Main | None:
 
 def _constant(node: ast.expr | None) -> str | None:
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+
+
+def _path(node: ast.expr | None, module: ast.Module) -> str | None:
+    """A folder, from that of the file: written so, or made of ``__file__``."""
+    if isinstance(node, ast.Name):
+        given = (n for n in module.body if isinstance(n, ast.Assign))
+        node = next((n.value for n in given if ast.unparse(n.targets[0]) == node.id), None)
+    written = "" if node is None else ast.unparse(node)
+    if node is None or "__file__" not in written:
+        return _constant(node)
+    up = len(re.findall(r"dirname\(|\.parent\b(?!\()", written))
+    up += sum(int(number) + 1 for number in re.findall(r"\.parents\[(\d+)\]", written))
+    texts = [n for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    parts = [str(n.value).strip("/") for n in sorted(texts, key=lambda n: (n.lineno, n.col_offset))]
+    return "/".join((*[".."] * (up - 1), *parts)) if up else None
 
 
 def named(flags: Mapping[str, Word], folder: Path, trainer: Word, own: Main | None) -> Path | None:

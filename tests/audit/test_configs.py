@@ -32,10 +32,48 @@ def _project(tmp_path: Path, files: dict[str, str], command: str) -> Report:
     return audit(script)
 
 
+_RUN = "python3 -m verl.trainer.main_ppo"
 _LOSS = """\
 algorithm: {use_kl_in_reward: false}
 actor_rollout_ref: {actor: {use_kl_loss: true, kl_loss_type: mse, kl_loss_coef: 0.25}}
 """
+
+
+# Where the checkout is, as scripts two folders down find it.
+@pytest.mark.parametrize(
+    "root",
+    [
+        'R="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"',
+        'S=$(cd $(dirname "$0") &>/dev/null && pwd -P); R=$S/../..',
+        'R=$(dirname $(dirname $(dirname $(readlink -f "$0"))))',
+        'R=$(realpath "$(dirname "$0")/../..")',
+        'S=$(dirname "$(realpath "$0")"); S="${S%/*}"; R="${S%/*}"',
+        'R="${BASH_SOURCE[0]%/*}/../.."',
+        'R=${R:-"$(git rev-parse --show-toplevel)"}',
+    ],
+)
+def test_a_config_is_found_from_where_the_script_lies(tmp_path: Path, root: str) -> None:
+    command = f'{root}\n{_RUN} --config-path="$R/conf" --config-name=mine {_GRPO}'
+    report = _project(tmp_path, {"conf/mine.yaml": _LOSS}, command)
+    assert (report.gradient, report.beta) == ("reverse", 0.25)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        'os.path.join(os.path.dirname(__file__), "own", "config")',
+        'str(Path(__file__).resolve().parent / "own" / "config")',
+        'os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "mine/own/config")',
+        'f"{Path(__file__).parents[1]}/mine/own/config"',
+        "HERE",
+    ],
+)
+def test_a_path_that_hydra_main_makes_of_its_own_file(tmp_path: Path, path: str) -> None:
+    main = _MAIN.format(path="PATH", name="mine").replace("'PATH'", path)
+    main = f'HERE = os.path.dirname(__file__) + "/own/config"\n{main}'
+    files = {"mine/main.py": main, "mine/own/config/mine.yaml": _LOSS}
+    report = _project(tmp_path, files, f"python3 -m mine.main {_GRPO}")
+    assert (report.gradient, report.beta) == ("reverse", 0.25)
 
 
 @pytest.mark.parametrize("started", ["-m mine.trainer.main", "mine/trainer/main.py"])
@@ -161,7 +199,6 @@ _GROUPS = {
     "conf/algo/plain.yaml": "algorithm: {adv_estimator: grpo}\n",
     "conf/algo/kl.yaml": f"# @package _global_\n{_LOSS}",
 }
-_RUN = "python3 -m verl.trainer.main_ppo"
 _NAMED = "--config-path=../../conf --config-name=base"
 
 
