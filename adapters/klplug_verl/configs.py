@@ -274,6 +274,9 @@ def _mapping(path: Path) -> dict[Any, Any]:
     return content if isinstance(content, dict) else {}
 
 
+_NAMED = re.compile(r"\$\{([^{}:]+)\}")
+
+
 class _Composed:
     """A config and its defaults, in the order in which Hydra puts one over the other.
 
@@ -292,6 +295,7 @@ class _Composed:
     def __init__(self, roots: Sequence[Path], choices: dict[str, Any], replaced: set[str]) -> None:
         self.roots, self.choices, self.replaced = roots, choices, replaced
         self.taken: set[str] = set()
+        self.named: dict[str, str] = {}  # by group, for ${group} in a later entry
         self.overridden: dict[str, Any] = {}
         self.contents: list[tuple[str, Any]] = []
         self.missing: list[str] = []
@@ -323,7 +327,15 @@ class _Composed:
                 elif said in self.choices:
                     self.taken.add(said)
                     name = self.choices[said]
+                name = self.filled(name)
+                self.named[said] = str(name)
                 self.bring(written, name, group, package, "optional" in how, (*within, path))
+
+    def filled(self, names: Any) -> Any:
+        """A name in which Hydra puts those that were chosen before: ``${engine}_actor``."""
+        if isinstance(names, list):
+            return [self.filled(name) for name in names]
+        return _NAMED.sub(lambda found: self.named.get(found[1], found[0]), str(names))
 
     def bring(
         self,

@@ -194,6 +194,22 @@ def test_a_config_on_its_own_has_its_defaults(tmp_path: Path) -> None:
     assert audit(package / "mine.yaml").gradient == "reverse"
 
 
+@pytest.mark.parametrize(("words", "beta"), [("", 0.25), ("engine=slow ", 0.5)])
+def test_a_default_may_be_named_by_another(tmp_path: Path, words: str, beta: float) -> None:
+    files = {
+        "conf/mine.yaml": "defaults:\n- engine: fast\n"
+        "- actor@actor_rollout_ref.actor: ${engine}_actor\n",
+    }
+    for name, coef in (("fast", 0.25), ("slow", 0.5)):
+        files[f"conf/engine/{name}.yaml"] = "{}\n"
+        files[f"conf/actor/{name}_actor.yaml"] = (
+            f"use_kl_loss: true\nkl_loss_type: mse\nkl_loss_coef: {coef}\n"
+        )
+    command = f"{_RUN} --config-path=../../conf --config-name=mine {words}{_GRPO}"
+    report = _project(tmp_path, files, command)
+    assert (report.gradient, report.beta) == ("reverse", beta)
+
+
 _GROUPS = {
     "conf/base.yaml": "defaults: [ppo_trainer, {algo: plain}, _self_]\n",
     "conf/algo/plain.yaml": "algorithm: {adv_estimator: grpo}\n",
