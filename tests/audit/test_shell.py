@@ -323,6 +323,25 @@ def test_a_sourced_file_has_the_arguments_that_it_is_given(tmp_path: Path) -> No
     assert read == _bash(script, tmp_path) and ["run", "2"] in read
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "bash project/a/b/c/d/inner.sh",  # from the checkout's root
+        'R=${R:-/workspace/project}; bash "$R/a/b/c/d/inner.sh" x',
+        "source /workspace/project/a/b/c/d/inner.sh",
+    ],
+)
+def test_a_file_of_the_same_checkout_is_found(tmp_path: Path, line: str) -> None:
+    folder = tmp_path / "project" / "a" / "b" / "c" / "d"
+    folder.mkdir(parents=True)
+    (folder / "inner.sh").write_text("run\n")
+    read = Script(line, folder).commands
+    assert [w.text for c in read for w in c.words] == ["run"]
+    # A file of that name alone is another.
+    read = Script("bash /workspace/project/e/inner.sh", folder).commands
+    assert [w.text for c in read for w in c.words][0] == "bash"
+
+
 def test_a_script_that_sources_itself_ends(tmp_path: Path) -> None:
     path = tmp_path / "self.sh"
     path.write_text("source self.sh\nbash self.sh\nrun a\nf() { f; f; }\nf\n")

@@ -35,6 +35,7 @@ from klplug.audit.shell.values import (
 )
 
 _MAX_FILE = 1_000_000
+_HEIGHT = 6  # how many folders up from a script the files that it starts are looked for
 # Programs that are asked something: whether they succeed is what the script wants to know.
 _QUERIES = frozenset(
     (
@@ -297,14 +298,18 @@ def file_named(shell: Shell, name: Word) -> Path | None:
     if re.search(r"[$`\0]", tail) or not tail or len(tail) > 1000:
         return None
     here = shell.folder.resolve()
-    for folder in (here, *here.parents[:4]):
-        path = folder / tail
+    folders = (here, *here.parents[:_HEIGHT])
+    parts = Path(tail).parts
+    places = [folder / tail for folder in folders]
+    if Path(tail).is_absolute():
+        # "/workspace/project/scripts/x.sh", where the author's checkout lies: it is here, too.
+        ends = (parts[-number:] for number in range(len(parts) - 1, 1, -1))
+        places = [Path(tail), *(folder.joinpath(*end) for end in ends for folder in folders)]
+    for path in places:
         try:
             if path.is_file() and path.stat().st_size <= _MAX_FILE:
                 return path.resolve()
         except OSError:
-            return None
-        if Path(tail).is_absolute():
             return None
     return None
 
