@@ -339,7 +339,7 @@ def test_a_file_of_the_same_checkout_is_found(tmp_path: Path, line: str) -> None
     assert [w.text for c in read for w in c.words] == ["run"]
     # A file of that name alone is another.
     read = Script("bash /workspace/project/e/inner.sh", folder).commands
-    assert [w.text for c in read for w in c.words][0] == "bash"
+    assert read[0].words[0].text == "bash"
 
 
 def test_a_script_that_sources_itself_ends(tmp_path: Path) -> None:
