@@ -17,6 +17,7 @@ _GROUPS = {
     "actor/dp.yaml": "defaults: [base, _self_]\nlr: 2\n",
     "actor/deep.yaml": "defaults: [{inner@loss: vanilla}, dp, _self_]\nclip: 0.4\n",
     "actor/inner/vanilla.yaml": "mode: vanilla\n",
+    "engine/d.yaml": "threads: 4\n",
 }
 _FILES = {
     "own content goes last": "defaults: [first, second]\na: 3\n",
@@ -31,6 +32,7 @@ _FILES = {
     "a file of a group by its path": "defaults: [actor/base, _self_]\nactor: {clip: 0.3}\n",
     "an optional one that lacks": "defaults: [{optional actor: none_such}, first, _self_]\nb: 1\n",
     "none of a group": "defaults: [{actor: null}, first, _self_]\nb: 1\n",
+    "a name made of another's": "defaults: [{engine: d}, {actor@x: '${engine}p'}, _self_]\nb: 1\n",
     "no defaults": "a: {b: {c: null}}\nd: []\n",
 }
 
