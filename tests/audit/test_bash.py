@@ -242,6 +242,14 @@ def test_how_many_elements_there_are_is_not_known_of_what_is_not(command: str) -
         # How many rows there are is not decided.
         "B=x; [ -d /etc ] && B=$'y\\nz'; while read A; do run $A; done <<< \"a $B\"",
         'declare -n R=$(pick); run "$R"',
+        # How many there are.
+        'mapfile -t L < <(pick); run "${#L[@]}"',
+        'mapfile -t L < <(pick); [ ${#L[@]} -eq 8 ] || exit 2; run "$L"',
+        'read -ra L <<< "$(pick)"; M=(x "${L[@]}"); run ${#M[@]}',
+        "N=0; for I in $(pick); do N=$((N + 1)); done; (( N > 2 )) || exit; run $N",
+        'L=(x $(pick)); for I in "${L[@]}"; do M+=("$I"); done; run ${#M[@]}',
+        "N=0; for I in *.json; do N=$((N + 1)); done; run $N",
+        'while read -r I; do L+=("$I"); done < <(pick); run ${#L[@]}',
         "declare -n R='L[0]'; L=(a); run \"$R\"",
     ],
 )

@@ -182,7 +182,8 @@ def _read(shell: Shell, values: list[Value], split: list[Flat], command: syntax.
     if given is None or (hidden and not whole):
         for name in names:
             why = f"${name} is read when the script runs"
-            unknown: Value = (Piece(f"${name}", shell.line(command.line), unknown=why),)
+            read = Piece(f"${name}", shell.line(command.line), splits=is_array, unknown=why)
+            unknown: Value = (read,)
             shell.set(name, Listed(array([unknown])) if is_array else Scalar(unknown))
         shell.ends(UNKNOWN)
         return
@@ -214,8 +215,9 @@ def _mapfile(shell: Shell, values: list[Value], split: list[Flat], command: synt
         shell.set("0<", Scalar(()))
     trims = any(re.fullmatch(r"-\w*t\w*", t) for t in texts)
     if given is None or any(p.unknown and not p.unset for p in usual(given)) or not trims:
-        why = f"${{{name}[@]}} is read when the script runs"
-        unknown: Value = (Piece(f"${{{name}[@]}}", shell.line(command.line), unknown=why),)
+        listed = f"${{{name}[@]}}"
+        why = f"{listed} is read when the script runs"
+        unknown: Value = (Piece(listed, shell.line(command.line), splits=True, unknown=why),)
         shell.set(name, Listed(array([unknown])))
     else:
         shell.set(name, Listed(lifted(_lines, given)))

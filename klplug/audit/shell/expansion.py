@@ -502,7 +502,8 @@ def _listed(value: Value, quoted: bool) -> Value:
         if isinstance(p, Choice)
         else p
         if p.end
-        else p.written(not quoted, quoted, p.span)
+        # What is not known may be more than one element in quotes, too.
+        else p.written(not quoted or (p.splits and bool(p.unknown)), quoted, p.span)
         for p in value
     )
 

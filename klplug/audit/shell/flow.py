@@ -189,26 +189,33 @@ def _for_over(shell: Shell, loop: syntax.For, listed: Value) -> None:
         split_on(shell, over[0], lambda taken: _for_over(shell, loop, decided(listed, taken)))
     else:
         why = f"too much hangs on what is looped over (line {loop.line})"
-        unknown = Scalar((Piece(f"${loop.name}", loop.line, unknown=why),))
+        _for_some(shell, loop, why)
 
-        def body() -> None:
-            shell.set(loop.name, unknown)
-            shell.run(loop.body)
 
-        _some_rounds(shell, body, lambda: None, loop.line)
+def _for_some(shell: Shell, loop: syntax.For, why: str) -> None:
+    """Rounds over words of which it is not known what, or how many they are."""
+    unknown = Scalar((Piece(f"${loop.name}", loop.line, unknown=why),))
+
+    def body() -> None:
+        shell.set(loop.name, unknown)
+        shell.run(loop.body)
+
+    _some_rounds(shell, body, lambda: None, loop.line)
 
 
 def _for_each(shell: Shell, loop: syntax.For, listed: Flat) -> None:
     early = len(shell.early)
     for element in elements(listed):
-        if any(
-            piece.unknown or (not piece.quoted and re.search(r"[*?]", piece.text))
-            for piece in element
-        ):
+        hidden = [piece for piece in element if piece.unknown]
+        names_files = any(not p.quoted and re.search(r"[*?]", p.text) for p in element)
+        if hidden or names_files:
             why = f"${loop.name} is a loop variable (line {loop.line})"
-            if not any(piece.unknown for piece in element):
+            if not hidden:
                 why = f"which files {text(element)} names is not known"
             why = reason(element, why)
+            if names_files or any(piece.splits for piece in hidden):
+                _for_some(shell, loop, why)
+                continue
             element = (Piece(f"${loop.name}", loop.line, unknown=why),)
         shell.set(loop.name, Scalar(_plain(element)))
         if not _round(shell, lambda: shell.run(loop.body)):
@@ -320,7 +327,8 @@ def _unknown_after(shell: Shell, changed: Changes, line: int) -> None:
         if outlives(name):
             shell.put(name, Scalar((output("a loop"),)))
         elif isinstance(variable, Listed):
-            shell.put(name, Listed(array([unknown])))
+            many = tuple(piece.written(True, False) for piece in unknown)
+            shell.put(name, Listed(array([many])))
         elif not isinstance(variable, syntax.Function):
             shell.put(name, Scalar(unknown))
 
