@@ -323,14 +323,14 @@ def _unknown_after(shell: Shell, changed: Changes, line: int) -> None:
         if name == "?" or variable == shell.variables.get(name):
             continue
         why = f"${name} is set in a loop (line {line})"
-        unknown: Value = (Piece(f"${name}", line, unknown=why),)
+        unknown = Piece(f"${name}", line, unknown=why)
         if outlives(name):
             shell.put(name, Scalar((output("a loop"),)))
         elif isinstance(variable, Listed):
-            many = tuple(piece.written(True, False) for piece in unknown)
-            shell.put(name, Listed(array([many])))
+            # Nor how many elements there are.
+            shell.put(name, Listed(array([(unknown.written(True, False),)])))
         elif not isinstance(variable, syntax.Function):
-            shell.put(name, Scalar(unknown))
+            shell.put(name, Scalar((unknown,)))
 
 
 def tested(shell: Shell, node: syntax.Test) -> Value:
