@@ -25,6 +25,9 @@ from klplug_verl.keys import COEF_KEY, WORKERS_SOURCE
 LOG_PROBS = "klplug_stored_log_probs"
 """Of a micro-batch of stored answers: the reference's log-probs of them."""
 
+WIDTH = "klplug_width"
+"""Of the same: how wide the mask of the answers beside them is."""
+
 _NODE = WORKERS_SOURCE.partition(".")[2]
 # What verl's engine, and its loss, are told of a micro-batch beside its tensors.
 _TOLD = (
@@ -79,6 +82,8 @@ def rows(stored: Stored, data: Any) -> Any:
     told = {name: tu.get_non_tensor_data(data=data, key=name, default=None) for name in _TOLD}
     if isinstance(told["temperature"], Tensor):
         raise RuntimeError("klplug.source: verl gave each sample a temperature of its own")
+    own = data["response_mask"]
+    told[WIDTH] = int(own.offsets().diff().max()) if own.is_nested else own.shape[1]
     ids = data["input_ids"]
     answers = stored.drawn(ids.values(), len(ids.offsets()) - 1)
     prompts = [torch.tensor(own.prompt) for own in answers]
@@ -117,11 +122,15 @@ def kl_of(spec: KLSpec, model_output: Any, data: Any) -> tuple[StoredKL, Tensor]
 
 
 def batch_info(stored: Stored, data: Any, config: Any) -> dict[str, Any]:
-    """What verl's ``agg_loss`` divides by, for as many answers of the file's mean length."""
-    answers = data["global_batch_size"]
+    """What verl's ``agg_loss`` divides by, for as many answers of the file's mean length.
+
+    Under ``seq-mean-token-sum-norm`` that is by default the width of the mask: for these answers
+    too that of the policy's own, and not the longest that was drawn.
+    """
+    answers, factor = data["global_batch_size"], config.loss_scale_factor
     return {
         "dp_size": data["dp_size"],
         "batch_num_tokens": answers * stored.mean_length,
         "global_batch_size": answers,
-        "loss_scale_factor": config.loss_scale_factor,
+        "loss_scale_factor": data[WIDTH] if factor is None else factor,
     }

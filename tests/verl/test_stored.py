@@ -105,6 +105,33 @@ def test_the_kl_acts_on_the_stored_answers_and_on_nothing_else(
     same(ours - without, expected)
 
 
+@pytest.mark.parametrize("micro_batch", [8, 4])
+def test_a_sum_over_the_width_of_a_mask_is_over_that_of_the_policys_own(
+    bench: Bench, data: Any, stored: Stored, micro_batch: int
+) -> None:
+    """verl's ``agg_loss``: without a loss_scale_factor it divides by ``loss_mask.shape[-1]``."""
+    short = Stored(tuple(a for a in stored.answers if len(a.answer) < 4), 1.0, stored.tokenizer)
+    mode = "seq-mean-token-sum-norm"
+    with beside(bench, short):
+        ours, _ = bench.step(data, "js_as_loss", BETA, micro_batch, loss_agg_mode=mode)
+        by_ten, _ = bench.step(
+            data, "js_as_loss", BETA, micro_batch, loss_agg_mode=mode, loss_scale_factor=10
+        )
+    without, _ = bench.step(data, None, micro_batch=micro_batch, loss_agg_mode=mode)
+    plain, _ = bench.step(
+        data, None, micro_batch=micro_batch, loss_agg_mode=mode, loss_scale_factor=10
+    )
+    expected, tenth = torch.zeros_like(ours), torch.zeros_like(ours)
+    for i in range(0, len(ANSWERS), micro_batch):
+        beside_these = torch.cat(list(data["input_ids"].unbind())[i : i + micro_batch])
+        answers = short.drawn(beside_these, micro_batch)
+        each = alone(bench, answers, "js_as_loss", False, BETA / len(ANSWERS))
+        expected += each / max(ANSWERS[i : i + micro_batch])
+        tenth += each / 10
+    same(ours - without, expected)
+    same(by_ten - plain, tenth)
+
+
 def test_micro_batches_of_unlike_size_as_at_the_end_of_an_epoch(
     bench: Bench, data: Any, stored: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
