@@ -101,26 +101,34 @@ def init(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> None:
     plan = Plan.of(config)
     if plan is None:
         return
-    passes_by = _fits_itself(trainer)
-    if passes_by and trainers.stage_of(plan):
-        raise RuntimeError(trainers.out_of_reach(plan, type(trainer).__name__))
+    stage = _of_its_own(trainer)
+    if stage and trainers.stage_of(plan):
+        raise RuntimeError(trainers.out_of_reach(plan, type(trainer).__name__, stage))
     announce("the trainer", plan.spec, plan.kl_coef)
     if (term := exact_term(plan.spec)) is not None:
         print(hidden.foretell(term, config), flush=True)
     controller = MeasuredController(plan.controller())
-    trainer.klplug = Run(plan, controller, plan.models(), passes_by=passes_by)
+    trainer.klplug = Run(plan, controller, plan.models(), passes_by=bool(stage))
     trainer.kl_ctrl_in_reward = trainer.klplug.controller
 
 
-def _fits_itself(trainer: Any) -> bool:
-    """A recipe's trainer may have a ``fit`` of its own, which passes by those of ``RayPPOTrainer``;
-    one that calls ``super().fit()`` does not."""
+def _of_its_own(trainer: Any) -> str:
+    """What a trainer's class has in the place of verl's, so that klplug's steps are passed by: a
+    recipe's a ``fit``, one that is registered with the v1 trainer an ``_update_actor``. One that
+    calls ``super()``'s has verl's."""
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
-    if not isinstance(trainer, RayPPOTrainer) or type(trainer).fit is RayPPOTrainer.fit:
-        return False
-    code = type(trainer).fit.__code__
-    return not ("__class__" in code.co_freevars and "fit" in code.co_names)
+    if isinstance(trainer, RayPPOTrainer):
+        stage, verls = "fit", RayPPOTrainer.fit
+    else:
+        from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+        stage, verls = "_update_actor", PPOTrainer._update_actor
+    own = getattr(type(trainer), stage)
+    if own is verls:
+        return ""
+    code = own.__code__
+    return "" if "__class__" in code.co_freevars and stage in code.co_names else stage
 
 
 def compute_advantage(original: Call, trainer: Any, args: Args, kwargs: Kwargs) -> Any:

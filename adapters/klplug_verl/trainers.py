@@ -129,8 +129,8 @@ def stage_of(plan: Plan) -> str:
     return next(iter(needs), "")
 
 
-def out_of_reach(plan: Plan, trainer: str) -> str:
+def out_of_reach(plan: Plan, trainer: str, stage: str = "fit") -> str:
     return (
-        f"kl_type {plan.spec}: {stage_of(plan)}, and {trainer} has a fit of its own. klplug does "
-        "not reach it. Use verl.trainer.main_ppo, or k2_as_loss with kl_ctrl=fixed"
+        f"kl_type {plan.spec}: {stage_of(plan)}, and {trainer} has a {stage} of its own. klplug "
+        "does not reach it. Use verl.trainer.main_ppo, or k2_as_loss with kl_ctrl=fixed"
     )

@@ -754,6 +754,30 @@ def test_a_fit_that_calls_verls_has_its_stages() -> None:
     assert not made.klplug.passes_by
 
 
+class Registered:
+    """As a trainer of ``register_trainer`` may be: its own update asks the workers itself."""
+
+    def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any: ...
+
+
+class Timed:
+    """Measures something, and has verl's own update."""
+
+    def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        return super()._update_actor(batch, metrics)  # type: ignore[misc]
+
+
+@pytest.mark.skipif("v1" not in TRAINERS, reason="verl before 0.9 has no v1 trainer")
+def test_a_registered_trainer_with_an_update_of_its_own_stops_where_that_is_needed() -> None:
+    moving = (*klplug("k2_as_loss"), *ADAPTIVE)
+    with pytest.raises(
+        RuntimeError, match="moves the coefficient, and Trainer has a _update_actor"
+    ):
+        trainer(*moving, kind="v1", base=Registered)
+    assert trainer(*klplug("k2_as_loss"), kind="v1", base=Registered).klplug.passes_by
+    assert not trainer(*moving, kind="v1", base=Timed).klplug.passes_by
+
+
 def test_a_kl_type_outside_of_a_trainer_is_an_error() -> None:
     from verl.trainer.ppo.ray_trainer import apply_kl_penalty
 

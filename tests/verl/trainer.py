@@ -68,7 +68,7 @@ def trainer(
     """A trainer after its ``__init__``; without Ray only the parts that klplug touches.
 
     Args:
-        base: what a recipe's own has before ``RayPPOTrainer``.
+        base: what one of a recipe, or one that is registered, has before verl's own.
     """
     if kind == "ray" and "v1" in TRAINERS:
         overrides = (*overrides, "trainer.use_v1=False")
@@ -77,13 +77,13 @@ def trainer(
         if folder is not None:
             made.trainer.default_local_dir = str(folder)
         OmegaConf.resolve(made)
-    return v1_trainer(made) if kind == "v1" else ray_trainer(made, base)
+    return v1_trainer(made, base) if kind == "v1" else ray_trainer(made, base)
 
 
-def v1_trainer(made: DictConfig) -> Any:
+def v1_trainer(made: DictConfig, base: type = object) -> Any:
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
-    class Trainer(PPOTrainer):  # type: ignore[misc]
+    class Trainer(*(() if base is object else (base,)), PPOTrainer):  # type: ignore[misc]
         def _build_replay_buffer(self) -> None: ...
 
         def on_sample_end(self) -> None: ...
