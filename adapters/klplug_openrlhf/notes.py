@@ -11,6 +11,7 @@ from klplug_openrlhf.keys import (
     ASYNC,
     DUAL_CLIP,
     ESTIMATOR,
+    GAMMA,
     HORIZON,
     IS_ENABLE,
     IS_LEVEL,
@@ -26,6 +27,8 @@ from klplug_openrlhf.keys import (
 from klplug_openrlhf.plan import Plan, dividing_by_length
 
 WHITENED_ESTIMATORS = ("gae", "reinforce", "reinforce_baseline")
+DISCOUNTED_ESTIMATORS = ("gae", "reinforce")
+"""The others set gamma to 1, and say so in the log."""
 
 
 def notes(plan: Plan | None, settings: Settings) -> Iterator[Refusal]:
@@ -45,6 +48,10 @@ def cut(settings: Settings) -> hosting.Cut:
 def whitened(plan: Plan | None, settings: Settings) -> Said:
     if not settings.get(NO_STD, False):
         yield from hosting.whitened(plan, settings, ESTIMATOR, WHITENED_ESTIMATORS)
+
+
+def discounted(plan: Plan | None, settings: Settings) -> Said:
+    return hosting.discounted(plan, settings, GAMMA, ESTIMATOR, DISCOUNTED_ESTIMATORS)
 
 
 def divided_by_length(plan: Plan | None, settings: Settings) -> Said:
@@ -88,6 +95,7 @@ def extrapolation(plan: Plan | None, settings: Settings) -> Said:
 
 ROWS = (
     whitened,
+    discounted,
     extrapolation,
     divided_by_length,
     dual_clip,

@@ -61,7 +61,7 @@ from klplug_openrlhf.keys import (
     USE_LOSS,
     N,
 )
-from klplug_openrlhf.notes import WHITENED_ESTIMATORS
+from klplug_openrlhf.notes import DISCOUNTED_ESTIMATORS, WHITENED_ESTIMATORS
 from klplug_openrlhf.plan import coefficient
 
 ASPECTS = {
@@ -332,8 +332,7 @@ def _advantage(settings: Settings, n: int | None) -> Advantage:
         before=scale,
         after=Scale(0, 0, -1 if whitens else 0),
         groups=name in _NEED_GROUP,
-        # The others set gamma to 1, and say so in the log.
-        discount=gamma if name in ("gae", "reinforce") else 1.0,
+        discount=gamma if name in DISCOUNTED_ESTIMATORS else 1.0,
         discount_setting=settings[GAMMA],
         whitens=whitens,
     )

@@ -14,11 +14,13 @@ from klplug_verl.keys import (
     CTRL_HORIZON,
     CTRL_TYPE,
     ESTIMATOR,
+    GAMMA,
     KL_HORIZON,
     KL_TYPE,
     LOGPROBS_MODE,
     LORA,
     LOSS_AGG,
+    LOSS_MODE,
     RECORDS,
     REF,
     ROLLOUT_IS,
@@ -29,7 +31,9 @@ from klplug_verl.keys import (
     TRAINER_MODE,
     N,
 )
-from klplug_verl.plan import Plan, aggregation_divides
+from klplug_verl.plan import Plan, aggregation_divides, divides_by_length
+
+DISCOUNTED_ESTIMATORS = ("gae", "reinforce_plus_plus")
 
 
 def notes(plan: Plan | None, settings: Settings) -> Iterator[Refusal]:
@@ -64,6 +68,10 @@ def whitened(plan: Plan | None, settings: Settings) -> Said:
     return hosting.whitened(plan, settings, ESTIMATOR, ("gae",))
 
 
+def discounted(plan: Plan | None, settings: Settings) -> Said:
+    return hosting.discounted(plan, settings, GAMMA, ESTIMATOR, DISCOUNTED_ESTIMATORS)
+
+
 def truncated_sampler(plan: Plan | None, settings: Settings) -> Said:
     return hosting.truncated_sampler(plan, cut(settings), bypass(settings))
 
@@ -72,6 +80,19 @@ def divided_by_length(plan: Plan | None, settings: Settings) -> Said:
     """Of the aggregation alone: a loss mode that divides otherwise has its KL beside it."""
     dividing = f"{LOSS_AGG}={settings.get(LOSS_AGG)}" if aggregation_divides(settings) else ""
     return hosting.divided_by_length(plan, LOSS_AGG, dividing)
+
+
+def averaged_apart(plan: Plan | None, settings: Settings) -> Said:
+    """Of a loss mode that takes the mean of each answer, whatever the aggregation."""
+    if plan is None or not plan.as_loss.terms or aggregation_divides(settings):
+        return
+    if divides_by_length(settings):
+        yield (
+            LOSS_MODE,
+            f"{LOSS_MODE}={settings.get(LOSS_MODE)} is a mean over answers, and a KL loss follows "
+            f"{LOSS_AGG}={settings.get(LOSS_AGG)}. So long answers carry more KL than reward. "
+            f"{LOSS_AGG}=seq-mean-token-mean averages both alike",
+        )
 
 
 def stale_samples(plan: Plan | None, settings: Settings) -> Said:
@@ -134,8 +155,10 @@ def extrapolation(plan: Plan | None, settings: Settings) -> Said:
 
 ROWS = (
     whitened,
+    discounted,
     extrapolation,
     divided_by_length,
+    averaged_apart,
     truncated_sampler,
     stale_samples,
     lora_reference,

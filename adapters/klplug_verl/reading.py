@@ -72,6 +72,7 @@ from klplug_verl.keys import (
     USE_REWARD,
     N,
 )
+from klplug_verl.notes import DISCOUNTED_ESTIMATORS
 from klplug_verl.plan import asked
 from klplug_verl.terms import (
     is_verls,
@@ -396,13 +397,12 @@ def _advantage(settings: Settings) -> Advantage:
         "reinforce_plus_plus": Scale(0, 0, -1),
         "gae": Scale(0, 0, -1),
     }.get(name, Scale())
-    discounts = name in ("gae", "reinforce_plus_plus")
     return Advantage(
         setting=settings[ESTIMATOR],
         after=after,
         groups=name in _GROUPS,
         takes_one=True,
-        discount=gamma if discounts else 1.0,
+        discount=gamma if name in DISCOUNTED_ESTIMATORS else 1.0,
         discount_setting=settings[GAMMA],
         whitens=bool(after.batch),
         best_only=name == "grpo_passk",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from klplug.controllers import AdaptiveKL
-from klplug.hosting.settings import Asked, Said, Settings
+from klplug.hosting.settings import Asked, Said, Settings, number
 from klplug.spec import TermSpec
 
 STALE = (
@@ -145,6 +145,26 @@ def whitened(plan: Asked | None, settings: Settings, setting: str, whitens: Sequ
             setting,
             f"{estimator} whitens advantages after the KL has joined them. So its strength is "
             "kl_coef over their standard deviation in each batch",
+        )
+
+
+def discounted(
+    plan: Asked | None, settings: Settings, gamma: str, estimator: str, discounts: Sequence[str]
+) -> Said:
+    """Of advantage estimators by which later rewards count less, a KL among them.
+
+    Args:
+        gamma: the setting of the discount.
+        estimator: of the advantage estimator.
+        discounts: its values that do.
+    """
+    if plan is None or not plan.in_reward.terms or settings.get(estimator) not in discounts:
+        return
+    if (factor := number(settings, gamma, 1)) != 1:
+        yield (
+            gamma,
+            f"{settings.named(gamma)} is {factor:g}: a token answers for the KL of later tokens "
+            "with a discount. So the gradient is that of no KL of whole answers",
         )
 
 

@@ -43,6 +43,10 @@ SAID = {
 # Its own findings say these of stock runs too, and otherwise.
 LAUNCH = {
     "whitened": own("k1_in_reward", "--algo.advantage.estimator", "reinforce"),
+    "discounted": own(
+        *("k1_in_reward", "--algo.advantage.estimator", "reinforce"),
+        *("--algo.advantage.no_std_norm", "--algo.advantage.gamma", "0.9"),
+    ),
     "divided_by_length": own(
         "k2_as_loss,horizon=sequence", "--actor.loss_agg_mode", "seq-mean-token-mean"
     ),
@@ -56,6 +60,7 @@ UNSAID = [
     own("k2_as_loss,head=combined", ASYNC, *CORRECTED),
     own("k2_as_loss", *ADAPTIVE, "--klplug.kl_horizon", "256"),
     [*LAUNCH["whitened"], "--algo.advantage.no_std_norm"],
+    own("k1_in_reward", "--algo.advantage.gamma", "0.9"),  # which group_norm sets to 1
 ]
 
 
@@ -74,6 +79,11 @@ def test_the_launch_and_the_audit_say_the_same(finding: str, flags: list[str], w
     found = {f.id: f.message for f in audit([*MAIN, *flags]).findings}
     assert found[finding] == f"{said}."
     assert "klplug-refuses" not in found
+
+
+def test_a_discount_of_a_kl_in_the_reward_is_said() -> None:
+    (said,) = notes(LAUNCH["discounted"])
+    assert said.startswith("--algo.advantage.gamma is 0.9: a token answers for the KL of later")
 
 
 @pytest.mark.parametrize("flags", UNSAID)

@@ -15,6 +15,7 @@ DTYPE = "fsdp_config.mixed_precision.param_dtype"
 ADAPTIVE = ("+klplug.kl_ctrl=adaptive", "+klplug.kl_target=0.1")
 CORRECTED = "algorithm.rollout_correction.rollout_is=token"
 BY_THE_SAMPLER = "k2_as_loss,ratio=rollout"
+SAPO = "actor_rollout_ref.actor.policy_loss.loss_mode=sapo"
 
 # finding: what has it, with a word of it.
 SAID = {
@@ -61,13 +62,18 @@ SAID = {
 # Its own finding says it of stock runs too, and otherwise.
 LAUNCH = {
     "whitened": own("k1_in_reward", "algorithm.adv_estimator=gae"),
+    "discounted": own("k1_in_reward", "algorithm.adv_estimator=gae", "algorithm.gamma=0.9"),
     "divided_by_length": own("k2_as_loss,horizon=sequence", MEAN),
+    "averaged_apart": own("k2_as_loss", SAPO),
 }
 UNSAID = [
     own("0.7*k2_as_loss+0.3*k2_as_loss,reference=old"),
     own("k2_as_loss", TOP_P),
     own("k2_as_loss", BYPASS),
     own("k2_as_loss", MEAN),
+    own("k2_as_loss", MEAN, SAPO),
+    own("k1_in_reward", "algorithm.adv_estimator=grpo", "algorithm.gamma=0.9"),
+    own("k2_as_loss", "algorithm.adv_estimator=gae", "algorithm.gamma=0.9"),
     own("k2_as_loss,horizon=sequence"),
     own(BY_THE_SAMPLER, f"{ROLLOUT}temperature=0.7"),
     own(BY_THE_SAMPLER, RAW, TOP_P),
@@ -123,6 +129,21 @@ def test_weights_to_old_are_to_the_sampler_where_verl_bypasses_it(kl_type: str) 
 def test_whole_answers_divided_by_length_are_said() -> None:
     (said,) = notes(LAUNCH["divided_by_length"])
     assert said.startswith(f"{MEAN} divides by the answer's length") and "tilted" in said
+
+
+def test_a_discount_of_a_kl_in_the_reward_is_said() -> None:
+    _, said = notes(LAUNCH["discounted"])
+    assert said.startswith("algorithm.gamma is 0.9: a token answers") and "whole answers" in said
+    group = "k1_in_reward,reward_norm=group"
+    (said,) = notes(own(group, "algorithm.adv_estimator=reinforce_plus_plus", "algorithm.gamma=0"))
+    assert said.startswith("algorithm.gamma is 0: ")
+
+
+@pytest.mark.parametrize("mode", ["sapo", "geo_mean"])
+def test_a_policy_loss_that_is_averaged_otherwise_is_said(mode: str) -> None:
+    (said,) = notes(own("k2_as_loss", SAPO.replace("sapo", mode)))
+    assert said.startswith(SAPO.replace("sapo", mode)) and "loss_agg_mode=token-mean" in said
+    assert "normaliser-mismatch" in {f.id for f in report(LAUNCH["averaged_apart"]).findings}
 
 
 @pytest.mark.parametrize("overrides", UNSAID)
