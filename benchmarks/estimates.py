@@ -6,6 +6,7 @@ a policy whose every probability is known; the error is against the exact KL(pi|
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,15 +44,27 @@ def sure(policy: float, reference: float) -> tuple[Tensor, Tensor]:
     return log_pi, log_ref
 
 
+def mixed() -> tuple[Tensor, Tensor]:
+    """Four tokens of five where the policy has become sure, the fifth where it has hardly moved."""
+    pairs = zip(sure(0.9998, 0.85), moved(0.3), strict=True)
+    log_pi, log_ref = (torch.cat([a + math.log(0.8), b + math.log(0.2)]) for a, b in pairs)
+    return log_pi, log_ref
+
+
 # Each case: log pi and log ref over the vocabulary.
 CASES: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
     "logits moved by 0.01": lambda: moved(0.01),
     "logits moved by 0.1": lambda: moved(0.1),
     "logits moved by 0.5": lambda: moved(0.5),
+    "logits moved by 1": lambda: moved(1.0),
     "flatter, T = 1.5": lambda: sharpened(1.5),
+    "flatter, T = 2": lambda: sharpened(2.0),
+    "sharpened, T = 0.7": lambda: sharpened(0.7),
     "sharpened, T = 0.5": lambda: sharpened(0.5),
     "sharpened, T = 0.3": lambda: sharpened(0.3),
     "0.999 where ref has 0.7": lambda: sure(0.999, 0.7),
+    "0.7 where ref has 0.3": lambda: sure(0.7, 0.3),
+    "sure at 4 tokens of 5": mixed,
 }
 
 
@@ -80,6 +93,7 @@ def estimates(log_ratio: Tensor) -> dict[str, Tensor]:
         "k3": k3.mean(-1),
         "growth_square": growth.square().mean(-1),
         "k3_growth": (k3 * growth).mean(-1),
+        "n": torch.full_like(log_ratio[..., 0], log_ratio.shape[-1]),
     }
     return {"k1": means["k1"], "k3": means["k3"], "kl": estimate(means)}
 

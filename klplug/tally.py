@@ -127,7 +127,7 @@ class Tally:
         per = [tokens if key in _OF_RATIO else acting for key in _SUMS]
         # Not clamp(min=1): a host that averages over ranks hands in sums of less than a token.
         means = torch.stack(rows).view(len(_SUMS), -1) / torch.stack(per).clamp(min=1e-30)
-        found = dict(zip(_SUMS, means, strict=True))
+        found = dict(zip(_SUMS, means, strict=True)) | {"n": tokens}
         # Of all that are counted: the tokens that were none are not among those of the means.
         counted = torch.stack([sums[f"{name}counted"] for name in names])
         found["nonfinite"] = (counted - tokens) / counted.clamp(min=1e-30)
@@ -160,13 +160,14 @@ def estimate(means: Mapping[str, Tensor]) -> Tensor:
 
     With ``w = exp(-x)``, whose mean under samples of pi is 1, ``k1 + b (w - 1)`` is unbiased for
     any b fixed beforehand: k1 at b = 0, k3 at b = 1. b is fitted on the batch, to the least
-    variance, which biases it by order 1/n. Where the batch has too little of w to fit anything, a
-    third of its effective sample size lost (``(sum w)^2 / (n sum w^2) < 2/3``) or a mean below 0.8
-    (the policy has left tokens that ref has), it is k1. ``benchmarks/results/estimates.md`` has its
-    error. A sampler that cuts its tail (top-p, top-k) biases all of them.
+    variance, which biases it by order 1/n. It is k1 where the batch has too little of w to fit
+    anything: three fifths of its effective sample size are lost (``(sum w)^2 / (n sum w^2) < 2/5``)
+    or its mean is more than four standard errors below 1, for the policy has left tokens that ref
+    has. ``benchmarks/results/estimates.md`` has its error. A sampler that cuts its tail (top-p,
+    top-k) biases all of them.
 
     Args:
-        means: per token; ``growth`` is ``w - 1``.
+        means: per token; ``growth`` is ``w - 1``. And ``n``, of how many tokens.
     """
     k1, k3, square = means["k1"], means["k3"], means["growth_square"]
     growth = k3 - k1
@@ -174,11 +175,12 @@ def estimate(means: Mapping[str, Tensor]) -> Tensor:
     covariance = torch.addcmul(means["k3_growth"], k3, growth, value=-1)
     # k3 - (1 - b) (w - 1), which near the reference has more digits than k1 + b (w - 1).
     fitted = torch.addcmul(k3, covariance / variance, growth, value=-1)
-    steady = ((1 + growth).square() > 2 * variance) & (growth > -0.2) & (square < HUGE**2)
+    steady = ((1 + growth).square() > 2 / 3 * variance) & (square < HUGE**2)
+    whole = growth > -4 * (variance / means["n"]).sqrt()
     # Where all w are one number there is no slope to see. Nor where one is so large that its
     # square is beyond float32.
     slope = variance > EVEN * square
-    return torch.where(steady & slope, fitted, k1).nan_to_num(nan=0.0)
+    return torch.where(steady & whole & slope, fitted, k1).nan_to_num(nan=0.0)
 
 
 def _of_gradients(means: Mapping[str, Tensor]) -> dict[str, Tensor]:

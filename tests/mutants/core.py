@@ -236,9 +236,9 @@ METRICS = (
         ("v[1:].amax(0, keepdim=True)", "v[1:2]"),
         ("v[1:].amin(0, keepdim=True)", "v[1:2]"),
         ("slope = variance > EVEN * square", "slope = variance > variance - 1"),
-        ("& (growth > -0.2)", "& (growth > -2)"),
-        ("torch.where(steady & slope, fitted, k1)", "fitted"),
-        ("torch.where(steady & slope, fitted, k1)", "k3"),
+        ("growth > -4 *", "growth > -40 *"),
+        ("torch.where(steady & whole & slope, fitted, k1)", "fitted"),
+        ("torch.where(steady & whole & slope, fitted, k1)", "k3"),
         ("& (square < HUGE**2)", ""),
         ("tokens if key in _OF_RATIO else acting", "tokens"),
         (
