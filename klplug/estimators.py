@@ -240,9 +240,11 @@ def alpha_divergence(alpha: float) -> Estimator:
     """
 
     below = alpha - 1
+    # Beyond it an exponent may saturate, and there the other form does not cancel.
+    close = min(2.0, 40 / max(abs(alpha), abs(below)))
 
     def value(log_ratio: Tensor) -> Tensor:
-        near = log_ratio.abs() < 2  # where each form's exponentials cancel to the first order
+        near = log_ratio.abs() < close  # where each form's exponentials cancel to the first order
         if alpha < 0.5:
             # exp(-x) (expm1(a x) / a - expm1(x)) / (a - 1); constant far above the reference.
             lr = log_ratio.clamp(max=largest_exponent(log_ratio) - 1)

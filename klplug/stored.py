@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from klplug.estimators import ESTIMATORS, Function, alpha_divergence
-from klplug.numerics import finite, finite_, masked_
+from klplug.numerics import finite, finite_, largest, masked_
 from klplug.spec import KLSpec, TermSpec, parse
 
 if TYPE_CHECKING:
@@ -156,7 +156,9 @@ def _value(term: KLTerm, log_ratio: Tensor) -> Tensor:
     value = spec.factor * _of_reference(spec)(-log_ratio)
     if spec.horizon == "answer":  # an even share of it, as its term has
         value = value / importance.mask.sum(-1, keepdim=True)
-    return masked_(finite_(value * importance.times_exp(-log_ratio)), importance.mask)
+    held = value.abs() >= largest(value)  # f(u) above the reference, where f(u)/u is a number
+    value = (importance.weight * term.value).where(held, value * importance.times_exp(-log_ratio))
+    return masked_(finite_(value), importance.mask)
 
 
 def _of_reference(spec: TermSpec) -> Function:

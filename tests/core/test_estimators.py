@@ -98,3 +98,12 @@ def test_values_and_derivatives_have_all_their_digits(name: str, given: torch.dt
                 f"{what} at {x!r}: {numbers[i].item()!r}, {float(off):.1f} ulp off"
             )
             assert math.isfinite(numbers[i].item())
+
+
+@pytest.mark.parametrize("alpha", [60.0, -60.0])
+def test_an_alpha_whose_powers_are_beyond_the_dtype_is_held_at_its_largest(alpha: float) -> None:
+    x = 1.9 if alpha > 0 else -1.9
+    value, _ = exact(f"alpha={alpha}", mpf(x))
+    assert value > 1e45
+    found = alpha_divergence(alpha).value(torch.tensor([x]))
+    assert found.item() == torch.finfo(torch.float32).max

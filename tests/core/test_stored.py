@@ -138,6 +138,16 @@ def test_the_value_is_right_where_the_weight_is_no_number(name: str, x: float) -
         assert value.tolist() == [pytest.approx([expected[0] / 4] * 4, rel=2e-6)]
 
 
+@pytest.mark.parametrize("x", [20.0, 88.0, 95.0, 400.0])
+@pytest.mark.parametrize("name", PRECISE)
+def test_the_value_is_right_where_the_divergence_is_no_number(name: str, x: float) -> None:
+    """The cap times f(u)/u, which is a small number where f(u) is beyond float32."""
+    u = mpmath.exp(x)
+    value = stored_kl(f"{name}_as_loss", *log_ratios([x])).value
+    expected = float(10 * PRECISE[name](u) / u)
+    assert value.item() == pytest.approx(expected, rel=2e-5, abs=1e-30)
+
+
 @pytest.mark.parametrize("option", ["", ",horizon=sequence", ",level=prefix", ",cap=none"])
 @pytest.mark.parametrize("x", [[-25.0] * 16, [-95.0, -1.0], [-110.0, 3.0], [-0.5, 2.0, 4.0, -9.0]])
 def test_the_likelihood_pulls_where_the_policy_has_lost_an_answer(
