@@ -56,7 +56,8 @@ def group_numbers(group_ids: Sequence[Hashable] | Tensor | None, like: Tensor) -
             return (group_ids[:, None] == group_ids).to(torch.uint8).argmax(-1)
         group_ids = group_ids.tolist()
     try:
-        ids = list(group_ids)
+        # Tensors of one number are hashed by who they are, and not by what.
+        ids = [name.tolist() if isinstance(name, Tensor) else name for name in group_ids]
         hash(tuple(ids))
     except TypeError:
         raise TypeError(

@@ -47,6 +47,7 @@ class Estimate:
         value: the estimate, nats.
         own: each token's own c.
         later: v, what it adds to the coefficients of the tokens before it, in its answer.
+        sample_weight: of ``weight=``; ``None`` where there is none.
         scale: the factor times the sample weight, which c and v have; ``None`` where it is 1.
         unbounded: c before its bound, anything where masked; ``None`` where it has none.
         falling: y of a c that is ``1 - exp(-y)``, whose weight may fall as fast as it grows;
@@ -60,6 +61,7 @@ class Estimate:
     value: Tensor
     own: Tensor
     later: Tensor
+    sample_weight: Tensor | None = None
     scale: float | Tensor | None = None
     unbounded: Tensor | None = None
     falling: Tensor | None = None
@@ -121,7 +123,8 @@ def _acting(spec: TermSpec, batch: Batch, estimate: Estimate, inside: Tensor | N
 def sum_of(parts: list[Acting], batch: Batch) -> Acting:
     """The sum of several, with the weights in its coefficient; of none of them zero."""
     zero = torch.zeros_like(batch.log_probs)
-    weighted = (a.coefficient if a.weight is None else a.weight * a.coefficient for a in parts)
+    # Each held by itself: of two that saturate with other signs the sum would be no number.
+    weighted = (finite(a.weight_or_one * a.coefficient) for a in parts)
     paths = [a.pathwise for a in parts if a.pathwise is not None]
     return Acting(
         batch.mask,
@@ -159,8 +162,7 @@ def _whole_answer(spec: TermSpec, batch: Batch, estimate: Estimate) -> Acting:
     gradient = masked_(finite_(gradient), estimate.mask)
     coefficient = gradient
     if weight is not None:
-        weight = _still_answering(weight, estimate.mask)
-        coefficient = masked_(finite_(gradient / weight), estimate.mask)
+        weight, coefficient = _apart(gradient, weight)
     return Acting(estimate.mask, estimate.value, coefficient, lambda: gradient, weight, importance)
 
 
@@ -230,8 +232,7 @@ def _over_the_vocabulary(spec: TermSpec, batch: Batch, estimate: Estimate) -> Ac
         to_go = batch.answers.after(batch.answers.to_go(added))
         gradient = coefficient = masked_(finite_(to_go), estimate.mask)
         if before is not None:
-            weight = _still_answering(before, estimate.mask)
-            coefficient = masked_(finite_(gradient / weight), estimate.mask)
+            weight, coefficient = _apart(gradient, before)
     pathwise, exact_kl = None, batch.given.exact_kl
     assert exact_kl is not None
     if exact_kl.requires_grad and torch.is_grad_enabled():
@@ -250,14 +251,16 @@ def estimate_of(spec: TermSpec, batch: Batch) -> Estimate:
     weight on c and v. The value is the estimate's own, for the metrics."""
     estimate = _estimate_of(spec, batch)
     scale: float | Tensor = spec.factor
+    weight = None
     if spec.weight != "none":
-        scale = scale * masked(batch.others[weight_name(spec)].to(estimate.own), estimate.mask)
+        weight = masked(batch.others[weight_name(spec)].to(estimate.own), estimate.mask)
+        scale = weight if scale == 1 else scale * weight
     elif scale == 1:
         return estimate
     own = finite_(scale * estimate.own)
     is_own = estimate.later is estimate.own
     later = own if is_own else finite_(scale * estimate.later)
-    return replace(estimate, own=own, later=later, scale=scale)
+    return replace(estimate, own=own, later=later, sample_weight=weight, scale=scale)
 
 
 def _estimate_of(spec: TermSpec, batch: Batch) -> Estimate:
@@ -315,7 +318,17 @@ def _with_limits(spec: TermSpec, batch: Batch) -> Estimate:
     reach = masked(log_ratio, mask)
     log_ratio = masked(log_ratio, numbers)
     falling = reach if row.of_answer is not None and unbounded is None else None
-    return Estimate(mask, numbers, log_ratio, reach, value, own, own, None, unbounded, falling)
+    return Estimate(
+        mask,
+        numbers,
+        log_ratio,
+        reach,
+        value,
+        own,
+        own,
+        unbounded=unbounded,
+        falling=falling,
+    )
 
 
 def _over_answers(spec: TermSpec, batch: Batch, estimate: Estimate) -> Estimate:
@@ -372,9 +385,11 @@ def _importance(spec: TermSpec, batch: Batch, mask: Tensor) -> ImportanceWeight 
     )
 
 
-def _still_answering(weight: Tensor, mask: Tensor) -> Tensor:
-    """1 for a weight of 0: a token that mode=mask dropped still answers for later ones."""
-    return torch.where(weight > 0, weight, mask.to(weight.dtype))
+def _apart(gradient: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``gradient`` as weight times coefficient. The weight is 1 where it is 0 and the gradient is
+    not: a token that mode=mask dropped still answers for later ones."""
+    divisor = weight.where(weight > 0, 1.0)
+    return weight.where(gradient == 0, divisor), finite_(gradient / divisor)
 
 
 def _weighed(estimate: Estimate, importance: ImportanceWeight) -> Tensor:

@@ -117,7 +117,7 @@ def _seen(part: Part, batch: Batch) -> Seen:
         steep=_uncapped(importance) or spec.estimator not in ("k1", "k2", "abs"),
         capped=None if importance is None else importance.capped(),
         bounded=bounded,
-        sample_weight=None if spec.weight == "none" else batch.masked(weight_name(spec)),
+        sample_weight=estimate.sample_weight,
         inputs=inputs,
     )
 

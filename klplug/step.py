@@ -49,7 +49,7 @@ class KLStep:
         if self.term.spec.has_the_reward:
             return torch.zeros_like(advantages)
         for part in self.inside:
-            advantages = advantages - kl_coef * part.coefficient
+            advantages = advantages - finite(kl_coef * part.coefficient)
         return advantages
 
     @property
@@ -113,7 +113,7 @@ def policy_loss(
     Args:
         spec: terms as_loss (``k1_in_reward,head=combined`` is one), or ``none``.
         advantages: (B, T), already normalised over their groups; not differentiated.
-        kl_coef: beta.
+        kl_coef: beta; not differentiated.
         clip_range: epsilon, or (low, high): the ratio is held in [1 - low, 1 + high].
 
     The others, and the errors, are ``kl_term``'s. Aggregate the result as the policy loss is. A
@@ -163,7 +163,9 @@ def policy_loss(
     value = -torch.minimum(rho * advantages, rho.clamp(1 - low, 1 + high) * advantages)
     gradient = -held * advantages
     for part in step.beside:
-        value, gradient = value + kl_coef * part.value, gradient + kl_coef * part.gradient
+        # Each held by itself: of two that saturate with other signs the sum would be no number.
+        value = value + finite(kl_coef * part.value)
+        gradient = gradient + finite(kl_coef * part.gradient)
     # Not by autograd, to which the gradient of a saturated exponent is no number.
     loss = with_gradient(log_probs, finite(value), finite(gradient))
     if term.pathwise is None:

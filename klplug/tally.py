@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ TOP = 0.01
 
 SAMPLE = 2**13
 """Beyond twice as many entries the threshold of the largest is read off so large a sample."""
+
+LARGEST = 1e150
+"""The largest part of a gradient that float64 has the squares of."""
 
 EVEN = 1e-5
 """Of the second moment of w - 1, the variance below which all w are taken as one number."""
@@ -221,6 +224,8 @@ def tally(seen: Sequence[Seen]) -> Tally:
     to a GPU a small operation costs what a large one does. There are two such sums, and what the
     second one is of takes the room of the first one's.
     """
+    if seen[0].gradient.dtype == torch.float64:
+        seen = [_held(s) for s in seen]
     acting = [s for s in seen if s.coefficient is not None]
     # Where the two are one, their product is a square.
     apart = [s for s in acting if s.principled is not s.gradient]
@@ -302,6 +307,17 @@ def tally(seen: Sequence[Seen]) -> Tally:
     }
     maxima |= {s.name + "coef_max": most[id(s.coefficient)] for s in acting}
     return Tally(found, maxima)
+
+
+def _held(s: Seen) -> Seen:
+    """In float64, whose sums have no wider dtype: held where squares are still numbers."""
+    gradient = s.gradient.clamp(-LARGEST, LARGEST)
+    alike = s.principled is s.gradient
+    return replace(
+        s,
+        gradient=gradient,
+        principled=gradient if alike else s.principled.clamp(-LARGEST, LARGEST),
+    )
 
 
 def _asked(s: Seen) -> dict[str, tuple[str, object]]:

@@ -32,14 +32,16 @@ class KLTerm:
     Aggregate it once, as the policy loss is aggregated (``klplug.aggregate`` where there is no
     host), and multiply by ``kl_coef``. The term is a penalty: it is *added* to a loss, and
     ``coefficient`` is *subtracted* from a reward. What it hands out is the reader's own: to change
-    it in place changes neither the others nor the metrics.
+    it in place changes neither the others nor the metrics. ``loss`` alone has the memory of the
+    estimate, and autograd refuses to change it in place.
 
     Attributes:
         spec: what it is a term of.
         parts: the terms of a sum, and of ``none`` none; a single term is its own only part.
         value: detached, unweighted estimate of the KL by the named estimator, nats per token.
         coefficient: detached c; for ``in_reward`` the number to join to each token's reward.
-        weight: detached w; 1 where there is no ratio.
+        weight: detached w; 1 where there is no ratio, and over whole answers where w is 0 and the
+            token still answers for later ones.
         gradient: detached, that of ``loss.sum()`` with respect to ``log_probs``, whatever the
             estimate's own derivative is: ``weight * coefficient`` of a term as_loss, and of one in
             the reward what a host makes of it, ``sum_{s>=t} c_s``.
@@ -49,7 +51,8 @@ class KLTerm:
             with the gradient ``weight * grad exact_kl``; otherwise ``None``. Of an own token it is
             all.
         tally: sums and maxima over the counted tokens, which merge over micro-batches and ranks.
-        metrics: 0-d tensors by name, of the moment of the call; see ``Tally.metrics``.
+        metrics: 0-d tensors by name, of the moment of the call; see ``Tally.metrics``. Which tensor
+            had a number that is none is seen when they are asked for.
 
     For a sum of terms ``value`` and ``gradient`` are the sums of the parts', ``coefficient`` is the
     sum of their ``weight * coefficient``, and ``weight`` is 1.
@@ -180,8 +183,8 @@ def kl_term(
     ``bound``, and exponents at the dtype's maximum (``klplug/overflow_share``; not those within
     ``exact_kl``). A counted token with a nan or an infinite number in one of its tensors
     leaves the KL, and its ratio with it, as if it were masked (``klplug/nonfinite_share``); where
-    only pi/ref is infinite, an estimator that is finite there (js, tv, hellinger, forward) or is
-    bounded has its limit.
+    only pi/ref is infinite, an estimator that is finite there (js, tv, hellinger, forward, alpha
+    below 1) or is bounded has its limit.
 
     Args:
         spec: a ``kl_type`` string or its ``KLSpec``.
@@ -244,6 +247,8 @@ def term_of(spec: KLSpec, given: Given) -> KLTerm:
     """``kl_term``, of tensors that are carried together."""
     given.check(spec, needed_by(spec))
     batch = Batch.of(spec, given)
+    if "ref_log_probs" in batch.others and [t.reference for t in spec.terms] != ["ref"]:
+        batch.compared("ref")  # the metrics alone may have it, and are of this moment
     differentiable = torch.is_grad_enabled() and given.log_probs.requires_grad
     log_probs = given.log_probs if differentiable else given.log_probs.detach()
 

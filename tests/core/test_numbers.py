@@ -566,3 +566,55 @@ def test_what_is_summed_must_be_a_tensor() -> None:
         klplug.reward_to_go(x, torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match=r"x has shape \(2,\), and must be \(B, T\) with segment"):
         klplug.reward_to_go(x[0], torch.zeros(2, dtype=torch.long))
+
+
+# ── What saturates ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_two_terms_that_saturate_with_other_signs_are_numbers() -> None:
+    """One would be inf, the other minus that, and their sum none."""
+    log_probs = torch.tensor([[-1.0, -1.0]], requires_grad=True)
+    above, zero = torch.tensor([[300.0, -1.2]]), log_probs.detach()
+    kl_type = "k3_as_loss,ratio=none+-2*forward_as_loss,ratio=none"
+    loss = klplug.policy_loss(
+        kl_type,
+        log_probs,
+        above,
+        torch.ones(1, 2),
+        old_log_probs=zero,
+        advantages=zero,
+        kl_coef=4.0,
+    )
+    (gradient,) = torch.autograd.grad(loss.sum(), log_probs)
+    assert loss.isfinite().all() and gradient.isfinite().all()
+    # 1 - e^-0.2 of both, and PPO's of an advantage of -1.
+    expected = 4 * (1 - 2) * (1 - math.exp(-0.2)) + 1
+    assert gradient[0, 1].item() == pytest.approx(expected, rel=1e-5)
+    inside = "k2_as_loss,head=combined+-0.5*k3_as_loss,head=combined"
+    far = torch.tensor([[200.0, 0.0]])
+    term = klplug.kl_term(
+        inside,
+        far,
+        torch.tensor([[-100.0, 0.0]]),
+        torch.ones(1, 2),
+        old_log_probs=torch.zeros(1, 2),
+        advantages=-1e30 * torch.ones(1, 2),
+        kl_coef=1.0,
+        clip_range=0.2,
+    )
+    assert term.coefficient.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["truncate", "mask"])
+@pytest.mark.parametrize("level", ["prefix", "sequence"])
+def test_a_weight_that_underflows_is_none_over_whole_answers_too(level: str, mode: str) -> None:
+    """200 tokens one nat below the policy that sampled them: at the end a weight of e^-200."""
+    log_probs = torch.full((1, 200), -1.0)
+    given = (log_probs, log_probs - 0.1, torch.ones(1, 200))
+    kl_type = f"k2_as_loss,level={level},mode={mode}"
+    for horizon in ("token", "sequence"):
+        term = klplug.kl_term(f"{kl_type},horizon={horizon}", *given, old_log_probs=log_probs + 1)
+        assert term.weight[0, -1] == 0
+        mean = term.metrics["klplug/weight_mean"].item()
+        assert term.weight.mean().item() == pytest.approx(mean, rel=1e-5)
+        torch.testing.assert_close(term.weight * term.coefficient, term.gradient)

@@ -271,3 +271,52 @@ def test_the_share_of_saturated_tokens_is_that_of_their_numbers(kl_type: str) ->
     share = term.metrics["klplug/overflow_share"].item()
     assert share == pytest.approx(reached.sum().item() / mask.sum().item())
     assert share > 0
+
+
+def test_a_sample_weight_counts_where_its_token_is_in_the_kl() -> None:
+    """One of three tokens has no reference: the mean is of the other two."""
+    x = torch.zeros(1, 3)
+    ref, weight = torch.tensor([[0.0, math.nan, 0.0]]), torch.tensor([[0.25, 1.0, 0.75]])
+    term = kl_term(
+        "k2_as_loss,ratio=none,weight=mask:tool",
+        x,
+        ref,
+        x + 1,
+        sample_weights={"mask:tool": weight},
+    )
+    assert term.metrics["klplug/sample_weight_mean"].item() == 0.5
+
+
+@pytest.mark.parametrize("kl_type", ["k3_as_loss", "k3_in_reward", "k3_as_loss+0.5*k2_as_loss"])
+def test_in_float64_a_cosine_is_one_whatever_saturates(kl_type: str) -> None:
+    """Of no square that float64 has: c is -e^709 where x is -1000, and half x there."""
+    x = torch.tensor([[-1000.0, 0.5, 800.0]], dtype=torch.float64)
+    zero = torch.zeros_like(x)
+    parts = [
+        kl_term(
+            kl_type, x[:, i : i + 1], zero[:, :1], zero[:, :1] + 1, old_log_probs=x[:, i : i + 1]
+        )
+        for i in range(3)
+    ]
+    whole = kl_term(kl_type, x, zero, zero + 1, old_log_probs=x).metrics
+    merged = Tally.merged([part.tally for part in parts]).metrics()
+    if kl_type.endswith("loss"):  # all of the gradient is at the first token, where both push alike
+        cosine = 1000 / math.hypot(1000, 0.5, 800)
+        assert whole["klplug/gradient_cosine"].item() == pytest.approx(cosine, rel=1e-9)
+        for name, value in whole.items():
+            if "top_share" not in name:
+                assert merged[name].item() == pytest.approx(value.item(), rel=1e-9), name
+    assert -1 <= whole["klplug/gradient_cosine"].item() <= 1
+
+
+@pytest.mark.parametrize(
+    "kl_type", ["monitor", "k2_as_loss,reference=old", "k2_as_loss,weight=mask:tool"]
+)
+def test_metrics_are_of_the_moment_of_the_call(kl_type: str) -> None:
+    """A loop may fill the same buffers anew before it reads them."""
+    x, ref, weight = torch.zeros(1, 2), torch.tensor([[-0.5, -1.5]]), torch.tensor([[0.25, 0.75]])
+    term = kl_term(kl_type, x, ref, x + 1, old_log_probs=x, sample_weights={"mask:tool": weight})
+    ref.fill_(7.0)
+    weight.fill_(7.0)
+    assert term.metrics["klplug/k1"].item() == 1
+    assert term.metrics.get("klplug/sample_weight_mean", torch.tensor(0.5)).item() == 0.5

@@ -586,6 +586,18 @@ def test_group_ids_are_one_for_each_answer(ids: object, words: str) -> None:
         kl_term("k1_in_reward,baseline=group", **batch() | {"group_ids": ids})
 
 
+def test_groups_that_are_named_by_tensors_are_those_of_their_numbers() -> None:
+    """A tensor is hashed by who it is: each answer would be alone, and compared with nothing."""
+    tensors = batch()
+    one, other = (
+        kl_term("k1_in_reward,baseline=group", **tensors | {"group_ids": ids})
+        for ids in ([0, 0, 1, 1], list(torch.tensor([0, 0, 1, 1])))
+    )
+    assert torch.equal(one.coefficient, other.coefficient)
+    with pytest.raises(TypeError, match="group_ids must be B hashable"):
+        kl_term("k1_in_reward,baseline=group", **tensors | {"group_ids": list(torch.zeros(4, 2))})
+
+
 def test_a_baseline_of_saturated_exponents_is_a_number_and_of_no_answers_nothing() -> None:
     returns = torch.full((3, 2), torch.finfo(torch.float32).max)
     for baseline in (others_mean(returns, None), others_mean(-returns, [0, 0, 0])):
