@@ -62,7 +62,8 @@ def make_experience(original: Call, maker: Any, args: Args, kwargs: Kwargs) -> A
     # Samples of the policy itself: the estimates are unbiased here.
     tallies = [kl_term("k1_in_reward", *_tensors(e)).tally for e in experiences]
     if isinstance(maker.kl_ctl, MeasuredController):
-        maker.kl_ctl.measured = float(Tally.merged(tallies).metrics()["klplug/kl"])
+        measured = float(Tally.merged(tallies).metrics()["klplug/kl"])
+        maker.kl_ctl.measure(measured, from_reference=plan.ref_model is None)
         # OpenRLHF counts those of a full batch, whatever a filter or the data's end left of it.
         maker.kl_ctl.answers = sum(int(e.action_mask.any(-1).sum()) for e in experiences)
     if not plan.in_reward.terms:

@@ -282,7 +282,8 @@ def _join(run: Run, data: Any, keys: Sequence[str]) -> None:
     weights = _in_the_reward(run, data, sampled)
     tally = _term(shown, tensors, groups, sampled, weights).tally
     run.metrics = {key: float(value) for key, value in tally.metrics().items()}
-    measured = run.controller.measured = run.metrics["klplug/kl"]
+    measured = run.metrics["klplug/kl"]
+    run.controller.measure(measured, from_reference=run.plan.ref_model is None)
     if not run.is_as_loss:
         run.watch.tell(run.metrics)
     else:  # the workers' metrics have the plain names, and are watched

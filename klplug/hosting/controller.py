@@ -10,6 +10,10 @@ from klplug.controllers import KLController
 from klplug.hosting.state import Reference, StateError
 from klplug.spec import KLSpec
 
+APART = 0.02
+"""Nats per token, beyond which a KL is none of a model with itself: that of a bfloat16 copy to a
+float32 one is 3e-4, and that of a sampler in bfloat16 to its trainer below 0.01."""
+
 
 @dataclass
 class MeasuredController:
@@ -18,15 +22,34 @@ class MeasuredController:
     Hosts hand their controller the value of whatever estimator was chosen, k2's included. The
     adapter knows better: ``klplug/kl`` under samples of the very policy they came from, and how
     many answers they are.
+
+    ``fresh``: the policy has not been updated yet, as far as is known.
     """
 
     controller: KLController
     measured: float | None = None
     answers: int | None = None
+    fresh: bool = True
 
     @property
     def value(self) -> float:
         return self.controller.value
+
+    def measure(self, kl: float, from_reference: bool) -> None:
+        """Take a step's KL, and say so where it is not 0 before the first update.
+
+        Args:
+            kl: ``klplug/kl`` before the update.
+            from_reference: whether the policy starts as the model that the KL is to.
+        """
+        self.measured = kl
+        if self.fresh and from_reference and abs(kl) > APART:
+            _warn(
+                f"before the first update the KL is {kl:.3g} nats per token. Policy and reference "
+                "are one model then, so it should be near 0. Something differs: an adapter, the "
+                "dtype, the temperature, the inputs or the weights"
+            )
+        self.fresh = False
 
     def update(self, current: float, n_steps: int) -> None:
         self.controller.update(
@@ -56,6 +79,7 @@ class MeasuredController:
         Raises:
             ValueError: it is not what ``saved`` gave.
         """
+        self.fresh = False
         if saved is not None and not _is_state(saved):
             raise StateError(f"the state of klplug's controller in a checkpoint is {saved!r}")
         if saved is None or saved["kl_type"] != str(spec):

@@ -121,6 +121,35 @@ def test_what_was_counted_stands_over_what_the_host_says() -> None:
     assert controller.value == pytest.approx(0.1 * math.exp(0.06))
 
 
+@pytest.mark.parametrize(
+    ("kls", "from_reference", "said"),
+    [
+        ([0.63, 0.7], True, 1),
+        ([-0.63], True, 1),
+        ([3e-4, 0.63], True, 0),  # of a bfloat16 copy to a float32 one; then it was trained
+        ([0.63], False, 0),
+    ],
+)
+def test_a_run_that_begins_away_from_its_reference_says_so(
+    kls: list[float], from_reference: bool, said: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    controller = MeasuredController(AdaptiveKL(0.1, target=0.1, horizon=10))
+    for kl in kls:
+        controller.measure(kl, from_reference)
+        assert controller.measured == kl
+    out = capsys.readouterr().out
+    assert out.count(f"WARNING: before the first update the KL is {kls[0]:g} nats") == said
+    assert said or not out
+
+
+def test_a_run_that_goes_on_was_updated_before(capsys: pytest.CaptureFixture[str]) -> None:
+    for saved in (STATE, None):
+        controller = MeasuredController(AdaptiveKL(0.25, target=0.1, horizon=10))
+        controller.resume(saved, parse("k2_as_loss"), {}, "adaptive", "a host")
+        controller.measure(0.63, from_reference=True)
+        assert "before the first update" not in capsys.readouterr().out
+
+
 # The reference's identity.
 
 

@@ -107,10 +107,7 @@ VERL = (
         ("kl[answer] - kl[others].mean()", "kl[answer] - kl.mean()"),
         ("rewards = rewards - beta * _term", "rewards = rewards + beta * _term"),
         ("itertools.filterfalse(run.plan.before_advantages, in_reward.terms)", "in_reward.terms"),
-        (
-            'run.controller.measured = run.metrics["klplug/kl"]',
-            'run.controller.measured = run.metrics["klplug/k2"]',
-        ),
+        ('measured = run.metrics["klplug/kl"]', 'measured = run.metrics["klplug/k2"]'),
         ("sum(bool(sampled[rows].any()) for rows in answers)", "len(keys)"),
         ("if run.is_as_loss and not workers_report:", "if False:"),
         ("if whole and n_answers < n_rows:", "if False:"),

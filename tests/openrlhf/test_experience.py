@@ -268,6 +268,24 @@ def test_the_controller_is_fed_an_unbiased_estimate(monkeypatch: pytest.MonkeyPa
     assert made.kl_ctl.value == pytest.approx(BETA * math.exp(error * GROUPS * GROUP / 100))
 
 
+@pytest.mark.parametrize(("spread", "said"), [(0.5, 1), (0.0, 0)])
+def test_a_run_that_begins_away_from_its_reference_says_so(
+    spread: float,
+    said: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    samples = Samples(spread=spread)
+    args = arguments()
+    configure(args, "k2_as_loss", BETA)
+    made = maker(args, samples, monkeypatch)
+    made.kl_ctl = MeasuredController(FixedKL(BETA))
+    for _ in range(2):
+        made.make_experience_batch(samples.experiences())
+    assert (abs(made.kl_ctl.measured) > 0.02) is (said == 1)
+    assert capsys.readouterr().out.count("before the first update the KL is") == said
+
+
 def test_n_of_the_controller_counts_answers_that_are_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -552,10 +553,28 @@ def test_beside_a_loss_the_reward_is_warned_of(
     made = trainer(*klplug("k2_in_reward+k2_as_loss"), kind=kind)
     for _ in range(20):
         joined(made, experience(batch(), SCORES), KEYS)
-    said = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+    said = [line for line in capsys.readouterr().out.splitlines() if "in the reward" in line]
     assert [line.partition(" is ")[0] for line in said] == [
         "klplug: WARNING: in the reward, klplug/gradient_cosine"
     ]
+
+
+@pytest.mark.parametrize("kl_type", ["k2_as_loss", "k1_in_reward", "monitor"])
+def test_a_run_that_begins_away_from_its_reference_says_so(
+    kl_type: str, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once, and not where another model is the reference."""
+    own = klplug(kl_type)[: 1 if kl_type == "monitor" else 2]
+    for ref_model, far, count in ((None, True, 1), ("hub/other", True, 0), (None, False, 0)):
+        made = trainer(*own, kind=kind)
+        made.klplug.plan = dataclasses.replace(made.klplug.plan, ref_model=ref_model)
+        data = experience(batch(), SCORES)
+        if not far:
+            data.batch["ref_log_prob"] = data.batch["old_log_probs"].clone()
+        for _ in range(2):
+            _, logged = joined(made, data, KEYS)
+        assert (abs(logged["klplug/kl_before_update"]) > 0.02) is far
+        assert capsys.readouterr().out.count("before the first update the KL is") == count
 
 
 def test_a_loss_without_klplugs_kl_stops_the_run(kind: str) -> None:
