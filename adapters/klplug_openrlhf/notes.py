@@ -68,7 +68,8 @@ def dual_clip(plan: Plan | None, settings: Settings) -> Said:
 
 
 def truncated_sampler(plan: Plan | None, settings: Settings) -> Said:
-    return hosting.truncated_sampler(plan, cut(settings))
+    found = cut(settings)
+    return hosting.truncated_sampler(plan, found, found)
 
 
 def stale_samples(plan: Plan | None, settings: Settings) -> Said:

@@ -51,6 +51,11 @@ def cut(settings: Settings) -> hosting.Cut:
         if temperature != 1:
             return TEMPERATURE, f"{LOGPROBS_MODE}=raw_logprobs and {TEMPERATURE}={temperature:g}"
         return None
+    return sampled(settings)
+
+
+def sampled(settings: Settings) -> hosting.Cut:
+    """The setting by which no sample has the policy's least likely tokens, and it in words."""
     top_p, top_k = number(settings, TOP_P, 1), number(settings, TOP_K, -1)
     if top_p < 1:
         return TOP_P, f"{TOP_P}={top_p:g}"
@@ -73,7 +78,7 @@ def discounted(plan: Plan | None, settings: Settings) -> Said:
 
 
 def truncated_sampler(plan: Plan | None, settings: Settings) -> Said:
-    return hosting.truncated_sampler(plan, cut(settings), bypass(settings))
+    return hosting.truncated_sampler(plan, cut(settings), sampled(settings), bypass(settings))
 
 
 def divided_by_length(plan: Plan | None, settings: Settings) -> Said:

@@ -69,13 +69,21 @@ Cut = tuple[str, str] | None
 # Rows of every host, once it says which settings of its own they are about.
 
 
-def truncated_sampler(plan: Asked | None, found: Cut, bypass: str = "") -> Said:
+def truncated_sampler(plan: Asked | None, found: Cut, sampled: Cut, bypass: str = "") -> Said:
     """Of weights per token, each of which is off by its own S, and no more; and of what is measured
-    at the start of a step, where those are the policy's log-probs.
+    at the start of a step, where those are the policy's log-probs, or where it drives anything.
 
     Args:
+        sampled: as ``found``, of the samples themselves, whatever their log-probs are.
         bypass: as in ``truncated``.
     """
+    if plan is not None and plan.is_driven and sampled is not None and not bypass:
+        key, how = sampled
+        yield (
+            key,
+            f"kl_ctrl={plan.kl_ctrl} with {how}: what drives it is klplug/kl, a mean over the "
+            "tokens that the sampler keeps. That is not the KL, and the less so the more is cut",
+        )
     if plan is None or found is None:
         return
     key, how = found

@@ -60,3 +60,21 @@ def test_where_all_log_ratios_are_one_there_is_no_slope_to_fit() -> None:
             pi = torch.full((2, 300), -1.0, dtype=dtype)
             found = kl_term("k1_in_reward", pi, pi - lr, torch.ones(2, 300)).metrics["klplug/kl"]
             assert found.item() == pytest.approx(lr, rel=0.02, abs=1e-7)
+
+
+@pytest.mark.parametrize(("top_p", "off"), [(1.0, 0.03), (0.9, 0.3), (0.7, 1.0)])
+def test_a_sampler_that_cuts_gives_another_number_than_the_kl(top_p: float, off: float) -> None:
+    """The KL is enumerated. One as sharp again by 0.3 as its reference: 0.65 and 3.4 of it."""
+    draw = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(50, dtype=torch.float64, generator=draw)
+    log_pi, log_ref = (1.3 * logits).log_softmax(0), logits.log_softmax(0)
+    kl = (log_pi.exp() * (log_pi - log_ref)).sum().item()
+    likely, order = log_pi.exp().sort(descending=True)
+    kept = torch.where(likely.cumsum(0) - likely < top_p, likely, 0.0)
+    tokens = order[torch.multinomial(kept, 2**14, replacement=True, generator=draw)].view(64, -1)
+    term = kl_term("k1_in_reward", log_pi[tokens], log_ref[tokens], torch.ones(tokens.shape))
+    found = term.metrics["klplug/kl"].item()
+    if top_p == 1.0:
+        assert found == pytest.approx(kl, rel=off)
+    else:
+        assert abs(found / kl - 1) > off

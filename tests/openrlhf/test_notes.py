@@ -24,6 +24,7 @@ CORRECTED = ("--algo.advantage.is_correction_level", "token")
 SAID = {
     "truncated-sampler": [
         (own(BY_THE_SAMPLER, "--rollout.top_p", "0.9"), "--rollout.top_p 0.9"),
+        (own("k2_as_loss", "--rollout.top_p", "0.9", *ADAPTIVE), "kl_ctrl=adaptive with --rollout"),
     ],
     "stale-samples": [
         (own("k2_as_loss", ASYNC), "some updates old"),

@@ -25,6 +25,8 @@ SAID = {
         (own(BY_THE_SAMPLER, RAW, f"{ROLLOUT}temperature=0.7"), "temperature=0.7"),
         (own("k2_as_loss,ratio=none", TOP_P, BYPASS), "that is k1 - log S"),
         (own("k1_in_reward", TOP_K, BYPASS), f"{BYPASS} with {TOP_K}: the policy's log-probs"),
+        (own("k2_as_loss", TOP_P, *ADAPTIVE), f"kl_ctrl=adaptive with {TOP_P}: what drives it"),
+        (own("k1_in_reward", TOP_K, RAW, *ADAPTIVE), f"kl_ctrl=adaptive with {TOP_K}: what"),
     ],
     "stale-samples": [
         (own("k2_as_loss", "trainer.v1.trainer_mode=separate_async"), "some updates old"),
@@ -69,6 +71,8 @@ LAUNCH = {
 UNSAID = [
     own("0.7*k2_as_loss+0.3*k2_as_loss,reference=old"),
     own("k2_as_loss", TOP_P),
+    own("k2_as_loss", RAW, f"{ROLLOUT}temperature=0.7", *ADAPTIVE),
+    own("k2_as_loss", TOP_P, "+klplug.kl_ctrl=linear", "+klplug.kl_end=0", "+klplug.kl_steps=9"),
     own("k2_as_loss", BYPASS),
     own("k2_as_loss", MEAN),
     own("k2_as_loss", MEAN, SAPO),
