@@ -419,7 +419,7 @@ def _controller(settings: Settings, terms: list[Term]) -> Controller | None:
     if own.written and own.value != "fixed":
         if own.value in CONTROLS and not CONTROLS[own.value].driven:
             return None
-        return Controller(own, settings[KL_TARGET], True, "k3, before the update", True)
+        return Controller(own, settings[KL_TARGET], True, "k3, before the update", True, kept=True)
     target = settings[TARGET]
     if not target.written or not target.value:
         return None

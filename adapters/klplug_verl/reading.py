@@ -522,7 +522,7 @@ def _controller(settings: Settings, terms: list[Term]) -> Controller | None:
     if own.written and own.value not in (None, "fixed"):
         if own.value in CONTROLS and not CONTROLS[own.value].driven:
             return None
-        return Controller(own, settings[KL_TARGET], True, "k3, before the update", True)
+        return Controller(own, settings[KL_TARGET], True, "k3, before the update", True, kept=True)
     setting = settings[CTRL_TYPE]
     if setting.value != "adaptive":
         return None

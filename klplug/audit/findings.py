@@ -760,6 +760,23 @@ def _adaptive_wrong(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
         )
 
 
+@rule(
+    "adaptive-forgotten",
+    INFO,
+    "An adaptive coefficient that no checkpoint has",
+    aspects.KL,
+    aspects.CONTROLLER,
+)
+def _adaptive_forgotten(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
+    controller = run.controller
+    if controller is not None and controller.drives and not controller.kept:
+        yield (
+            "The host saves no state of its adaptive controller. A run that resumes starts again "
+            "from the coefficient that is written.",
+            controller.setting,
+        )
+
+
 @rule("adaptive-target", ERROR, "A KL target that is not positive", aspects.CONTROLLER)
 def _adaptive_target(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     controller = run.controller

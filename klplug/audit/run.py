@@ -192,6 +192,7 @@ class Controller:
     drives: bool  # it changes a coefficient that is in use
     fed: str  # the value it is fed
     right: bool  # that value estimates KL(pi||ref)
+    kept: bool = False  # checkpoints have the coefficient
     only: str = ""  # where it drives nothing: what it would drive
 
 

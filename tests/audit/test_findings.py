@@ -154,6 +154,10 @@ CASES = {
         _openrlhf(f"{_ORL_K3} --algo.kl.target 6"),
         _openrlhf(f"{_ORL_K1} --algo.kl.target 6"),
     ),
+    "adaptive-forgotten": (
+        _verl(f"{_REWARD}k1 {_ADAPTIVE}"),
+        _GOOD + " +klplug.kl_ctrl=adaptive +klplug.kl_target=0.1",
+    ),
     "adaptive-target": (
         _verl(f"{_REWARD}k1 {_ADAPTIVE} algorithm.kl_ctrl.target_kl=0"),
         _verl(f"{_REWARD}k1 {_ADAPTIVE}"),
@@ -165,6 +169,16 @@ def _audit(tmp_path: Path, script: str) -> Report:
     path = tmp_path / "run.sh"
     path.write_text(script + "\n")
     return audit(path)
+
+
+def test_openrlhfs_own_controller_is_in_no_checkpoint(tmp_path: Path) -> None:
+    for script, kept in (
+        (_openrlhf(f"{_ORL_K1} --algo.kl.target 6"), False),
+        (_openrlhf(_ORL_K1), True),
+        (_openrlhf(f"{_ORL_K1} --algo.kl.target 0"), True),  # there is none
+    ):
+        found = {f.id for f in _audit(tmp_path, script).findings}
+        assert ("adaptive-forgotten" not in found) is kept
 
 
 def test_every_finding_has_a_case() -> None:
