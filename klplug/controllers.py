@@ -126,6 +126,12 @@ def _saved(state: Any, name: str) -> Any:
     return state.get(name)
 
 
+def _positive(**given: float) -> None:
+    for name, number in given.items():
+        if not 0 < number < math.inf:
+            raise ValueError(f"{name}={number:g} must be finite and positive")
+
+
 class _Driven:
     """A coefficient that a KL moves: positive, and held within [1e-4, 1e4] of its start, where it
     says so once at either end."""
@@ -133,6 +139,7 @@ class _Driven:
     kl_ctrl: str
 
     def __init__(self, kl_coef: float, target: float) -> None:
+        _positive(kl_coef=kl_coef, target=target)
         self.value = self._start = kl_coef
         self.target = target
         self._said: set[str] = set()
@@ -206,12 +213,16 @@ class AdaptiveKL(_Driven):
         target: KL(pi||ref) to hold, nats per token.
         horizon: answers over which the coefficient can change by a factor e^0.2. Where a step has
             more, it changes by more in one step.
+
+    Raises:
+        ValueError: one of them is not finite and positive.
     """
 
     kl_ctrl = "adaptive"
 
     def __init__(self, kl_coef: float, target: float, horizon: float) -> None:
         super().__init__(kl_coef, target)
+        _positive(horizon=horizon)
         self.horizon = horizon
 
     def update(self, kl: float, n_samples: int) -> None:

@@ -313,3 +313,12 @@ def test_a_saved_state_that_is_none_is_named(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         kl_controller(kl_ctrl, 0.1, **STATES[kl_ctrl]).load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["kl_coef", "target", "horizon"])
+@pytest.mark.parametrize("number", [0, -1.0, float("nan"), float("inf")])
+def test_a_number_that_can_not_drive_is_refused_at_once(name: str, number: float) -> None:
+    """At the first update a target of 0 divides by it, and a negative one drives the wrong way."""
+    given = {"kl_coef": 0.1, "target": 0.1, "horizon": 100.0} | {name: number}
+    with pytest.raises(ValueError, match=f"^{name}=.* must be finite and positive$"):
+        AdaptiveKL(**given)
