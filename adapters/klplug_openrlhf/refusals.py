@@ -259,6 +259,7 @@ ROWS = (
     posterior_beside_another_loss,
     hosting.posterior_without_a_coefficient,
     hosting.two_baselines,
+    hosting.two_divergences_over_the_vocabulary,
     hosting.baseline_of_nothing,
     hidden_states_in_pieces,
     stored_answers_in_a_ring,

@@ -453,6 +453,7 @@ ROWS = (
     baseline_beside_values,
     head_of_another_loss,
     hosting.two_baselines,
+    hosting.two_divergences_over_the_vocabulary,
     hosting.baseline_of_nothing,
     no_other_answers,
     weight_of_no_group,

@@ -54,6 +54,18 @@ def two_baselines(plan: Asked, settings: Settings) -> Said:
         )
 
 
+def two_divergences_over_the_vocabulary(plan: Asked, settings: Settings) -> Said:
+    """One pass makes one."""
+    terms = (term for term in plan.spec.terms if term.over_vocabulary)
+    count = len({(term.estimator, term.alpha, term.vocab) for term in terms})
+    if count > 1:
+        yield (
+            None,
+            f"kl_type {plan.spec}: {count} divergences over the vocabulary are refused: a run has "
+            "one. Use vocab=sample for the others",
+        )
+
+
 def baseline_of_nothing(plan: Asked, settings: Settings) -> Said:
     compared = (term.reference for term in plan.spec.terms if term.baseline != "none")
     reference = next((name for name in compared if name not in ("ref", "teacher")), None)

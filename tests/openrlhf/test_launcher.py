@@ -160,6 +160,11 @@ UNSERVED: list[tuple[str, tuple[str, ...], list[str]]] = [
             ["one term as loss"],
         ),
         (
+            "exact_as_loss+0.5*k2_as_loss,vocab=topk:8",
+            (),
+            ["2 divergences over the vocabulary", "vocab=sample"],
+        ),
+        (
             "k1_in_reward,baseline=batch",
             ("--rollout.n_samples_per_prompt", "1", "--rollout.batch_size", "1"),
             ["--rollout.n_samples_per_prompt is 1", "baseline=batch has no other answers"],

@@ -367,6 +367,10 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
         ["one term as loss"],
     ),
     (
+        own("js_as_loss,vocab=exact+exact_as_loss"),
+        ["2 divergences over the vocabulary", "vocab=sample"],
+    ),
+    (
         own(
             "k2_as_loss,reference=rollout",
             "actor_rollout_ref.rollout.calculate_log_probs=False",
