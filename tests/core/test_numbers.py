@@ -590,19 +590,16 @@ def test_two_terms_that_saturate_with_other_signs_are_numbers() -> None:
     # 1 - e^-0.2 of both, and PPO's of an advantage of -1.
     expected = 4 * (1 - 2) * (1 - math.exp(-0.2)) + 1
     assert gradient[0, 1].item() == pytest.approx(expected, rel=1e-5)
-    inside = "k2_as_loss,head=combined+-0.5*k3_as_loss,head=combined"
-    far = torch.tensor([[200.0, 0.0]])
-    term = klplug.kl_term(
-        inside,
-        far,
-        torch.tensor([[-100.0, 0.0]]),
+    # Under a weight of e^2 each of the two is beyond the dtype; their sum is held at 0.
+    weighed = klplug.kl_term(
+        "k3_as_loss,cap=none+-2*forward_as_loss,cap=none",
+        log_probs.detach(),
+        above,
         torch.ones(1, 2),
-        old_log_probs=torch.zeros(1, 2),
-        advantages=-1e30 * torch.ones(1, 2),
-        kl_coef=1.0,
-        clip_range=0.2,
+        old_log_probs=zero - 2,
     )
-    assert term.coefficient.isfinite().all()
+    expected = math.exp(2) * (1 - 2) * (1 - math.exp(-0.2))
+    assert weighed.coefficient[0].tolist() == pytest.approx([0, expected], rel=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["truncate", "mask"])
