@@ -129,12 +129,13 @@ def main() -> int:
             trees.put(copied(Path(place) / f"tree-{job}"))
 
         def tried(mutant: Mutant) -> bool:
-            tree = trees.get()
+            tree, began = trees.get(), time.monotonic()
             try:
                 survived = survives(mutant, tree)
             finally:
                 trees.put(tree)
-            print(f"{'SURVIVES' if survived else 'noticed '}  {mutant.name}", flush=True)
+            took = f"{time.monotonic() - began:4.0f} s"
+            print(f"{'SURVIVES' if survived else 'noticed '}  {took}  {mutant.name}", flush=True)
             return survived
 
         # Tests that fail without any mistake would notice everything.

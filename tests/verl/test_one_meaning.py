@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from klplug_verl.actor import clip_range
 from torch import Tensor
 
 from klplug import parse
@@ -25,7 +26,7 @@ from tests.one_meaning import (
     states,
     step_gradient,
 )
-from tests.verl.tensors import KEYS, LAYOUTS, experience, gradient_of_states, loss
+from tests.verl.tensors import KEYS, LAYOUTS, actor_config, experience, gradient_of_states, loss
 from tests.verl.trainer import TRAINERS, joined, quoted, trainer
 
 SCORES = torch.tensor([1.0, 0.0, 0.25, 0.5])
@@ -50,6 +51,30 @@ def test_the_gradient_of_the_loss_is_the_shared_one(kl_type: str, layout: str) -
     )
     value.backward()
     torch.testing.assert_close(log_probs.grad, step_gradient(kl_type), rtol=TOLERANCE, atol=1e-7)
+
+
+@pytest.mark.parametrize("low", [None, 0.1])
+@pytest.mark.parametrize("high", [None, 0.4])
+def test_the_clip_range_is_where_verls_own_policy_loss_ends(
+    low: float | None, high: float | None
+) -> None:
+    """Where its gradient is not zero: up to the high end for a good answer, down to the low one."""
+    from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla
+
+    config = actor_config(None, 0.0, clip_ratio_low=low, clip_ratio_high=high)
+    ratio = torch.linspace(0.5, 1.5, 1001)
+
+    def moves(advantage: float) -> Tensor:
+        log_probs = ratio.log().requires_grad_(True)
+        old, mask = torch.zeros_like(log_probs), torch.ones_like(log_probs)
+        given = (old, log_probs, advantage * mask, mask)
+        value, *_ = compute_policy_loss_vanilla(*(part[None] for part in given), config=config)
+        value.backward()
+        assert log_probs.grad is not None
+        return ratio[log_probs.grad != 0]
+
+    found = 1 - clip_range(config)[0], 1 + clip_range(config)[1]
+    assert found == pytest.approx((moves(-1.0).min().item(), moves(1.0).max().item()), abs=2e-3)
 
 
 @pytest.mark.parametrize("kl_type", EXACT)
