@@ -1,5 +1,6 @@
 """What a user sets for a quickstart run, and what is checked before anything starts."""
 
+import math
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -102,6 +103,9 @@ class Settings:
     updates: int = 1
     save_every: int = 0
     """Steps between copies of the policy, for curves along the run; 0: at the end alone."""
+    spike: float = 1.0
+    """Times the recipe's learning rate in the first updates, falling with the root of their number
+    from then on; 1: the recipe's throughout. OpenRLHF only."""
 
     @property
     def is_stock(self) -> bool:
@@ -142,6 +146,7 @@ def settings(
     ranks: int = 1,
     updates: int = 1,
     save_every: int = 0,
+    spike: float = 1.0,
 ) -> Settings:
     """Checked settings, with what was left out filled in from the recipe.
 
@@ -173,12 +178,14 @@ def settings(
         )
     if save_every < 0:
         raise SettingsError(f"--save-every {save_every}: 0, the end alone, or steps above 0")
+    if not (spike == 1 or (spike > 1 and math.isfinite(spike) and host == "openrlhf")):
+        raise SettingsError(f"spike={spike:g}: 1, or on OpenRLHF a finite number above it")
     if gsm8k is not None and data != "gsm8k":
         raise SettingsError(f"GSM8K={gsm8k} is read with DATA=gsm8k only, not with DATA={data}")
     coef = checked_kl_coef(canonical, kl_coef, recipe.kl_coef)
     made = Settings(
         *(host, canonical, coef, steps, checked_seed(seed), model, data, gsm8k, ranks, updates),
-        save_every,
+        *(save_every, spike),
     )
     check_data(made)
     return made

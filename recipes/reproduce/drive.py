@@ -34,6 +34,7 @@ READ = (
     *("settings", "evaluation", "status", "seconds", "evaluations", "training", "cpu_seconds"),
     *("load", "commit", "changed", "versions", "machine"),
 )
+LATER = {"spike": 1.0}  # what rows were made with that do not say it
 RESULTS = "results.jsonl"
 LOCK = "driver.lock"
 PACKAGES = (
@@ -94,10 +95,10 @@ def append(path: Path, row: Row) -> None:
 def is_of(row: Row, run: Run, grid: Grid) -> bool:
     """Whether a row is this run's, measured as the grid asks for.
 
-    A setting that came later is not in older rows.
+    A setting that came later is not in older rows: it is not asked of them, or is as in LATER.
     """
-    asked = run.as_dict()
-    same = all(asked.get(key) == value for key, value in row["settings"].items())
+    asked, held = {**LATER, **run.as_dict()}, {**LATER, **row["settings"]}
+    same = all(asked.get(key) == value for key, value in held.items())
     return same and row["evaluation"] == measures(grid)
 
 

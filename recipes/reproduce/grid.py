@@ -26,9 +26,12 @@ from recipes.shared.settings import HOSTS, WITHOUT_COEF, SettingsError, canonica
 HERE = Path(__file__).resolve().parent
 GRIDS = HERE / "grids"
 
-SHARED = {"host": "openrlhf", "model": "tiny", "data": "words", "steps": None, "save_every": 0}
+SHARED = {
+    **{"host": "openrlhf", "model": "tiny", "data": "words"},
+    **{"steps": None, "save_every": 0, "spike": 1.0},
+}
 GPU = ("recipe", "host")
-TYPES = {"steps": int, "save_every": int}  # of the shared keys; the others are text
+TYPES = {"steps": int, "save_every": int, "spike": float}  # of the shared keys; the others are text
 MEASURED = {"problems": 500, "samples": 16}
 VARIED = ("kl_type", "kl_coef", "updates", "seeds")
 
@@ -81,12 +84,14 @@ def read(path: Path) -> Grid:
     blocks = written.get("runs")
     if not isinstance(blocks, list) or not blocks:
         raise GridError(f"{path}: runs must be a list of blocks, not {blocks!r}")
-    for key in (*GPU, *SHARED):
-        if key in written:
-            of_type(written[key], TYPES.get(key, str), f"{path}: {key}")
-    shared = {key: written.get(key, default) for key, default in SHARED.items()}
+    named = {
+        key: of_type(written[key], TYPES.get(key, str), f"{path}: {key}")
+        for key in (*GPU, *SHARED)
+        if key in written
+    }
+    shared = {**SHARED, **named}
     if is_gpu:
-        shared = {"host": shared["host"], "base": written["recipe"]}
+        shared = {"host": shared["host"], "base": named["recipe"]}
     runs = [
         run
         for number, block in enumerate(blocks, start=1)

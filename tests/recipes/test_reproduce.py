@@ -1,5 +1,6 @@
 """The driver of a grid: what is refused, what is made again, what is written down."""
 
+import math
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from recipes.quickstart import openrlhf
 from recipes.quickstart import run as quickstart
@@ -138,6 +140,10 @@ def test_tier_1_is_what_the_hypotheses_say() -> None:
         (("0.5]", f"{10**400}]"), "000 must be a number"),
         (("steps: 2", "steps: '2'"), "steps='2' must be a whole number"),
         (("steps: 2", "steps: 2.5"), "steps=2.5 must be a whole number"),
+        (("steps: 2", "spike: 0.5"), "spike=0.5: 1, or on OpenRLHF a finite number above it"),
+        (("steps: 2", "spike: .inf"), "spike=inf: 1, or on OpenRLHF"),
+        (("steps: 2", "spike: high"), "spike='high' must be a number"),
+        (("steps: 2", "host: verl\nspike: 2"), "spike=2: 1, or on OpenRLHF"),
         (("steps: 2", "steps: -2"), "STEPS=-2"),
         (("steps: 2", "save_every: true"), "save_every=True must be a whole number"),
         (("steps: 2", "model: 5"), "model=5 must be text"),
@@ -481,12 +487,13 @@ def test_two_drivers_on_one_folder_are_refused_and_a_killed_one_leaves_no_lock(
 
 
 def test_a_row_is_a_runs_by_its_settings_and_its_measures(tmp_path: Path) -> None:
-    """A setting that came later is not asked of older rows."""
+    """A setting that came later is not asked of older rows; a spike is, which they were without."""
     run, grid = settings(seed=3), small(tmp_path)
-    older = {k: v for k, v in run.as_dict().items() if k != "save_every"}
+    older = {k: v for k, v in run.as_dict().items() if k not in ("save_every", "spike")}
     row = {"settings": older, "evaluation": {"problems": 4, "samples": 2}}
     assert is_of(row, run, grid)
     assert not is_of(row, settings(seed=4), grid)
+    assert not is_of(row, settings(seed=3, spike=10.0), grid)
     assert not is_of({**row, "evaluation": {"problems": 4, "samples": 1}}, run, grid)
 
 
@@ -608,6 +615,29 @@ def test_the_copies_along_the_run_are_found_where_openrlhf_leaves_them(tmp_path:
     assert measure.policies(without, tmp_path) == [(5, tmp_path / "policy")]
     plain = openrlhf.command(without, without.recipe, "m", tmp_path / "p", tmp_path / "policy")
     assert not any("save_steps" in word for word in plain)
+
+
+@pytest.mark.parametrize(("spike", "ends"), [(1.0, 2e-4), (20.0, 20 * 2e-4 / math.sqrt(120 / 4))])
+def test_a_spike_falls_with_the_root_of_the_updates(
+    spike: float, ends: float, tmp_path: Path
+) -> None:
+    """By the schedule that the host takes from transformers, warmed up over 3 % of the updates."""
+    from transformers import get_scheduler
+
+    made = settings(spike=spike)
+    words = openrlhf.command(made, made.recipe, "m", tmp_path / "p", tmp_path / "policy")
+    rate, name = (
+        words[words.index(key) + 1] for key in ("--actor.adam.lr", "--actor.lr_scheduler")
+    )
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=float(rate))
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=4, num_training_steps=120)
+    rates = []
+    for _ in range(121):
+        rates += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    assert max(rates) == rates[4] == pytest.approx(spike * made.recipe.learning_rate)
+    assert rates[-1] == pytest.approx(ends)
 
 
 # A run of the real host
