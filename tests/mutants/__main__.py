@@ -8,6 +8,7 @@ A host's rows need that host's environment, ``.venv-HOST``; ``KLPLUG_TEST_HOSTS`
 from __future__ import annotations
 
 import argparse
+import functools
 import multiprocessing
 import os
 import shutil
@@ -15,9 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
+from typing import TypeVar
 
 import hypothesis  # noqa: F401  (loaded once, and torch with it, for all that is forked)
 import pytest
@@ -27,6 +30,7 @@ from tests.mutants import Mutant
 from tests.mutants.core import CORE
 from tests.mutants.hosts import HOSTS
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -128,24 +132,37 @@ def main() -> int:
         for job in range(options.jobs):
             trees.put(copied(Path(place) / f"tree-{job}"))
 
-        def tried(mutant: Mutant) -> bool:
-            tree, began = trees.get(), time.monotonic()
+        def in_a_tree(work: Callable[[Path], T]) -> T:
+            tree = trees.get()
             try:
-                survived = survives(mutant, tree)
+                return work(tree)
             finally:
                 trees.put(tree)
+
+        def survived(mutant: Mutant) -> bool:
+            began = time.monotonic()
+            lives = in_a_tree(functools.partial(survives, mutant))
             took = f"{time.monotonic() - began:4.0f} s"
-            print(f"{'SURVIVES' if survived else 'noticed '}  {took}  {mutant.name}", flush=True)
-            return survived
+            print(f"{'SURVIVES' if lives else 'noticed '}  {took}  {mutant.name}", flush=True)
+            return lives
 
         # Tests that fail without any mistake would notice everything.
-        for host in sorted({mutant.host for mutant in mutants}):
-            tests = dict.fromkeys(t for m in mutants if m.host == host for t in m.tests)
-            passed, said = passes(Path(place) / "tree-0", host, tuple(tests))
-            if not passed:
-                print(f"{' '.join(tests)} fails without any mistake:\n{said}")
-                return 2
-        survivors = [m for m, lives in zip(mutants, pool.map(tried, mutants), strict=True) if lives]
+        sound = {}
+        for host, named in sorted({(m.host, "::" in m.tests[0]) for m in mutants}):
+            of_kind = (m.tests for m in mutants if (m.host, "::" in m.tests[0]) == (host, named))
+            tests = tuple(dict.fromkeys(test for tests in of_kind for test in tests))
+            work = functools.partial(passes, host=host, tests=tests)
+            sound[tests] = pool.submit(in_a_tree, work)
+        tried = [pool.submit(survived, mutant) for mutant in mutants]
+        try:
+            for tests, found in sound.items():
+                passed, said = found.result()
+                if not passed:
+                    print(f"{' '.join(tests)} fails without any mistake:\n{said}")
+                    return 2
+            survivors = [m for m, found in zip(mutants, tried, strict=True) if found.result()]
+        finally:
+            pool.shutdown(cancel_futures=True)
     names = "".join(f"\n  {m.name}" for m in survivors) or " none"
     print(f"{len(mutants)} mutants, {time.monotonic() - started:.0f} s; survivors:{names}")
     return bool(survivors)
