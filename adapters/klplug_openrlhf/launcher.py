@@ -40,6 +40,11 @@ def main() -> None:
 
     wrapt.wrap_function_wrapper(ArgumentParser, "parse_args", parse_args)
     wrapt.wrap_function_wrapper(ray, "init", init_ray)
+    if ray.is_initialized():  # the host then calls no ray.init
+        ask_nodes(
+            ". Ray was up before OpenRLHF: leave that to it, or give that ray.init "
+            f"runtime_env={{'worker_process_setup_hook': {SETUP_HOOK!r}}}"
+        )
     runpy.run_module(HOST_MODULE, run_name="__main__", alter_sys=True)
 
 
@@ -47,6 +52,17 @@ def fail(message: str) -> None:
     """One line on standard error and exit status 2, as argparse does, without its page of usage."""
     print(f"klplug: error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def ask_nodes(hint: str = "") -> None:
+    """Stop unless klplug is in the workers of every node of the cluster that Ray is on."""
+    from klplug.hosting.cluster import check_nodes
+    from klplug.hosting.settings import SettingsError
+
+    try:
+        check_nodes("openrlhf", SETUP_HOOK.rpartition(".")[0], hint)
+    except SettingsError as error:
+        fail(str(error))
 
 
 def parse_args(
@@ -146,7 +162,6 @@ def init_ray(
     Then every node is asked for klplug: on one that lacks it each worker would die of the hook,
     with a page of Ray's own.
     """
-    from klplug.hosting.cluster import check_nodes
     from klplug.hosting.folder import claim
     from klplug.hosting.settings import SettingsError
 
@@ -160,8 +175,8 @@ def init_ray(
     if present is None:
         runtime_env["worker_process_setup_hook"] = SETUP_HOOK
     context = original(*args, runtime_env=runtime_env, **kwargs)
+    ask_nodes()
     try:
-        check_nodes("openrlhf", SETUP_HOOK.rpartition(".")[0])
         for checkpoints in _claims:
             claim(*checkpoints)
     except SettingsError as error:

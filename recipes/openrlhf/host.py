@@ -124,6 +124,7 @@ def compose(words: list[str]) -> Namespace:
         with (
             mock.patch.object(openrlhf.utils, "get_strategy", get_strategy),
             mock.patch.object(ray, "is_initialized", lambda: True),
+            mock.patch("klplug.hosting.cluster.check_nodes", lambda *_: None),
             mock.patch.object(sys, "argv", [module, *arguments]),
             contextlib.redirect_stderr(said),
         ):

@@ -6,6 +6,9 @@ OpenRLHF's own CLI module runs up to the point where it would start Ray.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,9 @@ from klplug_openrlhf import launcher
 from klplug_openrlhf.plan import Plan
 
 from klplug import parse
+from recipes import cpu_shim
 from tests.hosting.test_folder import another_run
-from tests.openrlhf.command_line import settled
+from tests.openrlhf.command_line import settled, spelled
 
 
 @pytest.fixture
@@ -441,3 +445,35 @@ def test_a_setup_hook_of_the_users_own_is_not_overwritten(
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
     _, init = run(*KL)
     assert "worker_process_setup_hook" not in init["runtime_env"]  # the job's own is enough
+
+
+@pytest.mark.slow  # a Ray of its own, whose worker imports the host
+@pytest.mark.parametrize("hook", [None, launcher.SETUP_HOOK])
+def test_where_ray_is_up_already_its_workers_need_klplug(hook: str | None) -> None:
+    """OpenRLHF then starts none, and its actors would train without the KL of such a kl_type."""
+    code = f"""
+import sys, ray, openrlhf.utils
+from klplug_openrlhf import launcher
+ray.init(num_cpus=1, include_dashboard=False, runtime_env={{"worker_process_setup_hook": {hook!r}}})
+openrlhf.utils.get_strategy = lambda args: sys.exit("trains " + args.klplug.kl_type)
+launcher.main()
+"""
+    words = [
+        *("--actor.model_name_or_path", "hub/model", "--reward.remote_url", "reward.py"),
+        *("--algo.advantage.estimator", "group_norm", "--rollout.n_samples_per_prompt", "4"),
+        *("--data.prompt_dataset", "hub/data", "--vllm.num_engines", "1"),
+        *("--klplug.kl_type", "k2_as_loss,reference=rollout", "--klplug.kl_coef", "0.1"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *spelled(words)],
+        env={**os.environ, **cpu_shim.environment("openrlhf")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    end = done.stderr.strip().splitlines()[-1]
+    if hook is None:
+        assert done.returncode == 2 and end.startswith("klplug: error: "), end
+        assert "Ray was up before OpenRLHF" in end and launcher.SETUP_HOOK in end
+    else:
+        assert (done.returncode, end) == (1, "trains k2_as_loss,reference=rollout")
