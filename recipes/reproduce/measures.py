@@ -15,6 +15,7 @@ LOST = 0.5  # of the first rollout's reward: a rollout below it is lost
 K1 = "k1_as_loss,ratio=none"
 K2, WHOLE, EXACT = "k2_as_loss", "k2_as_loss,horizon=sequence", "k2_as_loss,vocab=exact"
 FROZEN, UNWEIGHTED = "k1_in_reward", "k2_as_loss,ratio=none"
+BOUNDED, DIVIDED = "k2_as_loss,bound=2", "k1_in_reward,reward_norm=group"
 # What tier 1 has of kl_type, in the order of tables and figures, and of kl_coef.
 ORDER = ("none", K1, "stock:k3", "k3_in_reward", "k1_in_reward", K2, WHOLE)
 COEFFICIENTS = (0.05, 0.5, 2.0)

@@ -1,15 +1,15 @@
 """docs/evidence.md, its figures and README's table: `python -m recipes.reproduce.page`.
 
 Nothing in the page is written by hand but its sentences, in `words.py`. Each number is of
-`results/GRID*.jsonl` or of `results/enumerable.jsonl`. The grids are tier1, updates, exact,
-verl-exact and smollm2. What is missing is said to be missing.
+`results/GRID*.jsonl` or of `results/enumerable.jsonl`; `GRIDS` has the grids. What is missing is
+said to be missing.
 """
 
 import argparse
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +20,10 @@ from recipes.reproduce.figures import frontier_figure, runs_figure
 from recipes.reproduce.grid import HERE, load
 from recipes.reproduce.measures import (
     ACCURACY,
+    BOUNDED,
     COEFFICIENTS,
     CPU_SECONDS,
+    DIVIDED,
     ENTROPY,
     EXACT,
     FORWARD_KL,
@@ -49,6 +51,8 @@ from recipes.reproduce.verdicts import (
     exact_findings,
     findings,
     language_findings,
+    spike_findings,
+    strength_findings,
     updates_findings,
 )
 from recipes.shared import markdown
@@ -59,7 +63,7 @@ PAGE = REPOSITORY / "docs" / "evidence.md"
 README = REPOSITORY / "README.md"
 IMAGES = REPOSITORY / "docs" / "img"
 
-GRIDS = ("tier1", "updates", "exact", "verl-exact", "smollm2")
+GRIDS = ("tier1", "updates", "spike", "strength", "exact", "verl-exact", "smollm2")
 
 CORRECT = (ACCURACY, GREEDY, pass_at(8), PASS_16)
 ABLE = (*CORRECT, ROLLOUTS_LOST)
@@ -68,27 +72,22 @@ MOVED_FURTHER = (*(m for m in MOVED if m != TOKENS), SWING, CPU_SECONDS)
 ABLE_LANGUAGE = (ACCURACY, GREEDY, pass_at(4))
 
 
-def page(
-    rows: Sequence[Row],
-    exact: Sequence[Row] = (),
-    verl: Sequence[Row] = (),
-    language: Sequence[Row] = (),
-    enumerated: Results | None = None,
-    updates: Sequence[Row] = (),
-) -> str:
+def page(grids: Mapping[str, Sequence[Row]], enumerated: Results | None = None) -> str:
     """The page's text.
 
     Args:
-        rows: Of tier 1, any number.
-        exact: Of the grid `exact`, any number; without one there is no section on it.
-        verl: Of the grid `verl-exact`, any number, for the same section.
-        language: Of the grid `smollm2`, as `exact`.
+        grids: By the name of a grid its rows, any number. Of a grid without rows there is no
+            section, but for tier 1.
         enumerated: Of the enumerable task.
-        updates: Of the grid `updates`, as `exact`, which has what they are compared with.
     """
-    runs, many = Runs(rows), Runs([*updates, *exact])
+    of = {name: grids.get(name, ()) for name in GRIDS}
+    rows, exact, language = of["tier1"], of["exact"], of["smollm2"]
+    runs, spike, strength = Runs(rows), Runs(of["spike"]), Runs(of["strength"])
+    many = Runs([*of["updates"], *exact])
     found = findings(runs)
-    of_updates = updates_findings(many) if updates else []
+    of_updates = updates_findings(many) if of["updates"] else []
+    of_spike = spike_findings(spike) if of["spike"] else []
+    of_strength = strength_findings(strength) if of["strength"] else []
     blocks = [
         "<!-- Made by `python -m recipes.reproduce.page` from recipes/reproduce/results. -->",
         "# Evidence",
@@ -103,11 +102,13 @@ def page(
         words.ENUMERATED,
         enumerable_table(enumerated) if enumerated else "",
         "## What came out, in words",
-        *paragraphs([*found, *of_updates]),
+        *paragraphs([*found, *of_updates, *of_spike, *of_strength]),
         "## Tier 1: seven formulations, kl_coef 0.5, 4 updates per rollout",
         *(tier1_blocks(runs) if rows else ["No run was made yet."]),
-        *(updates_blocks(updates, many, of_updates) if updates else []),
-        *(exact_blocks(exact, runs, verl) if exact else []),
+        *(updates_blocks(of["updates"], many, of_updates) if of["updates"] else []),
+        *(spike_blocks(spike, of_spike) if of["spike"] else []),
+        *(strength_blocks(strength, of_strength) if of["strength"] else []),
+        *(exact_blocks(exact, runs, of["verl-exact"]) if exact else []),
         *(language_blocks(language) if language else []),
     ]
     if rows and (absent := missing_blocks("tier1", rows)):
@@ -196,6 +197,30 @@ def updates_blocks(rows: Sequence[Row], runs: Runs, found: Sequence[Finding]) ->
         *tables(runs, (K2, UNWEIGHTED, FROZEN), 64, moved=MOVED_FURTHER),
         provenance(rows),
         *missing_blocks("updates", rows),
+    ]
+
+
+def spike_blocks(runs: Runs, found: Sequence[Finding]) -> list[str]:
+    """The section on `grids/spike.yaml`."""
+    return [
+        "## A spike of the learning rate",
+        words.ON_SPIKE,
+        verdict_table(found),
+        *tables(runs, (BOUNDED, "stock:k2", "stock:k3")),
+        provenance(runs.rows),
+        *missing_blocks("spike", runs.rows),
+    ]
+
+
+def strength_blocks(runs: Runs, found: Sequence[Finding]) -> list[str]:
+    """The section on `grids/strength.yaml`."""
+    return [
+        "## The strength of a coefficient",
+        words.ON_STRENGTH,
+        verdict_table(found),
+        *tables(runs, (FROZEN, DIVIDED)),
+        provenance(runs.rows),
+        *missing_blocks("strength", runs.rows),
     ]
 
 
@@ -366,12 +391,13 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments.results.is_dir():
         parser.error(f"--results {arguments.results}: no such folder")
     try:
-        rows, updates, exact, verl, language = (rows_of(name, arguments.results) for name in GRIDS)
+        grids = {name: rows_of(name, arguments.results) for name in GRIDS}
     except DriveError as error:
         print(f"page: error: {error}", file=sys.stderr)
         return 2
     enumerated = Results(arguments.results / "enumerable.jsonl")
-    arguments.page.write_text(page(rows, exact, verl, language, enumerated, updates), "utf-8")
+    arguments.page.write_text(page(grids, enumerated), "utf-8")
+    rows = grids["tier1"]
     if rows:
         runs = Runs(rows)
         arguments.images.mkdir(parents=True, exist_ok=True)
@@ -379,7 +405,7 @@ def main(argv: list[str] | None = None) -> int:
         frontier_figure(runs, arguments.images / "evidence-frontier.svg")
         readme = markdown.filled(arguments.readme, {"evidence": short_table(runs)})
         arguments.readme.write_text(readme, "utf-8")
-    print(f"{arguments.page}: {sum(map(len, (rows, updates, exact, verl, language)))} runs")
+    print(f"{arguments.page}: {sum(map(len, grids.values()))} runs")
     return 0
 
 

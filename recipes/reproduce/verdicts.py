@@ -16,7 +16,9 @@ from scipy.stats import bootstrap
 
 from recipes.reproduce.measures import (
     ACCURACY,
+    BOUNDED,
     COEFFICIENTS,
+    DIVIDED,
     ENTROPY,
     EXACT,
     FROZEN,
@@ -326,6 +328,24 @@ def updates_findings(runs: Runs) -> list[Finding]:
             above,
         ),
     ]
+
+
+def spike_findings(runs: Runs) -> list[Finding]:
+    """(f) of HYPOTHESES.md on the host, after a spike of the learning rate."""
+
+    def nearer(part: str, stock: str) -> Finding:
+        found = contrast(runs, runs.log_kl, BOUNDED, stock)
+        asked = f"after a spike, a bounded k2 against {stock}: less KL"
+        return sided(part, asked, f"KL {factor(found)}", found, below)
+
+    return [nearer("f1", "stock:k2"), nearer("f2", "stock:k3")]
+
+
+def strength_findings(runs: Runs) -> list[Finding]:
+    """(h) of HYPOTHESES.md, on verl."""
+    found = contrast(runs, runs.log_kl, DIVIDED, FROZEN)
+    asked = "verl: in-reward KL over the group's standard deviation against absolute: less KL"
+    return [sided("h1", asked, f"KL {factor(found)}", found, below)]
 
 
 def exact_findings(runs: Runs, verl: Runs) -> list[Finding]:

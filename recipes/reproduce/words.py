@@ -52,6 +52,16 @@ ON_UPDATES = """\
 the policy has left its sampler. `k2_as_loss,ratio=none` does not. `k1_in_reward` keeps the KL that
 the rollout had. The swing is explained below, and `k2_as_loss` has the runs of that section.
 """
+ON_SPIKE = """\
+The learning rate begins 20 times too high, and falls with the root of the number of updates. It
+throws the policy far from the reference. OpenRLHF's own k2 and k3 have no gradient at the tokens
+that lie beyond their clamp. `bound=2` limits the coefficient there, and does not end it.
+"""
+ON_STRENGTH = """\
+verl with FSDP2, kl_coef 0.5. `k1_in_reward` is added after the advantages were divided by the
+group's standard deviation of the reward. With `reward_norm=group` it is divided with them, as in
+stock verl.
+"""
 ON_EXACT = """\
 `k2_as_loss` estimates each token's KL from the token that was sampled. `k2_as_loss,vocab=exact`
 ([the exact KL](exact.md)) sums it over the vocabulary: the same target, without that token's
@@ -76,8 +86,8 @@ HOW = """\
 ```bash
 make reproduce FAST=1                         # the main contrast, two runs
 make reproduce                                # tier 1; the same command goes on
-make reproduce GRID=updates                   # another grid: also exact, smollm2
-make reproduce GRID=verl-exact HOST=verl      # the one on verl
+make reproduce GRID=updates                   # another grid: also spike, exact, smollm2
+make reproduce GRID=verl-exact HOST=verl      # one on verl: also strength
 python -m recipes.reproduce tier1 --dry-run   # what there is to make, and what it costs
 python -m recipes.reproduce.enumerable        # the enumerable task
 python -m recipes.reproduce.study_pages       # docs/closed-form.md, docs/gradient-study.md
@@ -215,7 +225,21 @@ TOLD = {
         "a bounded coefficient where a clamp lets go",
         "The hosts clamp their KL. Beyond the clamp its gradient is zero, so a policy that is far "
         "away might never come back.",
-        {},
+        {
+            "f1": (
+                "After a spike of the learning rate `k2_as_loss,bound=2` ended nearer to the "
+                "reference than OpenRLHF's own k2, as predicted ({}).",
+                "After a spike of the learning rate `k2_as_loss,bound=2` ended further from the "
+                "reference than OpenRLHF's own k2, against the prediction ({}).",
+                "Whether `k2_as_loss,bound=2` ends nearer to the reference than OpenRLHF's own k2 "
+                "after a spike of the learning rate is not decided ({}).",
+            ),
+            "f2": (
+                "It ended nearer than OpenRLHF's own k3, as predicted ({}).",
+                "It ended further than OpenRLHF's own k3, against the prediction ({}).",
+                "Whether it ends nearer than OpenRLHF's own k3 is not decided ({}).",
+            ),
+        },
         "It does come back, only more slowly: the prediction fails. After a spike of the step size "
         "`bound=2` ends better than the clamps, as predicted.",
         "f-a-clamps-dead-zone-and-a-bound",
@@ -241,7 +265,15 @@ TOLD = {
         "divided by the group's standard deviation",
         "verl takes the KL off the reward first, and divides both by the spread in the group. So "
         "the same coefficient should be a stronger one there.",
-        {},
+        {
+            "h1": (
+                "At kl_coef 0.5 the divided one ended nearer to the reference, as predicted ({}).",
+                "At kl_coef 0.5 the divided one ended further from the reference, against the "
+                "prediction ({}).",
+                "Whether the divided one ends nearer to the reference at kl_coef 0.5 is not "
+                "decided ({}).",
+            ),
+        },
         "At beta 0.3 it is far stronger, as predicted. At 0.1 nothing is decided.",
         "h-divided-by-the-groups-spread",
     ),

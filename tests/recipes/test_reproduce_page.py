@@ -22,6 +22,8 @@ from recipes.reproduce.verdicts import (
     exact_findings,
     findings,
     language_findings,
+    spike_findings,
+    strength_findings,
     updates_findings,
     within,
 )
@@ -41,11 +43,12 @@ def row(
     entropy: float = 2.0,
     commit: str = "a" * 40,
     host: str = "openrlhf",
+    spike: float = 1.0,
     **changes: Any,
 ) -> dict[str, Any]:
     coef = None if kl_type == "none" else kl_coef
     varied = {"kl_type": kl_type, "kl_coef": coef, "seed": seed, "updates": updates}
-    run = settings(host=host, save_every=10, **varied)
+    run = settings(host=host, save_every=10, spike=spike, **varied)
 
     def evaluated(step: int, value: float, drift: float) -> dict[str, Any]:
         return {
@@ -142,7 +145,7 @@ def test_a_run_that_diverged_counts_against_its_formulation() -> None:
     assert ACCURACY.of(rows[-1]) == 0
     assert Runs(rows).log_kl(rows[-1]) == pytest.approx(0.0)  # the largest KL there is 1
     assert of_part(rows, "a2").verdict == "reproduced"
-    assert "| 3, 1 diverged |" in page(rows)
+    assert "| 3, 1 diverged |" in page({"tier1": rows})
 
 
 def test_an_entropy_that_a_diverged_run_has_not_decides_nothing() -> None:
@@ -236,11 +239,11 @@ def test_the_exact_kl_is_compared_with_the_sampled_one() -> None:
     assert verdicts["x2"][1] == "not decided"  # the same norm in each
     assert verdicts["x3"] == ("swing of the KL a factor 0.5, 0.5 to 0.5 (3 seeds)", "reproduced")
     assert verdicts["x4"] == ("swing of the KL no pair of runs yet", "not decided yet")
-    text = page(tier1, exact)
+    text = page({"tier1": tier1, "exact": exact})
     assert "With 16 updates per rollout:" in text and "With 64 updates per rollout:" not in text
     absent = "- `k2_as_loss,vocab=exact`, kl_coef 0.5, 64 updates: seeds 1, 2, 3\n"
     assert absent in text and "16 updates: seed" not in text
-    assert "The exact KL" not in page(tier1)
+    assert "The exact KL" not in page({"tier1": tier1})
 
 
 def test_many_updates_are_compared_with_the_exact_grids_k2() -> None:
@@ -256,12 +259,44 @@ def test_many_updates_are_compared_with_the_exact_grids_k2() -> None:
         ("e3", "swing of the KL a factor 0.5, 0.5 to 0.5 (2 seeds)", "not decided yet"),
     ]
     tier1 = [row("k2_as_loss", seed, 0.7, 1.0) for seed in (1, 2, 3)]
-    text = page(tier1, exact, updates=[*frozen, *unweighted])
+    text = page({"tier1": tier1, "exact": exact, "updates": [*frozen, *unweighted]})
     told = text.replace("\n", " ")
     assert "`k1_in_reward` lost the five points that were predicted, or more" in told
     assert "e3 has too few runs yet." in told
     assert "- `k2_as_loss,ratio=none`, kl_coef 0.5, 64 updates: seed 3\n" in text
-    assert "k1_in_reward` lost" not in page(tier1, exact)
+    assert "k1_in_reward` lost" not in page({"tier1": tier1, "exact": exact})
+
+
+def test_after_a_spike_the_bounded_form_is_compared_with_each_stock_one() -> None:
+    kls = {"k2_as_loss,bound=2": 2.0, "stock:k2": 4.0, "stock:k3": 1.0}
+    rows = [
+        row(kl_type, seed, 0.1, kl, spike=20.0) for kl_type, kl in kls.items() for seed in (1, 2, 3)
+    ]
+    found = [(f.part, f.measured, f.verdict) for f in spike_findings(Runs(rows))]
+    assert found == [
+        ("f1", "KL a factor 0.5, 0.5 to 0.5 (3 seeds)", "reproduced"),
+        ("f2", "KL a factor 2, 2 to 2 (3 seeds)", "not reproduced"),
+    ]
+    text = page({"spike": rows})
+    told = " ".join(text.split())
+    assert "ended nearer to the reference than OpenRLHF's own k2, as predicted (KL a" in told
+    assert "It ended further than OpenRLHF's own k3, against the prediction (KL a" in told
+    assert "- `stock:k3`, kl_coef 0.5, 4 updates: seeds 4, 5\n" in text
+    assert "(f) a bounded" in told and "A spike of the learning rate" not in page({})
+
+
+def test_the_strength_of_a_coefficient_is_compared_on_verl() -> None:
+    absolute, divided = (
+        [row(kl_type, seed, 0.6, kl, host="verl") for seed in (1, 2, 3)]
+        for kl_type, kl in (("k1_in_reward", 2.0), ("k1_in_reward,reward_norm=group", 1.0))
+    )
+    (found,) = strength_findings(Runs([*absolute, *divided]))
+    assert (found.part, found.verdict) == ("h1", "reproduced")
+    assert found.measured == "KL a factor 0.5, 0.5 to 0.5 (3 seeds)"
+    text = page({"strength": [*absolute, *divided[:2]]})
+    assert "- `k1_in_reward,reward_norm=group`, kl_coef 0.5, 4 updates: seeds 3, 4, 5\n" in text
+    assert "h1 has too few runs yet." in " ".join(text.split())
+    assert "The strength of a coefficient" not in page({})
 
 
 def test_the_exact_kl_on_verl_has_its_own_runs() -> None:
@@ -277,10 +312,10 @@ def test_the_exact_kl_on_verl_has_its_own_runs() -> None:
     assert verdicts["x5"][0].startswith("accuracy -10.0 points")
     assert verdicts["x5"][1] == "not reproduced"
     assert verdicts["x6"] == ("gradient norm a factor 0.5, 0.5 to 0.5 (3 seeds)", "reproduced")
-    text = page(rows, exact, verl[:5])
+    text = page({"tier1": rows, "exact": exact, "verl-exact": verl[:5]})
     assert "On verl, with 4 updates per rollout:" in text
     assert "- `k2_as_loss,vocab=exact`, kl_coef 0.5, 4 updates: seed 3\n" in text
-    assert "On verl, with" not in page(rows, exact)
+    assert "On verl, with" not in page({"tier1": rows, "exact": exact})
 
 
 def of_language(kl_type: str, kl: float, error: float, **changes: Any) -> dict[str, Any]:
@@ -317,25 +352,25 @@ def test_a_language_model_that_diverged_has_the_larger_kl() -> None:
     assert language_findings(Runs(rows))[0].verdict == "as expected"
     rows[0] = {**none, "status": "diverged"}
     assert language_findings(Runs(rows))[0].verdict == "not told apart"
-    assert "| 1, 1 diverged |" in page([], language=rows)
+    assert "| 1, 1 diverged |" in page({"smollm2": rows})
 
 
 def test_the_language_models_section_takes_what_rows_there_are() -> None:
-    text = page([], language=[of_language("none", 2.0, 0.3)])
+    text = page({"smollm2": [of_language("none", 2.0, 0.3)]})
     assert "accuracy 50.0%, greedy 50.0%, pass@4 60.0%, entropy 2, tokens 20.0.\n" in text
     assert "- `k1_as_loss,ratio=none`, kl_coef 0.5, 4 updates: seed 1\n" in text
     assert "- `none`" not in text
     assert text.count("no pair of runs yet | **not decided yet**") == 8 + 2  # tier 1's, and these
-    assert "## A language model" not in page([])
+    assert "## A language model" not in page({})
 
 
 def test_what_came_out_is_told_in_words() -> None:
     rows = pair("k1_as_loss,ratio=none", "none", [(0.0, 0.7), (0.7, 0.7), (0.02, 0.6)])
-    text = " ".join(page(rows).split())
+    text = " ".join(page({"tier1": rows}).split())
     assert "The seeds do not decide (accuracy -42.7 points)." in text
     assert "a1 has too few runs yet." in text
     rows = pair("k3_in_reward", "none", [(0.69, 0.7), (0.7, 0.7), (0.62, 0.6)])
-    text = " ".join(page(rows).split())
+    text = " ".join(page({"tier1": rows}).split())
     assert "It did not halve the drift that there is without a KL, as predicted" in text
     assert "It did not cost the five points that were predicted (accuracy +0.3 points)." in text
     tally = "Of 8 predictions on this grid of runs, written before it: "
@@ -343,7 +378,7 @@ def test_what_came_out_is_told_in_words() -> None:
 
 
 def test_what_is_missing_shows_as_missing() -> None:
-    text = page([row("k2_as_loss", seed, 0.7, 1.0) for seed in (1, 2, 4)])
+    text = page({"tier1": [row("k2_as_loss", seed, 0.7, 1.0) for seed in (1, 2, 4)]})
     assert "- `k2_as_loss`, kl_coef 0.5, 4 updates: seeds 3, 5\n" in text
     assert "- `none`, 1 update: seeds 1, 2, 3, 4, 5\n" in text
     assert "| `stock:k3` | 0 |" in text
@@ -352,7 +387,7 @@ def test_what_is_missing_shows_as_missing() -> None:
 
 def test_rows_of_other_commits_are_labelled() -> None:
     rows = [row("none", 1, 0.7, 1.0), row("none", 2, 0.7, 1.0, commit="b" * 40, changed=True)]
-    text = page(rows)
+    text = page({"tier1": rows})
     assert f"- 1 runs of commit `{'a' * 12}`\n" in text
     assert f"- 1 runs of commit `{'b' * 12}`, with changes that were not committed\n" in text
 
@@ -365,14 +400,14 @@ def test_hours_and_versions_of_the_other_task_are_told() -> None:
         "- 1 settings of 100 seeds with klplug 0.1.0, torch 2.9.0\n"
         "- 0.8 CPU-hours"
     )
-    assert "settings of" not in page([])
+    assert "settings of" not in page({})
 
 
 def test_each_hypothesis_has_its_section_on_the_other_task_and_its_counts() -> None:
     text = CLOSED_FORM.read_text()
     sections = dict(re.findall(r"^## (\([a-h]\) .+)\n((?:(?!## ).*\n)*)", text, re.MULTILINE))
     line = r"^\| ([a-h]) \| \[.+\]\(closed-form\.md#(.+)\) \| (\d+) \| (\d+) \| (\d+) \|$"
-    found = re.findall(line, page([], enumerated=Results()), re.MULTILINE)
+    found = re.findall(line, page({}, Results()), re.MULTILINE)
     assert [part for part, *_ in found] == list("abcdefgh")
     for (heading, section), (_, anchor, *counts) in zip(sections.items(), found, strict=True):
         assert re.sub(r"[^\w\s-]", "", heading.lower()).replace(" ", "-") == anchor
@@ -385,9 +420,9 @@ def test_a_study_that_was_not_run_as_a_whole_has_no_counts(tmp_path: Path) -> No
     results = Results()
     torn = next(key for key, line in results.lines.items() if line["study"] == "g")
     del results.lines[torn]
-    without_g = page([], enumerated=results)
+    without_g = page({}, results)
     assert re.findall(r"^\| (.) \| .* \| not run yet \| \| \|$", without_g, re.MULTILINE) == ["g"]
-    none = page([], enumerated=Results(tmp_path / "enumerable.jsonl"))
+    none = page({}, Results(tmp_path / "enumerable.jsonl"))
     assert none.count("| not run yet | | |\n") == 8
     assert "settings of" not in none
 
