@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -72,9 +72,9 @@ class Part:
 
 def seen_of(parts: Sequence[Part], batch: Batch) -> list[Seen]:
     """The whole first, and then each term; a single term to ref is the whole."""
-    terms = [_seen(part, batch) for part in parts]
     if len(parts) == 1 and parts[0].spec.reference == "ref":
-        return [replace(terms[0], name="")]
+        return [_seen("", parts[0], batch)]
+    terms = [_seen(in_a_key(part.spec) + "/", part, batch) for part in parts]
     return [_whole(terms, batch), *terms]
 
 
@@ -86,7 +86,7 @@ def in_a_key(written: object) -> str:
     return str(written).translate(_IN_A_KEY)
 
 
-def _seen(part: Part, batch: Batch) -> Seen:
+def _seen(name: str, part: Part, batch: Batch) -> Seen:
     spec, estimate, importance = part.spec, part.estimate, part.acting.importance
     gradient, over = part.acting.gradient(), spec.over_vocabulary
     bounded = None
@@ -95,13 +95,14 @@ def _seen(part: Part, batch: Batch) -> Seen:
     own_token = spec.placement == "as_loss" and spec.horizon == "token"
     # Over whole answers the weights are inside the sum: what competes with an advantage is it.
     coefficient = part.acting.coefficient if own_token else gradient
-    names = [n for n in batch.others if n in (*spec.requires, "return_baseline")]
+    read = (*spec.requires, "return_baseline")
+    names = [name for name in batch.others if name in read]
     inputs = {"log_probs": batch.log_probs, **{name: batch.others[name] for name in names}}
     if spec.weight != "none":
         key = in_a_key(f"sample_weights/{spec.weight}")
         inputs[key] = batch.others[weight_name(spec)]
     return Seen(
-        name=in_a_key(spec) + "/",
+        name=name,
         counted=batch.counted,
         numbers=estimate.numbers,
         in_the_kl=estimate.mask,

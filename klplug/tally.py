@@ -259,10 +259,10 @@ def tally(seen: Sequence[Seen]) -> Tally:
     room = like.new_empty((max(len(first), len(second)), *like.shape))
     of_first, of_second = room[-len(first) :], room[-len(second) :]
     lengths = [len(forces), len(spare), len(sizes), len(ratios), len(ratios)]
-    top, full, size, growth, k3 = torch.split(of_second, lengths)
-    sums = like.new_empty((len(rows), len(like)))
+    top, full, size, growth, k3 = of_second.split_with_sizes(lengths)
+    sums = like.new_empty((len(rows), like.shape[0]))
     lengths = [len(squares), len(first), len(second), len(flags)]
-    squared, first_sums, second_sums, counts = torch.split(sums, lengths)
+    squared, first_sums, second_sums, counts = sums.split_with_sizes(lengths)
     wide = torch.float32 if like.device.type == "mps" else torch.float64  # where there is
     totals = like.new_empty(len(rows), dtype=wide)
     summed = len(squares) if any(s.steep for s in seen) else 0
@@ -282,14 +282,15 @@ def tally(seen: Sequence[Seen]) -> Tally:
     k3.mul_(growth)
     size.abs_()
     most = _by(sizes, size.amax((-2, -1)) if size.numel() else size.sum((-2, -1)))
-    size_of, growth_of = _by(sizes, size), _by(ratios, growth)
-    for s, row in zip(held, [*full, *growth[:1]], strict=True):
+    force, growths = size[of_forces], growth.unbind()
+    size_of, growth_of = _by(sizes, size), dict(zip(map(id, ratios), growths, strict=True))
+    for s, row in zip(held, [*full.unbind(), *growths[:1]], strict=True):
         # In the dtype of the numbers: a bool takes four times as long on a CPU.
         torch.ge(_largest_of(s, size_of, growth_of), largest(like), out=row)
     bits = torch.stack(flags).view(torch.uint8)
     torch.sum(bits, -1, dtype=like.dtype, out=counts)
-    less, threshold = _largest(size[of_forces], counts[of_acting].sum(-1, dtype=torch.long))
-    torch.sub(size[of_forces], threshold[:, None, None], out=top).clamp_(min=0)
+    less, threshold = _largest(force, counts[of_acting].sum(-1, dtype=torch.long))
+    torch.sub(force, threshold[:, None, None], out=top).clamp_(min=0)
     torch.sum(of_second, -1, out=second_sums)
 
     # The sum of a row may be inf, and of two such rows no number.
@@ -380,8 +381,7 @@ def _adjacent(rows: list[Tensor], tensors: list[Tensor]) -> slice:
 
 def _by(tensors: Sequence[Tensor], values: Tensor) -> dict[int, Tensor]:
     """``values`` by the id of the tensor that each is of, which may stand in several places."""
-    pairs = zip(tensors, values.unbind(), strict=False)
-    return {id(tensor): value for tensor, value in reversed([*pairs])}
+    return dict(zip(map(id, tensors), values.unbind(), strict=False))
 
 
 def _nonfinite(whole: Seen) -> dict[str, Tensor]:
@@ -392,7 +392,9 @@ def _nonfinite(whole: Seen) -> dict[str, Tensor]:
     x = torch.stack([tensor.to(dtype) for tensor in whole.inputs.values()])
     total = masked_(x, whole.counted).sum((-2, -1))
     found = (total - total).nan_to_num(nan=1.0)
-    return {f"nonfinite/{name}": found[i] for i, name in enumerate(whole.inputs)}
+    return {
+        f"nonfinite/{name}": value for name, value in zip(whole.inputs, found.unbind(), strict=True)
+    }
 
 
 def _largest(size: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
