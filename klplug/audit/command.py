@@ -15,6 +15,7 @@ import yaml
 from klplug.audit.alternatives import bears, together
 from klplug.audit.errors import AuditError, NoCommand
 from klplug.audit.frameworks import configured_by, started_by
+from klplug.audit.jobs import Block, blocks
 from klplug.audit.report import Report, report
 from klplug.audit.settings import Launch
 from klplug.audit.shell import Command, Script, Word, with_newlines
@@ -91,6 +92,8 @@ class _Found:
     host: Host
     ways: list[Launch]
     reached: bool = True
+    script: Script | None = None
+    block: Block | None = None
 
 
 def _read(
@@ -104,25 +107,31 @@ def _read(
         raise AuditError(f"host {host!r} is not known; there is {', '.join(hosts())}")
     found: list[_Found] = []
     commands: list[tuple[Word, ...]] = []
-    script: Script | None = None
     name = _name(source)
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         if path.suffix == ".py":
             raise NoCommand(f"{name}: Python is not read; give the command that it starts after --")
         text = read(path) if text is None else text
+        inside = [Block(text, None)]
         if path.suffix in (".yaml", ".yml"):
-            of_yaml = _of_yaml(path, text, host, host_version)
-            return [lambda: of_yaml]
-        script = _script(text, path)
-        # Commands that somebody must ask for come last.
-        for at in sorted(script.commands, key=lambda command: not command.reached):
-            launched = _launch(at.words, at, script, path.parent, text)
-            if launched is not None:
-                found.append(_Found(launched[0], _ways(*launched, at), at.reached))
-            commands.append(at.words)
-        if script.broken is not None and not found:
-            raise AuditError(f"{name}: {script.broken}")
+            inside = _job(text, host)
+            if not inside:
+                of_yaml = _of_yaml(path, text, host, host_version)
+                return [lambda: of_yaml]
+        for block in inside:
+            script = _script(block.text, path)
+            here = []
+            # Commands that somebody must ask for come last.
+            for at in sorted(script.commands, key=lambda command: not command.reached):
+                launched = _launch(at.words, at, script, path.parent, block.text)
+                if launched is not None:
+                    ways = _ways(*launched, at)
+                    here.append(_Found(launched[0], ways, at.reached, script, block))
+                commands.append(at.words)
+            if script.broken is not None and not here:
+                raise AuditError(f"{name}: {script.broken}")
+            found += here
     else:
         words = tuple(Word(str(word)) for word in source)
         text = " ".join(word.text for word in words)
@@ -136,7 +145,8 @@ def _read(
     def report_on(number: int) -> Report:
         one = found[number]
         reading, command, ways = one.host.room("reading"), one.host.room("command"), one.ways
-        if script is not None and number == 0:
+        script = one.script
+        if script is not None and all(before.script is not script for before in found[:number]):
             lost = _unreached(script, ways, {key.partition(".")[0] for key in reading.ASPECTS})
             ways = [replace(way, unreached=lost, broken=script.broken) for way in ways]
         reports = [
@@ -144,9 +154,32 @@ def _read(
             for way in ways
         ]
         done = together(reports, ways[0].conditions) if len(ways) > 1 else reports[0]
+        if one.block is not None:
+            done = replace(done, edits=one.block.in_file(done.edits))
         return replace(done, command=number + 1, commands=len(found), reached=one.reached)
 
     return [functools.partial(report_on, number) for number in range(len(found))]
+
+
+def _job(text: str, name: str | None) -> list[Block]:
+    """The scripts in a job's YAML that start a trainer; of a config file there are none."""
+    starters = [host for host in hosts().values() if name in (None, host.name)]
+
+    def starts(word: str) -> bool:
+        return any(host.starts(word) for host in starters)
+
+    if not any(map(starts, set(re.split(r"[\s\"';&|(),\[\]]+", text)))):
+        return []
+    try:
+        (content,) = yaml.safe_load_all(text)
+    except yaml.YAMLError:
+        return []  # said by who reads it as a config
+    except ValueError:  # several documents
+        content = None
+    readable = [host for host in starters if host.config]
+    if isinstance(content, dict) and any(h.room("command").is_config(content) for h in readable):
+        return []
+    return blocks(text, starts)
 
 
 def _script(text: str, path: Path) -> Script:
