@@ -111,6 +111,8 @@ def main(file: Path) -> Main | None:
                 said |= {word.arg: word.value for word in call.keywords if word.arg}
                 path = _path(said.get("config_path"), module)
                 name = _constant(said.get("config_name"))
+                if path is not None and path.startswith("pkg:"):
+                    return Main(_packaged(path, file.parent), name)
                 return Main(file.parent / (path or "."), None if path is None else name)
     return None
 
@@ -256,6 +258,12 @@ def read(
         put(whole, place, content)
     whole.pop("hydra", None)
     return Config(flattened(whole), tuple(found.missing), frozenset(chosen))
+
+
+def _packaged(path: str, folder: Path) -> Path:
+    """The folder that ``pkg://a.b`` means, above a folder where it lies there."""
+    elsewhere = Path(path.partition("://")[2].replace(".", "/"))
+    return next(_searched([path], folder), elsewhere)
 
 
 def _searched(places: Sequence[Any], folder: Path) -> Iterator[Path]:

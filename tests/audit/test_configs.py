@@ -91,6 +91,22 @@ def test_a_trainer_takes_the_config_of_its_own_hydra_main(tmp_path: Path, starte
     assert audit(tmp_path / "scripts" / "train" / "run.sh").gradient == "forward"
 
 
+def test_a_path_that_hydra_main_gives_as_a_package(tmp_path: Path) -> None:
+    """rllm's examples: their config lies in the package, beside the folder of the examples."""
+    files = {
+        "examples/mine/main.py": _MAIN.format(path="pkg://theirs.trainer.config", name="mine"),
+        "theirs/trainer/config/mine.yaml": f"defaults: [ppo_trainer, _self_]\n{_LOSS}",
+    }
+    report = _project(tmp_path, files, f"python3 -m examples.mine.main {_GRPO}")
+    assert (report.gradient, report.beta) == ("reverse", 0.25)
+    (tmp_path / "theirs/trainer/config/mine.yaml").unlink()
+    assert audit(tmp_path / "scripts" / "train" / "run.sh").gradient is None
+    main = _MAIN.format(path="pkg://verl.trainer.config", name="ppo_trainer")
+    own = {"examples/mine/main.py": main}
+    report = _project(tmp_path / "other", own, f"python3 -m examples.mine.main {_GRPO}")
+    assert report.gradient == "none"  # verl's own config, which need not be here
+
+
 def test_positional_arguments_and_a_path_upwards(tmp_path: Path) -> None:
     main = 'import hydra\n@hydra.main("../../config", "mine")\ndef main(config): ...\n'
     files = {"mine/trainer/main.py": main, "config/mine.yaml": _LOSS}
