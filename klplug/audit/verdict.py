@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,6 +86,8 @@ def gradient_of(spec: TermSpec) -> tuple[str, str]:
         return NEITHER, re.sub(r"\bref\b", spec.reference, target)
     if spec.top is not None:
         return NEITHER, refined(spec, _row(spec)).target
+    if spec.bound < math.inf and target != "zero":
+        return NEITHER, f"{target}, whose c is held between -{spec.bound:g} and {spec.bound:g}"
     match = _OWN.match(target)
     if match is not None and spec.weight == "none":
         return (REVERSE if match[1] == "pi||ref" else FORWARD), target

@@ -546,6 +546,18 @@ def test_a_kl_to_the_sampler_is_none_to_the_reference() -> None:
     assert gradient_of(term) == ("zero", "zero")
 
 
+def test_a_bounded_coefficient_is_that_of_no_kl() -> None:
+    """docs/derivations.md: of one token the gradient is a Huber-like divergence's, not the KL's."""
+    for kl_type in ("k2_as_loss,bound=2", "k3_as_loss,bound=2", "k1_in_reward,bound=2"):
+        (term,) = parse(kl_type).terms
+        gradient, target = gradient_of(term)
+        assert gradient == "neither" and target.endswith("held between -2 and 2")
+    (term,) = parse("k1_as_loss,bound=0.5").terms
+    assert gradient_of(term) == ("zero", "zero")
+    (term,) = parse("k2_as_loss,bound=none").terms
+    assert gradient_of(term)[0] == "reverse"
+
+
 def test_a_divergence_to_the_posterior_has_the_raw_reward_in_it() -> None:
     kl_type = "js_as_loss,reference=posterior"
     own = [f"+klplug.kl_type='{kl_type}'", "+klplug.kl_coef=0.1"]
