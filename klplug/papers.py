@@ -82,7 +82,8 @@ PAPERS = {
         ),
         Paper(
             "ctpo", "CTPO", "2605.07331", "k2_as_loss,level=prefix",
-            "Cumulative ratios of the prefix: level=prefix, and the default of horizon=sequence.",
+            "Cumulative ratios of the prefix, in its policy loss. klplug has them for the KL "
+            "alone, as level=prefix and as the default of horizon=sequence.",
         ),
         Paper(
             "kimi-k2.5", "Kimi K2.5", "2602.02276", "k2_as_loss,ratio=none,reference=rollout",
@@ -127,9 +128,10 @@ PAPERS = {
         ),
         Paper(
             "rao-blackwell", "Better estimation of the KL divergence between language models",
-            "2504.10637", "k2_as_loss,vocab=exact",
-            "The expectation over the whole vocabulary at each prefix. Differentiated, it is LOC "
-            "without the noise of the sampled token.",
+            "2504.10637", "k2_as_loss,vocab=exact,horizon=sequence",
+            "The expectation over the whole vocabulary at each prefix. Its gradient is that of the "
+            "KL of whole answers: its public code has the sum in the reward, and differentiates it "
+            "there too. Without horizon=sequence it is LOC.",
         ),
         Paper(
             "rpg", "RPG: design of KL-regularised policy gradient algorithms", "2505.17508", "",

@@ -25,6 +25,7 @@ from klplug import (
     sample_weights,
     topk_kl,
 )
+from klplug.papers import PAPERS
 from klplug.weights import importance_weight
 from tests.core.enumeration import PROBLEMS, Problem
 
@@ -1028,6 +1029,22 @@ def test_on_policy_the_exact_kl_has_the_gradient_of_the_sampled_one(
         found = exact_gradients(problem, f"{kl_type},horizon=sequence", on_policy)[-1]
         expected = problem.full() if name == "exact" else problem.expected(EXACT[name])
         assert_equal(found, expected)
+
+
+def test_the_public_code_of_the_rao_blackwell_paper_follows_whole_answers() -> None:
+    """rycolab/kl-rb, rloo_trainer.py: the answer's sum of exact KLs, differentiated, in its reward.
+
+    The reward stands before the answer's ratio, as it does in RLOO's surrogate.
+    """
+    problem = PROBLEMS["three tokens"]()
+    kl = torch.where(problem.mask, problem.per_prefix("reverse")[problem.prefix_of], 0.0).sum(-1)
+    ratio = problem.log_probs(problem.policy()).sum(-1)
+    ratio = (ratio - ratio.detach()).exp()
+    probability = problem.answer_probability(problem.policy()).detach()
+    theirs = problem.gradient((probability * kl * ratio).sum())
+    on_policy, kl_type = problem.policy().detach(), PAPERS["rao-blackwell"].kl_type
+    assert_equal(exact_gradients(problem, kl_type, on_policy)[-1], theirs)
+    assert_different(exact_gradients(problem, "exact_as_loss", on_policy)[-1], theirs)
 
 
 @pytest.mark.parametrize("name", EXACT)
