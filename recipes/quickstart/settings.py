@@ -104,8 +104,8 @@ class Settings:
     save_every: int = 0
     """Steps between copies of the policy, for curves along the run; 0: at the end alone."""
     spike: float = 1.0
-    """Times the recipe's learning rate in the first updates, falling with the root of their number
-    from then on; 1: the recipe's throughout. OpenRLHF only."""
+    """What the recipe's learning rate is multiplied by: the rate rises to that in the first 3 % of
+    the updates, and then falls with the root of their number; 1: no change. OpenRLHF only."""
 
     @property
     def is_stock(self) -> bool:

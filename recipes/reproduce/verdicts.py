@@ -276,23 +276,39 @@ def findings(runs: Runs) -> list[Finding]:
 
 
 def at_equal_kl(runs: Runs) -> Finding:
-    """(g): k2 as a loss less stock k3, at the KL that k2 has at 0.5."""
+    """(g): k2 as a loss less stock k3, at the KL that k2 has at 0.5.
 
-    def line(kl_type: str, seed: int, at: float) -> float:
-        """Accuracy at a log KL, on the least-squares line through the coefficients' points."""
+    The line decides. It may miss its own points, so what lies between them is told beside it.
+    """
+
+    def curve(kl_type: str, seed: int) -> tuple[list[float], list[float]]:
+        """Log KL and accuracy at each coefficient, by rising KL; nothing where one is missing."""
         rows = [runs.of(kl_type, 4, coef).get(seed) for coef in COEFFICIENTS]
         there = [row for row in rows if row is not None]
         if len(there) < len(COEFFICIENTS):
-            return math.nan
-        slope, start = np.polyfit(list(map(runs.log_kl, there)), list(map(ACCURACY.of, there)), 1)
-        return float(start + slope * at)
+            return [], []
+        x, y = zip(*sorted((runs.log_kl(row), ACCURACY.of(row)) for row in there), strict=True)
+        return list(x), list(y)
+
+    def line(kl_type: str, seed: int, at: float) -> float:
+        """Accuracy at a log KL, on the least-squares line through the coefficients' points."""
+        x, y = curve(kl_type, seed)
+        return float(np.polyval(np.polyfit(x, y, 1), at)) if x else math.nan
+
+    def between(kl_type: str, seed: int, at: float) -> float:
+        """Accuracy at a log KL, on the line through the two points beside it."""
+        x, y = curve(kl_type, seed)
+        return float(np.interp(at, x, y, math.nan, math.nan)) if x else math.nan
 
     ends = [(seed, runs.log_kl(row)) for seed, row in sorted(runs.of(K2).items())]
-    found = effect([line(K2, seed, at) - line("stock:k3", seed, at) for seed, at in ends])
+    found, beside = (
+        effect([read(K2, seed, at) - read("stock:k3", seed, at) for seed, at in ends])
+        for read in (line, between)
+    )
     return Finding(
         "g",
         "k2 as a loss and stock k3 at equal KL: alike (2 points)",
-        f"accuracy {points(found)}",
+        f"accuracy {points(found)}; between neighbouring points {points(beside)}",
         verdict([found], within(found, 2 * POINT), beyond(found, 2 * POINT)),
     )
 

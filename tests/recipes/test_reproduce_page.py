@@ -184,9 +184,24 @@ def test_accuracy_at_equal_kl_is_read_off_each_formulations_line() -> None:
             shifted = 0.65 + 0.05 * math.log(2 * kl)
             rows.append(row("stock:k3", seed, shifted, 2 * kl, kl_coef=coef))
     found = of_part(rows, "g")
-    assert found.measured == "accuracy +5.0 points, +5.0 to +5.0 (3 seeds)"
+    five = "+5.0 points, +5.0 to +5.0 (3 seeds)"
+    assert found.measured == f"accuracy {five}; between neighbouring points {five}"
     assert found.verdict == "not reproduced"
     assert of_part(rows[:12], "g").verdict == "not decided yet"
+
+
+def test_accuracy_at_equal_kl_is_told_between_neighbouring_points_too() -> None:
+    """k2's line passes below its middle point, at 63.3 for 70 %; stock's passes through its own."""
+    rows = []
+    for seed in (1, 2, 3):
+        for coef, kl, right in ((0.05, 4.0, 0.7), (0.5, 1.0, 0.7), (2.0, 0.25, 0.5)):
+            rows.append(row("k2_as_loss", seed, right, kl, kl_coef=coef))
+        for coef, kl, right in ((0.05, 2.0, 0.7), (0.5, 0.5, 0.5), (2.0, 0.125, 0.3)):
+            rows.append(row("stock:k3", seed, right, kl, kl_coef=coef))
+    assert of_part(rows, "g").measured == (
+        "accuracy +3.3 points, +3.3 to +3.3 (3 seeds); "
+        "between neighbouring points +10.0 points, +10.0 to +10.0 (3 seeds)"
+    )
 
 
 def swinging(kl_type: str, seed: int, width: float, updates: int) -> dict[str, Any]:
