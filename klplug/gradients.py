@@ -303,7 +303,7 @@ def _with_limits(spec: TermSpec, batch: Batch) -> Estimate:
     row, coefficient = spec.definition, spec.definition.role(spec.placement).coefficient
     log_ratio = batch.log_ratio(spec.reference)
     numbers = batch.mask & (log_ratio.abs() < math.inf)
-    of_policy = batch.mask & (batch.log_probs.abs() < math.inf) & ~log_ratio.isnan()
+    of_policy = batch.mask & (batch.log_probs.abs() < math.inf) & (log_ratio > -math.inf)
     log_ratio = masked_(finite(log_ratio), of_policy)
     own, value = coefficient(log_ratio), row.value(log_ratio)
     unbounded = None
@@ -409,7 +409,8 @@ def returns(estimate: Estimate, batch: Batch, importance: ImportanceWeight | Non
     to_go = batch.answers.to_go(added)
     if own is not later:
         own = own if importance is None else _weighed(estimate, importance)
-        to_go = to_go - added + own
+        # Not less what is added here, which may be so large that no digit of the rest is left.
+        to_go = batch.answers.after(to_go) + own
     return finite_(to_go)
 
 

@@ -59,6 +59,8 @@ def test_a_counted_number_that_is_none_leaves_the_kl_with_its_ratio(
     assert clean["klplug/nonfinite_share"] == 0
 
 
+MEAN = math.log((math.e + 1) / 2)
+
 # Limits of the textbook formulas as the reference rules a token out, u = pi/ref to infinity: the
 # value f(u)/u and the derivative f'(u) - f'(1).
 LIMITS = {
@@ -90,6 +92,38 @@ def test_a_divergence_that_is_bounded_has_its_limit(name: str, dtype: torch.dtyp
         between = kl_term(kl_type, log_probs, ref, torch.ones(1, 3))
         torch.testing.assert_close(between.coefficient, torch.full_like(ref, slope))
         torch.testing.assert_close(between.value.sum(), torch.tensor(value, dtype=dtype))
+
+
+@pytest.mark.parametrize("kl_type", ["k2_as_loss,bound=2", "tv_as_loss,bound=2", "js_as_loss"])
+def test_a_reference_of_more_than_one_has_no_limit(kl_type: str) -> None:
+    """log ref = inf is no probability: pi/ref would be 0 there, and not infinite."""
+    log_probs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+    ref = torch.tensor([[-1.5, INF]])
+    term = kl_term(f"{kl_type},ratio=none", log_probs, ref, torch.ones(1, 2))
+    assert force(term, log_probs)[0, 1] == 0 and term.value[0, 1] == 0
+    assert term.metrics["klplug/nonfinite_share"] == 0.5
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "own", "value"),
+    [  # f'(u) - f'(1) at x = -20, and f(u)/u at x = 1
+        ("tv", -0.5, (1 - math.exp(-1)) / 2),
+        ("chi2", 2 * math.expm1(-20), (math.e - 1) ** 2 / math.e),
+        ("js", math.log(2) - 20 - math.log1p(math.exp(-20)), 1 - (1 + 1 / math.e) * MEAN),
+    ],
+)
+def test_a_token_far_below_the_reference_does_not_lose_the_later_ones(
+    name: str, own: float, value: float, packed: bool
+) -> None:
+    """Its own f(u)/u, about exp(20), is that of the tokens before it: float32 has no digit of the
+    rest beside it."""
+    log_probs = torch.tensor([[-22.0, -1.0, -1.0]])
+    ref = torch.tensor([[-2.0, -2.0, -2.0]])
+    ids = torch.tensor([[4, 4, 4]]) if packed else None
+    kl_type = f"{name}_as_loss,ratio=none,horizon=sequence"
+    term = kl_term(kl_type, log_probs, ref, torch.ones(1, 3), segment_ids=ids)
+    assert term.gradient[0, 0].item() == pytest.approx(own + 2 * value, abs=2e-6)
 
 
 def test_chi2_of_a_long_answer_is_held_within_the_dtype_and_counted() -> None:
