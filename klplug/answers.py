@@ -41,15 +41,23 @@ class Answers:
 
     def to_go(self, x: Tensor) -> Tensor:
         """``sum_{s>=t} x_s`` over the rest of the answer, (B, T)."""
-        if self.number is None:
+        number = self._number_for_sums(x)
+        if number is None:
             return x.flip(-1).cumsum(-1).flip(-1)
-        return _sums_to_go(x, self.number)
+        return _sums_to_go(x, number)
 
     def so_far(self, x: Tensor) -> Tensor:
         """``sum_{s<=t} x_s`` over the answer so far, (B, T)."""
-        if self.number is None:
+        number = self._number_for_sums(x)
+        if number is None:
             return x.cumsum(-1)
-        return _sums_to_go(x.flip(-1), self.number.flip(-1)).flip(-1)
+        return _sums_to_go(x.flip(-1), number.flip(-1)).flip(-1)
+
+    def _number_for_sums(self, x: Tensor) -> Tensor | None:
+        # A cumsum on a GPU depends on the order of its threads, and torch then refuses it.
+        if self.number is None and torch.are_deterministic_algorithms_enabled():
+            return torch.zeros_like(x, dtype=torch.long)
+        return self.number
 
     def before(self, x: Tensor) -> Tensor:
         """``x`` at the token before, 0 at the first of an answer, (B, T)."""

@@ -67,6 +67,39 @@ def test_devices_agree(kl_type: str, dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "kl_type",
+    [
+        "k1_in_reward",
+        "k2_as_loss,horizon=sequence",
+        "k3_as_loss,level=prefix",
+        "js_as_loss,level=sequence,horizon=sequence",
+        "forward_as_loss,horizon=sequence",
+        "chi2_as_loss,horizon=answer",
+    ],
+)
+def test_deterministic_algorithms_suffice(
+    kl_type: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch then refuses, on a GPU, the cumsum of numbers that are no integers."""
+    expected = gradient(kl_type, tensors(torch.float64, "cpu"))
+    cumsum = Tensor.cumsum
+
+    def of_integers(x: Tensor, dim: int) -> Tensor:
+        if x.is_floating_point():
+            raise RuntimeError("cumsum does not have a deterministic implementation")
+        return cumsum(x, dim)
+
+    monkeypatch.setattr(Tensor, "cumsum", of_integers)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = gradient(kl_type, tensors(torch.float32, device))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(found.double().cpu(), expected, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize(
     ("divergence", "dtype"), [(name, torch.float32) for name in DIVERGENCES] + [("k2", DTYPES[1])]
