@@ -241,6 +241,7 @@ def compute_advantage_for_trajectories(original: Call, _: Any, args: Args, kwarg
         _RUN.reset(token)
     if run is not None:
         _join(run, data, bound(original, args, kwargs)["batch_keys"])
+        _carry(run, data)
     return data
 
 
@@ -251,6 +252,7 @@ def compute_advantage_of_rows(original: Call, _: Any, args: Args, kwargs: Kwargs
     if run is not None:
         run.reset()
         _join(run, data, [f"{row}_0" for row in range(len(data))])
+        _carry(run, data)
         for name, tensor in run.carried.items():
             data.batch[name] = tensor
     return data
@@ -269,12 +271,6 @@ def _join(run: Run, data: Any, keys: Sequence[str]) -> None:
     as_loss, in_reward = run.plan.as_loss, run.plan.in_reward
     answers = _answers(keys)
     _check_answers_are_rows(run.plan, len(answers), len(keys))
-    named = run.named | samples.tensors_of(as_loss, data)
-    made = samples.of_batch(as_loss, tensors, groups, named)
-    run.carried |= samples.carried(made, as_loss)
-    if as_loss.has_the_reward:
-        step = samples.of_step(tensors, groups, named)
-        run.carried[POSTERIOR] = posterior_log_probs(step, run.controller.value)
     if not run.plan.needs_reference:  # to the sampler the KL is 0 here
         return
     # Samples of the policy itself: the estimates are unbiased here.
@@ -310,6 +306,17 @@ def _join(run: Run, data: Any, keys: Sequence[str]) -> None:
         penalty = beta * force * mask
         tensors["advantages"] = tensors["advantages"] - penalty
         tensors["returns"] = tensors["returns"] - penalty
+
+
+def _carry(run: Run, data: Any) -> None:
+    """Sample weights, of the advantages that the policy loss has, and the posterior's log-probs."""
+    tensors, groups, as_loss = _tensors(run, data), data.non_tensor_batch["uid"], run.plan.as_loss
+    named = run.named | samples.tensors_of(as_loss, data)
+    made = samples.of_batch(as_loss, tensors, groups, named)
+    run.carried |= samples.carried(made, as_loss)
+    if as_loss.has_the_reward:
+        step = samples.of_step(tensors, groups, named)
+        run.carried[POSTERIOR] = posterior_log_probs(step, run.controller.value)
 
 
 def beside_the_workers(metrics: Mapping[str, float], in_reward: KLSpec) -> dict[str, float]:

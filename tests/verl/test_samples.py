@@ -87,6 +87,19 @@ def test_the_weights_go_with_the_samples(weight: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
+def test_the_advantage_that_a_weight_sees_has_the_kl_in_the_reward(kind: str) -> None:
+    """As on OpenRLHF: the advantage is that of the policy loss."""
+    kl_type = "k1_in_reward+k2_as_loss,weight=positive"
+    made = trainer(f"+klplug.kl_type={quoted(kl_type)}", "+klplug.kl_coef=4.0", kind=kind)
+    data, _ = joined(made, experience(batch(), SCORES), KEYS)
+    mask = batch().response_mask.bool()
+    advantages = data.batch["advantages"][mask]
+    assert ((advantages > 0) != BETTER.expand(4, 6)[mask]).any()  # the KL turns some
+    found = data.batch[named("positive").key][mask]
+    assert torch.equal(found, (advantages > 0).to(found.dtype))
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
 def test_an_agent_loop_has_a_number_for_each_token(kind: str) -> None:
     own = ("+klplug.kl_type='k2_as_loss,weight=mask:tool'", f"+klplug.kl_coef={BETA}")
     made, mask = trainer(*own, kind=kind), batch().response_mask
