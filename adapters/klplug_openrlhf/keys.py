@@ -42,6 +42,7 @@ FLAT = {
     "ds.ring_attn_size": "ring_attn_size",
     "ds.tensor_parallel_size": "ds_tensor_parallel_size",
     "eval.steps": "eval_steps",
+    "reward.clip_range": "reward_clip_range",
     "rollout.batch_size": "rollout_batch_size",
     "rollout.max_new_tokens": "max_new_tokens",
     "rollout.n_samples_per_prompt": "n_samples_per_prompt",
@@ -61,6 +62,7 @@ NO_STD = "algo.advantage.no_std_norm"
 IS_LEVEL, IS_ENABLE = "algo.advantage.is_correction_level", "algo.advantage.is_correction_enable"
 POLICY_LOSS, LOSS_AGG = "actor.policy_loss_type", "actor.loss_agg_mode"
 DUAL_CLIP = "actor.dual_clip"
+CLIPS_REWARD = "reward.clip_range"
 RECOMPUTES = "actor.gradient_checkpointing_enable"
 ROLLOUT_BATCH, N = "rollout.batch_size", "rollout.n_samples_per_prompt"
 TRAIN_BATCH, EPOCHS = "train.batch_size", "train.max_epochs"

@@ -9,7 +9,9 @@ from klplug.hosting.refusals import Refusal, refusals
 from klplug.hosting.settings import Said, Settings, number
 from klplug_openrlhf.keys import (
     ASYNC,
+    CLIPS_REWARD,
     DUAL_CLIP,
+    EPOCHS,
     ESTIMATOR,
     GAMMA,
     HORIZON,
@@ -22,6 +24,7 @@ from klplug_openrlhf.keys import (
     ROLLOUT_BATCH,
     TARGET,
     TOP_P,
+    TRAIN_BATCH,
     N,
 )
 from klplug_openrlhf.plan import Plan, dividing_by_length
@@ -67,6 +70,23 @@ def dual_clip(plan: Plan | None, settings: Settings) -> Said:
         )
 
 
+def unclipped_reward(plan: Plan | None, settings: Settings) -> Said:
+    """OpenRLHF clips what its estimator made of the rewards."""
+    if plan is not None and plan.spec.has_the_reward and settings.wrote(CLIPS_REWARD):
+        yield (
+            CLIPS_REWARD,
+            f"{settings.named(CLIPS_REWARD)} acts on the way to the advantages, which "
+            "reference=posterior sets to 0. So the reward in the posterior is not clipped",
+        )
+
+
+def one_update(plan: Plan | None, settings: Settings) -> Said:
+    answers, size = _answers(settings), number(settings, TRAIN_BATCH)
+    one = answers <= size and number(settings, EPOCHS, 1) == 1
+    updates = f"{settings.named(TRAIN_BATCH)} {size:g} with {answers} answers to a rollout"
+    return hosting.one_update(plan, TRAIN_BATCH, updates if one else "")
+
+
 def truncated_sampler(plan: Plan | None, settings: Settings) -> Said:
     found = cut(settings)
     return hosting.truncated_sampler(plan, found, found)
@@ -80,7 +100,7 @@ def stale_samples(plan: Plan | None, settings: Settings) -> Said:
 
 
 def short_horizon(plan: Plan | None, settings: Settings) -> Said:
-    answers = int(number(settings, ROLLOUT_BATCH, 0)) * int(number(settings, N, 1))
+    answers = _answers(settings)
     if plan is not None:
         for words in hosting.short_horizon(plan, answers):
             yield KL_HORIZON, words
@@ -88,6 +108,11 @@ def short_horizon(plan: Plan | None, settings: Settings) -> Said:
     horizon = number(settings, HORIZON)
     if settings.get(TARGET) and horizon and 5 * horizon < answers:
         yield HORIZON, hosting.negative_horizon(horizon, answers)
+
+
+def _answers(settings: Settings) -> int:
+    """Of a rollout."""
+    return int(number(settings, ROLLOUT_BATCH, 0)) * int(number(settings, N, 1))
 
 
 def extrapolation(plan: Plan | None, settings: Settings) -> Said:
@@ -100,6 +125,8 @@ ROWS = (
     extrapolation,
     divided_by_length,
     dual_clip,
+    unclipped_reward,
+    one_update,
     truncated_sampler,
     stale_samples,
     short_horizon,

@@ -244,6 +244,7 @@ ROWS = (
     hosting.path_of_nothing,
     hosting.reference_of_nothing,
     hosting.update_of_nothing,
+    hosting.update_to_nothing,
     hosting.source_of_another_kind,
     hosting.teacher_without_a_name,
     hosting.teacher_of_nothing,

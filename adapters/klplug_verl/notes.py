@@ -13,6 +13,7 @@ from klplug_verl.keys import (
     BYPASS,
     CTRL_HORIZON,
     CTRL_TYPE,
+    EPOCHS,
     ESTIMATOR,
     GAMMA,
     KL_HORIZON,
@@ -21,6 +22,7 @@ from klplug_verl.keys import (
     LORA,
     LOSS_AGG,
     LOSS_MODE,
+    MINI_BATCH,
     RECORDS,
     REF,
     ROLLOUT_IS,
@@ -100,6 +102,16 @@ def averaged_apart(plan: Plan | None, settings: Settings) -> Said:
         )
 
 
+def one_update(plan: Plan | None, settings: Settings) -> Said:
+    # A step of separate_async has several; by bypass_mode old is the sampler, and not the policy.
+    if settings.get(TRAINER_MODE) == "separate_async" or bypass(settings):
+        return
+    prompts, mini = number(settings, TRAIN_BATCH), number(settings, MINI_BATCH)
+    one = prompts <= mini and number(settings, EPOCHS, 1) == 1
+    updates = f"{MINI_BATCH}={mini:g} with {TRAIN_BATCH}={prompts:g}"
+    yield from hosting.one_update(plan, MINI_BATCH, updates if one else "")
+
+
 def stale_samples(plan: Plan | None, settings: Settings) -> Said:
     if plan is None or settings.get(TRAINER_MODE) not in ("colocate_async", "separate_async"):
         return
@@ -164,6 +176,7 @@ ROWS = (
     extrapolation,
     divided_by_length,
     averaged_apart,
+    one_update,
     truncated_sampler,
     stale_samples,
     lora_reference,

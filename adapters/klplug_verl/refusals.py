@@ -466,6 +466,7 @@ ROWS = (
     hosting.path_of_nothing,
     hosting.reference_of_nothing,
     hosting.update_of_nothing,
+    hosting.update_to_nothing,
     hosting.teacher_without_a_name,
     hosting.teacher_of_nothing,
     hosting.teacher_alone,

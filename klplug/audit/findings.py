@@ -407,6 +407,7 @@ def _extrapolation(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
 def _no_effect(run: Run, verdicts: Sequence[Verdict]) -> Iterator[Hit]:
     for setting, reason in run.no_effect:
         yield f"This has no effect: {reason}.", setting
+    yield from _noted(run, "one_update")
 
 
 @rule("double-kl", WARNING, "Two KL terms at once", aspects.KL)

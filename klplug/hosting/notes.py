@@ -124,6 +124,28 @@ def divided_by_length(plan: Asked | None, setting: str, dividing: str) -> Said:
         )
 
 
+def one_update(plan: Asked | None, setting: str, updates: str) -> Said:
+    """Of a KL to the policy that a step starts from, which is the policy itself until it moves.
+
+    Args:
+        setting: of the answers in an update.
+        updates: what makes one update of a rollout at most, in words; else empty.
+    """
+    if plan is None or not updates:
+        return
+    update = plan.moving()
+    for term in plan.as_loss.terms:
+        resets = term.reference == "ref" and update is not None and update.keeps_nothing
+        if (term.reference == "old" or resets) and term.estimator != "k1":  # whose c is 1
+            by = f" by klplug.ref_update={plan.ref_update}" if resets else ""
+            yield (
+                setting,
+                f"kl_type {term}: {updates} is one update of a rollout at most. The KL is to the "
+                f"policy that this starts from{by}. So it is 0, and its gradient is rounding "
+                "alone. Make more updates, or leave the term out",
+            )
+
+
 def stale_samples(plan: Asked, setting: str, in_policy_loss: bool, bypass: bool = False) -> Said:
     """Of asynchronous rollouts, which stored answers are none of.
 

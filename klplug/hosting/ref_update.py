@@ -42,6 +42,11 @@ class RefUpdate:
         wrong = f"{','.join(options)!r} is too much" if known else f"{kind!r} is unknown"
         raise ValueError(f"{said}: {wrong}. {_FORMS}")
 
+    @property
+    def keeps_nothing(self) -> bool:
+        """Whether each step but the first starts with the policy itself as the reference."""
+        return self.every == 1 and self.decay == 0
+
     def is_due(self, step: int) -> bool:
         """Whether the reference follows once this step is done, the first one being 1."""
         return step % self.every == 0

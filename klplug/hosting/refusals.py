@@ -121,6 +121,30 @@ def update_of_nothing(plan: Asked, settings: Settings) -> Said:
         )
 
 
+def update_to_nothing(plan: Asked, settings: Settings) -> Said:
+    """Where the reference is the policy that a step starts from, what is measured there is 0."""
+    update = plan.moving()
+    if update is None or not update.keeps_nothing:
+        return
+    said = (
+        f"kl_type {plan.spec}: {settings.named('klplug.ref_update')} is {plan.ref_update}. So from "
+        "the second step on the reference is the policy that the step starts from"
+    )
+    if any(term.reference == "ref" for term in plan.in_reward.terms):
+        yield (
+            "klplug.ref_update",
+            f"{said}. A KL in the reward is measured there, and is 0. Reset less often, or use "
+            "'k2_as_loss'",
+        )
+    if plan.needs_reference and plan.is_driven:
+        key = "klplug.kl_ctrl"
+        yield (
+            key,
+            f"{said}. {settings.named(key)} is {plan.kl_ctrl}, and is fed the KL there, "
+            "which is 0. Reset less often, or leave it out",
+        )
+
+
 def source_of_another_kind(plan: Asked, settings: Settings) -> Said:
     """What acts on the reference's own answers, which no policy of the run gave."""
     if plan.source is None:

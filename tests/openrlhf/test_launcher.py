@@ -336,6 +336,15 @@ MISTAKES: list[tuple[tuple[str, ...], list[str]]] = [
             ["--klplug.ref_update is reset:2", "kl_type k2_as_loss,reference=old", "none to move"],
         ),
         (
+            (*KL[:1], "k1_in_reward+k2_as_loss", *KL[2:], "--klplug.ref_update", "reset:1"),
+            ["--klplug.ref_update is reset:1", "A KL in the reward is measured there, and is 0"],
+        ),
+        (
+            (*KL, "--klplug.ref_update", "reset:1", "--klplug.kl_ctrl", "pid",
+             "--klplug.kl_target", "0.1"),
+            ["--klplug.ref_update is reset:1", "--klplug.kl_ctrl is pid, and is fed the KL there"],
+        ),
+        (
             (*KL, "--klplug.ref_update", "reset:2", "--ds.lora.rank", "8"),
             ["--klplug.ref_update is reset:2", "--ds.lora.rank 8 trains an adapter"],
         ),

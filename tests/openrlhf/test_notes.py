@@ -19,6 +19,8 @@ def own(kl_type: str, *flags: str) -> list[str]:
 
 
 ASYNC = "--train.async_enable"
+TWICE = ("--train.max_epochs", "2")
+RESET = ("--klplug.ref_update", "reset:1")
 CORRECTED = ("--algo.advantage.is_correction_level", "token")
 # finding: what has it, with a word of it.
 SAID = {
@@ -33,9 +35,15 @@ SAID = {
     ],
     "extrapolation": [
         (
-            own("1.5*k2_as_loss+-0.5*k2_as_loss,reference=old"),
+            own("1.5*k2_as_loss+-0.5*k2_as_loss,reference=old", *TWICE),
             "the policy at the start of the step: extrapolation, for",
         ),
+    ],
+    "no-effect": [
+        (own("k2_as_loss,reference=old"), "--train.batch_size 256 with 256 answers to a rollout"),
+        (own("k2_as_loss,reference=old", "--rollout.batch_size", "8"), "with 64 answers"),
+        (own("k2_as_loss+k2_as_loss,reference=old,head=combined"), "head=combined,reference=old: "),
+        (own("k2_as_loss", *RESET), "starts from by klplug.ref_update=reset:1. So it is 0"),
     ],
     "short-horizon": [
         (own("k2_as_loss", *ADAPTIVE, "--klplug.kl_horizon", "128"), "factor of e^0.4"),
@@ -52,6 +60,7 @@ LAUNCH = {
         "k2_as_loss,horizon=sequence", "--actor.loss_agg_mode", "seq-mean-token-mean"
     ),
     "dual_clip": own("k2_as_loss,head=combined", "--actor.dual_clip", "3"),
+    "unclipped_reward": own("k2_as_loss,reference=posterior", "--reward.clip_range", "0", "1"),
 }
 UNSAID = [
     own("k2_as_loss", "--rollout.top_p", "0.9"),
@@ -61,6 +70,15 @@ UNSAID = [
     own("k2_as_loss,head=combined", ASYNC, *CORRECTED),
     own("k2_as_loss", *ADAPTIVE, "--klplug.kl_horizon", "256"),
     [*LAUNCH["whitened"], "--algo.advantage.no_std_norm"],
+    own("k2_as_loss,reference=old", *TWICE),
+    own("k1_as_loss,reference=old"),  # noise, and not 0
+    own("k2_as_loss,reference=old", "--train.batch_size", "128"),
+    own("k2_as_loss", *RESET, *TWICE),
+    own("k2_as_loss", "--klplug.ref_update", "reset:2"),
+    own("k2_as_loss", "--klplug.ref_update", "ema:0.1"),
+    own("k2_as_loss,reference=rollout"),
+    own("k2_as_loss,reference=posterior"),
+    own("k1_in_reward", "--reward.clip_range", "0", "1"),
     own("k1_in_reward", "--algo.advantage.gamma", "0.9"),  # which group_norm sets to 1
 ]
 
@@ -85,6 +103,11 @@ def test_the_launch_and_the_audit_say_the_same(finding: str, flags: list[str], w
 def test_a_discount_of_a_kl_in_the_reward_is_said() -> None:
     (said,) = notes(LAUNCH["discounted"])
     assert said.startswith("--algo.advantage.gamma is 0.9: a token answers for the KL of later")
+
+
+def test_a_reward_that_is_not_clipped_is_said() -> None:
+    (said,) = notes(LAUNCH["unclipped_reward"])
+    assert said.startswith("--reward.clip_range acts on the way to the advantages, which")
 
 
 @pytest.mark.parametrize("flags", UNSAID)

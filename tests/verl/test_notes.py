@@ -15,6 +15,8 @@ DTYPE = "fsdp_config.mixed_precision.param_dtype"
 ADAPTIVE = ("+klplug.kl_ctrl=adaptive", "+klplug.kl_target=0.1")
 CORRECTED = "algorithm.rollout_correction.rollout_is=token"
 BY_THE_SAMPLER = "k2_as_loss,ratio=rollout"
+MINI = "actor_rollout_ref.actor.ppo_mini_batch_size"
+ONE = ("data.train_batch_size=64", f"{MINI}=64")
 SAPO = "actor_rollout_ref.actor.policy_loss.loss_mode=sapo"
 
 # finding: what has it, with a word of it.
@@ -54,6 +56,10 @@ SAID = {
         ),
         (own("k3_as_loss+-2*k2_as_loss"), "the reference model: and nothing holds it, for"),
     ],
+    "no-effect": [
+        (own("k2_as_loss,reference=old", *ONE), f"{MINI}=64 with data.train_batch_size=64 is"),
+        (own("k2_as_loss", "+klplug.ref_update=reset:1", *ONE), "ref_update=reset:1. So it is 0"),
+    ],
     "short-horizon": [
         # Of two answers to each of 1024 prompts, verl's default.
         (own("k2_as_loss", *ADAPTIVE, "+klplug.kl_horizon=1000"), "factor of e^0.41 in one"),
@@ -70,6 +76,11 @@ LAUNCH = {
 }
 UNSAID = [
     own("0.7*k2_as_loss+0.3*k2_as_loss,reference=old"),
+    own("k2_as_loss,reference=old", *ONE, "actor_rollout_ref.actor.ppo_epochs=2"),
+    own("k2_as_loss,reference=old", *ONE[:1], f"{MINI}=32"),
+    own("k2_as_loss", "+klplug.ref_update=reset:2", *ONE),
+    own("k2_as_loss,reference=rollout", *ONE),
+    own("k2_as_loss,reference=old", *ONE, BYPASS),  # old is the sampler there
     own("k2_as_loss", TOP_P),
     own("k2_as_loss", RAW, f"{ROLLOUT}temperature=0.7", *ADAPTIVE),
     own("k2_as_loss", TOP_P, "+klplug.kl_ctrl=linear", "+klplug.kl_end=0", "+klplug.kl_steps=9"),

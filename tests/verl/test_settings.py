@@ -466,6 +466,17 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
         ["klplug.ref_update is reset:2", "kl_type k2_as_loss,reference=old", "none to move"],
     ),
     (
+        own("k1_in_reward", "+klplug.ref_update=reset:1"),
+        ["klplug.ref_update is reset:1", "A KL in the reward is measured there, and is 0"],
+    ),
+    (
+        own(
+            *("k2_as_loss", "+klplug.ref_update=reset:1"),
+            *("+klplug.kl_ctrl=adaptive", "+klplug.kl_target=0.1"),
+        ),
+        ["klplug.ref_update is reset:1", "klplug.kl_ctrl is adaptive, and is fed the KL there"],
+    ),
+    (
         own("k2_as_loss", "+klplug.ref_update=reset:2", f"{MODEL}.lora_rank=8"),
         ["klplug.ref_update=reset:2", "lora_rank=8", "the policy's own base", "Leave one out"],
     ),
