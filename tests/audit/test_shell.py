@@ -353,3 +353,34 @@ def test_a_script_for_another_shell_has_what_is_exported(tmp_path: Path) -> None
     script = "export A=1; B=2; bash inner.sh x; bash -c 'run $A$B'; C=3 bash -c 'run $C'"
     read = [[w.text for w in c.words] for c in Script(script, tmp_path).commands]
     assert read == [["run", "1", "x"], ["run", "1$B"], ["run", "3"]]
+
+
+# Of OpenSSH, what bears on its command: its words go to a new shell as one text, or its input does.
+_SSH = """
+ssh() {
+    while [[ $1 == -* ]]; do [[ $1 == -[ip] ]] && shift; shift; done; shift
+    (($#)) || set -- "$(cat)"
+    env -i "$BASH" -c "$(declare -f python python3 deepspeed ray run); $*"
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "K=1\nssh -p 22 -tt node <<EOF\ncd /tmp\nK=2; run a=$K b=\\$K\nEOF\nrun c=$K",
+        "export K=1\nssh node <<'EOF'\nrun a=${K:-9}\nEOF",
+        'for H in a b; do ssh -i key $H "K=2; run $H \\$K"; done',
+        "ssh node 'run a=1' < /dev/null",
+    ],
+)
+def test_what_ssh_runs_is_read(script: str) -> None:
+    assert [[w.text for w in words] for words in _read(script)] == _bash(_SSH + script)
+    assert _bash(_SSH + script)
+
+
+@pytest.mark.parametrize(
+    "script", ["ssh node 'cat > f' <<EOF\nrun a=1\nEOF", "ssh -fN node", "ssh node uptime"]
+)
+def test_what_ssh_does_not_run_is_not_read(script: str) -> None:
+    assert not _read(script)

@@ -47,6 +47,8 @@ _QUERIES = frozenset(
 _NO_NAME = re.compile(r"[\s{}=]")
 _SHELL = re.compile(r"(?:.*/)?(?:ba|z|da|k)?sh")
 _ENV = re.compile(r"(?:.*/)?(?:env|sudo)")
+_SSH = re.compile(r"(?:.*/)?ssh")
+_SSH_TAKES = re.compile(r"-\w*[BbcDEeFIiJLlmOopQRSWw]")  # an option whose value is the next word
 _BATCH = ("sbatch", "qsub")
 _BATCH_FILE = re.compile(r"[^-].*\.(?:sh|bash|sbatch|slurm|sub|pbs|job)")
 
@@ -61,6 +63,8 @@ def program(shell: Shell, values: list[Value], split: list[Flat], command: synta
     for name, value in passed.items():
         shell.set(name, value)
     exported, shell.exported = shell.exported, shell.exported | passed.keys()
+    if _remote(words):  # which has none of this shell's variables
+        shell.exported = type(exported)()
     if nested is not None and shell.depth < MAX_DEPTH:
         _another_shell(shell, lambda: _read_value(shell, nested[0]), nested[1])
     elif shell.depth < MAX_DEPTH and (_ran_a_file(shell, words) or _ran_its_input(shell, words)):
@@ -92,7 +96,7 @@ def _nested_script(
 ) -> tuple[Flat, Value] | None:
     """The script of ``bash -c SCRIPT NAME ARGUMENTS``, also behind a launcher, and its arguments.
 
-    And that of ``sbatch --wrap SCRIPT``.
+    And that of ``sbatch --wrap SCRIPT``, and of ``ssh HOST SCRIPT``.
     """
     for at in range(len(words)):
         first, letters = _after_options(words, at)
@@ -104,7 +108,19 @@ def _nested_script(
                 return after_equals(_pieces_at(shell, values, at)), ()
             if words[at - 1].text == "--wrap":
                 return _pieces_at(shell, values, at), ()
+    if _remote(words) == len(words) - 1:
+        return _pieces_at(shell, values, len(words) - 1), ()
     return None
+
+
+def _remote(words: Sequence[Word]) -> int:
+    """Where the command of ``ssh OPTIONS HOST COMMAND`` begins; 0 where no ssh is started."""
+    if not _SSH.fullmatch(words[0].text):
+        return 0
+    at = 1
+    while at < len(words) and words[at].text.startswith("-"):
+        at += 2 if _SSH_TAKES.fullmatch(words[at].text) else 1
+    return at + 1
 
 
 def _after_options(words: Sequence[Word], at: int) -> tuple[int, str]:
@@ -242,7 +258,7 @@ def _ran_a_file(shell: Shell, words: Sequence[Word]) -> bool:
 
 
 def _ran_its_input(shell: Shell, words: Sequence[Word]) -> bool:
-    """``bash <<EOF``, ``echo SCRIPT | sbatch``."""
+    """``bash <<EOF``, ``echo SCRIPT | sbatch``, ``ssh HOST <<EOF``."""
     given = shell.given()
     if given is None or not is_script(given):
         return False
@@ -250,7 +266,7 @@ def _ran_its_input(shell: Shell, words: Sequence[Word]) -> bool:
     if words[0].text in _BATCH:
         if any(_BATCH_FILE.fullmatch(word.text) for word in words):
             return False
-    else:
+    elif _remote(words) != len(words):
         ends = (_after_options(words, at) for at in range(len(words)))
         reads = [first for first, letters in ends if first == len(words) or "s" in letters]
         if not reads:
