@@ -399,7 +399,8 @@ def _chosen(entry: Any) -> Iterator[tuple[str, Any, str]]:
     """Of an entry of a defaults list: group and package, name, and what stands before them."""
     if isinstance(entry, str):
         path, at, place = entry.partition("@")
-        group, _, name = path.rpartition("/")
+        group, slash, name = path.rpartition("/")
+        group = group or slash  # "/name" is looked for from the root
         pairs: list[tuple[str, Any]] = [(f"{group}{at}{place}", name)]
     elif isinstance(entry, dict):
         pairs = [(str(group), name) for group, name in entry.items()]

@@ -107,6 +107,20 @@ def test_a_path_that_hydra_main_gives_as_a_package(tmp_path: Path) -> None:
     assert report.gradient == "none"  # verl's own config, which need not be here
 
 
+def test_a_default_that_is_written_from_the_root(tmp_path: Path) -> None:
+    """rllm's rllm/backend/verl.yaml brings verl's own config as ``/ppo_trainer``."""
+    files = {
+        "mine/main.py": _MAIN.format(path="conf", name="whole"),
+        "mine/conf/whole.yaml": "defaults: [backend: verl, _self_]\n",
+        "mine/conf/backend/verl.yaml": "# @package _global_\ndefaults: [/ppo_trainer, /more]\n"
+        + _LOSS,
+        "mine/conf/more.yaml": "actor_rollout_ref: {actor: {kl_loss_coef: 0.5}}\n",
+    }
+    report = _project(tmp_path, files, f"python3 -m mine.main {_GRPO}")
+    assert (report.gradient, report.beta) == ("reverse", 0.25)
+    assert "config-not-read" not in [finding.id for finding in report.findings]
+
+
 def test_positional_arguments_and_a_path_upwards(tmp_path: Path) -> None:
     main = 'import hydra\n@hydra.main("../../config", "mine")\ndef main(config): ...\n'
     files = {"mine/trainer/main.py": main, "config/mine.yaml": _LOSS}
@@ -165,6 +179,10 @@ def test_config_name_is_looked_for_where_hydra_main_says(tmp_path: Path) -> None
     # Its own code makes the batch: the host's rule on it is not known to hold.
     assert "rejected-setting" not in {finding.id for finding in report.findings}
     assert "the trainer itself decides it" in report.unknown["updates_per_rollout"][0]
+    # rllm's asynchronous trainer, as verl's own, draws no batch: 0 is no number of answers.
+    script = tmp_path / "scripts" / "train" / "run.sh"
+    script.write_text(f"{command} data.train_batch_size=0\n")
+    assert audit(script).updates_per_rollout is None
 
 
 def test_a_recipe_is_found_in_its_own_repository(tmp_path: Path) -> None:
