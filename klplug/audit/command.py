@@ -170,16 +170,15 @@ def _job(text: str, name: str | None) -> list[Block]:
 
     if not any(map(starts, set(re.split(r"[\s\"';&|(),\[\]]+", text)))):
         return []
+    configs = [host.room("command").is_config for host in starters if host.config]
     try:
-        (content,) = yaml.safe_load_all(text)
-    except yaml.YAMLError:
+        documents = list(yaml.safe_load_all(text))
+        content = documents[0] if len(documents) == 1 else None
+        if isinstance(content, dict) and any(is_config(content) for is_config in configs):
+            return []
+        return blocks(text, starts)
+    except (yaml.YAMLError, RecursionError):
         return []  # said by who reads it as a config
-    except ValueError:  # several documents
-        content = None
-    readable = [host for host in starters if host.config]
-    if isinstance(content, dict) and any(h.room("command").is_config(content) for h in readable):
-        return []
-    return blocks(text, starts)
 
 
 def _script(text: str, path: Path) -> Script:
@@ -389,6 +388,8 @@ def _of_yaml(path: Path, text: str, name: str | None, version: str | None) -> Re
         where = f" on line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise AuditError(f"{path}: not valid YAML{where}: {problem}") from None
+    except RecursionError:  # an anchor within itself, or brackets without end
+        raise AuditError(f"{path}: settings that are nested without end") from None
     configs = [host.config for host in hosts().values() if host.config]
     if not isinstance(content, dict):
         raise AuditError(f"{path}: no settings: {' or '.join(configs)} is a mapping")

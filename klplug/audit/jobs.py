@@ -49,11 +49,16 @@ def blocks(text: str, starts: Callable[[str], bool]) -> list[Block]:
     """
     found: list[Block] = []
     for document in yaml.compose_all(text, Loader=yaml.SafeLoader):
-        found += _inside(document, text, starts)
+        found += _inside(document, text, starts, set())
     return found
 
 
-def _inside(node: yaml.Node | None, text: str, starts: Callable[[str], bool]) -> Iterator[Block]:
+def _inside(
+    node: yaml.Node | None, text: str, starts: Callable[[str], bool], seen: set[int]
+) -> Iterator[Block]:
+    if id(node) in seen:  # an anchor, which may be within itself
+        return
+    seen.add(id(node))
     if isinstance(node, yaml.MappingNode):
         values = {key.value: value for key, value in node.value}
         program, given = (_items(values.get(key)) for key in ("command", "args"))
@@ -63,7 +68,7 @@ def _inside(node: yaml.Node | None, text: str, starts: Callable[[str], bool]) ->
             yield Block(_words(whole))
         for key, value in node.value:
             if not (together and key.value in ("command", "args")):
-                yield from _inside(value, text, starts)
+                yield from _inside(value, text, starts, seen)
     elif isinstance(node, yaml.SequenceNode):
         items = _items(node)
         if _start(items, starts):
@@ -72,7 +77,7 @@ def _inside(node: yaml.Node | None, text: str, starts: Callable[[str], bool]) ->
             yield Block(_lines(items))
         else:
             for item in node.value:
-                yield from _inside(item, text, starts)
+                yield from _inside(item, text, starts, seen)
     elif isinstance(node, yaml.ScalarNode) and _starts_one(node, starts):
         yield _of_scalar(node, text)
 

@@ -376,6 +376,8 @@ def test_a_file_that_is_no_training_command(tmp_path: Path, text: str, message: 
     ("text", "message"),
     [
         ("a: [1\n", "not valid YAML on line 2"),
+        ("a: &a {b: *a}\n", "nested without end"),
+        ("a: &a {run: python -m verl.trainer.main_ppo, b: *a}\n", "nested without end"),
         ("- 1\n", "is a mapping"),
         ("model: x\nlr: 1\n", "its keys are lr, model"),
         # Other trainers' files, and one of verl's groups: a name or two are the hosts' as well.

@@ -93,6 +93,7 @@ def test_each_script_of_a_file_is_judged(tmp_path: Path) -> None:
     path = _write(tmp_path, f"steps:\n- run: {ONE_LINE}\n- run: |\n    {other}\n")
     assert [report.host for report in audits(path)] == ["verl", "openrlhf"]
     assert [report.host for report in audits(path, host="openrlhf")] == ["openrlhf"]
+    assert len(audits(_write(tmp_path, f"a: &a {{run: '{ONE_LINE}'}}\nb: *a\n"))) == 1
 
 
 @pytest.mark.parametrize(
