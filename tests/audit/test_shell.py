@@ -384,3 +384,26 @@ def test_what_ssh_runs_is_read(script: str) -> None:
 )
 def test_what_ssh_does_not_run_is_not_read(script: str) -> None:
     assert not _read(script)
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [
+        'if [ -z "$X" ] || [ -z "$Y" ]; then exit 1; fi',
+        '[ -n "$X" ] && [ -n "$Y" ] || exit 1',
+        'if [ $# -lt 1 ] || [ -z "$2" ]; then exit 1; fi',
+        '[ -z "$X" ] && echo "X=?" >&2 && exit 1',
+        'if ! { [ -n "$X" ] && [ -n "$Y" ]; }; then exit 1; fi',
+    ],
+)
+def test_a_script_that_asks_for_variables_is_given_them(asks: str) -> None:
+    """As bash goes on where somebody sets them."""
+    script = f"{asks}\nrun a=1"
+    given = _bash(f"X=1; Y=2; set -- a b\n{script}")
+    assert [[w.text for w in words] for words in _read(script)] == given == [["run", "a=1"]]
+    assert not _bash(script)
+
+
+def test_a_script_that_always_ends_is_read_no_further() -> None:
+    script = 'X=1\nif [ -z "$X" ] || [ -z "" ]; then exit 1; fi\nrun a=1'
+    assert not _read(script) and not _bash(script)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from klplug.audit.shell import conditions, syntax
 from klplug.audit.shell.branches import branch, fork, leaves_of, rejoin, split_on
@@ -43,22 +44,26 @@ from klplug.audit.shell.values import (
 
 def walk_and_or(shell: Shell, chain: syntax.AndOr) -> None:
     shell.run(chain.first)
+    soft = False  # what comes next hangs on what nobody sets
     for operator, statement in chain.rest:
         if shell.flow:
             return
         status = shell.last_status()
         line = status[0].line if status and isinstance(status[0], Piece) else 0
         piece = status[0] if len(status) == 1 else None
-        if isinstance(piece, Piece) and piece.unknown and piece.text == "0":
+        soft = soft or (isinstance(piece, Piece) and piece.soft)
+        if isinstance(piece, Piece) and piece.unknown and piece.text == "0" and soft:
+            status = as_status(Holds(True, soft), piece.line)
+        elif isinstance(piece, Piece) and piece.unknown and piece.text == "0":
             # A program that is run to do something is taken to do it.
             if operator == "&&":
                 shell.run(statement)
             else:
                 shell.unreached += 1
-                shell.trial(_chained(shell, statement, operator)[0])
+                shell.trial(_chained(shell, statement, operator, soft)[0])
                 shell.unreached -= 1
             continue
-        walk, stay = _chained(shell, statement, operator)
+        walk, stay = _chained(shell, statement, operator, soft)
         if operator == "&&":
             branch(shell, status, walk, stay, line)
         else:
@@ -66,9 +71,15 @@ def walk_and_or(shell: Shell, chain: syntax.AndOr) -> None:
 
 
 def _chained(
-    shell: Shell, statement: syntax.Statement, operator: str
+    shell: Shell, statement: syntax.Statement, operator: str, soft: bool
 ) -> tuple[Callable[[], None], Callable[[], None]]:
-    return lambda: shell.run(statement), lambda: shell.ends(Holds(operator == "||"))
+    def walk() -> None:
+        shell.run(statement)
+        status = shell.last_status()
+        if soft and len(status) == 1 and isinstance(status[0], Piece):
+            shell.set("?", Scalar((replace(status[0], soft=True),)))
+
+    return walk, lambda: shell.ends(Holds(operator == "||", soft))
 
 
 def walk_pipeline(shell: Shell, pipeline: syntax.Pipeline) -> None:
