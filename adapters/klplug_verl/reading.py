@@ -591,8 +591,8 @@ def _unknown(
             unknown.setdefault(aspects.KL, []).append((setting, reason))
     for key in () if is_verls(settings) else _COUNTS:
         setting = settings[key]
-        # 0 is what asynchronous trainers have where no batch is drawn.
-        left = setting.value is None or setting.value == 0
+        # 0 is what asynchronous trainers have, which draw no batch.
+        left = setting.value is None or (setting.value == 0 and not _fetches(settings))
         if left and key in settings.written and not setting.unknown:
             reason = f"{setting}: the trainer itself decides it"
             unknown.setdefault(aspects.UPDATES, []).append((setting, reason))
