@@ -25,6 +25,7 @@ from klplug_verl.keys import (
     MINI_BATCH,
     RECORDS,
     REF,
+    REJECTS,
     ROLLOUT_IS,
     TEMPERATURE,
     TOP_K,
@@ -91,9 +92,16 @@ def divided_by_length(plan: Plan | None, settings: Settings) -> Said:
 
 def averaged_apart(plan: Plan | None, settings: Settings) -> Said:
     """Of a loss mode that takes the mean of each answer, whatever the aggregation."""
-    if plan is None or not plan.as_loss.terms or aggregation_divides(settings):
+    if plan is None or not plan.as_loss.terms:
         return
-    if divides_by_length(settings):
+    if settings.get(LOSS_MODE) == "geo_mean":
+        yield (
+            LOSS_MODE,
+            f"{LOSS_MODE}=geo_mean is the mean of one micro-batch, and verl adds these up. A KL "
+            "loss is a mean over the whole mini-batch. So the more micro-batches, the less KL "
+            "there is to the reward. k1_in_reward keeps its strength",
+        )
+    elif divides_by_length(settings) and not aggregation_divides(settings):
         yield (
             LOSS_MODE,
             f"{LOSS_MODE}={settings.get(LOSS_MODE)} is a mean over answers, and a KL loss follows "
@@ -110,6 +118,28 @@ def one_update(plan: Plan | None, settings: Settings) -> Said:
     one = prompts <= mini and number(settings, EPOCHS, 1) == 1
     updates = f"{MINI_BATCH}={mini:g} with {TRAIN_BATCH}={prompts:g}"
     yield from hosting.one_update(plan, MINI_BATCH, updates if one else "")
+
+
+def rejected_tokens(plan: Plan | None, settings: Settings) -> Said:
+    """Of a KL as loss that looks at whole answers, where verl masks out tokens that were sampled.
+
+    Its options by sequence mask whole answers, and beside its bypass the policy loss alone.
+    """
+    if plan is None or plan.source is not None or bypass(settings):
+        return
+    rejects = str(settings.get(REJECTS) or "")
+    by_token = any(option.strip().startswith("token") for option in rejects.split(","))
+    if not (by_token and settings.get(RECORDS, True)):
+        return
+    for term in plan.as_loss.terms:
+        if term.horizon != "token" or term.level in ("prefix", "sequence"):
+            yield (
+                REJECTS,
+                f"{REJECTS}={rejects} masks sampled tokens out of the answers. kl_type {term} "
+                "looks at whole answers, and has neither their KL nor their ratio. So its gradient "
+                "is that of no KL of whole answers. Options by sequence mask whole answers",
+            )
+            return
 
 
 def stale_samples(plan: Plan | None, settings: Settings) -> Said:
@@ -177,6 +207,7 @@ ROWS = (
     divided_by_length,
     averaged_apart,
     one_update,
+    rejected_tokens,
     truncated_sampler,
     stale_samples,
     lora_reference,

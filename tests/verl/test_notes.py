@@ -17,6 +17,9 @@ CORRECTED = "algorithm.rollout_correction.rollout_is=token"
 BY_THE_SAMPLER = "k2_as_loss,ratio=rollout"
 MINI = "actor_rollout_ref.actor.ppo_mini_batch_size"
 ONE = ("data.train_batch_size=64", f"{MINI}=64")
+GEO_MEAN = "actor_rollout_ref.actor.policy_loss.loss_mode=geo_mean"
+REJECTS = "algorithm.rollout_correction.rollout_rs="
+BY_TOKEN = f"{REJECTS}token_k1"
 SAPO = "actor_rollout_ref.actor.policy_loss.loss_mode=sapo"
 
 # finding: what has it, with a word of it.
@@ -73,6 +76,7 @@ LAUNCH = {
     "discounted": own("k1_in_reward", "algorithm.adv_estimator=gae", "algorithm.gamma=0.9"),
     "divided_by_length": own("k2_as_loss,horizon=sequence", MEAN),
     "averaged_apart": own("k2_as_loss", SAPO),
+    "rejected_tokens": own("k2_as_loss,horizon=sequence", BY_TOKEN),
 }
 UNSAID = [
     own("0.7*k2_as_loss+0.3*k2_as_loss,reference=old"),
@@ -90,6 +94,11 @@ UNSAID = [
     own("k1_in_reward", "algorithm.adv_estimator=grpo", "algorithm.gamma=0.9"),
     own("k2_as_loss", "algorithm.adv_estimator=gae", "algorithm.gamma=0.9"),
     own("k2_as_loss,horizon=sequence"),
+    own("k2_as_loss", BY_TOKEN),
+    own("k1_in_reward", BY_TOKEN),
+    own("k2_as_loss,horizon=sequence", f"{REJECTS}seq_mean_k1"),
+    own("k2_as_loss,horizon=sequence", BY_TOKEN, BYPASS),
+    own("k2_as_loss,horizon=sequence", BY_TOKEN, f"{ROLLOUT}calculate_log_probs=False"),
     own(BY_THE_SAMPLER, f"{ROLLOUT}temperature=0.7"),
     own(BY_THE_SAMPLER, RAW, TOP_P),
     own(BY_THE_SAMPLER, "trainer.v1.trainer_mode=separate_async"),
@@ -154,11 +163,39 @@ def test_a_discount_of_a_kl_in_the_reward_is_said() -> None:
     assert said.startswith("algorithm.gamma is 0: ")
 
 
-@pytest.mark.parametrize("mode", ["sapo", "geo_mean"])
-def test_a_policy_loss_that_is_averaged_otherwise_is_said(mode: str) -> None:
-    (said,) = notes(own("k2_as_loss", SAPO.replace("sapo", mode)))
-    assert said.startswith(SAPO.replace("sapo", mode)) and "loss_agg_mode=token-mean" in said
+def test_a_policy_loss_that_is_averaged_otherwise_is_said() -> None:
+    (said,) = notes(LAUNCH["averaged_apart"])
+    assert said.startswith(SAPO) and "loss_agg_mode=token-mean" in said
     assert "normaliser-mismatch" in {f.id for f in report(LAUNCH["averaged_apart"]).findings}
+
+
+@pytest.mark.parametrize("aggregation", [[], [MEAN]])
+def test_a_policy_loss_that_is_averaged_in_each_micro_batch_is_said(aggregation: list[str]) -> None:
+    (said,) = notes(own("k2_as_loss", GEO_MEAN, *aggregation))
+    assert said.startswith(f"{GEO_MEAN} is the mean of one micro-batch") and "the less KL" in said
+    assert notes(own("k1_in_reward", GEO_MEAN, *aggregation)) == []
+
+
+@pytest.mark.parametrize(
+    "kl_type",
+    [
+        "k2_as_loss,horizon=sequence",
+        "chi2_as_loss,horizon=answer",
+        "k2_as_loss,level=prefix",
+        "exact_as_loss,ratio=old",
+        "k2_as_loss,reference=posterior",
+        "k3_as_loss+k2_as_loss,level=sequence",
+    ],
+)
+def test_tokens_masked_out_of_whole_answers_are_said(kl_type: str) -> None:
+    """verl's own mask, of its option by token: trainer/ppo/rollout_corr_helper.py."""
+    (said,) = notes(own(kl_type, f"{REJECTS}'seq_max_k2,token_k3'"))
+    assert said.startswith(f"{REJECTS}seq_max_k2,token_k3 masks sampled tokens out")
+
+
+def test_stored_answers_lose_no_tokens() -> None:
+    overrides = own("js_as_loss,horizon=answer", BY_TOKEN, "+klplug.source=own.jsonl")
+    assert not list(hosts()["verl"].noted(_settings(overrides), True))
 
 
 @pytest.mark.parametrize("overrides", UNSAID)

@@ -584,6 +584,29 @@ def test_a_policy_loss_divides_by_length_where_verls_own_does(mode: str) -> None
     assert plan is not None and plan.divides_by_length is divides
 
 
+@pytest.mark.parametrize(("mode", "times"), [("vanilla", 1), ("sapo", 1), ("geo_mean", 2)])
+def test_geo_mean_is_as_strong_as_there_are_micro_batches(mode: str, times: int) -> None:
+    """verl's own of two answers, in one micro-batch and in two, which its engine adds up."""
+    loss = POLICY_LOSS_REGISTRY.get(mode)
+    if loss is None:
+        return  # this verl has none
+    whole = {"dp_size": 1, "batch_num_tokens": 4, "global_batch_size": 2, "loss_scale_factor": None}
+
+    def gradient(*rows: slice) -> torch.Tensor:
+        log_probs = torch.full((2, 2), -1.0, requires_grad=True)
+        ones = torch.ones(2, 2)
+        for of in rows:
+            config = actor_config(None, 0.0)
+            config.global_batch_info.update(whole)
+            own = log_probs[of]
+            found, *_ = loss(own.detach(), own, ones[of], ones[of], "token-mean", config)
+            found.backward()
+        assert log_probs.grad is not None and log_probs.grad.all()
+        return log_probs.grad
+
+    torch.testing.assert_close(gradient(slice(1), slice(1, 2)), times * gradient(slice(2)))
+
+
 @pytest.mark.parametrize("estimator", ["gae", "reinforce_plus_plus", "optimal_token_baseline"])
 def test_a_kl_in_the_loss_goes_with_every_estimator(estimator: str) -> None:
     derived(*own("k2_as_loss"), f"algorithm.adv_estimator={estimator}")
