@@ -49,7 +49,10 @@ def cut(settings: Settings) -> hosting.Cut:
 
     Trainer and sampler divide by the same temperature, but for log-probs that are taken before it.
     """
-    if settings.get(LOGPROBS_MODE, "processed_logprobs") == "raw_logprobs":
+    mode = str(settings.get(LOGPROBS_MODE, "processed_logprobs"))
+    if mode.endswith("_logits"):  # vLLM's numbers are logits then, and verl takes them as they are
+        return LOGPROBS_MODE, f"{LOGPROBS_MODE}={mode}"
+    if mode == "raw_logprobs":
         temperature = number(settings, TEMPERATURE, 1)
         if temperature != 1:
             return TEMPERATURE, f"{LOGPROBS_MODE}=raw_logprobs and {TEMPERATURE}={temperature:g}"

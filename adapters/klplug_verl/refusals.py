@@ -61,6 +61,9 @@ REWARD_ESTIMATORS = (
 """Advantage estimators whose result a KL can be joined to: one number per answer. The others whiten
 over the batch, bootstrap, or weigh each token."""
 
+WITHOUT_ADAPTERS = ("torchtitan", "automodel")
+"""Engines whose ``disable_adapter`` does nothing."""
+
 
 def refusals(plan: Plan, settings: Settings) -> Iterator[Refusal]:
     """Why verl can't be told what ``plan`` asks; none where it is served."""
@@ -357,6 +360,16 @@ def rollout_not_recorded(plan: Plan, settings: Settings) -> Said:
         yield RECORDS, f"kl_type {plan.spec} needs rollout log-probs, and {RECORDS}=False"
 
 
+def adapter_of_no_engine(plan: Plan, settings: Settings) -> Said:
+    """With LoRA verl has no reference worker, and an engine without adapters has none to switch
+    off: its reference is the policy of the moment."""
+    strategy = settings.get(STRATEGY)
+    if plan.needs_reference and strategy in WITHOUT_ADAPTERS:
+        said = f"kl_type {plan.spec} on {STRATEGY}={strategy}"
+        why = "that engine has no adapters. verl's reference is the policy itself there, and the KL"
+        yield from _with_an_adapter(said, settings, f"{why} is always 0")
+
+
 def reference_of_the_adapter(plan: Plan, settings: Settings) -> Said:
     """With LoRA verl has no reference worker: its reference is the policy without the adapter."""
     if plan.ref_model is None:
@@ -472,6 +485,7 @@ ROWS = (
     hosting.teacher_alone,
     teacher_out_of_reach,
     reference_out_of_reach,
+    adapter_of_no_engine,
     reference_of_the_adapter,
     reference_of_legacy_worker,
     policy_loss_thrown_away,

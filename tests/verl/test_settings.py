@@ -234,6 +234,13 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
         [f"{TOP_P} and {BYPASS}: the", "pulls where the two policies are one"],
     ),
     (own("k2_as_loss,ratio=none,reference=rollout", TOP_K), [f"{TOP_K}: the sampler's"]),
+    *(
+        (own(kl_type, f"{ROLLOUT}logprobs_mode={mode}"), [f"logprobs_mode={mode}: the sampler's"])
+        for kl_type, mode in (
+            ("k2_as_loss,reference=rollout", "raw_logits"),
+            ("k2_as_loss,ratio=rollout,horizon=sequence", "processed_logits"),
+        )
+    ),
     (own("k2_as_loss,ratio=rollout,horizon=sequence", TOP_P), [TOP_P, "fades with the answer's"]),
     (
         own("k2_as_loss,reference=rollout", f"{ROLLOUT}temperature=0.7", RAW),
@@ -456,6 +463,16 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (
         own("k2_as_loss", "+klplug.ref_model=teacher", "++trainer.use_legacy_worker_impl=auto"),
         ["klplug.ref_model=teacher", "use_legacy_worker_impl=disable"],
+    ),
+    *(
+        (
+            own(kl_type, f"{ACTOR}.strategy=torchtitan", f"{MODEL}.{adapter}"),
+            ["strategy=torchtitan", adapter, "the policy itself", "always 0. Leave one out"],
+        )
+        for kl_type, adapter in (
+            ("k2_as_loss", "lora_rank=8"),
+            ("k1_in_reward", "lora_adapter_path=adapter"),
+        )
     ),
     # A reference that moves.
     (own("k2_as_loss", "+klplug.ref_update=200"), ["klplug.ref_update=200 is not a string"]),
