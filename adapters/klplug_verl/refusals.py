@@ -413,8 +413,8 @@ def reference_out_of_reach(plan: Plan, settings: Settings) -> Said:
     if settings.get(TRAINER_MODE) == "separate_async":
         yield (
             TRAINER_MODE,
-            f"{said} with {TRAINER_MODE}=separate_async: the reference's worker is not the "
-            "policy's there. Use sync or colocate_async, or leave it out",
+            f"{said} with {TRAINER_MODE}=separate_async: it was not tried there. Use sync "
+            "or colocate_async, or leave it out",
         )
 
 
@@ -444,7 +444,7 @@ def hidden_states_out_of_reach(plan: Plan, settings: Settings) -> Said:
         yield (
             TRAINER_MODE,
             f"kl_type {plan.spec} with {TRAINER_MODE}=separate_async: vocab={plan.vocab} is "
-            "refused: the reference's worker is not the policy's there. klplug needs both in one. "
+            "refused: it was not tried there. klplug needs policy and reference in one worker. "
             "Use sync or colocate_async, or leave vocab out",
         )
 
