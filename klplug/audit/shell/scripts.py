@@ -108,7 +108,7 @@ def _nested_script(
                 return after_equals(_pieces_at(shell, values, at)), ()
             if words[at - 1].text == "--wrap":
                 return _pieces_at(shell, values, at), ()
-    if _remote(words) == len(words) - 1:
+    if 0 < _remote(words) == len(words) - 1:
         return _pieces_at(shell, values, len(words) - 1), ()
     return None
 
