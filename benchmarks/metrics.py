@@ -20,7 +20,7 @@ from benchmarks.measure import Operations, peak_bytes
 from klplug import KLTerm, aggregate, kl_term
 
 SHAPE = (64, 1024)
-ROUNDS = 40
+ROUNDS = 200
 UNIT = 4 * SHAPE[0] * SHAPE[1]  # one float32 tensor of (B, T)
 KL_TYPES = (
     *("k1_in_reward", "k2_in_reward", "abs_in_reward", "k1_as_loss", "k2_as_loss", "k3_as_loss"),
