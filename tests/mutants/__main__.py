@@ -8,7 +8,6 @@ A host's rows need that host's environment, ``.venv-HOST``; ``KLPLUG_TEST_HOSTS`
 from __future__ import annotations
 
 import argparse
-import functools
 import multiprocessing
 import os
 import shutil
@@ -16,11 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from queue import SimpleQueue
-from typing import TypeVar
 
 import hypothesis  # noqa: F401  (loaded once, and torch with it, for all that is forked)
 import pytest
@@ -30,7 +27,6 @@ from tests.mutants import Mutant
 from tests.mutants.core import CORE
 from tests.mutants.hosts import HOSTS
 
-T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -111,6 +107,27 @@ def survives(mutant: Mutant, tree: Path) -> bool:
         path.write_text(text)
 
 
+# In a process of the pool, which has a tree of its own.
+_tree: Path
+
+
+def _take(trees: SimpleQueue[Path]) -> None:
+    global _tree
+    _tree = trees.get()
+
+
+def _passes_here(host: str, tests: tuple[str, ...]) -> tuple[bool, str]:
+    return passes(_tree, host, tests)
+
+
+def _survives_here(mutant: Mutant) -> bool:
+    began = time.monotonic()
+    lives = survives(mutant, _tree)
+    took = f"{time.monotonic() - began:4.0f} s"
+    print(f"{'SURVIVES' if lives else 'noticed '}  {took}  {mutant.name}", flush=True)
+    return lives
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("--jobs", type=int, default=2, help="how many at once")
@@ -127,42 +144,30 @@ def main() -> int:
         return 2
     torch.set_num_threads(1)  # a process that is forked has none of its parent's threads
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(options.jobs) as pool:
-        trees: SimpleQueue[Path] = SimpleQueue()
+    with tempfile.TemporaryDirectory() as place:
+        trees = FORK.SimpleQueue()
         for job in range(options.jobs):
             trees.put(copied(Path(place) / f"tree-{job}"))
-
-        def in_a_tree(work: Callable[[Path], T]) -> T:
-            tree = trees.get()
+        # Processes: a test that forks ranks of its own fails in what a thread has forked.
+        with ProcessPoolExecutor(options.jobs, FORK, _take, (trees,)) as pool:
+            # Tests that fail without any mistake would notice everything.
+            sound = {}
+            for host, named in sorted({(m.host, "::" in m.tests[0]) for m in mutants}):
+                of_kind = (
+                    m.tests for m in mutants if (m.host, "::" in m.tests[0]) == (host, named)
+                )
+                tests = tuple(dict.fromkeys(test for tests in of_kind for test in tests))
+                sound[tests] = pool.submit(_passes_here, host, tests)
+            tried = [pool.submit(_survives_here, mutant) for mutant in mutants]
             try:
-                return work(tree)
+                for tests, found in sound.items():
+                    passed, said = found.result()
+                    if not passed:
+                        print(f"{' '.join(tests)} fails without any mistake:\n{said}")
+                        return 2
+                survivors = [m for m, found in zip(mutants, tried, strict=True) if found.result()]
             finally:
-                trees.put(tree)
-
-        def survived(mutant: Mutant) -> bool:
-            began = time.monotonic()
-            lives = in_a_tree(functools.partial(survives, mutant))
-            took = f"{time.monotonic() - began:4.0f} s"
-            print(f"{'SURVIVES' if lives else 'noticed '}  {took}  {mutant.name}", flush=True)
-            return lives
-
-        # Tests that fail without any mistake would notice everything.
-        sound = {}
-        for host, named in sorted({(m.host, "::" in m.tests[0]) for m in mutants}):
-            of_kind = (m.tests for m in mutants if (m.host, "::" in m.tests[0]) == (host, named))
-            tests = tuple(dict.fromkeys(test for tests in of_kind for test in tests))
-            work = functools.partial(passes, host=host, tests=tests)
-            sound[tests] = pool.submit(in_a_tree, work)
-        tried = [pool.submit(survived, mutant) for mutant in mutants]
-        try:
-            for tests, found in sound.items():
-                passed, said = found.result()
-                if not passed:
-                    print(f"{' '.join(tests)} fails without any mistake:\n{said}")
-                    return 2
-            survivors = [m for m, found in zip(mutants, tried, strict=True) if found.result()]
-        finally:
-            pool.shutdown(cancel_futures=True)
+                pool.shutdown(cancel_futures=True)
     names = "".join(f"\n  {m.name}" for m in survivors) or " none"
     print(f"{len(mutants)} mutants, {time.monotonic() - started:.0f} s; survivors:{names}")
     return bool(survivors)
