@@ -188,40 +188,33 @@ def tier1_blocks(runs: Runs) -> list[str]:
     return blocks
 
 
+def grid_blocks(
+    name: str, title: str, told: str, found: Sequence[Finding], made: list[str], rows: Sequence[Row]
+) -> list[str]:
+    """The section on a grid that has its own findings."""
+    heading = [f"## {title}", told, verdict_table(found)]
+    return [*heading, *made, provenance(rows), *missing_blocks(name, rows)]
+
+
 def updates_blocks(rows: Sequence[Row], runs: Runs, found: Sequence[Finding]) -> list[str]:
     """The section on `grids/updates.yaml`, whose k2 is that of `grids/exact.yaml`."""
-    return [
-        "## Many updates per rollout",
-        words.ON_UPDATES,
-        verdict_table(found),
-        *tables(runs, (K2, UNWEIGHTED, FROZEN), 64, moved=MOVED_FURTHER),
-        provenance(rows),
-        *missing_blocks("updates", rows),
-    ]
+    made = tables(runs, (K2, UNWEIGHTED, FROZEN), 64, moved=MOVED_FURTHER)
+    title = "Many updates per rollout"
+    return grid_blocks("updates", title, words.ON_UPDATES, found, made, rows)
 
 
 def spike_blocks(runs: Runs, found: Sequence[Finding]) -> list[str]:
     """The section on `grids/spike.yaml`."""
-    return [
-        "## A spike of the learning rate",
-        words.ON_SPIKE,
-        verdict_table(found),
-        *tables(runs, (BOUNDED, "stock:k2", "stock:k3")),
-        provenance(runs.rows),
-        *missing_blocks("spike", runs.rows),
-    ]
+    made = tables(runs, (BOUNDED, "stock:k2", "stock:k3"))
+    title = "A spike of the learning rate"
+    return grid_blocks("spike", title, words.ON_SPIKE, found, made, runs.rows)
 
 
 def strength_blocks(runs: Runs, found: Sequence[Finding]) -> list[str]:
     """The section on `grids/strength.yaml`."""
-    return [
-        "## The strength of a coefficient",
-        words.ON_STRENGTH,
-        verdict_table(found),
-        *tables(runs, (FROZEN, DIVIDED)),
-        provenance(runs.rows),
-        *missing_blocks("strength", runs.rows),
-    ]
+    made = tables(runs, (FROZEN, DIVIDED))
+    title = "The strength of a coefficient"
+    return grid_blocks("strength", title, words.ON_STRENGTH, found, made, runs.rows)
 
 
 def exact_blocks(rows: Sequence[Row], beside: Runs, verl: Sequence[Row]) -> list[str]:
